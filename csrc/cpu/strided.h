@@ -1,0 +1,141 @@
+// Reads tensors of any dtype and strides, row by row, into the type a kernel computes in.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#include "../math/labels.h"
+
+namespace heteroakd::cpu {
+
+// Logits [B, C, h, w] with any strides.
+template <typename T>
+class StridedLogits {
+ public:
+  explicit StridedLogits(const torch::stable::Tensor& logits)
+      : data_(static_cast<const char*>(logits.const_data_ptr())),
+        read_(reader(logits.scalar_type())),
+        element_size_(static_cast<int64_t>(logits.element_size())),
+        width_(logits.size(3)) {
+    for (int d = 0; d < 4; ++d) stride_[d] = logits.stride(d);
+  }
+
+  // out[0..w) = logits[b, c, row, :]
+  void read_row(int64_t b, int64_t c, int64_t row, T* out) const {
+    const int64_t offset = b * stride_[0] + c * stride_[1] + row * stride_[2];
+    read_(data_ + offset * element_size_, stride_[3], width_, out);
+  }
+
+ private:
+  using Reader = void (*)(const char*, int64_t, int64_t, T*);
+
+  template <typename S>
+  static void read(const char* from, int64_t stride, int64_t count, T* out) {
+    const S* in = reinterpret_cast<const S*>(from);
+    for (int64_t x = 0; x < count; ++x) out[x] = static_cast<T>(in[x * stride]);
+  }
+
+  static Reader reader(torch::headeronly::ScalarType dtype) {
+    using torch::headeronly::ScalarType;
+    switch (dtype) {
+      case ScalarType::Float: return read<float>;
+      case ScalarType::Double: return read<double>;
+      case ScalarType::Half: return read<torch::headeronly::Half>;
+      case ScalarType::BFloat16: return read<torch::headeronly::BFloat16>;
+      default: STD_TORCH_CHECK(false, "logits: expected float32, float64, float16 or bfloat16");
+    }
+    return nullptr;
+  }
+
+  const char* data_;
+  Reader read_;
+  int64_t element_size_;
+  int64_t width_;
+  int64_t stride_[4];
+};
+
+// Counts over a set of labels. Integers: the order of merging does not matter.
+struct LabelReport {
+  int64_t valid = 0;
+  int64_t out_of_range = 0;
+  int64_t first_out_of_range = -1;  // flat index into [B, H, W]
+
+  void merge(const LabelReport& other) {
+    valid += other.valid;
+    out_of_range += other.out_of_range;
+    if (first_out_of_range < 0 ||
+        (other.first_out_of_range >= 0 && other.first_out_of_range < first_out_of_range)) {
+      first_out_of_range = other.first_out_of_range;
+    }
+  }
+};
+
+// Labels [B, H, W] with any strides.
+class StridedLabels {
+ public:
+  static constexpr int32_t kIgnored = -1;
+
+  StridedLabels(const torch::stable::Tensor& target, int64_t num_classes, int64_t ignore_index)
+      : data_(static_cast<const char*>(target.const_data_ptr())),
+        read_(reader(target.scalar_type())),
+        element_size_(static_cast<int64_t>(target.element_size())),
+        height_(target.size(1)),
+        width_(target.size(2)),
+        num_classes_(num_classes),
+        ignore_index_(ignore_index) {
+    for (int d = 0; d < 3; ++d) stride_[d] = target.stride(d);
+  }
+
+  // out[x] = class index, or kIgnored where the label is ignored or out of range.
+  void read_row(int64_t b, int64_t y, int32_t* out, LabelReport& report) const {
+    read_(*this, b, y, out, report);
+  }
+
+ private:
+  using Reader = void (*)(const StridedLabels&, int64_t, int64_t, int32_t*, LabelReport&);
+
+  template <typename S>
+  static void read(const StridedLabels& self, int64_t b, int64_t y, int32_t* out,
+                   LabelReport& report) {
+    const S* in = reinterpret_cast<const S*>(
+        self.data_ + (b * self.stride_[0] + y * self.stride_[1]) * self.element_size_);
+    LabelReport row;
+    for (int64_t x = 0; x < self.width_; ++x) {
+      const int64_t label = static_cast<int64_t>(in[x * self.stride_[2]]);
+      const LabelKind kind = label_kind(label, self.num_classes_, self.ignore_index_);
+      out[x] = kind == LabelKind::kClass ? static_cast<int32_t>(label) : kIgnored;
+      row.valid += kind == LabelKind::kClass;
+      if (kind == LabelKind::kOutOfRange && row.out_of_range++ == 0) {
+        row.first_out_of_range = (b * self.height_ + y) * self.width_ + x;
+      }
+    }
+    report.merge(row);
+  }
+
+  static Reader reader(torch::headeronly::ScalarType dtype) {
+    using torch::headeronly::ScalarType;
+    switch (dtype) {
+      case ScalarType::Byte: return read<uint8_t>;
+      case ScalarType::Int: return read<int32_t>;
+      case ScalarType::Long: return read<int64_t>;
+      default: STD_TORCH_CHECK(false, "target: expected uint8, int32 or int64");
+    }
+    return nullptr;
+  }
+
+  const char* data_;
+  Reader read_;
+  int64_t element_size_;
+  int64_t height_;
+  int64_t width_;
+  int64_t num_classes_;
+  int64_t ignore_index_;
+  int64_t stride_[3];
+};
+
+}  // namespace heteroakd::cpu

@@ -1,0 +1,69 @@
+"""Finds and loads the compiled library, and remembers why when it cannot.
+
+The library speaks libtorch's stable ABI and no CPython API: it is loaded as operators, not
+imported. Nothing here builds anything.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["description", "has_cuda", "library_path", "loaded", "unavailable"]
+
+_MINIMUM_TORCH = (2, 10)
+
+
+@cache
+def library_path() -> Path | None:
+    """The compiled library beside this file, or None in a pure-Python installation."""
+    candidates = sorted(Path(__file__).parent.glob("_C.*"))
+    libraries = [path for path in candidates if path.suffix in {".so", ".dylib", ".pyd"}]
+    return libraries[0] if libraries else None
+
+
+@cache
+def unavailable() -> str | None:
+    """None once the library is loaded, else the reason and what to do. Loads at the first call."""
+    if os.environ.get("HETEROAKD_DISABLE_EXTENSION", "0") not in {"", "0"}:
+        return "HETEROAKD_DISABLE_EXTENSION is set."
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _MINIMUM_TORCH:
+        return (
+            f"the compiled extension needs torch >= {'.'.join(map(str, _MINIMUM_TORCH))}, "
+            f"this is torch {torch.__version__}; upgrade torch."
+        )
+    path = library_path()
+    if path is None:
+        return (
+            "the package was installed without its compiled extension; install a C++17 compiler "
+            "and ninja, then `pip install --no-build-isolation --force-reinstall --no-deps` it "
+            "again (HETEROAKD_BUILD_EXTENSION=1 turns a failed build into an error)."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} could not be loaded into torch {torch.__version__}: {error}"
+    return None
+
+
+def loaded() -> bool:
+    """Whether the compiled operators can be called."""
+    return unavailable() is None
+
+
+@cache
+def description() -> dict[str, str]:
+    """How the library was built: compiler, target torch, CUDA version and architectures."""
+    if not loaded():
+        return {}
+    text: str = torch.ops.heteroakd_fast_c.build_info()
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def has_cuda() -> bool:
+    """Whether CUDA kernels were compiled in."""
+    return bool(description().get("cuda"))

@@ -1,0 +1,206 @@
+"""Which code computes a pass: the registry of backends and the choice between them.
+
+A backend is chosen per call: the `backend=` argument, else the innermost `use_backend(...)`
+block, else the environment variable `HETEROAKD_BACKEND` (read at import), else the first in
+`PREFERENCE` for the tensors' device that can run the call. `reference` can always run. A backend
+asked for by name never falls back silently: it runs or says why not.
+
+Adding a backend: a module here with a class that has the methods of `Backend`, and one line in
+`_LOADERS` and `PREFERENCE`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Final, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..spec import LossSpec
+
+__all__ = [
+    "AUTO",
+    "PREFERENCE",
+    "Backend",
+    "BackendUnavailableError",
+    "ForwardResult",
+    "available",
+    "get",
+    "names",
+    "select",
+    "use_backend",
+]
+
+AUTO: Final = "auto"
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why and what to do."""
+
+
+class ForwardResult(NamedTuple):
+    """What `distillation_sums` returns; see the operator in `ops.py` for shapes."""
+
+    numerators: Tensor
+    denominators: Tensor
+    valid: Tensor
+    maps: Tensor
+    saved: list[Tensor]
+
+
+class Backend(Protocol):
+    """A compiled backend. `reference` is not one: it is differentiated by autograd itself."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why nothing runs here and what to install; None when the backend works."""
+
+    def unsupported(self, spec: LossSpec) -> str | None:
+        """Why this call cannot run on this backend; None when it can."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        spec: LossSpec,
+        student_grad: bool,
+        teacher_grad: bool,
+    ) -> ForwardResult:
+        """Sums of one pass, and what `backward` will need."""
+
+    def saved_shapes(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        spec: LossSpec,
+        student_grad: bool,
+        teacher_grad: bool,
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each saved tensor, for tracing without data."""
+
+    def backward(
+        self,
+        grad_numerators: Tensor,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        saved: list[Tensor],
+        spec: LossSpec,
+        student_grad: bool,
+        teacher_grad: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients in the dtype of their logits, rounded once; None where not asked for."""
+
+
+# Modules are imported when first asked about: importing the package must not need any of them.
+_LOADERS: Final[dict[str, str]] = {
+    "cpu": "heteroakd_fast.backends.cpu",
+    "triton": "heteroakd_fast.backends.triton",
+    "cuda": "heteroakd_fast.backends.cuda",
+}
+
+# By device type; `reference` stands at the end of every list without being named. CUDA C++ comes
+# before Triton because it needs no compilation at the first call; to be replaced by a measured
+# table once both have kernels.
+PREFERENCE: Final[dict[str, tuple[str, ...]]] = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+    "xpu": ("triton",),
+}
+
+_requested: list[str] = [os.environ.get("HETEROAKD_BACKEND", AUTO) or AUTO]
+
+
+def names() -> tuple[str, ...]:
+    """Every known backend, `reference` first."""
+    return ("reference", *_LOADERS)
+
+
+@cache
+def get(name: str) -> Backend:
+    """The compiled backend of that name, usable or not."""
+    module = importlib.import_module(_LOADERS[name])
+    backend: Backend = module.BACKEND
+    return backend
+
+
+@cache
+def _unavailable(name: str) -> str | None:
+    return None if name == "reference" else get(name).unavailable()
+
+
+def available() -> dict[str, str | None]:
+    """Every backend by name, with None where it works and else the reason why it does not."""
+    return {name: _unavailable(name) for name in names()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the block on one backend: `with use_backend("reference"): ...`.
+
+    The setting belongs to the process, not to the thread. An explicit `backend=` still wins.
+
+    Raises:
+        ValueError: `name` is not a backend or "auto".
+    """
+    _check_name(name, "name")
+    _requested.append(name)
+    try:
+        yield
+    finally:
+        _requested.pop()
+
+
+def _check_name(name: str, where: str) -> None:
+    if name != AUTO and name not in names():
+        raise ValueError(
+            f"{where}: got {name!r}, expected one of {', '.join((AUTO, *names()))}"
+        )
+
+
+def select(
+    requested: str | None, spec: LossSpec, device_type: str
+) -> str:
+    """The backend's name for this call.
+
+    Raises:
+        ValueError: the name asked for does not exist.
+        BackendUnavailableError: the one asked for cannot run this call; says why.
+    """
+    name = requested if requested is not None else _requested[-1]
+    _check_name(name, "backend" if requested is not None else "HETEROAKD_BACKEND or use_backend")
+    return _choose(name, spec, device_type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(name: str, spec: LossSpec, device_type: str) -> str:
+    if name == "reference":
+        return name
+    if name != AUTO:
+        reason = _unavailable(name) or _refusal(name, spec, device_type)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend: {name!r} was asked for and cannot run here: {reason} "
+                f"`python -m heteroakd_fast.info` shows every backend; 'reference' always works."
+            )
+        return name
+    for candidate in PREFERENCE.get(device_type, ()):
+        if _unavailable(candidate) is None and _refusal(candidate, spec, device_type) is None:
+            return candidate
+    return "reference"
+
+
+def _refusal(name: str, spec: LossSpec, device_type: str) -> str | None:
+    devices = [device for device, order in PREFERENCE.items() if name in order]
+    if device_type not in devices:
+        return f"it computes on {' and '.join(devices)} tensors, these are on {device_type}."
+    return get(name).unsupported(spec)

@@ -1,0 +1,68 @@
+"""Counting and checking labels without reading them twice and without stopping a GPU.
+
+A report is int64[3]: valid pixels, labels out of range, and the flat index of the first of those
+(-1 when there is none). Kernels that read the labels anyway fill one on the way.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+__all__ = ["check_synchronously", "label_report", "nearest_labels", "raise_bad_label"]
+
+
+def check_synchronously() -> bool:
+    """Whether label ranges are to be checked at the price of waiting for the GPU."""
+    return os.environ.get("HETEROAKD_CHECK_LABELS", "0") not in {"", "0"}
+
+
+def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The report of `target` [B, H, W] (uint8, int32 or int64), int64[3] on its device."""
+    if _extension.loaded() and (target.device.type == "cpu" or _runs_on_cuda(target)):
+        report: Tensor = torch.ops.heteroakd_fast_c.label_report(target, num_classes, ignore_index)
+        return report
+    labels = target.long().flatten()
+    valid = labels != ignore_index
+    bad = valid & ((labels < 0) | (labels >= num_classes))
+    count = bad.sum()
+    first = bad.to(torch.uint8).argmax() if labels.numel() else count
+    first = torch.where(count > 0, first, -1)
+    return torch.stack((valid.sum() - count, count, first))
+
+
+def _runs_on_cuda(target: Tensor) -> bool:
+    return target.device.type == "cuda" and _extension.has_cuda()
+
+
+def raise_bad_label(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises on a report (on the CPU) that found a label out of range.
+
+    Raises:
+        ValueError: names the label, where it is, and the range.
+    """
+    _, count, first = (int(value) for value in report.tolist())
+    if count == 0:
+        return
+    _, height, width = target.shape
+    b, y, x = first // (height * width), first // width % height, first % width
+    raise ValueError(
+        f"target: label {int(target[b, y, x])} at (b={b}, y={y}, x={x}) is neither in "
+        f"[0, {num_classes}) nor ignore_index={ignore_index}; {count} such pixels. "
+        f"Map the labels of your data set to class indices, or set ignore_index."
+    )
+
+
+def nearest_labels(target: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels at `size` by nearest neighbour: row i reads row floor(i * H / h), as
+    `interpolate(mode="nearest")` means it, in exact integer arithmetic."""
+    height, width = target.shape[-2:]
+    if (height, width) == size:
+        return target
+    rows = torch.arange(size[0], device=target.device) * height // max(size[0], 1)
+    columns = torch.arange(size[1], device=target.device) * width // max(size[1], 1)
+    return target[:, rows[:, None], columns]

@@ -1,0 +1,304 @@
+"""The operators: schema, fake kernels and autograd, over whichever backend a call names.
+
+`heteroakd_fast::distillation_sums` returns each term's numerator and denominator, not a loss:
+what is done between the sums and the gradients (global denominators, weights, a caller's
+normalizer) stays visible to PyTorch and costs nothing, and the gradient of the numerators is all
+that a backend has to know. Its backward is `heteroakd_fast::distillation_sums_backward`.
+
+The backend `reference` does not pass through the operator: it is ordinary differentiable PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .labels import check_synchronously, label_report, raise_bad_label
+from .spec import LossSpec
+
+__all__ = ["OPTIONS_SCHEMA", "SumsResult", "distillation_sums", "valid_count"]
+
+#: The fields of `LossSpec`, as the operators take them.
+OPTIONS_SCHEMA = (
+    "str[] terms, str preset, str mix, str evaluation, str weight_axis, str kd_divergence, "
+    "float kd_beta, float temperature, float tau, int ignore_index, bool align_corners, "
+    "float label_smoothing, bool maps"
+)
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library = torch.library.Library("heteroakd_fast", "DEF")
+
+# numerators [K] f64, denominators [K] f64, valid: i64 scalar, maps [2, B, H, W] or [0], saved: the
+# backend's own. The kernels count and check the labels on the way, so valid comes from there.
+_library.define(
+    "distillation_sums(Tensor student_logits, Tensor? teacher_logits, Tensor target, "
+    f"Tensor? class_weight, *, {OPTIONS_SCHEMA}, bool student_grad, bool teacher_grad, "
+    "str backend) -> (Tensor numerators, Tensor denominators, Tensor valid, Tensor maps, "
+    "Tensor[] saved)",
+    tags=_TAGS,
+)
+# A gradient that was not asked for is an empty tensor: operators cannot return None.
+_library.define(
+    "distillation_sums_backward(Tensor grad_numerators, Tensor student_logits, "
+    "Tensor? teacher_logits, Tensor target, Tensor? class_weight, Tensor[] saved, *, "
+    f"{OPTIONS_SCHEMA}, bool student_grad, bool teacher_grad, str backend) "
+    "-> (Tensor student_grad, Tensor teacher_grad)",
+    tags=_TAGS,
+)
+# Number of valid labels, int64 scalar; checks the range of the others.
+_library.define(
+    "valid_count(Tensor target, int num_classes, int ignore_index) -> Tensor", tags=_TAGS
+)
+
+
+class SumsResult(NamedTuple):
+    """One pass: terms before their means, valid pixels, and maps (or an empty tensor)."""
+
+    numerators: Tensor
+    denominators: Tensor
+    valid: Tensor
+    maps: Tensor
+
+
+def distillation_sums(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    backend: str,
+) -> SumsResult:
+    """Runs one pass on `backend` (a name `backends.select` returned).
+
+    Shapes as in `reference.distillation_sums`. Differentiable once, with respect to
+    `student_logits` and, through the term `teacher_ce`, to `teacher_logits`.
+    """
+    grad_mode = torch.is_grad_enabled()
+    student_grad = grad_mode and student_logits.requires_grad
+    teacher_grad = (
+        grad_mode
+        and teacher_logits is not None
+        and teacher_logits.requires_grad
+        and "teacher_ce" in spec.terms
+    )
+    if backend == "reference":
+        valid = valid_count(target, student_logits.shape[1], spec.ignore_index)
+        # The surrounding autocast would send parts of the formula to 16 bits.
+        with torch.autocast(student_logits.device.type, enabled=False):
+            numerators, denominators, maps = reference.distillation_sums(
+                student_logits, teacher_logits, target, class_weight, spec
+            )
+        if numerators.requires_grad and not torch.compiler.is_compiling():
+            numerators = _OnceDifferentiable.apply(numerators)
+    else:
+        numerators, denominators, valid, maps, _ = torch.ops.heteroakd_fast.distillation_sums(
+            student_logits,
+            teacher_logits,
+            target,
+            class_weight,
+            **{**asdict(spec), "terms": list(spec.terms)},
+            student_grad=student_grad,
+            teacher_grad=teacher_grad,
+            backend=backend,
+        )
+    return SumsResult(numerators, denominators.detach(), valid, maps.detach())
+
+
+def valid_count(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Number of pixels that are not `ignore_index`, int64 scalar.
+
+    A label outside [0, num_classes) raises ValueError on the CPU. On a GPU it is a device-side
+    assertion, which waits for nothing; `HETEROAKD_CHECK_LABELS=1` makes it the ValueError.
+    """
+    count: Tensor = torch.ops.heteroakd_fast.valid_count(target, num_classes, ignore_index)
+    return count
+
+
+def _refuse_second_order() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "heteroakd_fast losses are differentiable once: backward was called with "
+            "create_graph=True. Drop create_graph, or compute second-order terms (gradient "
+            "penalties, Hessian products) on a loss written in plain PyTorch operators."
+        )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity; keeps the backends alike in refusing the second order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        _refuse_second_order()
+        return grad
+
+
+# --- implementations ---------------------------------------------------------------------------
+
+
+def _spec(options: dict[str, Any]) -> LossSpec:
+    return LossSpec(**{**options, "terms": tuple(options["terms"])})
+
+
+def _distillation_sums_impl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    student_grad: bool,
+    teacher_grad: bool,
+    backend: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    return backends.get(backend).forward(
+        student_logits,
+        teacher_logits,
+        target,
+        class_weight,
+        _spec(options),
+        student_grad,
+        teacher_grad,
+    )
+
+
+def _distillation_sums_fake(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    student_grad: bool,
+    teacher_grad: bool,
+    backend: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    spec = _spec(options)
+    terms = len(spec.terms)
+    compute_dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    shapes = backends.get(backend).saved_shapes(
+        student_logits, teacher_logits, spec, student_grad, teacher_grad
+    )
+    return (
+        student_logits.new_empty(terms, dtype=torch.float64),
+        student_logits.new_empty(terms, dtype=torch.float64),
+        student_logits.new_empty((), dtype=torch.int64),
+        student_logits.new_empty((2, *target.shape) if spec.maps else 0, dtype=compute_dtype),
+        [student_logits.new_empty(shape, dtype=dtype) for shape, dtype in shapes],
+    )
+
+
+def _distillation_sums_backward_impl(
+    grad_numerators: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    saved: list[Tensor],
+    *,
+    student_grad: bool,
+    teacher_grad: bool,
+    backend: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    grads = backends.get(backend).backward(
+        grad_numerators,
+        student_logits,
+        teacher_logits,
+        target,
+        class_weight,
+        saved,
+        _spec(options),
+        student_grad,
+        teacher_grad,
+    )
+    nothing = grad_numerators.new_empty(0)
+    student, teacher = (nothing.clone() if grad is None else grad for grad in grads)
+    return student, teacher
+
+
+def _distillation_sums_backward_fake(
+    grad_numerators: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    saved: list[Tensor],
+    *,
+    student_grad: bool,
+    teacher_grad: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    nothing = grad_numerators.new_empty(0)
+    student = torch.empty_like(student_logits) if student_grad else nothing.clone()
+    if teacher_grad and teacher_logits is not None:
+        return student, torch.empty_like(teacher_logits)
+    return student, nothing.clone()
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]],
+) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs, *output[4])
+
+
+def _backward(ctx: Any, grad_numerators: Tensor, *unused: object) -> tuple[Tensor | None, ...]:
+    _refuse_second_order()
+    student_logits, teacher_logits, target, class_weight, *saved = ctx.saved_tensors
+    student, teacher = torch.ops.heteroakd_fast.distillation_sums_backward(
+        grad_numerators,
+        student_logits,
+        teacher_logits,
+        target,
+        class_weight,
+        saved,
+        **ctx.options,
+    )
+    return (
+        student if ctx.options["student_grad"] else None,
+        teacher if ctx.options["teacher_grad"] else None,
+        None,
+        None,
+    )
+
+
+def _valid_count_impl(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    report = label_report(target, num_classes, ignore_index)
+    if target.device.type == "cpu" or check_synchronously():
+        raise_bad_label(report, target, num_classes, ignore_index)
+    else:
+        torch._assert_async(
+            report[1] == 0, "target: a label is outside [0, C) and is not ignore_index"
+        )
+    return report[0].clone()
+
+
+def _valid_count_fake(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return target.new_empty((), dtype=torch.int64)
+
+
+_KEY = "CompositeExplicitAutograd"  # one implementation for every device; the backend chooses
+_library.impl("distillation_sums", _distillation_sums_impl, _KEY)
+_library.impl("distillation_sums_backward", _distillation_sums_backward_impl, _KEY)
+_library.impl("valid_count", _valid_count_impl, _KEY)
+torch.library.register_fake(
+    "heteroakd_fast::distillation_sums", _distillation_sums_fake, lib=_library
+)
+torch.library.register_fake(
+    "heteroakd_fast::distillation_sums_backward", _distillation_sums_backward_fake, lib=_library
+)
+torch.library.register_fake("heteroakd_fast::valid_count", _valid_count_fake, lib=_library)
+torch.library.register_autograd(
+    "heteroakd_fast::distillation_sums", _backward, setup_context=_setup_context, lib=_library
+)

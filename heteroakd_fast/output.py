@@ -1,0 +1,39 @@
+"""What a loss call returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["DistillationOutput"]
+
+
+class DistillationOutput(NamedTuple):
+    """The loss, its parts, and what to look at.
+
+    The terms are detached scalars, each a mean before its weight; a term that was not asked for
+    was not computed and is None. A NamedTuple, so that data-parallel wrappers, `torch.compile`
+    and pytree code look inside without being taught.
+    """
+
+    loss: Tensor
+    """Sum of weight * term; float32 (float64 for float64 logits), differentiable once."""
+    ce: Tensor | None = None
+    """Cross entropy of the student's final logits."""
+    teacher_ce: Tensor | None = None
+    """Cross entropy of the teacher's logits (`functional.distillation_loss` only)."""
+    kd: Tensor | None = None
+    """T^2 times the divergence of the softened distributions."""
+    hetero: Tensor | None = None
+    """The HeteroAKD term."""
+    feature: Tensor | None = None
+    """Mean squared difference in the aligned logits space."""
+    projector: Tensor | None = None
+    """Cross entropies of the projected pair, student's plus teacher's (`HeteroAKDLoss` only)."""
+    valid: Tensor | None = None
+    """Number of pixels that are not `ignore_index`, int64 scalar, of this process."""
+    maps: dict[str, Tensor] | None = None
+    """With `return_maps=True`: "reliability" (of the teacher, r_t) and "discrepancy", each
+    [B, H, W] on the label grid of the pass, 0 at ignored pixels. In the preset `paper`, where
+    both are per class, those of the labelled class."""

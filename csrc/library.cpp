@@ -4,8 +4,8 @@
 
 #include <string>
 
-#define HAKD_STRING_(x) #x
-#define HAKD_STRING(x) HAKD_STRING_(x)
+#define HAKD_STRING_(...) #__VA_ARGS__
+#define HAKD_STRING(...) HAKD_STRING_(__VA_ARGS__)
 
 namespace {
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["description", "has_cuda", "library_path", "loaded", "unavailable"]
+__all__ = ["description", "has_cuda", "library_path", "loaded", "operators", "unavailable"]
 
 _MINIMUM_TORCH = (2, 10)
 
@@ -55,12 +56,20 @@ def loaded() -> bool:
     return unavailable() is None
 
 
+def operators() -> Any:
+    """The compiled operators, loading the library if this is the first use of it."""
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"the compiled operators cannot be used: {reason}")
+    return torch.ops.heteroakd_fast_c
+
+
 @cache
 def description() -> dict[str, str]:
     """How the library was built: compiler, target torch, CUDA version and architectures."""
     if not loaded():
         return {}
-    text: str = torch.ops.heteroakd_fast_c.build_info()
+    text: str = operators().build_info()
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 

@@ -24,7 +24,7 @@ def check_synchronously() -> bool:
 def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """The report of `target` [B, H, W] (uint8, int32 or int64), int64[3] on its device."""
     if _extension.loaded() and (target.device.type == "cpu" or _runs_on_cuda(target)):
-        report: Tensor = torch.ops.heteroakd_fast_c.label_report(target, num_classes, ignore_index)
+        report: Tensor = _extension.operators().label_report(target, num_classes, ignore_index)
         return report
     labels = target.long().flatten()
     valid = labels != ignore_index

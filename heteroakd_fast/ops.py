@@ -10,7 +10,6 @@ The backend `reference` does not pass through the operator: it is ordinary diffe
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +99,7 @@ def distillation_sums(
             teacher_logits,
             target,
             class_weight,
-            **{**asdict(spec), "terms": list(spec.terms)},
+            **spec.options(),
             student_grad=student_grad,
             teacher_grad=teacher_grad,
             backend=backend,
@@ -143,10 +142,6 @@ class _OnceDifferentiable(torch.autograd.Function):
 # --- implementations ---------------------------------------------------------------------------
 
 
-def _spec(options: dict[str, Any]) -> LossSpec:
-    return LossSpec(**{**options, "terms": tuple(options["terms"])})
-
-
 def _distillation_sums_impl(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -163,7 +158,7 @@ def _distillation_sums_impl(
         teacher_logits,
         target,
         class_weight,
-        _spec(options),
+        LossSpec.from_options(options),
         student_grad,
         teacher_grad,
     )
@@ -180,7 +175,7 @@ def _distillation_sums_fake(
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    spec = _spec(options)
+    spec = LossSpec.from_options(options)
     terms = len(spec.terms)
     compute_dtype = torch.promote_types(student_logits.dtype, torch.float32)
     shapes = backends.get(backend).saved_shapes(
@@ -215,7 +210,7 @@ def _distillation_sums_backward_impl(
         target,
         class_weight,
         saved,
-        _spec(options),
+        LossSpec.from_options(options),
         student_grad,
         teacher_grad,
     )

@@ -6,8 +6,8 @@ in the operator schema of `ops.py` (a test holds the two together).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 __all__ = [
     "EVALUATIONS",
@@ -69,3 +69,17 @@ class LossSpec:
     align_corners: bool = False
     label_smoothing: float = 0.0
     maps: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The fields by name, as the operators take them (lists, not tuples)."""
+        options = {name: getattr(self, name) for name in _FIELDS}
+        options["terms"] = list(self.terms)
+        return options
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> LossSpec:
+        """The inverse of `options`."""
+        return cls(**{**options, "terms": tuple(options["terms"])})
+
+
+_FIELDS: Final = tuple(field.name for field in fields(LossSpec))

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -178,10 +178,17 @@ def select(
     """
     name = requested if requested is not None else _requested[-1]
     _check_name(name, "backend" if requested is not None else "HETEROAKD_BACKEND or use_backend")
+    if torch.compiler.is_compiling():
+        return _choose_while_tracing(name, spec.options(), device_type)
     return _choose(name, spec, device_type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
+def _choose_while_tracing(name: str, options: dict[str, Any], device_type: str) -> str:
+    """The tracer can hand over plain constants, and must not look inside."""
+    return _choose(name, LossSpec.from_options(options), device_type)
+
+
 def _choose(name: str, spec: LossSpec, device_type: str) -> str:
     if name == "reference":
         return name

@@ -46,7 +46,7 @@ class CpuBackend:
         student_grad: bool,
         teacher_grad: bool,
     ) -> ForwardResult:
-        sums, labels, grad = torch.ops.heteroakd_fast_c.upsample_cross_entropy(
+        sums, labels, grad = _extension.operators().upsample_cross_entropy(
             student_logits,
             target,
             class_weight,

@@ -1,0 +1,70 @@
+"""`python -m heteroakd_fast.info`: what works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import _extension, backends
+from .version import __version__
+
+__all__ = ["collect", "main"]
+
+
+def collect() -> dict[str, Any]:
+    """Versions, the compiled library, and each backend with None or the reason it cannot run."""
+    path = _extension.library_path()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "heteroakd_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus,
+        "extension": None if path is None else path.name,
+        "extension_build": _extension.description(),
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith("HETEROAKD_")
+        },
+        "backends": backends.available(),
+        "preference": {device: [*order, "reference"] for device, order in backends.PREFERENCE.items()},
+    }
+
+
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report; `--json` for machines."""
+    parser = argparse.ArgumentParser(prog="python -m heteroakd_fast.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    report = collect()
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for name, value in report.items():
+        if name in ("backends", "preference"):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {item}" for key, item in value.items()) or "-"
+        print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
+    print("\nbackends")
+    for name, reason in report["backends"].items():
+        print(f"  {name:10} {'works' if reason is None else 'cannot: ' + reason}")
+    print("\nchosen by device, first that can run the call")
+    for device, order in report["preference"].items():
+        print(f"  {device:10} {' -> '.join(order)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

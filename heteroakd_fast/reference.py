@@ -132,10 +132,11 @@ def negative_log_likelihood(z: Tensor, label: Tensor) -> Tensor:
     As log(1 + exp(a)) with a = logsumexp of the other classes - z_label. The textbook form takes
     a difference of near-equal numbers for a confident pixel; this one keeps the value's and the
     gradient's relative precision, because the true-class gradient p - 1 comes out as minus the
-    sum of the others.
+    sum of the others. The maximum comes off first, where the subtraction is still exact.
     """
     if z.shape[1] == 1:
         return z[:, 0] - z[:, 0]
+    z = z - z.detach().amax(dim=1, keepdim=True)
     others = z.masked_fill(_one_hot(z, label), -math.inf).logsumexp(dim=1)
     a = others - _at_label(z, label)
     return torch.logaddexp(a, torch.zeros_like(a))

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Sets up a private environment in `.venv` and runs one job in it. Standard library only.
+
+    python3 dev.py demo [arguments of heteroakd-train]    the main job on real data
+    python3 dev.py test [arguments of pytest]             lint, types, the whole test suite
+
+Needs Python 3.10+ and a C++ compiler. The torch of the calling interpreter is used when it has
+one (the environment then sees that interpreter's packages); otherwise a pinned one is installed.
+Run again at any time: what is already in place is not done twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+TORCH = "torch==2.13.0"
+BUILD_TOOLS = ["ninja>=1.11", "setuptools>=77", "wheel>=0.43"]
+
+
+def find_torch() -> str | None:
+    """Version of the calling interpreter's torch, if it is one we can use."""
+    probe = "import torch; print(torch.__version__)"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if found.returncode != 0:
+        return None
+    version = found.stdout.strip()
+    usable = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= (2, 10)
+    return version if usable else None
+
+
+class Environment:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        scripts = "Scripts" if os.name == "nt" else "bin"
+        self.python = directory / scripts / ("python.exe" if os.name == "nt" else "python")
+
+    def run(self, *command: str) -> None:
+        """Runs Python with these arguments; ends with its exit code when it fails."""
+        code = subprocess.run([str(self.python), *command], cwd=ROOT).returncode
+        if code != 0:
+            raise SystemExit(code)
+
+    def pip(self, *arguments: str) -> None:
+        self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+
+    def prepare(self, extra: str) -> None:
+        """Creates the environment and installs the package with one of its extras."""
+        torch = find_torch()
+        if not self.python.exists():
+            say(f"creating {self.directory.name}" + (f" over torch {torch}" if torch else ""))
+            venv.create(self.directory, with_pip=True, system_site_packages=torch is not None)
+        stamp = self.directory / f"installed-{extra}"
+        state = fingerprint(torch)
+        if stamp.exists() and stamp.read_text() == state:
+            return
+        if torch is None:
+            say(f"installing {TORCH}")
+            self.pip(TORCH)
+        constraint = self.directory / "constraints.txt"
+        constraint.write_text(f"torch=={torch}\n" if torch else f"{TORCH}\n")
+        self.pip(*BUILD_TOOLS)
+        say("building and installing heteroakd_fast")
+        self.pip(
+            "--no-build-isolation", "--constraint", str(constraint), "--editable", f".[{extra}]"
+        )
+        stamp.write_text(state)
+
+
+def fingerprint(torch: str | None) -> str:
+    """Changes whenever something that is built or installed changes."""
+    digest = hashlib.sha256(repr((torch, sys.version)).encode())
+    files = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted((ROOT / "csrc").rglob("*.*"))]
+    for file in files:
+        digest.update(file.read_bytes())
+    names = ("CXX", "CXXFLAGS", "CUDA_HOME", "NVCC_FLAGS", "TORCH_CUDA_ARCH_LIST")
+    for name, value in sorted(os.environ.items()):
+        if name in names or name.startswith("HETEROAKD_BUILD"):
+            digest.update(f"{name}={value}".encode())
+    return digest.hexdigest()
+
+
+def say(text: str) -> None:
+    print(f"dev.py: {text}", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    if sys.version_info < (3, 10):
+        raise SystemExit("dev.py: needs Python 3.10 or newer")
+    if not arguments or arguments[0] not in ("demo", "test"):
+        print(__doc__)
+        raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
+    job, rest = arguments[0], arguments[1:]
+    environment = Environment(ROOT / ".venv")
+    if job == "demo":
+        environment.prepare("train")
+        environment.run("-m", "heteroakd_fast.train", *rest)
+        return
+    environment.prepare("test")
+    if not rest:
+        environment.run("-m", "ruff", "check", ".")
+        environment.run("-m", "ruff", "format", "--check", ".")
+        environment.run("-m", "mypy")
+    environment.run("-m", "pytest", *rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,543 @@
+"""docs/contract.md, "Outputs" and "Gradients"."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from common import (
+    BACKENDS,
+    DTYPES_16,
+    TERM_CASES,
+    Batch,
+    assert_accurate,
+    assert_matches,
+    eager_cross_entropy,
+    evaluate,
+    make_batch,
+    require,
+    truth,
+)
+
+from heteroakd_fast import DistillationOutput, HeteroAKDLoss, functional
+
+F32 = torch.float32
+both_cases = pytest.mark.parametrize("case", ["ce", "all"])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+# --- outputs -----------------------------------------------------------------------------------
+
+
+def test_a_term_that_was_not_asked_for_is_none() -> None:
+    batch = make_batch(dtype=F32)
+    output = functional.distillation_loss(*batch, kd_weight=0.5)
+    assert isinstance(output, DistillationOutput)
+    assert output.ce is not None
+    assert output.kd is not None
+    missing = ("teacher_ce", "hetero", "feature", "projector", "maps")
+    assert all(getattr(output, name) is None for name in missing)
+    assert not output.ce.requires_grad
+    assert not output.kd.requires_grad
+    torch.testing.assert_close(output.loss, output.ce + 0.5 * output.kd)
+
+
+@every_backend
+@pytest.mark.parametrize("case", TERM_CASES)
+def test_loss_is_the_weighted_sum(backend: str, case: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    got = evaluate(make_batch(), backend=backend, **options)
+    weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in got.terms}
+    expected = sum(weights[name] * value for name, value in got.terms.items())
+    assert float(got.loss) == pytest.approx(expected, rel=1e-12)
+    assert float(got.loss) > 0
+
+
+@every_backend
+@both_cases
+def test_valid_is_counted(backend: str, case: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    output = functional.distillation_loss(
+        batch.student, batch.teacher, batch.target, backend=backend, **{
+            **options, "teacher_ce_weight": 0.0
+        }
+    )
+    assert output.valid is not None
+    assert output.valid.dtype == torch.int64
+    assert int(output.valid) == int((batch.target != 255).sum())
+
+
+@pytest.mark.parametrize("case", ["hetero-softmax-kl", "hetero-paper", "kd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maps(backend: str, case: str) -> None:
+    options = {**TERM_CASES[case], "return_maps": True}
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    maps = evaluate(batch, backend=backend, **options).maps
+    assert maps is not None
+    for values in maps.values():
+        assert values.shape == batch.target.shape
+        assert not values.requires_grad
+        assert (values[batch.target == 255] == 0).all()
+    inside = batch.target != 255
+    assert ((maps["reliability"][inside] > 0) & (maps["reliability"][inside] < 1)).all()
+    assert (maps["discrepancy"] >= 0).all()
+    assert maps["discrepancy"].max() > 0
+    expected = truth(batch, **options).maps
+    for name, values in maps.items():
+        torch.testing.assert_close(values.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_better_teacher_is_more_reliable() -> None:
+    batch = make_batch(dtype=F32, size=(4, 6), teacher_grid=(4, 6), ignored=0.0)
+    good = torch.zeros_like(batch.student).scatter_(1, batch.target[:, None], 8.0)
+    for preset in ("softmax-kl", "paper"):
+        maps = functional.distillation_loss(
+            batch.student,
+            good,
+            batch.target,
+            ce_weight=0.0,
+            hetero_weight=1.0,
+            preset=preset,
+            return_maps=True,
+        ).maps
+        assert maps["reliability"].mean() > 0.8
+
+
+@every_backend
+@pytest.mark.parametrize("case", TERM_CASES)
+def test_all_pixels_ignored(backend: str, case: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32, ignored=2.0)
+    batch.student.fill_(float("nan"))
+    batch.teacher.fill_(float("inf"))
+    got = evaluate(batch, 3.0, backend=backend, **options)
+    assert got.loss == 0
+    assert all(value == 0 for value in got.terms.values())
+    assert (got.student_grad == 0).all() if got.student_grad is not None else True
+    assert (got.teacher_grad == 0).all() if got.teacher_grad is not None else True
+
+
+@every_backend
+@pytest.mark.parametrize("case", TERM_CASES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_ignored_pixels_contribute_nothing(backend: str, case: str, bad: float) -> None:
+    """Columns of the grid that only ignored pixels see hold garbage, in both models."""
+    options = TERM_CASES[case]
+    require(backend, **options)
+    clean = make_batch(dtype=F32, grid=(4, 8), teacher_grid=(4, 8), size=(8, 16))
+    clean.target[:, :, 8:] = 255  # x = 8 of 16 reads columns 3.75; the garbage starts at 5
+    dirty = Batch(clean.student.clone(), clean.teacher.clone(), clean.target)
+    dirty.student[..., 5:] = bad
+    dirty.teacher[..., 5:] = bad
+    got = evaluate(dirty, 3.0, backend=backend, **options)
+    expected = evaluate(clean, 3.0, backend=backend, **options)
+    assert got.loss == expected.loss
+    assert got.terms == expected.terms
+    for ours, theirs in (
+        (got.student_grad, expected.student_grad),
+        (got.teacher_grad, expected.teacher_grad),
+    ):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert torch.equal(ours, theirs)
+            assert (ours[..., 5:] == 0).all()
+
+
+@every_backend
+@pytest.mark.parametrize("case", TERM_CASES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_in_a_valid_pixel_is_not_hidden(backend: str, case: str, side: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32, ignored=0.0)
+    getattr(batch, side)[1, 2, 1, 1] = float("nan")
+    reads_teacher = any(
+        options.get(f"{name}_weight") for name in ("teacher_ce", "kd", "hetero", "feature")
+    )
+    reads_student = options.get("ce_weight", 1.0) or any(
+        options.get(f"{name}_weight") for name in ("kd", "hetero", "feature")
+    )
+    got = evaluate(batch, backend=backend, **options)
+    expected = reads_teacher if side == "teacher" else reads_student
+    assert math.isnan(got.loss) == bool(expected)
+    if side == "student" and expected:
+        assert got.student_grad[1].isnan().any()
+
+
+@every_backend
+@pytest.mark.parametrize("case", TERM_CASES)
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_large_logits(backend: str, case: str, dtype: torch.dtype, upsampled: bool) -> None:
+    """+-1e4: finite, and as accurate as float32 can be.
+
+    On the label grid the logits are exact and so is the result. Interpolated, they carry a
+    rounding of 1e4 * 2^-24, which a softmax near a tie turns into a relative error of that size;
+    so do the cross entropies of 1e4 whose difference is the reliability of `hetero`.
+    """
+    options = TERM_CASES[case]
+    require(backend, **options)
+    size = (8, 12) if upsampled else (4, 6)
+    batch = make_batch(dtype=F32, teacher_grid=None, size=size)
+    extreme = Batch(
+        batch.student.sign().mul(1e4).to(dtype),
+        batch.teacher.sign().mul(1e4).to(dtype),
+        batch.target,
+    )
+    got = evaluate(extreme, backend=backend, **options)
+    expected = truth(extreme, **options)
+    assert math.isfinite(got.loss)
+    tolerance = 2e-3 if upsampled or options.get("hetero_weight") else 2e-6
+    for name, value in expected.terms.items():
+        assert got.terms[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    for ours, theirs in (
+        (got.student_grad, expected.student_grad),
+        (got.teacher_grad, expected.teacher_grad),
+    ):
+        if ours is not None and theirs.abs().max() > 0:
+            signal = theirs.abs().max()
+            error = (ours.double() - theirs).abs().max()
+            assert error <= (tolerance + torch.finfo(dtype).eps) * signal
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
+def test_cross_entropy_at_the_dtypes_largest_is_as_finite_as_torchs(
+    backend: str, dtype: torch.dtype
+) -> None:
+    require(backend)
+    largest = torch.finfo(dtype).max
+    for values in ([largest, 0.0, 0.0], [0.0, -largest, 0.0], [largest, largest, -largest / 4]):
+        logits = torch.tensor(values, dtype=dtype).reshape(1, 3, 1, 1).expand(1, 3, 2, 2)
+        target = torch.zeros(1, 2, 2, dtype=torch.int64)
+        batch = Batch(logits, logits, target)
+        x = logits.float().requires_grad_()
+        theirs = torch.nn.functional.cross_entropy(x, target).detach()
+        got = evaluate(batch, backend=backend)
+        assert math.isfinite(theirs)
+        assert float(got.loss) == pytest.approx(float(theirs), rel=1e-6, abs=1e-30)
+        assert got.student_grad.isfinite().all()
+
+
+@every_backend
+@pytest.mark.parametrize("lead", [5.0, 15.0, 30.0, 60.0])
+def test_gradient_of_confident_pixels(backend: str, lead: float) -> None:
+    """float32: the true-class gradient p - 1 to a relative 1e-5 even where it is 1e-26."""
+    require(backend)
+    target = torch.randint(0, 19, (1, 8, 8))
+    logits = torch.randn(1, 19, 8, 8)
+    logits.scatter_add_(1, target[:, None], torch.full((1, 1, 8, 8), lead))
+    batch = Batch(logits, logits, target)
+    got = evaluate(batch, backend=backend)
+    others = logits.double().softmax(1).scatter(1, target[:, None], 0.0)
+    expected = -others.sum(1, keepdim=True) / 64
+    ours = got.student_grad.gather(1, target[:, None]).double()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
+    nll = -torch.log1p(-others.sum(1)).mean()
+    assert float(got.loss) == pytest.approx(nll.item(), rel=1e-5)
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("case", TERM_CASES)
+@pytest.mark.parametrize("grad_output", [-0.37, 0.0, 1e4])
+def test_any_grad_output(backend: str, case: str, grad_output: float) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    got = evaluate(batch, grad_output, backend=backend, **options)
+    if grad_output == 0.0:
+        assert got.student_grad is None or (got.student_grad == 0).all()
+        return
+    assert_matches(got, truth(batch, grad_output, **options))
+
+
+@every_backend
+@both_cases
+def test_backward_twice_with_retain_graph(backend: str, case: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    student = batch.student.requires_grad_()
+    teacher = batch.teacher.requires_grad_("teacher_ce_weight" in options)
+    loss = functional.distillation_loss(
+        student, teacher, batch.target, backend=backend, **options
+    ).loss
+    three = torch.tensor(3.0)
+    (first,) = torch.autograd.grad(loss, student, three, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, student, three, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, student, 2 * three)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(third, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, student, three)
+
+
+@every_backend
+@both_cases
+def test_second_order_is_refused(backend: str, case: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    student = batch.student.requires_grad_()
+    teacher = batch.teacher.requires_grad_("teacher_ce_weight" in options)
+    loss = functional.distillation_loss(
+        student, teacher, batch.target, backend=backend, **options
+    ).loss
+    with pytest.raises(RuntimeError, match="differentiable once.*create_graph"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+@every_backend
+@both_cases
+def test_without_gradients_none_are_made(backend: str, case: str) -> None:
+    options = {**TERM_CASES[case], "teacher_ce_weight": 0.0}
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    with_grad = evaluate(batch, backend=backend, **options)
+    output = functional.distillation_loss(*batch, backend=backend, **options)
+    assert not output.loss.requires_grad
+    with torch.no_grad():
+        student = batch.student.clone().requires_grad_()
+        inside = functional.distillation_loss(
+            student, batch.teacher, batch.target, backend=backend, **options
+        )
+    assert not inside.loss.requires_grad
+    with torch.inference_mode():
+        frozen = functional.distillation_loss(*batch, backend=backend, **options)
+    assert output.loss == inside.loss == frozen.loss == with_grad.loss
+
+
+@every_backend
+@both_cases
+def test_only_the_teacher_requires_grad(backend: str, case: str) -> None:
+    options = {**TERM_CASES[case], "teacher_ce_weight": 0.5}
+    require(backend, **options)
+    batch = make_batch(dtype=F32)
+    got = evaluate(batch, student_requires_grad=False, backend=backend, **options)
+    expected = truth(batch, **options)
+    assert got.student_grad is None
+    assert_accurate(got.teacher_grad, expected.teacher_grad)
+
+
+@every_backend
+@both_cases
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_bits_do_not_depend_on_threads_or_runs(backend: str, case: str, threads: int) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    batch = make_batch(dtype=F32, grid=(33, 40), teacher_grid=(17, 20), size=(130, 161))
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, threads, threads):
+            torch.set_num_threads(count)
+            runs.append(evaluate(batch, backend=backend, **options))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert run.loss == runs[0].loss
+        assert run.terms == runs[0].terms
+        assert torch.equal(run.student_grad, runs[0].student_grad)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES_16)
+@pytest.mark.parametrize("confident", [False, True])
+def test_three_way_rule_for_16_bits(backend: str, dtype: torch.dtype, confident: bool) -> None:
+    """Error of the kernel <= error of the same-dtype eager version + one rounding."""
+    require(backend)
+    batch = make_batch(classes=19, grid=(16, 16), size=(64, 64), dtype=torch.float64)
+    logits = batch.student
+    if confident:
+        labels = batch.target.where(batch.target != 255, 0)[:, ::4, ::4]
+        logits = logits.scatter_add(
+            1, labels[:, None], torch.full((2, 1, 16, 16), 12.0, dtype=torch.float64)
+        )
+    batch = batch._replace(student=logits.to(dtype))
+    expected = truth(batch, 2.5).student_grad
+    got = evaluate(batch, 2.5, backend=backend).student_grad
+    x = batch.student.clone().requires_grad_()
+    (eager,) = torch.autograd.grad(
+        eager_cross_entropy(x, batch.target), x, torch.tensor(2.5, dtype=dtype)
+    )
+    signal = expected.abs().max()
+    rounding = torch.finfo(dtype).eps / 2 * signal
+    ours, theirs = ((g.double() - expected).abs().max() for g in (got, eager))
+    assert ours <= theirs + rounding
+    assert ours < 0.01 * signal
+    assert_accurate(got, expected)
+
+
+# --- denominators ------------------------------------------------------------------------------
+
+
+@every_backend
+@both_cases
+def test_normalizer_makes_micro_batches_exact(backend: str, case: str) -> None:
+    """Gradient accumulation: halves with global denominators add up to the whole batch."""
+    options = TERM_CASES[case]
+    require(backend, **options)
+    whole = make_batch(batch=4, dtype=torch.float64)
+    whole.target[:2, :6] = 255  # the halves have different numbers of valid pixels
+    valid = int((whole.target != 255).sum())
+    normalizer: dict[str, float] = {}
+    for name in evaluate(whole, backend=backend, **options).terms:
+        normalizer[name] = float(valid)
+    if "hetero" in normalizer:  # its denominator is a sum of discrepancies
+        maps = truth(whole, **{**options, "return_maps": True}).maps
+        normalizer["hetero"] = float(maps["discrepancy"].sum())
+    expected = evaluate(whole, backend=backend, **options)
+    halves = [
+        evaluate(
+            Batch(*(t[rows] for t in whole)), backend=backend, normalizer=normalizer, **options
+        )
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    total = float(halves[0].loss + halves[1].loss)
+    assert total == pytest.approx(float(expected.loss), rel=1e-12)
+    grads = torch.cat([half.student_grad for half in halves])
+    torch.testing.assert_close(grads, expected.student_grad, rtol=1e-11, atol=1e-15)
+
+
+@every_backend
+def test_a_plain_normalizer_replaces_the_valid_count_and_nothing_else(backend: str) -> None:
+    require(backend)
+    batch = make_batch()
+    valid = int((batch.target != 255).sum())
+    plain = evaluate(batch, backend=backend)
+    for normalizer in (2 * valid, float(2 * valid), torch.tensor(2 * valid), torch.tensor([2.0 * valid])):
+        got = evaluate(batch, backend=backend, normalizer=normalizer)
+        assert float(got.loss) == pytest.approx(float(plain.loss) / 2, rel=1e-12)
+    weight = torch.rand(5, dtype=torch.float64)
+    weighted = evaluate(batch, backend=backend, class_weight=weight)
+    same = evaluate(batch, backend=backend, class_weight=weight, normalizer=2 * valid)
+    assert same.loss == weighted.loss
+    by_name = evaluate(batch, backend=backend, class_weight=weight, normalizer={"ce": 1.0})
+    assert by_name.loss > weighted.loss
+
+
+def test_a_plain_normalizer_leaves_the_sum_of_discrepancies() -> None:
+    batch = make_batch()
+    for case, changes in (
+        ("hetero-softmax-kl", False),
+        ("hetero-no-evaluation", True),
+        ("hetero-paper", True),
+        ("hetero-paper-space", False),
+    ):
+        options = {**TERM_CASES[case], "backend": "reference"}
+        plain = evaluate(batch, **options)
+        got = evaluate(batch, normalizer=10.0, **options)
+        assert (got.loss != plain.loss) == changes, case
+
+
+def test_equal_models_have_no_hetero_loss() -> None:
+    """sum d = 0: the term is 0 with zero gradient, not 0/0."""
+    batch = make_batch(teacher_grid=None)
+    same = batch._replace(teacher=batch.student.clone())
+    got = evaluate(same, **TERM_CASES["hetero-softmax-kl"])
+    assert got.loss == 0
+    assert (got.student_grad == 0).all()
+
+
+# --- the module --------------------------------------------------------------------------------
+
+
+def test_module_on_logits_is_the_function() -> None:
+    batch = make_batch(dtype=F32)
+    loss = HeteroAKDLoss(5, kd_weight=0.4, hetero_weight=0.6, temperature=2.0, preset="paper")
+    assert not list(loss.parameters())
+    got = loss(batch.student, batch.target, teacher_logits=batch.teacher)
+    expected = functional.distillation_loss(
+        *batch, kd_weight=0.4, hetero_weight=0.6, temperature=2.0, preset="paper"
+    )
+    assert got.loss == expected.loss
+    assert got.projector is None
+
+
+@pytest.mark.parametrize("preset", ["softmax-kl", "paper"])
+def test_module_on_features(preset: str) -> None:
+    batch = make_batch(dtype=F32)
+    student_features = torch.randn(2, 7, 4, 4, requires_grad=True)
+    teacher_features = torch.randn(2, 9, 3, 3, requires_grad=True)
+    loss = HeteroAKDLoss(
+        5, 7, 9, preset=preset, feature_weight=0.3, projector_weight=0.8, class_weight=torch.rand(5)
+    )
+    assert (loss.student_projector.bn is not None) == (preset == "paper")
+    output = loss(
+        batch.student,
+        batch.target,
+        teacher_logits=batch.teacher,
+        student_features=student_features,
+        teacher_features=teacher_features,
+        return_maps=True,
+    )
+    final = functional.distillation_loss(*batch, kd_weight=0.1, class_weight=loss.class_weight)
+    with torch.no_grad():
+        z_s, z_t = loss.student_projector(student_features), loss.teacher_projector(teacher_features)
+    projected = functional.distillation_loss(
+        z_s,
+        z_t,
+        batch.target,
+        teacher_ce_weight=1.0,
+        hetero_weight=1.0,
+        feature_weight=1.0,
+        preset=preset,
+        class_weight=loss.class_weight,
+    )
+    torch.testing.assert_close(output.ce, final.ce)
+    torch.testing.assert_close(output.kd, final.kd)
+    torch.testing.assert_close(output.projector, projected.ce + projected.teacher_ce)
+    torch.testing.assert_close(output.hetero, projected.hetero)
+    torch.testing.assert_close(output.feature, projected.feature)
+    total = (
+        final.ce + 0.1 * final.kd + 0.8 * output.projector + output.hetero + 0.3 * output.feature
+    )
+    torch.testing.assert_close(output.loss.detach(), total)
+    output.loss.backward()
+    assert student_features.grad is not None
+    assert teacher_features.grad is None  # detached, though it asked for one
+    assert all(p.grad.abs().sum() > 0 for p in loss.parameters() if p.dim() == 4)
+
+
+def test_only_teacher_ce_trains_the_teachers_projector() -> None:
+    batch = make_batch(dtype=F32)
+    features = {
+        "student_features": torch.randn(2, 7, 4, 4),
+        "teacher_features": torch.randn(2, 9, 3, 3),
+    }
+    grads = []
+    for hetero in (0.0, 5.0):
+        torch.manual_seed(1)
+        loss = HeteroAKDLoss(5, 7, 9, kd_weight=0.0, hetero_weight=hetero)
+        loss(batch.student, batch.target, **features).loss.backward()
+        grads.append([loss.teacher_projector.conv.weight.grad, loss.student_projector.conv.weight.grad])
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert not torch.equal(grads[0][1], grads[1][1])
+    loss = HeteroAKDLoss(5, 7, 9, kd_weight=0.0, projector_weight=0.0)
+    loss(batch.student, batch.target, **features).loss.backward()
+    assert loss.teacher_projector.conv.weight.grad is None
+    assert loss.student_projector.conv.weight.grad.abs().sum() > 0
+
+
+def test_module_state_and_copies() -> None:
+    import copy
+    import pickle
+
+    loss = HeteroAKDLoss(5, 7, 9, class_weight=[1.0, 2.0, 3.0, 4.0, 5.0])
+    assert set(loss.state_dict()) == {
+        f"{side}_projector.conv.{name}" for side in ("student", "teacher") for name in ("weight", "bias")
+    }
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other.class_weight, loss.class_weight)
+        assert other.options == loss.options
+    assert "temperature=1.0" in repr(loss)
+    assert loss.double().class_weight.dtype == torch.float64

@@ -354,7 +354,7 @@ def check_weight(weight: object, name: str) -> float:
     """A finite number, as a float."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"{name}: got {type(weight).__name__}, expected a number")
-    if not math.isfinite(weight):
+    if not -math.inf < weight < math.inf:  # comparisons: a traced float knows nothing else
         raise ValueError(f"{name}: got {weight}, expected a finite number")
     return float(weight)
 
@@ -395,7 +395,7 @@ def check_spec(spec: LossSpec) -> None:
         )
     for name in ("temperature", "tau"):
         value = getattr(spec, name)
-        if not (math.isfinite(value) and value > 0.0):
+        if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: got {value}, expected a finite number > 0")
     if not 0.0 < spec.kd_beta < 1.0:
         raise ValueError(

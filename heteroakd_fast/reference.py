@@ -327,7 +327,9 @@ def distillation_sums(
     size = (target.shape[1], target.shape[2])
     target = target.long()
     valid = target != spec.ignore_index
-    label = torch.where(valid, target, 0)
+    # A label out of range is the caller's check to report; here it must only not be an index.
+    in_range = (target >= 0) & (target < student_logits.shape[1])
+    label = torch.where(valid & in_range, target, 0)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
 

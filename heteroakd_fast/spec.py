@@ -76,10 +76,17 @@ class LossSpec:
         options["terms"] = list(self.terms)
         return options
 
+    def structure(self) -> dict[str, Any]:
+        """The options that decide which code can run; the numbers among them do not."""
+        return {name: value for name, value in self.options().items() if name in _STRUCTURE}
+
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> LossSpec:
-        """The inverse of `options`."""
+        """The inverse of `options` (and of `structure`, with default numbers)."""
         return cls(**{**options, "terms": tuple(options["terms"])})
 
 
 _FIELDS: Final = tuple(field.name for field in fields(LossSpec))
+_STRUCTURE: Final = tuple(
+    field.name for field in fields(LossSpec) if field.type in ("tuple[str, ...]", "str", "bool")
+)

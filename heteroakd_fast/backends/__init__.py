@@ -62,7 +62,8 @@ class Backend(Protocol):
         """Why nothing runs here and what to install; None when the backend works."""
 
     def unsupported(self, spec: LossSpec) -> str | None:
-        """Why this call cannot run on this backend; None when it can."""
+        """Why this call cannot run on this backend; None when it can. May depend on
+        `spec.structure()` only: while a graph is traced, the numbers are not known."""
 
     def forward(
         self,
@@ -179,14 +180,14 @@ def select(
     name = requested if requested is not None else _requested[-1]
     _check_name(name, "backend" if requested is not None else "HETEROAKD_BACKEND or use_backend")
     if torch.compiler.is_compiling():
-        return _choose_while_tracing(name, spec.options(), device_type)
+        return _choose_while_tracing(name, spec.structure(), device_type)
     return _choose(name, spec, device_type)
 
 
 @torch.compiler.assume_constant_result
-def _choose_while_tracing(name: str, options: dict[str, Any], device_type: str) -> str:
+def _choose_while_tracing(name: str, structure: dict[str, Any], device_type: str) -> str:
     """The tracer can hand over plain constants, and must not look inside."""
-    return _choose(name, LossSpec.from_options(options), device_type)
+    return _choose(name, LossSpec.from_options(structure), device_type)
 
 
 def _choose(name: str, spec: LossSpec, device_type: str) -> str:

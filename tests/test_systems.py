@@ -1,0 +1,321 @@
+"""docs/contract.md, "Systems": operators, compilation, backends, what an import may do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import BACKENDS, TERM_CASES, make_batch, require
+
+import heteroakd_fast as hf
+from heteroakd_fast import _extension, backends, functional, info, ops
+from heteroakd_fast.spec import LossSpec
+
+COMPILED = [name for name in BACKENDS if name != "reference"]
+# A build that was told to go without the extension may lack it; any other must have it.
+PURE = os.environ.get("HETEROAKD_BUILD_EXTENSION") == "0"
+
+
+# --- operators ---------------------------------------------------------------------------------
+
+
+def test_operator_takes_exactly_the_fields_of_the_spec() -> None:
+    assert re.findall(r"(\w+)(?:,|$)", ops.OPTIONS_SCHEMA) == list(LossSpec.__dataclass_fields__)
+    spec = LossSpec(terms=("ce", "kd"), temperature=3.0, maps=True)
+    assert LossSpec.from_options(spec.options()) == spec
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_opcheck(
+    backend: str, grad: bool, layout: str, weighted: bool, dtype: torch.dtype
+) -> None:
+    options = LossSpec(terms=("ce",), label_smoothing=0.1).options()
+    require(backend, **TERM_CASES["ce-smoothed"])
+    batch = make_batch(dtype=dtype)
+    student = batch.student
+    if layout == "channels_last":
+        student = student.contiguous(memory_format=torch.channels_last)
+    elif layout == "expanded":
+        student = student[:1].expand(2, -1, -1, -1)
+    student = student.detach().requires_grad_(grad)
+    weight = torch.rand(5) if weighted else None
+    flags = {"student_grad": grad, "teacher_grad": False, "backend": backend}
+    torch.library.opcheck(
+        torch.ops.heteroakd_fast.distillation_sums,
+        (student, None, batch.target, weight),
+        {**options, **flags},
+    )
+    numerators, *_, saved = torch.ops.heteroakd_fast.distillation_sums(
+        student.detach(), None, batch.target, weight, **options, **flags
+    )
+    torch.library.opcheck(
+        torch.ops.heteroakd_fast.distillation_sums_backward,
+        (numerators, student.detach(), None, batch.target, weight, saved),
+        {**options, **flags},
+    )
+
+
+def test_opcheck_valid_count() -> None:
+    target = make_batch().target
+    torch.library.opcheck(torch.ops.heteroakd_fast.valid_count, (target, 5, 255))
+    assert int(ops.valid_count(target, 5, 255)) == int((target != 255).sum())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", ["ce", "all"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fullgraph_compile(backend: str, case: str, dynamic: bool) -> None:
+    options = {**TERM_CASES[case], "backend": backend}
+    require(backend, **TERM_CASES[case])
+    # dynamic shapes and the tracer's own work do not go through the poisoned allocator
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+
+    def step(student: Any, teacher: Any, target: Any) -> Any:
+        output = functional.distillation_loss(student, teacher, target, **options)
+        return output.loss, output.ce, output.valid
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for seed, size in ((0, (13, 17)), (1, (11, 20)) if dynamic else (1, (13, 17))):
+        batch = make_batch(dtype=torch.float32, size=size, seed=seed)
+        results = []
+        for function in (step, compiled):
+            student = batch.student.clone().requires_grad_()
+            teacher = batch.teacher.clone().requires_grad_("teacher_ce_weight" in options)
+            loss, ce, valid = function(student, teacher, batch.target)
+            (2.5 * loss).backward()
+            results.append((loss.detach(), ce, valid, student.grad))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        assert results[1][3].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_annealed_options_do_not_break_the_graph(backend: str) -> None:
+    """Weights and temperatures that change from step to step reach the tracer as symbols."""
+    require(backend)
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    batch = make_batch(dtype=torch.float32)
+
+    def loss(logits: Any, target: Any, weight: float, smoothing: float) -> Any:
+        return functional.distillation_loss(
+            logits, None, target, ce_weight=weight, label_smoothing=smoothing, backend=backend
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for weight, smoothing in ((1.0, 0.1), (0.5, 0.2), (0.25, 0.3)):
+        arguments = (batch.student, batch.target, weight, smoothing)
+        torch.testing.assert_close(compiled(*arguments), loss(*arguments))
+
+
+def test_fullgraph_compile_of_the_module() -> None:
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    loss = hf.HeteroAKDLoss(5, 7, 9)
+    batch = make_batch(dtype=torch.float32)
+    arguments = {
+        "teacher_logits": batch.teacher,
+        "student_features": torch.randn(2, 7, 4, 4),
+        "teacher_features": torch.randn(2, 9, 3, 3),
+        "return_maps": True,
+    }
+    expected = loss(batch.student, batch.target, **arguments)
+    got = torch.compile(loss, fullgraph=True)(batch.student, batch.target, **arguments)
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(got.maps["reliability"], expected.maps["reliability"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_labels_are_found_in_compiled_code(backend: str) -> None:
+    require(backend)
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    batch = make_batch(dtype=torch.float32)
+
+    @torch.compile(fullgraph=True)
+    def loss(logits: Any, target: Any) -> Any:
+        return functional.cross_entropy(logits, target, backend=backend).loss
+
+    loss(batch.student, batch.target)
+    batch.target[0, 0, 0] = 5
+    with pytest.raises(ValueError, match="label 5 at"):
+        loss(batch.student, batch.target)
+
+
+# --- backends ----------------------------------------------------------------------------------
+
+
+def test_the_compiled_backend_is_there_and_chosen() -> None:
+    """On the CPU the kernel must be used wherever it can: a silent fallback is a defect."""
+    if PURE:
+        pytest.skip("built without the extension on purpose")
+    assert backends.available()["cpu"] is None, backends.available()["cpu"]
+    assert backends.select(None, LossSpec(terms=("ce",)), "cpu") == "cpu"
+    assert backends.select(None, LossSpec(terms=("ce", "kd")), "cpu") in ("cpu", "reference")
+    assert backends.select("reference", LossSpec(terms=("ce",)), "cpu") == "reference"
+    assert backends.select(None, LossSpec(terms=("ce",)), "mps") == "reference"
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backends that calls end up on."""
+    seen: list[str] = []
+    original = ops.distillation_sums
+
+    def spy(*args: Any) -> Any:
+        seen.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(ops, "distillation_sums", spy)
+    return seen
+
+
+def test_argument_beats_context_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = record(monkeypatch)
+    batch = make_batch(dtype=torch.float32)
+
+    def call(backend: str | None = None) -> None:
+        functional.cross_entropy(batch.student, batch.target, backend=backend)
+
+    call()
+    with hf.use_backend("reference"):
+        call()
+        call("auto")
+        with hf.use_backend("auto"):
+            call()
+        call()
+    call()
+    best = "reference" if PURE else "cpu"
+    assert seen == [best, "reference", best, best, "reference", best]
+    with pytest.raises(ValueError, match="name: got 'fast', expected one of auto, reference"):
+        hf.use_backend("fast").__enter__()
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_environment_variable() -> None:
+    code = (
+        "from heteroakd_fast import backends; from heteroakd_fast.spec import LossSpec;"
+        "print(backends.select(None, LossSpec(terms=('ce',)), 'cpu'))"
+    )
+    assert python(code, HETEROAKD_BACKEND="reference").stdout.strip() == "reference"
+    assert "HETEROAKD_BACKEND" in python(code, HETEROAKD_BACKEND="fast").stderr
+    assert "it computes on cuda" in python(code, HETEROAKD_BACKEND="cuda").stderr or (
+        "'cuda' was asked for and cannot run here" in python(code, HETEROAKD_BACKEND="cuda").stderr
+    )
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    batch = make_batch(dtype=torch.float32)
+    for name, reason in backends.available().items():
+        if reason is None:
+            continue
+        with pytest.raises(hf.BackendUnavailableError) as caught:
+            functional.cross_entropy(batch.student, batch.target, backend=name)
+        assert repr(name) in str(caught.value)
+        assert reason in str(caught.value)
+        assert "heteroakd_fast.info" in str(caught.value)
+
+
+def test_without_the_extension_everything_still_works() -> None:
+    """HETEROAKD_DISABLE_EXTENSION stands in for a wheel that was built without a compiler."""
+    code = """
+import torch, heteroakd_fast as hf
+x = torch.randn(1, 3, 2, 2, requires_grad=True)
+y = torch.zeros(1, 4, 4, dtype=torch.uint8)
+hf.functional.cross_entropy(x, y).loss.backward()
+assert x.grad.abs().sum() > 0
+try:
+    hf.functional.cross_entropy(x, y + 3)
+except ValueError as error:
+    print(error)
+try:
+    hf.functional.cross_entropy(x, y, backend="cpu")
+except hf.BackendUnavailableError as error:
+    print(error)
+"""
+    run = python(code, HETEROAKD_DISABLE_EXTENSION="1")
+    assert run.returncode == 0, run.stderr
+    assert "label 3 at (b=0, y=0, x=0)" in run.stdout
+    assert "16 such pixels" in run.stdout
+    assert "HETEROAKD_DISABLE_EXTENSION is set" in run.stdout
+
+
+def test_import_loads_neither_triton_nor_the_extension_nor_the_driver() -> None:
+    code = """
+import sys, heteroakd_fast, torch
+heavy = {"triton", "transformers", "pydantic", "tyro", "matplotlib", "rich"} & set(sys.modules)
+assert not heavy, heavy
+try:
+    torch.ops.heteroakd_fast_c.build_info
+except AttributeError:
+    print("not loaded")
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "not loaded"
+
+
+def test_library_uses_the_stable_abi_only() -> None:
+    """No symbol of CPython, and of libtorch only the C interface that is stable."""
+    path = _extension.library_path()
+    if path is None:
+        pytest.skip("no compiled extension")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", "-C", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    foreign = re.findall(r"(?:\bPy[A-Z_]\w*|\b_Py\w*|\bc10::\w+|\bat::\w+|\btorch::\S+)", symbols)
+    assert foreign == []
+    assert "torch_library_impl" in symbols
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"reference +works", text)
+    assert re.search(r"triton +(works|cannot: \w+)", text)
+    assert info.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["torch"] == torch.__version__
+    assert set(report["backends"]) == set(backends.names())
+    module = subprocess.run(
+        [sys.executable, "-m", "heteroakd_fast.info"], capture_output=True, text=True
+    )
+    assert module.returncode == 0, module.stderr
+
+
+def test_kernels_package_is_installed_under_its_name() -> None:
+    import heteroakd_fast.kernels
+
+    assert "Triton" in (heteroakd_fast.kernels.__doc__ or "")
+
+
+def test_package_is_typed_and_its_names_are_public() -> None:
+    assert (Path(hf.__file__).parent / "py.typed").exists()
+    for name in hf.__all__:
+        assert hasattr(hf, name)
+    for name in ("cross_entropy", "distillation_loss"):
+        doc = getattr(functional, name).__doc__
+        for word in ("Args:", "Returns:", "Raises:", "[B, C, h, w]"):
+            assert word in doc, (name, word)

@@ -90,7 +90,7 @@ def say(text: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this file runs before anything is checked)
         raise SystemExit("dev.py: needs Python 3.10 or newer")
     if not arguments or arguments[0] not in ("demo", "test"):
         print(__doc__)

@@ -171,7 +171,13 @@ class NinjaBuild(build_ext):
             ]
             sources += sorted((CSRC / "cuda").glob("*.cu"))
             # The static runtime: the library must load where no CUDA is installed.
-            link_flags += [*cuda_library_flags(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            link_flags += [
+                *cuda_library_flags(nvcc),
+                "-lcudart_static",
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+            ]
 
         write_ninja(build / "build.ninja", sources, target, cxx_flags, nvcc_flags, link_flags)
         ninja = find_ninja()

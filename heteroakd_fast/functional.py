@@ -189,9 +189,7 @@ def distillation_loss(
         backend=backend,
     )
     loss, terms = combine([one_pass], normalizer, process_group)
-    return DistillationOutput(
-        loss=loss, valid=one_pass.sums.valid, maps=one_pass.maps, **terms[0]
-    )
+    return DistillationOutput(loss=loss, valid=one_pass.sums.valid, maps=one_pass.maps, **terms[0])
 
 
 # --- one pass: check, choose, run --------------------------------------------------------------
@@ -446,11 +444,9 @@ def _check_tensors(
 ) -> None:
     check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", _LOGITS_DTYPES)
     check_tensor(target, "target", 3, "[B, H, W]", _LABEL_DTYPES)
-    batch, classes, height, width = student_logits.shape
+    batch, classes = student_logits.shape[:2]
     if not 1 <= classes <= _MAX_CLASSES:
-        raise ValueError(
-            f"student_logits: got C={classes} classes, expected 1 to {_MAX_CLASSES}"
-        )
+        raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {_MAX_CLASSES}")
     _check_beside(target, "target", batch, student_logits)
     _check_grid(student_logits, "student_logits", target)
     if teacher_logits is not None:

@@ -36,10 +36,10 @@ def collect() -> dict[str, Any]:
             name: value for name, value in os.environ.items() if name.startswith("HETEROAKD_")
         },
         "backends": backends.available(),
-        "preference": {device: [*order, "reference"] for device, order in backends.PREFERENCE.items()},
+        "preference": {
+            device: [*order, "reference"] for device, order in backends.PREFERENCE.items()
+        },
     }
-
-
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

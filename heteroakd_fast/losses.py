@@ -229,7 +229,8 @@ class HeteroAKDLoss(nn.Module):
         normalizer: Normalizer | None,
         return_maps: bool,
     ) -> DistillationOutput:
-        assert self.student_projector is not None and self.teacher_projector is not None
+        assert self.student_projector is not None
+        assert self.teacher_projector is not None
         on_final = {name: self.weights[name] for name in ("ce", "kd")}
         on_projected = {
             "ce": self.weights["projector"],

@@ -11,7 +11,7 @@ The backend `reference` does not pass through the operator: it is ordinary diffe
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def distillation_sums(
         # it; so the loss reads the count.
         numerators = torch.where(valid >= 0, numerators, math.nan)
         if numerators.requires_grad and not torch.compiler.is_compiling():
-            numerators = _OnceDifferentiable.apply(numerators)
+            numerators = cast(Tensor, _OnceDifferentiable.apply(numerators))
     else:
         numerators, denominators, valid, maps, _ = torch.ops.heteroakd_fast.distillation_sums(
             student_logits,

@@ -78,9 +78,7 @@ def make_batch(
     generator = torch.Generator().manual_seed(seed)
 
     def logits(height: int, width: int) -> Tensor:
-        z = torch.randn(
-            batch, classes, height, width, generator=generator, dtype=torch.float64
-        )
+        z = torch.randn(batch, classes, height, width, generator=generator, dtype=torch.float64)
         return (scale * z).to(dtype)
 
     target = torch.randint(0, classes, (batch, *size), generator=generator)
@@ -175,7 +173,8 @@ def assert_accurate(got: Tensor, expected: Tensor, name: str = "gradient") -> No
     else:
         allowed = torch.full_like(expected, (1e-12 if dtype == torch.float64 else 1e-5) * signal)
     excess = (error - allowed).max().item()
-    assert excess <= 0 and not torch.isnan(error).any(), (
+    # `not >` would let NaN through, `<=` does not
+    assert excess <= 0, (
         f"{name} ({dtype}): error {error.max().item():.3e} of a signal of {signal:.3e}"
     )
 

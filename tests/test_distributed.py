@@ -97,7 +97,9 @@ def test_ranks_give_the_whole_batchs_gradient(ranks: list[dict[str, Any]], case:
     grads = torch.cat([rank[case][1] for rank in ranks]) / WORLD
     assert expected.student_grad is not None
     torch.testing.assert_close(grads, expected.student_grad, rtol=1e-10, atol=1e-14)
-    naive = evaluate(Batch(*(t[:2] for t in whole_batch())), class_weight=WEIGHT, **TERM_CASES[case])
+    naive = evaluate(
+        Batch(*(t[:2] for t in whole_batch())), class_weight=WEIGHT, **TERM_CASES[case]
+    )
     assert naive.student_grad is not None
     assert not torch.allclose(naive.student_grad / WORLD, expected.student_grad[:2], rtol=1e-3), (
         "the ranks should differ, or the test proves nothing"

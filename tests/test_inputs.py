@@ -68,9 +68,7 @@ def test_strides_do_not_matter(backend: str, case: str, layout: str) -> None:
     strided_target = torch.empty_strided(
         target.shape, (1, target.shape[0], target.shape[0] * target.shape[1]), dtype=torch.int64
     ).copy_(target)
-    strided = Batch(
-        layouts(dense.student)[layout], layouts(dense.teacher)[layout], strided_target
-    )
+    strided = Batch(layouts(dense.student)[layout], layouts(dense.teacher)[layout], strided_target)
     got = evaluate(strided, backend=backend, **options)
     expected = evaluate(dense, backend=backend, **options)
     assert got.loss == expected.loss
@@ -168,9 +166,7 @@ def test_any_ratio_of_grids(
 @pytest.mark.parametrize(
     ("batch_size", "size"), [(0, (13, 17)), (2, (0, 17)), (2, (13, 0)), (0, (0, 0))]
 )
-def test_empty_batches(
-    backend: str, case: str, batch_size: int, size: tuple[int, int]
-) -> None:
+def test_empty_batches(backend: str, case: str, batch_size: int, size: tuple[int, int]) -> None:
     options = TERM_CASES[case]
     require(backend, **options)
     batch = make_batch(batch=batch_size, size=size, dtype=F32)
@@ -277,7 +273,9 @@ def test_refuses_wrong_ranks_and_shapes() -> None:
     refuse(ValueError, "teacher_logits", "batch 1", "batch 2", teacher_logits=T[:1])
     refuse(ValueError, "teacher_logits", "C=4", "5", "project", teacher_logits=T[:, :4])
     refuse(ValueError, "student_logits", "C=0", student_logits=S[:, :0])
-    refuse(ValueError, "student_logits", "C=5000", "4096", student_logits=torch.zeros(2, 5000, 1, 1))
+    refuse(
+        ValueError, "student_logits", "C=5000", "4096", student_logits=torch.zeros(2, 5000, 1, 1)
+    )
     refuse(ValueError, "student_logits", "empty grid", student_logits=S[..., :0])
     refuse(ValueError, "class_weight", "4", "C=5", class_weight=torch.ones(4))
     refuse(ValueError, "class_weight", "(5, 1)", "[C]", class_weight=torch.ones(5, 1))
@@ -364,9 +362,7 @@ def test_refuses_dtensors(tmp_path: Any) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import distribute_tensor
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(S, mesh)

@@ -62,9 +62,11 @@ def test_valid_is_counted(backend: str, case: str) -> None:
     require(backend, **options)
     batch = make_batch(dtype=F32)
     output = functional.distillation_loss(
-        batch.student, batch.teacher, batch.target, backend=backend, **{
-            **options, "teacher_ce_weight": 0.0
-        }
+        batch.student,
+        batch.teacher,
+        batch.target,
+        backend=backend,
+        **{**options, "teacher_ce_weight": 0.0},
     )
     assert output.valid is not None
     assert output.valid.dtype == torch.int64
@@ -414,7 +416,12 @@ def test_a_plain_normalizer_replaces_the_valid_count_and_nothing_else(backend: s
     batch = make_batch()
     valid = int((batch.target != 255).sum())
     plain = evaluate(batch, backend=backend)
-    for normalizer in (2 * valid, float(2 * valid), torch.tensor(2 * valid), torch.tensor([2.0 * valid])):
+    for normalizer in (
+        2 * valid,
+        float(2 * valid),
+        torch.tensor(2 * valid),
+        torch.tensor([2.0 * valid]),
+    ):
         got = evaluate(batch, backend=backend, normalizer=normalizer)
         assert float(got.loss) == pytest.approx(float(plain.loss) / 2, rel=1e-12)
     weight = torch.rand(5, dtype=torch.float64)
@@ -482,7 +489,10 @@ def test_module_on_features(preset: str) -> None:
     )
     final = functional.distillation_loss(*batch, kd_weight=0.1, class_weight=loss.class_weight)
     with torch.no_grad():
-        z_s, z_t = loss.student_projector(student_features), loss.teacher_projector(teacher_features)
+        z_s, z_t = (
+            loss.student_projector(student_features),
+            loss.teacher_projector(teacher_features),
+        )
     projected = functional.distillation_loss(
         z_s,
         z_t,
@@ -519,7 +529,9 @@ def test_only_teacher_ce_trains_the_teachers_projector() -> None:
         torch.manual_seed(1)
         loss = HeteroAKDLoss(5, 7, 9, kd_weight=0.0, hetero_weight=hetero)
         loss(batch.student, batch.target, **features).loss.backward()
-        grads.append([loss.teacher_projector.conv.weight.grad, loss.student_projector.conv.weight.grad])
+        grads.append(
+            [loss.teacher_projector.conv.weight.grad, loss.student_projector.conv.weight.grad]
+        )
     assert torch.equal(grads[0][0], grads[1][0])
     assert not torch.equal(grads[0][1], grads[1][1])
     loss = HeteroAKDLoss(5, 7, 9, kd_weight=0.0, projector_weight=0.0)
@@ -534,7 +546,9 @@ def test_module_state_and_copies() -> None:
 
     loss = HeteroAKDLoss(5, 7, 9, class_weight=[1.0, 2.0, 3.0, 4.0, 5.0])
     assert set(loss.state_dict()) == {
-        f"{side}_projector.conv.{name}" for side in ("student", "teacher") for name in ("weight", "bias")
+        f"{side}_projector.conv.{name}"
+        for side in ("student", "teacher")
+        for name in ("weight", "bias")
     }
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(other.class_weight, loss.class_weight)

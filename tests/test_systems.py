@@ -37,9 +37,7 @@ def test_operator_takes_exactly_the_fields_of_the_spec() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("backend", COMPILED)
-def test_opcheck(
-    backend: str, grad: bool, layout: str, weighted: bool, dtype: torch.dtype
-) -> None:
+def test_opcheck(backend: str, grad: bool, layout: str, weighted: bool, dtype: torch.dtype) -> None:
     options = LossSpec(terms=("ce",), label_smoothing=0.1).options()
     require(backend, **TERM_CASES["ce-smoothed"])
     batch = make_batch(dtype=dtype)
@@ -319,3 +317,13 @@ def test_package_is_typed_and_its_names_are_public() -> None:
         doc = getattr(functional, name).__doc__
         for word in ("Args:", "Returns:", "Raises:", "[B, C, h, w]"):
             assert word in doc, (name, word)
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    """docs/contract.md: a renamed or deleted test must not leave its promise behind."""
+    root = Path(__file__).parent
+    contract = (root.parent / "docs" / "contract.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", contract)
+    assert len(named) > 40
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (root / file).read_text(), re.MULTILINE), test

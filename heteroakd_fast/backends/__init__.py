@@ -163,14 +163,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _check_name(name: str, where: str) -> None:
     if name != AUTO and name not in names():
-        raise ValueError(
-            f"{where}: got {name!r}, expected one of {', '.join((AUTO, *names()))}"
-        )
+        raise ValueError(f"{where}: got {name!r}, expected one of {', '.join((AUTO, *names()))}")
 
 
-def select(
-    requested: str | None, spec: LossSpec, device_type: str
-) -> str:
+def select(requested: str | None, spec: LossSpec, device_type: str) -> str:
     """The backend's name for this call.
 
     Raises:
@@ -180,7 +176,8 @@ def select(
     name = requested if requested is not None else _requested[-1]
     _check_name(name, "backend" if requested is not None else "HETEROAKD_BACKEND or use_backend")
     if torch.compiler.is_compiling():
-        return _choose_while_tracing(name, spec.structure(), device_type)
+        chosen: str = _choose_while_tracing(name, spec.structure(), device_type)
+        return chosen
     return _choose(name, spec, device_type)
 
 

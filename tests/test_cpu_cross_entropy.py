@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -183,3 +184,45 @@ def test_peak_memory_does_not_grow_with_the_label_grid() -> None:
     reference = peak_bytes(classes, low, 256, "reference")
     assert reference > 10 * small, "the measurement should see a materialised grid"
     assert large < full / 20
+
+
+def test_strides_beyond_2_31_elements() -> None:
+    """Image 1 lies more than 2^31 elements behind image 0, in logits and in labels.
+
+    The memory between them is never touched, so it is never allocated.
+    """
+    torch.use_deterministic_algorithms(False)  # would fill the gap
+    far = 2**31 + 12345
+    logits = torch.empty(far + 200, dtype=torch.bfloat16).as_strided((2, 3, 4, 5), (far, 20, 5, 1))
+    target = torch.empty(far + 200, dtype=torch.uint8).as_strided((2, 8, 10), (far, 10, 1))
+    dense = Batch(
+        torch.randn(2, 3, 4, 5).bfloat16(), logits, torch.randint(0, 3, (2, 8, 10)).to(torch.uint8)
+    )
+    logits.copy_(dense.student)
+    target.copy_(dense.target)
+    got = evaluate(Batch(logits, logits, target), backend="cpu")
+    expected = evaluate(dense, backend="cpu")
+    assert got.loss == expected.loss
+    assert got.student_grad is not None
+    assert expected.student_grad is not None
+    assert torch.equal(got.student_grad, expected.student_grad)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("HETEROAKD_TEST_LARGE"),
+    reason="needs 20 GiB of free memory and a minute; HETEROAKD_TEST_LARGE=1 runs it",
+)
+def test_gradient_of_more_than_2_31_elements() -> None:
+    """2 x 4096 x 513 x 513: the last image's gradient is where 64-bit offsets put it."""
+    torch.use_deterministic_algorithms(False)
+    one = torch.randn(1, 1, 513, 513).bfloat16() * 3
+    logits = one.expand(2, 4096, 513, 513).detach().requires_grad_()
+    target = torch.tensor([[[7, 4095], [255, 0]], [[4000, 1], [2, 4095]]])
+    loss = functional.cross_entropy(logits, target, backend="cpu").loss
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.numel() > 2**31
+    for label, y, x in ((4095, 1, 1), (4000, 0, 0)):
+        # the pixel's centre falls between grid points: a corner of it gets a share of p - 1
+        row, column = (128, 384)[y], (128, 384)[x]
+        assert grad[1, label, row, column] == pytest.approx((1 / 4096 - 1) / 7, rel=0.01)
+        assert grad[1, 17, row, column] == pytest.approx(1 / 4096 / 7, rel=0.01)

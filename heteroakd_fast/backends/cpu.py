@@ -89,9 +89,11 @@ class CpuBackend:
     ) -> tuple[Tensor | None, Tensor | None]:
         if not student_grad:
             return None, None
-        # One pass that reads float32, scales, and rounds once into the logits' dtype and layout.
+        # Scaled in float32 and rounded once, into the logits' dtype and layout. Image by image:
+        # torch would put a float32 copy of the whole result between the product and the rounding.
         grad = torch.empty_like(student_logits)
-        torch.mul(saved[0], grad_numerators[0], out=grad)
+        for image, unscaled in zip(grad, saved[0], strict=True):
+            torch.mul(unscaled, grad_numerators[0], out=image)
         return grad, None
 
 

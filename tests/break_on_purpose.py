@@ -1,0 +1,208 @@
+# ruff: noqa: E501
+"""Breaks one promise at a time in a copy of the repository and checks that its test fails.
+
+    python tests/break_on_purpose.py [words to select by]
+
+Not part of the suite (it takes a quarter of an hour); run it when tests or contracts change. Exits
+with 1 if a defect survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "heteroakd_fast"
+REFERENCE, FUNCTIONAL, OPS, LOSSES, LABELS, SPEC, CPU, REGISTRY, PROJECTOR, EXTENSION = (
+    f"{PACKAGE}/{name}.py"
+    for name in (
+        "reference",
+        "functional",
+        "ops",
+        "losses",
+        "labels",
+        "spec",
+        "backends/cpu",
+        "backends/__init__",
+        "projector",
+        "_extension",
+    )
+)
+KERNEL, MATH, TAPS, STRIDED = (
+    f"csrc/{name}.h"
+    for name in ("cpu/cross_entropy", "math/cross_entropy", "math/interpolation", "cpu/strided")
+)
+
+
+class Defect(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest arguments
+
+
+INPUTS, OUTPUTS, SYSTEMS, ORACLE, CPU_CE = (
+    f"tests/test_{name}.py"
+    for name in ("inputs", "outputs", "systems", "reference", "cpu_cross_entropy")
+)
+
+DEFECTS = [
+    # formulas
+    Defect("kd without T^2", REFERENCE, "_total(temperature**2 * per_pixel", "_total(per_pixel", f"{ORACLE} -k kd_is_torchs"),
+    Defect("kd directions swapped", REFERENCE, 'if divergence == "forward":', 'if divergence == "reverse":', f"{ORACLE} -k kd_is_torchs"),
+    Defect("js weights swapped", REFERENCE, "log_p_t + math.log(beta), log_p_s + math.log1p(-beta)", "log_p_s + math.log(beta), log_p_t + math.log1p(-beta)", f"{ORACLE} -k js"),
+    Defect("reliability ignores tau", REFERENCE, "(e_s - e_t) / spec.tau", "(e_s - e_t)", f"{ORACLE} -k by_hand"),
+    Defect("reliability the wrong way round", REFERENCE, "F.logsigmoid((e_s - e_t) / spec.tau)", "F.logsigmoid((e_t - e_s) / spec.tau)", f"{ORACLE} -k by_hand"),
+    Defect("discrepancy the wrong way round", REFERENCE, "discrepancy = _kl(log_p_t, log_p_s)", "discrepancy = _kl(log_p_s, log_p_t)", f"{ORACLE} -k softmax_kl"),
+    Defect("paper: gap without its positive part", REFERENCE, "(h_s - error(z_h)).clamp(min=0.0)", "(h_s - error(z_h))", f"{ORACLE} -k paper_by_hand"),
+    Defect("paper: tie goes to the teacher", REFERENCE, "(h_s + RELIABILITY_EPS) / (h_t + h_s + 2.0 * RELIABILITY_EPS)", "(h_s + 2.0 * RELIABILITY_EPS) / (h_t + h_s + 2.0 * RELIABILITY_EPS)", f"{ORACLE} -k half_and_half"),
+    Defect("paper: weights over the wrong axis", REFERENCE, "weight = (h_s + discrepancy).softmax(dim=1)", "weight = (h_s + discrepancy).softmax(dim=2)", f"{ORACLE} -k paper_by_hand"),
+    Defect("space weights see ignored pixels", REFERENCE, ".masked_fill(~inside, -math.inf)", "", f"{ORACLE} -k space_weights"),
+    Defect("mixed target not detached", REFERENCE, "student_z, teacher_z = student_z.detach(), teacher_z.detach()", "teacher_z = teacher_z.detach()", f"{ORACLE} -k hetero_in_the_pass"),
+    Defect("feature term sums over classes", REFERENCE, ".square().mean(dim=1)", ".square().sum(dim=1)", f"{ORACLE} -k feature_is_a_mean"),
+    Defect("smoothing ignores class weights", REFERENCE, "class_weight[:, None, None] * log_p", "log_p", f"{ORACLE} -k cross_entropy_is_torchs"),
+    Defect("textbook nll", REFERENCE, "return torch.logaddexp(a, torch.zeros_like(a))", "return -_at_label(z.log_softmax(dim=1), label)", f"{ORACLE} -k confident"),
+    Defect("maximum not subtracted first", REFERENCE, "z = z - z.detach().amax(dim=1, keepdim=True)", "z = z * 1.0", f"{OUTPUTS} -k large_logits"),
+    Defect("align_corners lost", REFERENCE, 'mode="bilinear", align_corners=align_corners', 'mode="bilinear", align_corners=False', f"{ORACLE} -k upsample"),
+    Defect("projection without bias", REFERENCE, "z = z + bias[:, None, None]", "z = z + 0.0", f"{ORACLE} -k projection_is"),
+    Defect("nearest labels rounded", LABELS, "* height // max(size[0], 1)", "* height // max(size[0], 1) + 1", f"{ORACLE} -k nearest"),
+    # inputs
+    Defect("gradient in float32 for 16-bit logits", CPU, "grad = torch.empty_like(student_logits)", "grad = torch.empty_like(student_logits, dtype=saved[0].dtype)", f"{INPUTS} -k every_dtype"),
+    Defect("computed in 16 bits", REFERENCE, "dtype = torch.promote_types(student_logits.dtype, torch.float32)\n    size", "dtype = student_logits.dtype\n    size", f"{INPUTS} -k every_dtype"),
+    Defect("channel stride assumed dense", STRIDED, "c * stride_[1] + row", "c * width_ * 4 + row", f"{INPUTS} -k strides_do_not"),
+    Defect("label stride assumed dense", STRIDED, "in[x * self.stride_[2]]", "in[x]", f"{INPUTS} -k strides_do_not"),
+    Defect("batch stride assumed dense", STRIDED, "b * stride_[0] +", "b * stride_[1] * 5 +", f"{INPUTS} -k expanded"),
+    Defect("writes to the caller's logits", CPU, "        raise_bad_label(", "        student_logits.data.add_(0.0), student_logits.detach().zero_()\n        raise_bad_label(", f"{INPUTS} -k never_written"),
+    Defect("uint8 labels not supported", STRIDED, "case ScalarType::Byte: return read<uint8_t>;", "", f"{INPUTS} -k label_dtypes"),
+    Defect("ignore_index cut to 8 bits", LABELS, "_extension.operators().label_report(target, num_classes, ignore_index)", "_extension.operators().label_report(target, num_classes, ignore_index % 256)", f"{INPUTS} -k any_integer"),
+    Defect("ignore_index cut to 8 bits (kernel)", CPU, "            spec.ignore_index,\n            spec.align", "            spec.ignore_index % 256,\n            spec.align", f"{INPUTS} -k any_integer"),
+    Defect("last class skipped", KERNEL, "for (int64_t c = 0; c < s_.classes; ++c) {\n      const T* e = tile", "for (int64_t c = 0; c + 1 < s_.classes; ++c) {\n      const T* e = tile", f"{INPUTS} -k numbers_of_classes"),
+    Defect("one class is NaN", REFERENCE, "return z[:, 0] - z[:, 0]", "return z[:, 0] / 0.0", f"{INPUTS} -k one_class"),
+    Defect("more than 1024 classes refused", FUNCTIONAL, "_MAX_CLASSES = 4096", "_MAX_CLASSES = 1024", f"{INPUTS} -k 4096"),
+    Defect("edge rows lost", KERNEL, "row[x] += edge[c * s_.in_width + x]", "row[x] += T(0) * edge[c * s_.in_width + x]", f"{CPU_CE} -k integer_ratios"),
+    Defect("taps in float", TAPS, "double fraction = source - static_cast<double>(lower);", "double fraction = static_cast<float>(source) - static_cast<float>(lower);", f"{CPU_CE} -k far_from_the_origin"),
+    Defect("a tap of weight zero is read", KERNEL, "z[x] = taps[x].fraction == T(0) ? lower : between;", "z[x] = (T(1) - taps[x].fraction) * lower + taps[x].fraction * mixed[taps[x].upper + (x + 1 < count && taps[x].upper + 1 < s_.in_width)];", f"{CPU_CE} -k infinite_logits"),
+    Defect("last tile ragged", KERNEL, "std::min<int64_t>(kTile, s_.out_width - x)", "std::min<int64_t>(kTile, s_.out_width - x) - (x > 0)", f"{CPU_CE} -k equals_interpolate"),
+    Defect("empty batches crash", REFERENCE, "if target.numel() == 0:", "if False:", f"{INPUTS} -k empty"),
+    Defect("resolution ignored", FUNCTIONAL, 'if resolution == "logits":', 'if resolution == "never":', f"{INPUTS} -k resolution"),
+    Defect("autocast reaches the formulas", OPS, "with torch.autocast(student_logits.device.type, enabled=False):", "if True:", f"{INPUTS} -k autocast_changes"),
+    Defect("autocast reaches the projection", PROJECTOR, "with torch.autocast(features.device.type, enabled=False):", "if True:", f"{INPUTS} -k projection"),
+    Defect("rank not checked", FUNCTIONAL, "if tensor.dim() != rank:", "if False:", f"{INPUTS} -k ranks_and_shapes"),
+    Defect("classes not compared", FUNCTIONAL, "if teacher_logits.shape[1] != classes:", "if False:", f"{INPUTS} -k ranks_and_shapes"),
+    Defect("dtype not checked", FUNCTIONAL, "if tensor.dtype not in dtypes:", "if False:", f"{INPUTS} -k types_and_dtypes"),
+    Defect("device not checked", FUNCTIONAL, "if tensor.device != student_logits.device:", "if False:", f"{INPUTS} -k devices"),
+    Defect("temperature not checked", FUNCTIONAL, "if not 0.0 < value < math.inf:", "if False:", f"{INPUTS} -k temperatures"),
+    Defect("options not checked", FUNCTIONAL, "    if value not in choices:", "    if False:", f"{INPUTS} -k out_of_range"),
+    Defect("teacher silently detached", FUNCTIONAL, 'if teacher_logits.requires_grad and "teacher_ce" not in spec.terms:', "if False:", f"{INPUTS} -k silently"),
+    Defect("normalizer not checked", FUNCTIONAL, "if value.numel() != 1:", "if False:", f"{INPUTS} -k wrong_normalizers"),
+    Defect("labels not checked (kernel)", CPU, "        raise_bad_label(", "        (lambda *a: None)(", f"{INPUTS} -k labels_out_of_range"),
+    Defect("labels not checked (reference)", OPS, 'if target.device.type == "cpu" or check_synchronously():', "if check_synchronously():", f"{INPUTS} -k labels_out_of_range"),
+    Defect("labels checked in 32 bits", STRIDED, "const int64_t label = static_cast<int64_t>(in[x * self.stride_[2]]);", "const int64_t label = static_cast<int32_t>(in[x * self.stride_[2]]);", f"{INPUTS} -k labels_out_of_range"),
+    Defect("DTensors not refused", FUNCTIONAL, "if _is_dtensor(tensor):", "if False:", f"{INPUTS} -k dtensors"),
+    Defect("module checks no features", LOSSES, "if features.shape[1] != projector.conv.in_channels:", "if False:", f"{INPUTS} -k module_refuses"),
+    # outputs
+    Defect("terms not detached", FUNCTIONAL, "means.detach().to(dtype).unbind()", "means.to(dtype).unbind()", f"{OUTPUTS} -k not_asked_for"),
+    Defect("weights not applied", FUNCTIONAL, "loss = loss + weight * value", "loss = loss + value", f"{OUTPUTS} -k weighted_sum"),
+    Defect("valid counts all pixels (kernel)", STRIDED, "row.valid += kind == LabelKind::kClass;", "row.valid += 1;", f"{OUTPUTS} -k valid_is_counted"),
+    Defect("maps show ignored pixels", REFERENCE, "maps = torch.where(valid, pair, 0)", "maps = pair", f"{OUTPUTS} -k maps"),
+    Defect("maps swapped", FUNCTIONAL, '"reliability": self.sums.maps[0], "discrepancy": self.sums.maps[1]', '"reliability": self.sums.maps[1], "discrepancy": self.sums.maps[0]', f"{OUTPUTS} -k 'maps or reliable'"),
+    Defect("0 / 0 when all is ignored", FUNCTIONAL, "torch.where(denominators == 0, 0.0, 1.0 / denominators)", "1.0 / denominators", f"{OUTPUTS} -k all_pixels_ignored"),
+    Defect("ignored pixels by a factor 0 (reference)", REFERENCE, "return torch.where(valid[:, None], z, 0)", "return z", f"{OUTPUTS} -k ignored_pixels"),
+    Defect("ignored pixels by a factor 0 (kernel)", KERNEL, "if (label[x] < 0) continue;  // a branch", "if (label[x] < 0) w.hard = T(0);  // a branch", f"{OUTPUTS} -k ignored_pixels"),
+    Defect("NaN hidden", KERNEL, "const T e = std::exp(z[x] - maximum[x]);", "const T e = std::exp(z[x] == z[x] ? z[x] - maximum[x] : T(-1));", f"{OUTPUTS} -k nan_in_a_valid"),
+    Defect("no maximum in the kernel", KERNEL, "maximum[x] = z[x] > maximum[x] ? z[x] : maximum[x];", "maximum[x] = T(0);", f"{OUTPUTS} -k 'large_logits or largest'"),
+    Defect("true class as p - 1", MATH, "- w.hard * (others / total)", "+ w.hard * (p - T(1))", f"{OUTPUTS} -k confident_pixels"),
+    Defect("nll as log(total)", MATH, "log1p(others) : log(total)", "log(total) : log(total)", f"{OUTPUTS} -k confident_pixels"),
+    # gradients
+    Defect("grad_output ignored", CPU, "torch.mul(unscaled, grad_numerators[0], out=image)", "image.copy_(unscaled)", f"{OUTPUTS} -k any_grad_output"),
+    Defect("saved gradient scaled in place", CPU, "torch.mul(unscaled, grad_numerators[0], out=image)", "image.copy_(unscaled.mul_(grad_numerators[0].float()))", f"{OUTPUTS} -k backward_twice"),
+    Defect("second order silently wrong", OPS, "    if torch.is_grad_enabled():\n        raise", "    if False:\n        raise", f"{OUTPUTS} -k second_order"),
+    Defect("gradients made without need", OPS, "student_grad = grad_mode and student_logits.requires_grad", "student_grad = True", f"{OUTPUTS} -k without_gradients"),
+    Defect("teacher gets the hetero gradient", REFERENCE, "frozen_teacher_z = teacher_z.detach()", "frozen_teacher_z = teacher_z", f"{OUTPUTS} -k only_the_teacher"),
+    Defect("sums depend on threads", KERNEL, "band_sums_[static_cast<size_t>(band)] = sums;", "band_sums_[static_cast<size_t>(band)] = sums; if (s_.out_height > 99) band_sums_[0].numerator += 1e-3 * static_cast<double>(reinterpret_cast<uintptr_t>(&sums) % 65536);", f"{OUTPUTS} -k bits_do_not"),
+    Defect("gradient rounded twice", CPU, "torch.mul(unscaled, grad_numerators[0], out=image)", "torch.mul(unscaled.bfloat16(), grad_numerators[0], out=image)", f"{OUTPUTS} -k three_way"),
+    Defect("normalizer replaces every denominator", FUNCTIONAL, "if one.counts_valid_pixels(term)}", "if True}", f"{OUTPUTS} -k plain_normalizer"),
+    Defect("normalizer ignored by name", FUNCTIONAL, "if term in normalizer}", "if False}", f"{OUTPUTS} -k micro_batches"),
+    Defect("kd taken on the projected pair", LOSSES, '("ce", "kd")}\n        on', '("ce",)}\n        on', f"{OUTPUTS} -k module_on_features"),
+    Defect("teacher's projector trained by every term", LOSSES, 'if not self.weights["projector"]:', "if False:", f"{OUTPUTS} -k only_teacher_ce"),
+    Defect("teacher features not detached", LOSSES, 'features.detach() if side == "teacher" else features', "features", f"{OUTPUTS} -k module_on_features"),
+    # systems
+    Defect("fake kernel with a wrong dtype", OPS, "student_logits.new_empty(terms, dtype=torch.float64),\n        student_logits.new_empty((), ", "student_logits.new_empty(terms),\n        student_logits.new_empty((), ", f"{SYSTEMS} -k opcheck"),
+    Defect("operator without a fake kernel", OPS, 'torch.library.register_fake("heteroakd_fast::valid_count"', 'torch.library.register_fake("heteroakd_fast::distillation_sums_x"', f"{SYSTEMS} -k valid_count"),
+    Defect("a graph break", FUNCTIONAL, "    check_spec(spec)\n    check_choice(resolution", "    check_spec(spec)\n    torch._dynamo.graph_break()\n    check_choice(resolution", f"{SYSTEMS} -k 'fullgraph and ce-'"),
+    Defect("numbers traced as constants only", SPEC, "if name in _STRUCTURE}", "if True}", f"{SYSTEMS} -k annealed"),
+    Defect("label check dropped by the compiler", OPS, "numerators = torch.where(valid >= 0, numerators, math.nan)", "pass", f"{SYSTEMS} -k bad_labels"),
+    Defect("full-resolution logits stored", CPU, "        sums, labels, grad =", "        full = torch.nn.functional.interpolate(student_logits.detach(), target.shape[1:])\n        sums, labels, grad =", f"{CPU_CE} -k peak_memory"),
+    Defect("kernel silently not used", REGISTRY, '"cpu": ("cpu",),', '"cpu": (),', f"{SYSTEMS} -k there_and_chosen"),
+    Defect("context ignored", REGISTRY, "requested if requested is not None else _requested[-1]", "requested if requested is not None else _requested[0]", f"{SYSTEMS} -k argument_beats"),
+    Defect("environment ignored", REGISTRY, 'os.environ.get("HETEROAKD_BACKEND", AUTO) or AUTO', "AUTO", f"{SYSTEMS} -k environment_variable"),
+    Defect("falls back silently", REGISTRY, "        if reason is not None:\n            raise", "        if False:\n            raise", f"{SYSTEMS} -k says_why"),
+    Defect("import loads the extension", f"{PACKAGE}/__init__.py", "from .version import __version__", "from .version import __version__\nfrom ._extension import loaded as _loaded\n_loaded()", f"{SYSTEMS} -k import_loads"),
+    Defect("needs the extension", LABELS, "if _extension.loaded() and", "if", f"{SYSTEMS} -k without_the_extension"),
+    Defect("local denominators", FUNCTIONAL, "    if process_group is not None:\n", "    if False:\n", "tests/test_distributed.py"),
+    Defect("summed, not averaged, over ranks", FUNCTIONAL, "return total / dist.get_world_size(process_group)", "return total", "tests/test_distributed.py"),
+    Defect("CPython API in the library", "csrc/library.cpp", "std::string build_info() {", 'extern "C" int PyRun_SimpleString(const char*);\nstd::string build_info() {\n  if (__builtin_expect(std::string(__FILE__).empty(), 0)) PyRun_SimpleString("");', f"{SYSTEMS} -k stable_abi"),
+]  # fmt: skip
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(cwd), "HETEROAKD_BUILD_CUDA": "0"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def build(copy: Path) -> bool:
+    return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], copy).returncode == 0
+
+
+def test(copy: Path, arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    return run([*command, *shlex.split(arguments)], copy)
+
+
+def main(words: list[str]) -> int:
+    chosen = [d for d in DEFECTS if all(w in f"{d.what} {d.file} {d.tests}" for w in words)]
+    survivors: list[str] = []
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "copy"
+        ignore = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=ignore)
+        if not build(copy):
+            raise SystemExit("the unbroken copy does not build")
+        files = " ".join(sorted({defect.tests.split()[0] for defect in chosen}))
+        unbroken = test(copy, files)
+        if unbroken.returncode != 0:
+            raise SystemExit(f"the unbroken copy fails:\n{unbroken.stdout}")
+        for number, defect in enumerate(chosen, 1):
+            path = copy / defect.file
+            text = path.read_text()
+            if text.count(defect.old) != 1:
+                raise SystemExit(
+                    f"{defect.what}: found {text.count(defect.old)} times in {defect.file}, "
+                    f"expected once: {defect.old!r}"
+                )
+            compiled = defect.file.startswith("csrc")
+            path.write_text(text.replace(defect.old, defect.new))
+            if compiled and not build(copy):
+                raise SystemExit(f"{defect.what}: does not compile, so it proves nothing")
+            caught = test(copy, defect.tests).returncode == 1
+            path.write_text(text)
+            if compiled:
+                build(copy)
+            verdict = "caught" if caught else "SURVIVED"
+            print(f"{number:3}/{len(chosen)} {verdict:9}{defect.what}", flush=True)
+            if not caught:
+                survivors.append(defect.what)
+    print(f"{len(chosen) - len(survivors)} caught, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -23,7 +23,8 @@ def check_synchronously() -> bool:
 
 def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """The report of `target` [B, H, W] (uint8, int32 or int64), int64[3] on its device."""
-    if _extension.loaded() and (target.device.type == "cpu" or _runs_on_cuda(target)):
+    # The CUDA kernel is built but has not run on a GPU yet: torch's operators until it has.
+    if target.device.type == "cpu" and _extension.loaded():
         report: Tensor = _extension.operators().label_report(target, num_classes, ignore_index)
         return report
     labels = target.long().flatten()
@@ -33,10 +34,6 @@ def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     first = bad.to(torch.uint8).argmax() if labels.numel() else count
     first = torch.where(count > 0, first, -1)
     return torch.stack((valid.sum() - count, count, first))
-
-
-def _runs_on_cuda(target: Tensor) -> bool:
-    return target.device.type == "cuda" and _extension.has_cuda()
 
 
 def raise_bad_label(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:

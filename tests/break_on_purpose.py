@@ -146,7 +146,7 @@ DEFECTS = [
     Defect("environment ignored", REGISTRY, 'os.environ.get("HETEROAKD_BACKEND", AUTO) or AUTO', "AUTO", f"{SYSTEMS} -k environment_variable"),
     Defect("falls back silently", REGISTRY, "        if reason is not None:\n            raise", "        if False:\n            raise", f"{SYSTEMS} -k says_why"),
     Defect("import loads the extension", f"{PACKAGE}/__init__.py", "from .version import __version__", "from .version import __version__\nfrom ._extension import loaded as _loaded\n_loaded()", f"{SYSTEMS} -k import_loads"),
-    Defect("needs the extension", LABELS, "if _extension.loaded() and", "if", f"{SYSTEMS} -k without_the_extension"),
+    Defect("needs the extension", LABELS, "and _extension.loaded():", ":", f"{SYSTEMS} -k without_the_extension"),
     Defect("local denominators", FUNCTIONAL, "    if process_group is not None:\n", "    if False:\n", "tests/test_distributed.py"),
     Defect("summed, not averaged, over ranks", FUNCTIONAL, "return total / dist.get_world_size(process_group)", "return total", "tests/test_distributed.py"),
     Defect("CPython API in the library", "csrc/library.cpp", "std::string build_info() {", 'extern "C" int PyRun_SimpleString(const char*);\nstd::string build_info() {\n  if (__builtin_expect(std::string(__FILE__).empty(), 0)) PyRun_SimpleString("");', f"{SYSTEMS} -k stable_abi"),

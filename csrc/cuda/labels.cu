@@ -3,6 +3,7 @@
 // Integer atomics: sums and minima of integers do not depend on their order, so the result is
 // deterministic. Memory bound: 1, 4 or 8 bytes per pixel.
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,18 +1,12 @@
 // The current stream and error checks, without linking libtorch_cuda.
-//
-// One library serves CPU-only and CUDA builds of torch: the one libtorch_cuda symbol it needs is
-// weak, so that it loads where there is none (and is never called there, for want of a tensor).
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace heteroakd::cuda {
 
@@ -20,12 +14,19 @@ inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
+// One library serves torch with and without CUDA, so it must not link libtorch_cuda. Where there is
+// a CUDA tensor that library is loaded, but locally: its symbols are found through its handle only.
 inline cudaStream_t current_stream(int32_t device_index) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "this torch was built without CUDA");
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(getter != nullptr, "libtorch_cuda.so is not loaded: a torch without CUDA?");
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0,
-                  "the current CUDA stream could not be read");
+  STD_TORCH_CHECK(getter(device_index, &stream) == 0, "the current CUDA stream could not be read");
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -55,8 +55,10 @@ def use(wheel: Path, directory: Path) -> str:
     """Installs the wheel beside this interpreter's packages and trains one step with it."""
     target = directory / "installed"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
-        + ["--target", str(target), str(wheel)],
+        [
+            *(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"),
+            *("--target", str(target), str(wheel)),
+        ],
         check=True,
         capture_output=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from common import (
     truth,
 )
 
-from heteroakd_fast import DistillationOutput, HeteroAKDLoss, functional
+from heteroakd_fast import DistillationOutput, HeteroAKDLoss, backends, functional
 
 F32 = torch.float32
 both_cases = pytest.mark.parametrize("case", ["ce", "all"])
@@ -32,6 +33,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def test_a_term_that_was_not_asked_for_is_none() -> None:
     batch = make_batch(dtype=F32)
+    batch.student.requires_grad_()
     output = functional.distillation_loss(*batch, kd_weight=0.5)
     assert isinstance(output, DistillationOutput)
     assert output.ce is not None
@@ -40,7 +42,8 @@ def test_a_term_that_was_not_asked_for_is_none() -> None:
     assert all(getattr(output, name) is None for name in missing)
     assert not output.ce.requires_grad
     assert not output.kd.requires_grad
-    torch.testing.assert_close(output.loss, output.ce + 0.5 * output.kd)
+    assert output.loss.requires_grad
+    torch.testing.assert_close(output.loss.detach(), output.ce + 0.5 * output.kd)
 
 
 @every_backend
@@ -318,16 +321,46 @@ def test_without_gradients_none_are_made(backend: str, case: str) -> None:
     assert output.loss == inside.loss == frozen.loss == with_grad.loss
 
 
-@every_backend
 @both_cases
-def test_only_the_teacher_requires_grad(backend: str, case: str) -> None:
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_compiled_backends_are_told_which_gradients_to_make(
+    backend: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = TERM_CASES[case]
+    require(backend, **options)
+    asked: list[tuple[bool, bool]] = []
+    kernel = backends.get(backend)
+    original = kernel.forward
+
+    def spy(*args: Any) -> Any:
+        asked.append(args[-2:])
+        return original(*args)
+
+    monkeypatch.setattr(kernel, "forward", spy)
+    batch = make_batch(dtype=F32)
+    evaluate(batch, backend=backend, **options)
+    with torch.no_grad():
+        functional.distillation_loss(
+            batch.student.requires_grad_(), batch.teacher, batch.target, backend=backend, **options
+        )
+    functional.distillation_loss(
+        batch.student.detach(), batch.teacher, batch.target, backend=backend, **options
+    )
+    trains_teacher = "teacher_ce_weight" in options
+    assert asked == [(True, trains_teacher), (False, False), (False, False)]
+
+
+@both_cases
+@every_backend
+def test_only_teacher_ce_reaches_the_teacher(backend: str, case: str) -> None:
+    """Whatever else is computed, the teacher's gradient is that of `teacher_ce` alone."""
     options = {**TERM_CASES[case], "teacher_ce_weight": 0.5}
     require(backend, **options)
     batch = make_batch(dtype=F32)
     got = evaluate(batch, student_requires_grad=False, backend=backend, **options)
-    expected = truth(batch, **options)
+    alone = truth(batch, ce_weight=0.0, teacher_ce_weight=0.5)
     assert got.student_grad is None
-    assert_accurate(got.teacher_grad, expected.teacher_grad)
+    assert_accurate(got.teacher_grad, alone.teacher_grad)
 
 
 @every_backend

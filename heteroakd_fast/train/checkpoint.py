@@ -1,0 +1,127 @@
+"""Checkpoints that survive a kill, a full disk and a damaged file.
+
+The newest file and the one before it are kept; a checksum in front of the content tells a
+damaged file from a good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .files import remove_leftovers, write_atomically
+
+log = logging.getLogger("heteroakd_fast.train")
+
+_MAGIC = b"HAKDCKP1"
+_DIGEST_BYTES = 32
+
+NEWEST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` as the newest checkpoint; the newest so far becomes the previous one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).digest()
+    try:
+        write_atomically(folder / NEWEST, (_MAGIC, digest, content), keep_as=folder / PREVIOUS)
+    except OSError as error:
+        kept = [name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+        raise CheckpointError(
+            f"{folder / NEWEST}: the checkpoint of step {state.get('step')} cannot be written: "
+            f"{error.strerror}; "
+            + (
+                f"intact: {', '.join(kept)}. Make room and run the same command again"
+                if kept
+                else "none before it"
+            )
+        ) from error
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest readable checkpoint, or None where there was never one."""
+    remove_leftovers(folder)
+    problems = []
+    for name in (NEWEST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            state = _read(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            log.warning("%s; going on from %s, step %s", problems[0], name, state.get("step"))
+        return state
+    if problems:
+        raise CheckpointError(
+            "\n".join(problems)
+            + f"\nno checkpoint in {folder} can be used; remove the folder to start again"
+        )
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    head = len(_MAGIC) + _DIGEST_BYTES
+    if len(data) < head or not data.startswith(_MAGIC):
+        raise CheckpointError(f"{path}: not a checkpoint, or cut short ({len(data)} bytes)")
+    content = memoryview(data)[head:]
+    if hashlib.sha256(content).digest() != data[len(_MAGIC) : head]:
+        raise CheckpointError(f"{path}: damaged (its checksum does not fit)")
+    try:
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
+    except Exception as error:  # torch has many kinds of error here; all mean the same to the user
+        raise CheckpointError(f"{path}: cannot be decoded: {error}") from error
+    return state
+
+
+def random_states() -> dict[str, Any]:
+    """Every global random state that a model or a loss may draw from."""
+    # The legacy generator: a user's model may draw from it.
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        # As a tensor: a numpy array is not allowed by weights_only.
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(keys, np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    assert isinstance(keys, Tensor)
+    numpy_state = (name, keys.numpy().astype(np.uint32), position, has_gauss, gauss)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    cuda = states.get("cuda", [])
+    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)

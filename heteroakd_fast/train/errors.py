@@ -1,0 +1,37 @@
+"""Errors that are the user's to fix: shown as one message, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The configuration (file or command line) cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A picture or a mask is missing or cannot be used."""
+
+
+class ModelError(UserError):
+    """A model cannot be built, or weights do not fit it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written or read."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on."""
+
+
+class StoppedError(UserError):
+    """A signal asked to stop; the state was saved first."""
+
+    exit_code = 130

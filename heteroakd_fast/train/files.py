@@ -1,0 +1,49 @@
+"""Files that are either complete or as they were before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomically(
+    path: Path, chunks: Iterable[bytes | memoryview], keep_as: Path | None = None
+) -> None:
+    """Write `path` beside, flush it to the disk, and rename; what was there becomes `keep_as`.
+
+    On any failure, a full disk included, the temporary file is removed and nothing else changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two processes that prepare the same cached file apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder that only one process writes."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    # Without it a power cut may undo the renames. Not every system can open a folder.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

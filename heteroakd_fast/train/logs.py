@@ -1,0 +1,151 @@
+"""The run's own records: metrics.jsonl, TensorBoard events, and what the console shows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from .files import write_atomically
+
+log = logging.getLogger("heteroakd_fast.train")
+
+_PLAIN_SECONDS = 15.0
+
+
+class MetricsFile:
+    """One JSON object per line; lines after the resumed step are cut, so that none comes twice."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if _step_of(line) <= resumed_step
+            ]
+            write_atomically(path, [(line + "\n").encode() for line in kept])
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        # NaN (an absent class) is no JSON.
+        clean = {key: _finite(value) for key, value in record.items()}
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the half-written line of a killed run
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; does nothing where it is switched off or not installed."""
+
+    _said = False
+
+    def __init__(self, folder: Path, resumed_step: int, enabled: bool) -> None:
+        self._writer: Any = None
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            if not TensorBoard._said:
+                TensorBoard._said = True
+                log.info("TensorBoard is not installed: only metrics.jsonl is written")
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class StageProgress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, console: Console, name: str, total: int, done: int) -> None:
+        self.console, self.name, self.total = console, name, total
+        self._first_step, self._first_time = done, time.monotonic()
+        self._last_line = self._first_time
+        self._text = ""
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+            )
+            self._task = self._bar.add_task(name, total=total, completed=done, text="")
+
+    def __enter__(self) -> StageProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, step: int, terms: dict[str, float] | None, images: int) -> None:
+        """Show that `step` steps are done; `terms` are new averages, where there are any."""
+        now = time.monotonic()
+        steps, seconds = step - self._first_step, now - self._first_time
+        rate = steps / seconds if seconds > 0 else 0.0
+        if terms is not None:
+            self._text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
+        shown = f"{self._text}  {rate * images:.0f} img/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=shown)
+        elif now - self._last_line >= _PLAIN_SECONDS or step == self.total:
+            self._last_line = now
+            left = (self.total - step) / rate if rate else 0.0
+            self.console.print(
+                f"{self.name} {step}/{self.total}  {shown}  {left:.0f} s left", highlight=False
+            )
+
+    def say(self, text: str) -> None:
+        (self._bar.console if self._bar else self.console).print(text, highlight=False)

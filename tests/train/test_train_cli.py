@@ -1,0 +1,113 @@
+"""The command from end to end on a tiny data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from train_helpers import run_command, write_config
+
+from heteroakd_fast.train.cli import main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    folder = tmp_path_factory.mktemp("job")
+    path = write_config(folder, steps=80)
+    done = run_command(path, "--amp", "bf16", "--log.eval-every", "40")
+    assert done.returncode == 0, done.stderr
+    return path, folder / "run", done.stdout
+
+
+def test_results(finished: tuple[Path, Path, str]) -> None:
+    _, run, printed = finished
+    results = json.loads((run / "results.json").read_text())
+    for stage in ("teacher", "alone", "distilled"):
+        scores = results["stages"][stage]
+        # The stripes are easy: whoever learns nothing stays below a third.
+        assert scores["miou"] > 0.5, stage
+        assert len(scores["class_iou"]) == 3
+        assert f"{100 * scores['miou']:.1f}" in printed
+    gain = results["stages"]["distilled"]["miou"] - results["stages"]["alone"]["miou"]
+    assert results["gain"] == pytest.approx(gain)
+    assert results["config"]["amp"] == "bf16"
+    assert "one seed" in printed
+
+
+def test_picture_shows_something(finished: tuple[Path, Path, str]) -> None:
+    with Image.open(finished[1] / "report.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape[1] > 500
+    # The colours of the three classes and of both maps, not an empty canvas.
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
+    # A prediction that was not drawn would be black.
+    assert (pixels == 0).all(axis=2).mean() < 0.04
+    assert 0.2 < (pixels == 255).all(axis=2).mean() < 0.9
+
+
+def test_the_same_command_again_skips_everything(
+    finished: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run, _ = finished
+    threads = torch.get_num_threads()
+    before = json.loads((run / "results.json").read_text())
+    weights = (run / "distilled" / "model.safetensors").stat().st_mtime_ns
+    (run / "report.png").unlink()
+    assert main([str(path), "--amp", "bf16", "--log.eval-every", "40"]) == 0
+    torch.set_num_threads(threads)
+    assert json.loads((run / "results.json").read_text()) == before
+    assert (run / "distilled" / "model.safetensors").stat().st_mtime_ns == weights
+    assert (run / "report.png").exists()
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_other_configuration_in_the_same_folder(
+    finished: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _, _ = finished
+    assert main([str(path), "--amp", "bf16", "--optim.lr", "0.01"]) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr: 0.003 -> 0.01" in message
+    assert "--resume-anyway" in message
+
+
+def test_two_runs_in_one_folder(
+    finished: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run, _ = finished
+    with FileLock(run / ".lock"):
+        assert main([str(path)]) == 1
+    assert "another run is using this folder" in capsys.readouterr().err
+
+
+def test_trained_teacher_from_a_file(finished: tuple[Path, Path, str], tmp_path: Path) -> None:
+    path, run, _ = finished
+    weights = run / "teacher" / "model.safetensors"
+    arguments = ["--teacher.steps", "0", "--teacher.weights", weights, "--student.steps", "3"]
+    # Logits only, and the networks of the other run's pictures.
+    taps = ["--teacher.tap", "None", "--student.tap", "None", "--run", tmp_path / "run"]
+    done = run_command(path, *arguments, *taps)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    first = json.loads((run / "results.json").read_text())
+    # Evaluated in full precision here and in bf16 there.
+    assert results["stages"]["teacher"]["miou"] == pytest.approx(
+        first["stages"]["teacher"]["miou"], abs=0.02
+    )
+    assert results["stages"]["teacher"]["steps"] == 0
+
+
+def test_bad_data_stops_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    (tmp_path / "pictures" / "masks" / "p3.png").unlink()
+    assert main([str(path)]) == 1
+    message = capsys.readouterr().err
+    assert "p3.png" in message
+    assert "Traceback" not in message

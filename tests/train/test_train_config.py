@@ -1,0 +1,129 @@
+"""What is wrong with a configuration is said in one message, and the exit code is 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heteroakd_fast.train.cli import main
+from heteroakd_fast.train.config import (
+    default_config_text,
+    load_config,
+    parse_command_line,
+    parse_config,
+)
+from heteroakd_fast.train.errors import ConfigError
+
+VALID = """
+[data]
+kind = "landcover"
+[teacher]
+arch = "unet"
+steps = 3
+[student]
+arch = "unet"
+steps = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("[data]", 'seed = "3"\n[data]'), ["seed", "'3' (str)", "integer"]),
+        (("[data]", "sed = 3\n[data]"), ["sed", "unknown key", "did you mean 'seed'?"]),
+        (("[data]", "[data]\nroots = 1"), ["data.roots", "unknown key", "'root'"]),
+        (
+            ('arch = "unet"\nsteps = 3\n[student]', 'arch = "unet"\n[student]'),
+            ["teacher.steps", "missing"],
+        ),
+        (('[data]\nkind = "landcover"\n', ""), ["data", "missing", "[data] with at least kind"]),
+        (('"landcover"', '"lancover"'), ["data.kind", "'lancover'", "'landcover' or 'folder'"]),
+        (('"landcover"', '"folder"'), ["data.root is required"]),
+        (("[data]", "[optim]\nlr = -1.0\n[data]"), ["optim.lr", "-1.0", "greater than 0"]),
+        (("[data]", "[optim]\nlr = nan\n[data]"), ["optim.lr", "nan", "finite"]),
+        (
+            ("[data]", "[distill]\nkd_weight = true\n[data]"),
+            ["distill.kd_weight", "True (bool)", "number"],
+        ),
+        (("[student]", "[student]\ntap = 'x'"), ["teacher.tap is missing"]),
+        (("steps = 3\n[student]", "steps = 0\n[student]"), ["teacher", "steps = 0 needs weights"]),
+        (("[data]", "[data]\nscale = [2.0, 1.0]"), ["data.scale", "low <= high"]),
+        (("[data]", "[data\n"), ["malformed TOML", "line 2"]),
+    ],
+)
+def test_message_names_file_key_and_expectation(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: tuple[str, str],
+    expected: list[str],
+) -> None:
+    assert change[0] in VALID
+    path = tmp_path / "my.toml"
+    path.write_text(VALID.replace(*change, 1), encoding="utf-8")
+    assert main([str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "my.toml" in message
+    for part in expected:
+        assert part in message
+    assert "Traceback" not in message
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(VALID.replace("steps = 3", "steps = -1"), "my.toml")
+    assert str(caught.value).count("\n") == 1
+
+
+def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.toml")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"my\.toml: cannot be read as text"):
+        load_config(path)
+
+
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(VALID + "[optim]\nlr = 0.5\nbatch_size = 3\n[student.kwargs]\nwidth = 5\n")
+    options = parse_command_line([str(path), "--optim.lr", "0.25", "--student.tap", "None"])
+    assert options.config.optim.lr == 0.25
+    assert options.config.optim.batch_size == 3
+    assert options.config.student.kwargs == {"width": 5}
+    # The order does not matter.
+    assert parse_command_line(["--optim.lr", "0.25", str(path)]).config == options.config
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--optim.lr", "-1"], ["--optim.lr", "x"], ["--nothing", "1"]]
+)
+def test_wrong_override_exits_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    assert code == 2
+    printed = capsys.readouterr()
+    assert arguments[0] in printed.err + printed.out or "optim.lr" in printed.err
+
+
+def test_embedded_default_is_valid_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(None)
+    assert config.data.kind == "landcover"
+    assert main(["--print-config"]) == 0
+    assert capsys.readouterr().out == default_config_text()
+
+
+def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for key in ("CONFIG.toml", "--optim.lr", "--distill.kd-weight", "--resume-anyway"):
+        assert key in text

@@ -1,0 +1,220 @@
+"""Folder data: what is wrong is said with the file's name; batches depend on seed and step only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_helpers import write_pictures
+
+from heteroakd_fast.train.config import DataConfig
+from heteroakd_fast.train.data import (
+    augment,
+    evaluation_batches,
+    load_data,
+    sample_index,
+    training_batches,
+)
+from heteroakd_fast.train.errors import DataError
+
+
+def folder_config(root: Path, **options: object) -> DataConfig:
+    values: dict[str, object] = {"kind": "folder", "root": root, "num_classes": 3, "crop": 32}
+    return DataConfig(**{**values, **options})  # type: ignore[arg-type]
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def small(path: Path) -> None:
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(path)
+
+
+def colourful(path: Path) -> None:
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(path)
+
+
+def one_wrong_id(path: Path) -> None:
+    mask = np.array(Image.open(path))
+    mask[5, 5] = 3
+    Image.fromarray(mask).save(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "expected"),
+    [
+        ("images/p2.png", truncate, "cannot be read as a picture"),
+        ("masks/p2.png", truncate, "cannot be read as a mask"),
+        ("masks/p2.png", Path.unlink, "has no mask"),
+        ("masks/p2.png", small, "9 x 8 pixels, but its picture"),
+        ("masks/p2.png", one_wrong_id, r"the value 3 \(1 pixels"),
+        ("masks/p2.png", colourful, "mode RGB, expected class ids in one channel"),
+    ],
+)
+def test_a_bad_file_is_named(
+    tmp_path: Path, file: str, damage: Callable[[Path], None], expected: str
+) -> None:
+    root = write_pictures(tmp_path / "data")
+    damage(root / file)
+    with pytest.raises(DataError, match=expected) as caught:
+        load_data(folder_config(root), seed=0)
+    assert "p2.png" in str(caught.value)
+
+
+def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        load_data(folder_config(tmp_path / "none"), seed=0)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match="holds no picture"):
+        load_data(folder_config(tmp_path), seed=0)
+
+
+def test_same_stem_twice(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data")
+    Image.open(root / "images" / "p1.png").save(root / "images" / "p1.jpg")
+    with pytest.raises(DataError, match="same stem"):
+        load_data(folder_config(root), seed=0)
+
+
+def test_different_sizes_need_a_crop(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data", count=4)
+    other = write_pictures(tmp_path / "other", count=1, side=24)
+    for name in ("images", "masks"):
+        (other / name / "p0.png").rename(root / name / "q.png")
+    options = {"val_fraction": 0.2}
+    load_data(folder_config(root, **options), seed=1)
+    with pytest.raises(DataError, match=r"data\.crop"):
+        load_data(folder_config(root, crop=None, **options), seed=1)
+
+
+def test_palette_masks_are_read_as_indices(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data")
+    before = load_data(folder_config(root), seed=0)
+    expected = [before.train.read(index)[1] for index in range(len(before.train))]
+    for path in (root / "masks").iterdir():
+        mask = Image.open(path).convert("L")
+        paletted = Image.fromarray(np.array(mask))
+        paletted.putpalette([value for index in range(256) for value in (255 - index, 7, index)])
+        assert paletted.mode == "P"
+        paletted.save(path)
+    after = load_data(folder_config(root), seed=0)
+    for index, mask_before in enumerate(expected):
+        np.testing.assert_array_equal(after.train.read(index)[1], mask_before)
+
+
+def test_split_is_disjoint_complete_and_by_seed(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data", count=10)
+
+    def names(seed: int) -> tuple[set[str], set[str]]:
+        data = load_data(folder_config(root), seed)
+        train, val = (
+            {image.name for image, _ in source.pairs}  # type: ignore[attr-defined]
+            for source in (data.train, data.val)
+        )
+        return train, val
+
+    train, val = names(0)
+    assert not train & val
+    assert len(train) == 8
+    assert len(val) == 2
+    assert names(0) == (train, val)
+    assert any(names(seed)[1] != val for seed in range(1, 5))
+
+
+def test_own_split_folders(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data" / "train", count=3)
+    write_pictures(tmp_path / "data" / "val", count=2, seed=1)
+    data = load_data(folder_config(tmp_path / "data"), seed=0)
+    assert (len(data.train), len(data.val)) == (3, 2)
+
+
+def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data")
+    config = folder_config(root, augment="dihedral", scale=(0.5, 1.5))
+    source = load_data(config, 0).train
+
+    def batches(
+        seed: int, start: int, stop: int, workers: int = 0
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        chosen = config.model_copy(update={"workers": workers})
+        return list(
+            training_batches(source, chosen, seed=seed, batch_size=2, start=start, stop=stop)
+        )
+
+    whole = batches(0, 0, 8)
+    state = torch.get_rng_state()
+    for tail in (batches(0, 5, 8), batches(0, 5, 8, workers=2)):
+        assert len(tail) == 3
+        for (images, target), (images_again, target_again) in zip(whole[5:], tail, strict=True):
+            assert torch.equal(images, images_again)
+            assert torch.equal(target, target_again)
+    # The global random state, which dropout draws from, must not depend on where a run resumed.
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(whole[5][0], batches(1, 5, 6)[0][0])
+    assert not torch.equal(whole[0][0], whole[3][0])
+
+
+def test_each_pass_shows_every_picture_once_in_a_new_order() -> None:
+    passes = [
+        [sample_index(0, step, slot, 2, 10) for step in range(5 * p, 5 * p + 5) for slot in (0, 1)]
+        for p in range(3)
+    ]
+    for one in passes:
+        assert sorted(one) == list(range(10))
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "dihedral"])
+def test_augmentation_moves_picture_and_mask_together(kind: str) -> None:
+    config = DataConfig(kind="landcover", augment=kind)  # type: ignore[arg-type]
+    mask = np.arange(36).reshape(6, 6)
+    picture = np.repeat(mask[:, :, None], 3, axis=2).astype(np.uint8)
+    seen = set()
+    for seed in range(60):
+        turned, labels = augment(picture, mask, config, np.random.default_rng(seed))
+        np.testing.assert_array_equal(turned[:, :, 0], labels)
+        seen.add(labels.tobytes())
+    assert len(seen) == {"none": 1, "flip": 2, "dihedral": 8}[kind]
+
+
+def test_crop_pads_small_pictures_with_ignored_pixels() -> None:
+    config = DataConfig(kind="landcover", crop=16, augment="none", ignore_index=9)
+    picture, mask = np.full((10, 20, 3), 7, np.uint8), np.ones((10, 20), np.int64)
+    image, labels = augment(picture, mask, config, np.random.default_rng(0))
+    assert image.shape == (16, 16, 3)
+    assert (labels[:10] == 1).all()
+    assert (labels[10:] == 9).all()
+
+
+def test_crop_reaches_every_position() -> None:
+    config = DataConfig(kind="landcover", crop=16, augment="none")
+    mask = np.arange(18 * 17).reshape(18, 17)
+    picture = np.zeros((18, 17, 3), np.uint8)
+    corners = {
+        int(augment(picture, mask, config, np.random.default_rng(seed))[1][0, 0])
+        for seed in range(200)
+    }
+    assert corners == {17 * y + x for y in range(3) for x in range(2)}
+
+
+def test_evaluation_groups_neighbours_of_one_shape() -> None:
+    class Source:
+        shapes = ((4, 5), (4, 5), (4, 5), (6, 5), (4, 5))
+
+        def __len__(self) -> int:
+            return len(self.shapes)
+
+        def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            shape = self.shapes[index]
+            return np.full((*shape, 3), index, np.uint8), np.full(shape, index, np.int64)
+
+    batches = list(evaluation_batches(Source(), batch_size=2))
+    assert [len(target) for _, target in batches] == [2, 1, 1, 1]
+    assert [int(t) for _, target in batches for t in target[:, 0, 0]] == [0, 1, 2, 3, 4]

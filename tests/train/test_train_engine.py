@@ -1,0 +1,342 @@
+"""The loop: exact resume after a kill, interrupts, bad losses, mixed precision."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from train_helpers import command, environment, write_config
+
+from heteroakd_fast.train import pipeline
+from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint
+from heteroakd_fast.train.config import Config, OptimConfig, load_config
+from heteroakd_fast.train.data import SegmentationData, load_data
+from heteroakd_fast.train.engine import (
+    StageResult,
+    Trainer,
+    choose_device,
+    learning_rate,
+    make_optimizer,
+)
+from heteroakd_fast.train.errors import ConfigError, StoppedError, TrainingError
+from heteroakd_fast.train.logs import MetricsFile, TensorBoard
+from heteroakd_fast.train.metrics import Scores
+from heteroakd_fast.train.models import UNet
+from heteroakd_fast.train.objectives import PlainObjective
+
+QUIET = Console(quiet=True)
+
+
+class Dropping(UNet):
+    """Draws from the global random state at every step, as dropout does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.2, self.training))
+
+
+def trainer(config: Config, data: SegmentationData, folder: str = "one", **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = options.pop("model", None) or Dropping(3, width=4, levels=3)
+    values: dict[str, Any] = {
+        "config": config,
+        "data": data,
+        "folder": config.run / folder,
+        "steps": config.student.steps,
+        "lr": config.optim.lr,
+        "fingerprint": pipeline.fingerprint(config, "alone"),
+        "device": torch.device("cpu"),
+        "console": QUIET,
+    }
+    objective = PlainObjective(model, config.distill, 255)
+    return Trainer("alone", objective, **{**values, **options})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(write_config(tmp_path))
+
+
+@pytest.fixture
+def data(config: Config) -> SegmentationData:
+    return load_data(config.data, config.seed)
+
+
+def records(path: Path, drop: tuple[str, ...] = ("seconds",)) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in drop} for line in lines]
+
+
+class KilledError(Exception):
+    """Stands for a kill at a given step."""
+
+
+def cut_after(run: Trainer, step: int) -> None:
+    original = run._step
+
+    def stepped(images: Tensor, target: Tensor) -> None:
+        if run.step == step:
+            raise KilledError
+        original(images, target)
+
+    run._step = stepped  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        run.run()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("step", [2, 7])
+def test_resumed_weights_are_identical(
+    config: Config, data: SegmentationData, step: int, amp: str
+) -> None:
+    config = config.model_copy(update={"amp": amp})
+
+    def fresh(folder: str) -> Trainer:
+        run = trainer(config, data, folder)
+        # Its scale changes within the few steps of this test.
+        run.scaler = torch.amp.GradScaler("cpu", enabled=amp == "fp16", growth_interval=4)
+        return run
+
+    whole = fresh("whole")
+    result = whole.run()
+    cut_after(fresh("cut"), step)
+    resumed = fresh("cut")
+    again = resumed.run()
+    assert resumed.scaler.get_scale() == whole.scaler.get_scale()
+    expected = whole.objective.state_dict()
+    for key, value in resumed.objective.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    assert again.scores == result.scores
+    assert again.best_miou == result.best_miou
+    logged = [records(config.run / name / "metrics.jsonl") for name in ("whole", "cut")]
+    assert logged[0] == logged[1]
+    assert [line["step"] for line in logged[0] if line["kind"] == "train"] == [3, 6, 9, 10]
+    assert [line["step"] for line in logged[0] if line["kind"] == "val"] == [8, 10]
+
+
+def test_kill_minus_nine_and_resume(tmp_path: Path) -> None:
+    """The whole command, killed again and again, ends with the very weights of a calm run."""
+    calm = write_config(tmp_path, steps=24, run="calm")
+    subprocess.run(command(calm), check=True, env=environment(), timeout=120, capture_output=True)
+    killed = write_config(tmp_path, steps=24, run="killed")
+    kills = 0
+    for stage, step in (("teacher", 7), ("alone", 13), ("distilled", 4), ("distilled", 18)):
+        process = subprocess.Popen(
+            command(killed), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        log = tmp_path / "killed" / stage / "metrics.jsonl"
+        limit = time.monotonic() + 60
+        # Lines come every 3 steps, checkpoints every 4: the kill mostly lands between two.
+        while process.poll() is None and time.monotonic() < limit:
+            if log.exists() and f'"step": {step - step % 3},' in log.read_text():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 3  # one may come too late on a fast machine
+    done = subprocess.run(
+        command(killed), env=environment(), timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for stage in pipeline.STAGES:
+        one, other = (
+            load_file(tmp_path / run / stage / "model.safetensors") for run in ("calm", "killed")
+        )
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), (stage, key)
+        logs = [records(tmp_path / run / stage / "metrics.jsonl") for run in ("calm", "killed")]
+        assert logs[0] == logs[1]
+    # Both students began with the same weights, but did not end there.
+    alone, distilled = (
+        load_file(tmp_path / "calm" / stage / "model.safetensors")
+        for stage in ("alone", "distilled")
+    )
+    assert not torch.equal(alone["classifier.weight"], distilled["classifier.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(
+    config: Config, data: SegmentationData, number: signal.Signals
+) -> None:
+    run = trainer(config, data)
+    original = run._step
+
+    def stepped(images: Tensor, target: Tensor) -> None:
+        original(images, target)
+        if run.step == 5:
+            os.kill(os.getpid(), number)
+
+    run._step = stepped  # type: ignore[method-assign]
+    before = signal.getsignal(number)
+    with pytest.raises(
+        StoppedError, match=f"{number.name} at step 5 of 10.*same command"
+    ) as caught:
+        run.run()
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(number) is before
+    saved = load_checkpoint(config.run / "one")
+    assert saved is not None
+    assert saved["step"] == 5
+
+
+def test_not_finite_loss_is_reported_and_not_saved(config: Config, data: SegmentationData) -> None:
+    run = trainer(config, data, model=UNet(3, width=4, levels=3))
+    original = run._step
+
+    def stepped(images: Tensor, target: Tensor) -> None:
+        if run.step == 6:
+            with torch.no_grad():
+                run.objective.model.classifier.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
+        original(images, target)
+
+    run._step = stepped  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"loss of step 7 is not finite \(loss nan, ce nan\)"):
+        run.run()
+    saved = load_checkpoint(config.run / "one")
+    assert saved is not None
+    assert saved["step"] == 4
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_changed_configuration_is_refused(
+    config: Config, data: SegmentationData, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_after(trainer(config, data), 5)
+    changed = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
+    changed_fingerprint = {"fingerprint": pipeline.fingerprint(changed, "alone")}
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.003 -> 0\.5\n.*--resume-anyway"):
+        trainer(changed, data, **changed_fingerprint).run()
+    with caplog.at_level(logging.WARNING):
+        result = trainer(changed, data, resume_anyway=True, **changed_fingerprint).run()
+    assert result.steps == 10
+    assert "optim.lr" in caplog.text
+
+
+def test_what_does_not_change_the_result_may_change(config: Config) -> None:
+    other = config.model_copy(
+        update={
+            "run": Path("elsewhere"),
+            "threads": 2,
+            "data": config.data.model_copy(update={"workers": 3, "check": False}),
+            "log": config.log.model_copy(update={"every": 1}),
+        }
+    )
+    distill = config.model_copy(
+        update={"distill": config.distill.model_copy(update={"kd_weight": 0.7})}
+    )
+    for stage in pipeline.STAGES:
+        assert pipeline.fingerprint(other, stage) == pipeline.fingerprint(config, stage)
+    # The teacher need not be trained again for another distillation.
+    for stage in ("teacher", "alone"):
+        assert pipeline.fingerprint(distill, stage) == pipeline.fingerprint(config, stage)
+    assert pipeline.fingerprint(distill, "distilled") != pipeline.fingerprint(config, "distilled")
+
+
+def test_both_students_start_alike(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[str, dict[str, Tensor]] = {}
+
+    class Recorder(Trainer):
+        def run(self) -> StageResult:
+            weights = self.objective.model.state_dict()
+            begun[self.name] = {key: value.clone() for key, value in weights.items()}
+            return StageResult(Scores(0.5, 0.5, (0.5,) * 3), 0.5, 1.0, self.steps)
+
+    monkeypatch.setattr(pipeline, "Trainer", Recorder)
+    pipeline.run(config, QUIET)
+    assert list(begun) == list(pipeline.STAGES)
+    for key, value in begun["alone"].items():
+        assert torch.equal(value, begun["distilled"][key]), key
+
+
+def test_finished_stage_is_not_trained_again(config: Config, data: SegmentationData) -> None:
+    result = trainer(config, data).run()
+    again = trainer(config, data)
+    again._step = None  # type: ignore[assignment, method-assign]
+    assert again.run() == result
+
+
+def test_damaged_newest_checkpoint_costs_only_its_steps(
+    config: Config, data: SegmentationData
+) -> None:
+    whole = trainer(config, data, "whole")
+    whole.run()
+    cut_after(trainer(config, data, "cut"), 9)
+    newest = config.run / "cut" / NEWEST
+    assert (config.run / "cut" / PREVIOUS).exists()
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = trainer(config, data, "cut")
+    resumed.run()
+    for key, value in resumed.objective.state_dict().items():
+        assert torch.equal(value, whole.objective.state_dict()[key])
+    logs = [records(config.run / name / "metrics.jsonl") for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_sgd_and_gradient_clipping(config: Config, data: SegmentationData) -> None:
+    optim = config.optim.model_copy(update={"name": "sgd", "grad_clip": 1e-9})
+    run = trainer(config.model_copy(update={"optim": optim}), data)
+    before = {key: value.clone() for key, value in run.objective.model.named_parameters()}
+    run.run()
+    for key, value in run.objective.model.named_parameters():
+        if value.dim() == 1:  # no decay there: only the clipped gradient can move it
+            assert (value - before[key]).abs().max() < 1e-7
+
+
+def test_schedule() -> None:
+    optim = OptimConfig(warmup_steps=4, power=2.0)
+    rates = [learning_rate(step, 12, 0.5, optim) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[8] == pytest.approx(0.5 * (4 / 8) ** 2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] > 0
+
+
+def test_no_weight_decay_on_norms_and_biases() -> None:
+    model = UNet(3, width=4)
+    groups = make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(p.dim() == 4 for p in groups[0]["params"])
+    assert all(p.dim() == 1 for p in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_unknown_device() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="'nonsense' cannot be used here"):
+        choose_device("nonsense")
+
+
+def test_metrics_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in (3, 6, 9)]
+    path.write_text("\n".join(lines) + '\n{"step": 1')  # the last one was being written
+    file = MetricsFile(path, resumed_step=6)
+    file.write({"step": 7, "class_iou": {"a": float("nan"), "b": 1.0}})
+    file.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 6, 7]
+    assert json.loads(path.read_text().splitlines()[-1])["class_iou"] == {"a": None, "b": 1.0}
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path, 0, enabled=True)
+    board.write({"train/loss": 0.5}, 3)
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
+    TensorBoard(tmp_path / "off", 0, enabled=False).write({"train/loss": 0.5}, 3)
+    assert not (tmp_path / "off").exists()

@@ -51,7 +51,7 @@ def find_ninja() -> str | None:
 
 
 def find_compiler() -> str | None:
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     if named:
         return named if shutil.which(shlex.split(named)[0]) else None
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -110,7 +110,7 @@ def wants_cuda() -> bool:
 def gencode_flags(architectures: str) -> list[str]:
     """TORCH_CUDA_ARCH_LIST as nvcc flags."""
     flags = []
-    for entry in re.split(r"[;,\s]+", architectures.strip()):
+    for entry in re.split(r"[;,\s]+", architectures.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(
@@ -152,7 +152,8 @@ class NinjaBuild(build_ext):
         if cuda:
             nvcc = find_nvcc()
             assert nvcc is not None
-            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,")
+            architectures = architectures or DEFAULT_ARCHITECTURES
             cxx_flags += [
                 "-DHAKD_WITH_CUDA",
                 f"-DHAKD_CUDA_VERSION={cuda_version(nvcc)}",

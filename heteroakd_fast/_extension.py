@@ -6,12 +6,13 @@ imported. Nothing here builds anything.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ._environment import flag
 
 __all__ = ["description", "has_cuda", "library_path", "loaded", "operators", "unavailable"]
 
@@ -29,7 +30,7 @@ def library_path() -> Path | None:
 @cache
 def unavailable() -> str | None:
     """None once the library is loaded, else the reason and what to do. Loads at the first call."""
-    if os.environ.get("HETEROAKD_DISABLE_EXTENSION", "0") not in {"", "0"}:
+    if flag("HETEROAKD_DISABLE_EXTENSION"):
         return "HETEROAKD_DISABLE_EXTENSION is set."
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _MINIMUM_TORCH:

@@ -5,16 +5,17 @@ The formulas are in `docs/method.md`, what every call promises in `docs/contract
 
 from __future__ import annotations
 
-import math
+import numbers
+import operator
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import backends, ops
-from .labels import nearest_labels
+from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
 from .spec import (
     EVALUATIONS,
@@ -30,10 +31,14 @@ __all__ = ["Normalizer", "WeightedPass", "combine", "cross_entropy", "distillati
 
 Normalizer = Tensor | float | Mapping[str, Tensor | float]
 
-_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
-_MAX_CLASSES = 4096
+MAX_CLASSES = 4096
 RESOLUTIONS = ("label", "logits")
+BACKENDS = (backends.AUTO, *backends.names())
+_LARGEST = sys.float_info.max
+# Beyond, T^2 and logits / T leave float32's range, or keep too few of its digits.
+_SMALLEST_TEMPERATURE = 1e-4
 
 
 def cross_entropy(
@@ -61,14 +66,15 @@ def cross_entropy(
         target: [B, H, W], int64, int32 or uint8; values in [0, C) or `ignore_index`.
         ignore_index: label of the pixels that count for nothing; any integer.
         align_corners: as in `torch.nn.functional.interpolate`.
-        class_weight: [C] floating point, or None for ones.
+        class_weight: [C] floating point, >= 0, or None for ones.
         label_smoothing: in [0, 1].
         resolution: "label" upsamples the logits to the labels; "logits" takes the labels by
             nearest neighbour on the logits' grid.
         normalizer: replaces the number of valid pixels in the mean (a scalar; with class weights,
             where the denominator is their sum, only by name: `{"ce": ...}`).
         process_group: averages the denominator over this `torch.distributed` group, so that
-            gradients averaged over its ranks are those of the whole batch.
+            gradients averaged over its ranks are those of the whole batch. A `normalizer` is
+            taken as it is.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; None leaves the choice to
             `use_backend`, the environment, and the device.
 
@@ -142,8 +148,9 @@ def distillation_loss(
         feature_weight: mean squared difference of the logits.
         preset: "softmax-kl" or "paper" (equations 5 to 10 as public reimplementations state
             them; no results of the paper are claimed for it).
-        temperature: T > 0 of `kd` and `hetero`.
-        tau: > 0, how sharply reliability follows the difference in cross entropy ("softmax-kl").
+        temperature: T of `kd` and `hetero`, from 1e-4 to 1e4.
+        tau: how sharply reliability follows the difference in cross entropy ("softmax-kl"), from
+            1e-4 to 1e4.
         mix: "probs" (default of "softmax-kl") or "logits" (the only one of "paper").
         evaluation: "discrepancy" (default) or "none" (every pixel and class counts alike).
         weight_axis: "class" (default) or "space" ("paper" only): axis of the weights' softmax.
@@ -252,9 +259,10 @@ def run(
     backend: str | None = None,
 ) -> WeightedPass:
     """Checks the input of one pass and runs it; arguments as in `distillation_loss`."""
-    asked = {
-        name: check_weight(weights[name], f"{name}_weight") for name in TERMS if weights.get(name)
+    checked = {
+        name: check_number(weights[name], f"{name}_weight") for name in TERMS if name in weights
     }
+    asked = {name: weight for name, weight in checked.items() if weight != 0.0}
     spec = LossSpec(
         terms=tuple(asked),
         preset=preset,
@@ -262,18 +270,21 @@ def run(
         evaluation="discrepancy" if evaluation is None else evaluation,
         weight_axis=weight_axis,
         kd_divergence=kd_divergence,
-        kd_beta=float(kd_beta),
-        temperature=float(temperature),
-        tau=float(tau),
-        ignore_index=int(ignore_index),
-        align_corners=bool(align_corners),
-        label_smoothing=float(label_smoothing),
-        maps=bool(return_maps),
+        kd_beta=check_number(kd_beta, "kd_beta"),
+        temperature=check_number(temperature, "temperature"),
+        tau=check_number(tau, "tau"),
+        ignore_index=_check_integer(ignore_index, "ignore_index"),
+        align_corners=_check_flag(align_corners, "align_corners"),
+        label_smoothing=check_number(label_smoothing, "label_smoothing"),
+        maps=_check_flag(return_maps, "return_maps"),
     )
     check_spec(spec)
     check_choice(resolution, "resolution", RESOLUTIONS)
     _check_tensors(student_logits, teacher_logits, target, class_weight, spec)
     if resolution == "logits":
+        if target.device.type == "cpu" or check_synchronously():
+            # Those that resampling skips count too.
+            ops.valid_count(target, student_logits.shape[1], spec.ignore_index)
         target = nearest_labels(target, (student_logits.shape[2], student_logits.shape[3]))
     needs_teacher = spec.maps or any(TERMS[term].needs_teacher for term in spec.terms)
     if teacher_logits is not None and "teacher_ce" not in spec.terms:
@@ -322,7 +333,7 @@ def combine(
             ]
         )
     numerators = torch.cat([one.sums.numerators for one in passes])
-    # Nothing to divide by means nothing was summed: 0, with a graph. NaN stays NaN.
+    # A mean over nothing is 0, with a graph. NaN stays NaN.
     means = numerators * torch.where(denominators == 0, 0.0, 1.0 / denominators)
 
     weights = [weight for one in passes for weight in one.weights.values()]
@@ -348,13 +359,37 @@ def _mean_over_ranks(denominators: Tensor, process_group: Any) -> Tensor:
 # --- checks ------------------------------------------------------------------------------------
 
 
-def check_weight(weight: object, name: str) -> float:
-    """A finite number, as a float."""
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise TypeError(f"{name}: got {type(weight).__name__}, expected a number")
-    if not -math.inf < weight < math.inf:  # comparisons: a traced float knows nothing else
-        raise ValueError(f"{name}: got {weight}, expected a finite number")
-    return float(weight)
+def check_number(value: object, name: str) -> float:
+    """A finite number, as a float; NumPy's scalars are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: got {_kind(value)}, expected a number")
+    value = cast(float, value)
+    if not -_LARGEST < value < _LARGEST:  # comparisons: a traced float knows nothing else
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)
+
+
+def _check_integer(value: object, name: str) -> int:
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        integer = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {_kind(value)}, expected an integer") from None
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name}: got {integer}, expected a 64-bit integer")
+    return integer
+
+
+def _check_flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {_kind(value)}, expected True or False")
+    return value
+
+
+def _kind(value: object) -> str:
+    """What came, for an error: strings and None by value, others by type."""
+    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
 
 
 def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
@@ -393,8 +428,11 @@ def check_spec(spec: LossSpec) -> None:
         )
     for name in ("temperature", "tau"):
         value = getattr(spec, name)
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name}: got {value}, expected a finite number > 0")
+        if not _SMALLEST_TEMPERATURE <= value <= 1.0 / _SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"{name}: got {value}, expected a number > 0, from {_SMALLEST_TEMPERATURE:g} "
+                f"to {1.0 / _SMALLEST_TEMPERATURE:g}"
+            )
     if not 0.0 < spec.kd_beta < 1.0:
         raise ValueError(
             f"kd_beta: got {spec.kd_beta}, expected a number in (0, 1); the ends are "
@@ -419,6 +457,9 @@ def check_tensor(
             f"{name}: got a DTensor; pass its local shard (`.to_local()`) and process_group= for "
             "global denominators"
         )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name}: got {kind}, expected a dense tensor {shape}")
     if tensor.dim() != rank:
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, expected {rank} dimensions {shape}"
@@ -442,15 +483,15 @@ def _check_tensors(
     class_weight: Tensor | None,
     spec: LossSpec,
 ) -> None:
-    check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", _LOGITS_DTYPES)
+    check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
     check_tensor(target, "target", 3, "[B, H, W]", _LABEL_DTYPES)
     batch, classes = student_logits.shape[:2]
-    if not 1 <= classes <= _MAX_CLASSES:
-        raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {_MAX_CLASSES}")
+    if not 1 <= classes <= MAX_CLASSES:
+        raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {MAX_CLASSES}")
     _check_beside(target, "target", batch, student_logits)
     _check_grid(student_logits, "student_logits", target)
     if teacher_logits is not None:
-        check_tensor(teacher_logits, "teacher_logits", 4, "[B, C, h', w']", _LOGITS_DTYPES)
+        check_tensor(teacher_logits, "teacher_logits", 4, "[B, C, h', w']", LOGITS_DTYPES)
         _check_beside(teacher_logits, "teacher_logits", batch, student_logits)
         if teacher_logits.shape[1] != classes:
             raise ValueError(
@@ -473,7 +514,7 @@ def _check_tensors(
         if spec.maps:
             raise ValueError("teacher_logits: got None, but return_maps=True needs them")
     if class_weight is not None:
-        check_tensor(class_weight, "class_weight", 1, "[C]", _LOGITS_DTYPES)
+        check_tensor(class_weight, "class_weight", 1, "[C]", LOGITS_DTYPES)
         if class_weight.shape[0] != classes:
             raise ValueError(
                 f"class_weight: got {class_weight.shape[0]} entries, expected C={classes}"
@@ -527,7 +568,9 @@ def _check_scalar(value: object, name: str) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one element")
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name}: got {value.dtype}, expected a real number")
         if value.requires_grad:
             raise ValueError(f"{name}: requires grad; pass .detach()")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor or a number")
+    elif check_number(value, name) < 0.0:
+        raise ValueError(f"{name}: got {value}, expected a number >= 0")

@@ -6,19 +6,18 @@ A report is int64[3]: valid pixels, labels out of range, and the flat index of t
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from . import _extension
+from ._environment import flag
 
 __all__ = ["check_synchronously", "label_report", "nearest_labels", "raise_bad_label"]
 
 
 def check_synchronously() -> bool:
     """Whether label ranges are to be checked at the price of waiting for the GPU."""
-    return os.environ.get("HETEROAKD_CHECK_LABELS", "0") not in {"", "0"}
+    return flag("HETEROAKD_CHECK_LABELS")
 
 
 def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -58,7 +57,7 @@ def nearest_labels(target: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels at `size` by nearest neighbour: row i reads row floor(i * H / h), as
     `interpolate(mode="nearest")` means it, in exact integer arithmetic."""
     height, width = target.shape[-2:]
-    if (height, width) == size:
+    if (height, width) == size or target.numel() == 0:
         return target
     rows = torch.arange(size[0], device=target.device) * height // max(size[0], 1)
     columns = torch.arange(size[1], device=target.device) * width // max(size[1], 1)

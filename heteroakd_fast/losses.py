@@ -15,8 +15,6 @@ from .spec import LossSpec
 
 __all__ = ["HeteroAKDLoss"]
 
-_FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 class HeteroAKDLoss(nn.Module):
     """Distillation across architectures (HeteroAKD; Huang et al., AAAI 2025, arXiv 2504.07691).
@@ -37,14 +35,13 @@ class HeteroAKDLoss(nn.Module):
         ce_weight, kd_weight, hetero_weight, feature_weight, projector_weight: weights of the
             terms; 0 leaves a term out. `projector` is the cross entropy of both projected logits
             and the only term that trains the teacher's projector.
-        temperature: T > 0 of `kd` and `hetero`.
-        tau: > 0, sharpness of the reliability ("softmax-kl").
+        temperature: T of `kd` and `hetero`, from 1e-4 to 1e4.
+        tau: sharpness of the reliability ("softmax-kl"), from 1e-4 to 1e4.
         mix, evaluation, weight_axis, kd_divergence, kd_beta: see `functional.distillation_loss`.
         projector: "linear" or "conv-bn-relu"; None takes the preset's own.
         ignore_index, align_corners, label_smoothing, resolution, process_group, backend: see
             `functional.cross_entropy`.
-        class_weight: [C] tensor or sequence of the cross entropies; kept as a buffer that is not
-            part of the state.
+        class_weight: [C] tensor or sequence, >= 0, of the cross entropies; copied into a buffer.
 
     Raises:
         TypeError, ValueError: an option is wrong; names it and what was expected.
@@ -81,14 +78,14 @@ class HeteroAKDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes = _positive_int(num_classes, "num_classes")
+        self.num_classes = _positive_int(num_classes, "num_classes", functional.MAX_CLASSES)
         if (student_channels is None) != (teacher_channels is None):
             raise ValueError(
                 f"student_channels, teacher_channels: got {student_channels} and "
                 f"{teacher_channels}; give both (features are projected) or neither"
             )
         self.weights = {
-            name: functional.check_weight(weight, f"{name}_weight")
+            name: functional.check_number(weight, f"{name}_weight")
             for name, weight in (
                 ("ce", ce_weight),
                 ("kd", kd_weight),
@@ -97,37 +94,46 @@ class HeteroAKDLoss(nn.Module):
                 ("projector", projector_weight),
             )
         }
+        if not any(self.weights.values()):
+            raise ValueError(f"weights: all of {', '.join(self.weights)} are 0; nothing to compute")
         self.options: dict[str, Any] = {
             "preset": preset,
-            "temperature": temperature,
-            "tau": tau,
+            "temperature": functional.check_number(temperature, "temperature"),
+            "tau": functional.check_number(tau, "tau"),
             "mix": functional.resolve_mix(preset, mix),
             "evaluation": "discrepancy" if evaluation is None else evaluation,
             "weight_axis": weight_axis,
             "kd_divergence": kd_divergence,
-            "kd_beta": kd_beta,
+            "kd_beta": functional.check_number(kd_beta, "kd_beta"),
             "ignore_index": ignore_index,
             "align_corners": align_corners,
-            "label_smoothing": label_smoothing,
+            "label_smoothing": functional.check_number(label_smoothing, "label_smoothing"),
         }
         # A typo in a config should fail when the trainer is built, not at the first batch.
         functional.check_spec(LossSpec(terms=("ce",), **self.options))
         functional.check_choice(resolution, "resolution", functional.RESOLUTIONS)
+        if backend is not None:
+            functional.check_choice(backend, "backend", functional.BACKENDS)
+        kind = projector
+        if kind is None:
+            kind = "conv-bn-relu" if preset == "paper" else "linear"
+        functional.check_choice(kind, "projector", PROJECTORS)
         self.options |= {"resolution": resolution, "backend": backend}
         self.process_group = process_group
 
-        weight = None if class_weight is None else torch.as_tensor(class_weight).float()
-        if weight is not None and weight.shape != (num_classes,):
-            raise ValueError(
-                f"class_weight: got shape {tuple(weight.shape)}, expected ({num_classes},)"
-            )
-        self.register_buffer("class_weight", weight, persistent=False)
+        weight = None
+        if class_weight is not None:
+            weight = torch.as_tensor(class_weight).detach().clone()
+            weight = weight if weight.is_floating_point() else weight.float()
+            if weight.shape != (num_classes,):
+                raise ValueError(
+                    f"class_weight: got shape {tuple(weight.shape)}, expected ({num_classes},)"
+                )
+        self.register_buffer("class_weight", weight)
 
         self.student_projector: Projector | None = None
         self.teacher_projector: Projector | None = None
         if student_channels is not None and teacher_channels is not None:
-            kind = projector or ("conv-bn-relu" if preset == "paper" else "linear")
-            functional.check_choice(kind, "projector", PROJECTORS)
             self.student_projector = Projector(
                 _positive_int(student_channels, "student_channels"), num_classes, kind
             )
@@ -273,13 +279,14 @@ class HeteroAKDLoss(nn.Module):
         )
 
     def _check_classes(self, student_logits: Tensor) -> None:
-        if isinstance(student_logits, Tensor) and student_logits.dim() == 4:
-            classes = student_logits.shape[1]
-            if classes != self.num_classes:
-                raise ValueError(
-                    f"student_logits: got C={classes} classes, the loss was built with "
-                    f"num_classes={self.num_classes}"
-                )
+        functional.check_tensor(
+            student_logits, "student_logits", 4, "[B, C, h, w]", functional.LOGITS_DTYPES
+        )
+        if student_logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"student_logits: got C={student_logits.shape[1]} classes, the loss was built "
+                f"with num_classes={self.num_classes}"
+            )
 
 
 def _project(projector: Projector, features: Tensor | None, side: str) -> Tensor:
@@ -289,7 +296,7 @@ def _project(projector: Projector, features: Tensor | None, side: str) -> Tensor
             f"{name}: got None, but the loss was built with projectors; pass the {side}'s feature "
             "map, or build the loss without student_channels and teacher_channels"
         )
-    functional.check_tensor(features, name, 4, "[B, D, h, w]", _FEATURE_DTYPES)
+    functional.check_tensor(features, name, 4, "[B, D, h, w]", functional.LOGITS_DTYPES)
     if features.shape[1] != projector.conv.in_channels:
         raise ValueError(
             f"{name}: got D={features.shape[1]} channels, the loss was built with "
@@ -300,11 +307,17 @@ def _project(projector: Projector, features: Tensor | None, side: str) -> Tensor
             f"{name}: is on {features.device}, the loss's projectors on "
             f"{projector.conv.weight.device}; move the loss with .to(...)"
         )
-    z: Tensor = projector(features.detach() if side == "teacher" else features)
+    if side == "teacher":
+        features = features.detach()
+    if not torch.compiler.is_compiling() and features.is_inference():
+        features = features.clone()  # a convolution saves its input, which inference forbids
+    z: Tensor = projector(features)
     return z
 
 
-def _positive_int(value: object, name: str) -> int:
+def _positive_int(value: object, name: str, largest: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+    if largest is not None and value > largest:
+        raise ValueError(f"{name}: got {value}, expected at most {largest}")
     return value

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, reference
 from .labels import check_synchronously, label_report, raise_bad_label
@@ -41,10 +42,11 @@ _library.define(
     "Tensor[] saved)",
     tags=_TAGS,
 )
-# A gradient that was not asked for is an empty tensor: operators cannot return None.
+# A gradient that was not asked for is an empty tensor: operators cannot return None. Where the
+# backend does not read its inputs again, the logits are mere models of shape, dtype and layout.
 _library.define(
     "distillation_sums_backward(Tensor grad_numerators, Tensor student_logits, "
-    "Tensor? teacher_logits, Tensor target, Tensor? class_weight, Tensor[] saved, *, "
+    "Tensor? teacher_logits, Tensor? target, Tensor? class_weight, Tensor[] saved, *, "
     f"{OPTIONS_SCHEMA}, bool student_grad, bool teacher_grad, str backend) "
     "-> (Tensor student_grad, Tensor teacher_grad)",
     tags=_TAGS,
@@ -77,6 +79,7 @@ def distillation_sums(
     Shapes as in `reference.distillation_sums`. Differentiable once, with respect to
     `student_logits` and, through the term `teacher_ce`, to `teacher_logits`.
     """
+    _refuse_forward_mode(student_logits, teacher_logits)
     grad_mode = torch.is_grad_enabled()
     student_grad = grad_mode and student_logits.requires_grad
     teacher_grad = (
@@ -129,6 +132,18 @@ def _refuse_second_order() -> None:
         )
 
 
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """A custom operator would drop the tangent without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "heteroakd_fast losses have no forward-mode derivative (jvp, jacfwd); "
+                "use reverse mode"
+            )
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The identity; keeps the backends alike in refusing the second order."""
 
@@ -156,14 +171,12 @@ def _distillation_sums_impl(
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    return backends.get(backend).forward(
-        student_logits,
-        teacher_logits,
-        target,
-        class_weight,
-        LossSpec.from_options(options),
-        student_grad,
-        teacher_grad,
+    implementation, spec = backends.get(backend), LossSpec.from_options(options)
+    refusal = implementation.unsupported(spec)
+    if refusal is not None:
+        raise backends.BackendUnavailableError(f"backend {backend!r}: {refusal}")
+    return implementation.forward(
+        student_logits, teacher_logits, target, class_weight, spec, student_grad, teacher_grad
     )
 
 
@@ -197,7 +210,7 @@ def _distillation_sums_backward_impl(
     grad_numerators: Tensor,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    target: Tensor,
+    target: Tensor | None,
     class_weight: Tensor | None,
     saved: list[Tensor],
     *,
@@ -226,7 +239,7 @@ def _distillation_sums_backward_fake(
     grad_numerators: Tensor,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    target: Tensor,
+    target: Tensor | None,
     class_weight: Tensor | None,
     saved: list[Tensor],
     *,
@@ -248,12 +261,35 @@ def _setup_context(
     output: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]],
 ) -> None:
     ctx.options = keyword_only_inputs
-    ctx.save_for_backward(*inputs, *output[4])
+    ctx.reads_inputs = backends.get(keyword_only_inputs["backend"]).backward_reads_inputs
+    if ctx.reads_inputs:
+        ctx.save_for_backward(*inputs, *output[4])
+        return
+    # What is not saved may be freed, or overwritten, before backward.
+    ctx.forms = [None if logits is None else _form(logits) for logits in inputs[:2]]
+    ctx.save_for_backward(*output[4])
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _of_form(form: tuple[Any, ...] | None) -> Tensor | None:
+    """A tensor of that shape, layout, dtype and device whose memory is never touched."""
+    if form is None:
+        return None
+    shape, stride, dtype, device = form
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _backward(ctx: Any, grad_numerators: Tensor, *unused: object) -> tuple[Tensor | None, ...]:
     _refuse_second_order()
-    student_logits, teacher_logits, target, class_weight, *saved = ctx.saved_tensors
+    target, class_weight = None, None
+    if ctx.reads_inputs:
+        student_logits, teacher_logits, target, class_weight, *saved = ctx.saved_tensors
+    else:
+        saved = list(ctx.saved_tensors)
+        student_logits, teacher_logits = (_of_form(form) for form in ctx.forms)
     student, teacher = torch.ops.heteroakd_fast.distillation_sums_backward(
         grad_numerators,
         student_logits,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,10 +39,28 @@ class Projector(nn.Module):
             torch.promote_types(features.dtype, weight.dtype), torch.float32
         )
         bias = self.conv.bias
-        with torch.autocast(features.device.type, enabled=False):
+        with _no_autocast(features.device.type):
             z = F.conv2d(
                 features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             )
-            if self.bn is not None:
-                z = self.bn(z).relu()
-        return z
+            return z if self.bn is None else self._normalise(z).relu()
+
+    def _normalise(self, z: Tensor) -> Tensor:
+        """The batch norm, in the dtype of `z` whatever its own parameters have."""
+        assert self.bn is not None
+        if self.bn.weight.dtype == z.dtype:
+            normalised: Tensor = self.bn(z)
+            return normalised
+        state = {**dict(self.bn.named_parameters()), **dict(self.bn.named_buffers())}
+        wide = {k: v.to(z.dtype) if v.is_floating_point() else v for k, v in state.items()}
+        normalised = torch.func.functional_call(self.bn, wide, (z,))
+        with torch.no_grad():
+            for name, buffer in self.bn.named_buffers():
+                buffer.copy_(wide[name])
+        return normalised
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -128,6 +128,15 @@ def test_odd_ratio_far_from_the_origin() -> None:
     assert_accurate(got.student_grad, truth(batch).student_grad)
 
 
+@pytest.mark.parametrize(("grid", "size"), [((1, 1), (1, 65536)), ((2, 2), (700, 700))])
+def test_a_great_many_label_pixels_per_logit(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    batch = Batch(
+        torch.randn(1, 3, *grid), torch.zeros(1, 3, 1, 1), torch.zeros(1, *size, dtype=torch.uint8)
+    )
+    got = evaluate(batch, backend="cpu")
+    assert_accurate(got.student_grad, truth(batch).student_grad)
+
+
 def test_infinite_logits_spread_no_further_than_their_weights() -> None:
     """-inf masks a class; the pixels that do not read it stay finite, on the grid points too."""
     logits = torch.zeros(1, 2, 1, 3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import (
@@ -248,6 +250,84 @@ def test_teacher_may_have_another_dtype(dtypes: tuple[torch.dtype, torch.dtype])
     assert_accurate(got.student_grad, truth(mixed, **options).student_grad)
 
 
+def test_numpys_numbers_are_numbers() -> None:
+    batch = make_batch(dtype=F32)
+    for weight in (np.float32(0.0), np.float32(0.5), np.float64(0.5), np.int64(1)):
+        got = evaluate(batch, kd_weight=weight, temperature=np.float32(2.0))
+        expected = evaluate(batch, kd_weight=float(weight), temperature=2.0)
+        assert got.loss == expected.loss
+        assert got.terms == expected.terms
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_absent_class_may_have_any_weight(backend: str) -> None:
+    """1 / frequency is infinite for a class that never occurs; torch reads no such weight."""
+    require(backend)
+    batch = make_batch(dtype=F32)
+    batch.target[batch.target == 3] = 255
+    weight = torch.tensor([1.0, 2.0, 0.5, float("inf"), 1.5])
+    finite = weight.clone()
+    finite[3] = 1.0
+    got = evaluate(batch, backend=backend, class_weight=weight)
+    expected = evaluate(batch, backend=backend, class_weight=finite)
+    assert got.loss == expected.loss
+    assert torch.equal(got.student_grad, expected.student_grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("resolution", ["label", "logits"])
+def test_empty_label_grids_at_either_resolution(backend: str, resolution: str) -> None:
+    require(backend)
+    for size in ((0, 8), (8, 0), (0, 0)):
+        batch = make_batch(size=size, dtype=F32)
+        got = evaluate(batch, backend=backend, resolution=resolution)
+        assert got.loss == 0
+        assert (got.student_grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv-bn-relu"])
+@pytest.mark.parametrize("features", [F32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("module", [F32, torch.float64, torch.bfloat16, torch.float16])
+def test_projector_in_every_mix_of_dtypes(
+    kind: str, features: torch.dtype, module: torch.dtype
+) -> None:
+    batch = make_batch(dtype=F32)
+    loss = hf.HeteroAKDLoss(5, 7, 9, kd_weight=0.0, projector=kind).to(module)
+    exact = copy.deepcopy(loss).double()
+    given = {
+        "student_features": torch.randn(2, 7, 4, 4).to(features),
+        "teacher_features": torch.randn(2, 9, 3, 3).to(features),
+    }
+    got = loss(batch.student, batch.target, **given)
+    got.loss.backward()
+    expected = exact(
+        batch.student.double(), batch.target, **{k: v.double() for k, v in given.items()}
+    )
+    torch.testing.assert_close(got.loss.double(), expected.loss, rtol=1e-5, atol=0)
+    if kind == "conv-bn-relu":  # the running statistics moved, in the module's dtype
+        mean, moved = exact.student_projector.bn.running_mean, loss.student_projector.bn
+        assert moved.running_mean.dtype == module
+        torch.testing.assert_close(
+            moved.running_mean.double(), mean, rtol=0, atol=torch.finfo(module).eps
+        )
+        assert int(moved.num_batches_tracked) == 1
+
+
+def test_what_inference_mode_made_can_be_used() -> None:
+    batch = make_batch(dtype=F32)
+    loss = hf.HeteroAKDLoss(5, 7, 9)
+    with torch.inference_mode():
+        teacher = {
+            "teacher_logits": batch.teacher.clone(),
+            "teacher_features": torch.randn(2, 9, 3, 3),
+        }
+        target = batch.target.clone()
+    student = batch.student.requires_grad_()
+    output = loss(student, target, student_features=torch.randn(2, 7, 4, 4), **teacher)
+    output.loss.backward()
+    assert student.grad.abs().sum() > 0
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 S = torch.zeros(2, 5, 4, 6)
@@ -288,7 +368,19 @@ def test_refuses_wrong_types_and_dtypes() -> None:
     refuse(TypeError, "target", "torch.float32", "torch.int64", target=Y.float())
     refuse(TypeError, "target", "torch.bool", target=Y.bool())
     refuse(TypeError, "class_weight", "torch.int64", class_weight=torch.ones(5, dtype=torch.int64))
-    refuse(TypeError, "kd_weight", "str", "number", kd_weight="1.0")
+    refuse(TypeError, "kd_weight", "'1.0'", "number", kd_weight="1.0")
+    for nothing in (None, "", [], False):  # not a way to say 0
+        refuse(TypeError, "hetero_weight", "number", hetero_weight=nothing)
+    refuse(TypeError, "temperature", "Parameter", temperature=torch.nn.Parameter(torch.ones(1)))
+    refuse(TypeError, "temperature", "None", temperature=None)
+    refuse(TypeError, "tau", "bool", tau=True)
+    refuse(TypeError, "label_smoothing", "'0.1'", label_smoothing="0.1")
+    refuse(TypeError, "ignore_index", "float", "integer", ignore_index=255.9)
+    refuse(TypeError, "ignore_index", "None", ignore_index=None)
+    refuse(ValueError, "ignore_index", "64-bit", ignore_index=2**63)
+    refuse(TypeError, "align_corners", "'False'", "True or False", align_corners="False")
+    refuse(TypeError, "return_maps", "int", return_maps=1)
+    refuse(TypeError, "student_logits", "sparse", "dense", student_logits=S.to_sparse())
     refuse(TypeError, "ce_weight", "Tensor", ce_weight=torch.ones(1))
 
 
@@ -298,10 +390,10 @@ def test_refuses_a_mix_of_devices() -> None:
     refuse(ValueError, "class_weight", "meta", "cpu", class_weight=torch.ones(5, device="meta"))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-5, 1e5, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["temperature", "tau"])
 def test_refuses_temperatures_that_are_not_positive(name: str, value: float) -> None:
-    refuse(ValueError, name, str(value), "> 0", **{name: value})
+    refuse(ValueError, name, str(value), "expected a", **{name: value})
 
 
 def test_refuses_other_options_out_of_range() -> None:
@@ -329,7 +421,10 @@ def test_refuses_a_teacher_that_would_silently_get_no_gradient() -> None:
 
 def test_refuses_wrong_normalizers() -> None:
     refuse(ValueError, "normalizer", "(2,)", "one element", normalizer=torch.ones(2))
-    refuse(TypeError, "normalizer", "str", normalizer="3")
+    refuse(TypeError, "normalizer", "'3'", normalizer="3")
+    refuse(ValueError, "normalizer", "nan", normalizer=float("nan"))
+    refuse(ValueError, "normalizer", "-1", ">= 0", normalizer=-1)
+    refuse(TypeError, "normalizer", "bool", normalizer=torch.ones(1, dtype=torch.bool))
     refuse(ValueError, "normalizer", "hetero", "ce, kd", normalizer={"hetero": 1.0})
     grad = torch.ones((), requires_grad=True)
     refuse(ValueError, "normalizer", "requires grad", normalizer=grad)
@@ -358,6 +453,24 @@ def test_refuses_labels_out_of_range(backend: str, label_dtype: torch.dtype, lab
         functional.cross_entropy(S, target, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refuses_bad_labels_that_resampling_would_skip(backend: str) -> None:
+    require(backend)
+    target = Y.clone()
+    target[0, 1, 1] = 77
+    with pytest.raises(ValueError, match=r"label 77 at \(b=0, y=1, x=1\)"):
+        functional.cross_entropy(S, target, resolution="logits", backend=backend)
+
+
+@pytest.mark.parametrize("which", ["logits", "target", "class_weight"])
+def test_refuses_tensors_without_memory(which: str) -> None:
+    """What a sharded trainer frees, or `resize_(0)`, must be an error and not a crash."""
+    tensors = {"logits": S.clone(), "target": Y.clone(), "class_weight": torch.ones(5)}
+    tensors[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory|not allocated"):
+        functional.cross_entropy(**tensors)
+
+
 def test_refuses_dtensors(tmp_path: Any) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import distribute_tensor
@@ -380,6 +493,16 @@ def test_module_refuses_what_it_cannot_use() -> None:
         hf.HeteroAKDLoss(5, temperature=0.0)
     with pytest.raises(ValueError, match=r"class_weight: got shape \(4,\), expected \(5,\)"):
         hf.HeteroAKDLoss(5, class_weight=[1.0] * 4)
+    with pytest.raises(ValueError, match="num_classes: got 5000, expected at most 4096"):
+        hf.HeteroAKDLoss(5000)
+    with pytest.raises(ValueError, match="backend: got 'gpu'"):
+        hf.HeteroAKDLoss(5, backend="gpu")
+    with pytest.raises(TypeError, match="tau: got '1'"):
+        hf.HeteroAKDLoss(5, tau="1")
+    with pytest.raises(ValueError, match="weights: all of ce, .* are 0"):
+        hf.HeteroAKDLoss(5, **{f"{w}_weight": 0.0 for w in ("ce", "kd", "hetero", "projector")})
+    with pytest.raises(ValueError, match="projector: got ''"):
+        hf.HeteroAKDLoss(5, projector="")
     with pytest.raises(ValueError, match="projector: got 'mlp'"):
         hf.HeteroAKDLoss(5, 7, 9, projector="mlp")
     plain, projecting = hf.HeteroAKDLoss(5), hf.HeteroAKDLoss(5, 7, 9)

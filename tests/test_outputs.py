@@ -412,6 +412,43 @@ def test_three_way_rule_for_16_bits(backend: str, dtype: torch.dtype, confident:
     assert_accurate(got, expected)
 
 
+@every_backend
+def test_logits_and_labels_may_be_overwritten_before_backward(backend: str) -> None:
+    """Metrics computed in place, reused label buffers: a compiled backend keeps neither."""
+    require(backend)
+    if backend == "reference":
+        pytest.skip("plain autograd keeps what its formulas need")
+    batch = make_batch(dtype=F32)
+    expected = evaluate(batch, backend=backend).student_grad
+    student = batch.student.clone().requires_grad_()
+    logits = student * 1.0
+    target, weight = batch.target.clone(), torch.ones(5)
+    loss = functional.cross_entropy(logits, target, class_weight=weight, backend=backend).loss
+    with torch.no_grad():
+        logits.sigmoid_()
+        weight.zero_()
+    target.fill_(255)
+    loss.backward()
+    assert torch.equal(student.grad, expected)
+
+
+@every_backend
+def test_forward_mode_is_refused(backend: str) -> None:
+    require(backend)
+    batch = make_batch(dtype=F32)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits, batch.target, backend=backend).loss
+
+    tangent = torch.ones_like(batch.student)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(loss, (batch.student,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(batch.student, tangent)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            loss(dual)
+
+
 # --- denominators ------------------------------------------------------------------------------
 
 
@@ -578,7 +615,7 @@ def test_module_state_and_copies() -> None:
     import pickle
 
     loss = HeteroAKDLoss(5, 7, 9, class_weight=[1.0, 2.0, 3.0, 4.0, 5.0])
-    assert set(loss.state_dict()) == {
+    assert set(loss.state_dict()) == {"class_weight"} | {
         f"{side}_projector.conv.{name}"
         for side in ("student", "teacher")
         for name in ("weight", "bias")
@@ -588,3 +625,15 @@ def test_module_state_and_copies() -> None:
         assert other.options == loss.options
     assert "temperature=1.0" in repr(loss)
     assert loss.double().class_weight.dtype == torch.float64
+
+
+def test_module_keeps_its_own_class_weights() -> None:
+    mine = torch.rand(5, dtype=torch.float64)
+    loss = HeteroAKDLoss(5, class_weight=mine)
+    before = mine.clone()
+    mine.zero_()
+    assert torch.equal(loss.class_weight, before)  # a copy, and not rounded
+    with torch.device("meta"):
+        other = HeteroAKDLoss(5, class_weight=[0.0] * 5)
+    other.to_empty(device="cpu").load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other.class_weight.double(), before)

@@ -200,6 +200,46 @@ def test_argument_beats_context_beats_default(monkeypatch: pytest.MonkeyPatch) -
         hf.use_backend("fast").__enter__()
 
 
+def test_blocks_of_two_threads_do_not_take_each_others_backend() -> None:
+    first, second = hf.use_backend("reference"), hf.use_backend("auto")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the other thread's block is still open
+    assert backends.select(None, LossSpec(terms=("ce",)), "cpu") == ("reference" if PURE else "cpu")
+    third = hf.use_backend("reference")
+    third.__enter__()
+    second.__exit__(None, None, None)
+    assert backends.select(None, LossSpec(terms=("ce",)), "cpu") == "reference"
+    third.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("terms", [[], ["ce", "ce"], ["nonsense"]])
+def test_operators_refuse_what_they_do_not_compute(backend: str, terms: list[str]) -> None:
+    batch = make_batch(dtype=torch.float32)
+    options = {**LossSpec(terms=("ce",)).options(), "terms": terms}
+    flags = {"student_grad": False, "teacher_grad": False}
+    with pytest.raises(hf.BackendUnavailableError, match=backend):
+        torch.ops.heteroakd_fast.distillation_sums(
+            batch.student, None, batch.target, None, **options, **flags, backend=backend
+        )
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        torch.ops.heteroakd_fast.distillation_sums(
+            batch.student, None, batch.target, None, **options, **flags, backend="fast"
+        )
+
+
+def test_environment_switches() -> None:
+    code = "from heteroakd_fast import _extension; print(_extension.unavailable())"
+    for off in ("", "0", "false", "off", "No"):
+        assert "is set" not in python(code, HETEROAKD_DISABLE_EXTENSION=off).stdout
+    for on in ("1", "true", "ON"):
+        assert "is set" in python(code, HETEROAKD_DISABLE_EXTENSION=on).stdout
+    assert "HETEROAKD_DISABLE_EXTENSION: got 'maybe', expected 1 or 0" in (
+        python(code, HETEROAKD_DISABLE_EXTENSION="maybe").stderr
+    )
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -16,6 +16,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Beyond this many label pixels per logit along an axis, float sums of their gradients lose more
+// than the contract allows; the logits are then so few that double costs nothing but time.
+constexpr int64_t kMaxFloatRatio = 64;
+
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& logits, const Tensor& target,
                                        const std::optional<Tensor>& class_weight,
@@ -32,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& logits, const Tensor& targe
                              : torch::stable::empty({0}, dtype);
   std::optional<Tensor> weight;
   if (class_weight.has_value()) {
+    data_of(*class_weight, "class_weight");
     weight = torch::stable::contiguous(torch::stable::to(*class_weight, dtype));
   }
 
@@ -80,6 +85,13 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy(
   if (logits.scalar_type() == ScalarType::Double) {
     return run<double>(logits, target, class_weight, ignore_index, align_corners, label_smoothing,
                        compute_grad, ScalarType::Double);
+  }
+  if (target.size(1) > kMaxFloatRatio * logits.size(2) ||
+      target.size(2) > kMaxFloatRatio * logits.size(3)) {
+    auto [sums, labels, grad] = run<double>(logits, target, class_weight, ignore_index,
+                                            align_corners, label_smoothing, compute_grad,
+                                            ScalarType::Double);
+    return {sums, labels, torch::stable::to(grad, ScalarType::Float)};
   }
   return run<float>(logits, target, class_weight, ignore_index, align_corners, label_smoothing,
                     compute_grad, ScalarType::Float);

@@ -13,12 +13,19 @@
 
 namespace heteroakd::cpu {
 
+// The data of a tensor that may have lost its memory (a resized storage, a freed shard).
+inline const char* data_of(const torch::stable::Tensor& tensor, const char* name) {
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0, name, ": the tensor has no memory");
+  return static_cast<const char*>(data);
+}
+
 // Logits [B, C, h, w] with any strides.
 template <typename T>
 class StridedLogits {
  public:
   explicit StridedLogits(const torch::stable::Tensor& logits)
-      : data_(static_cast<const char*>(logits.const_data_ptr())),
+      : data_(data_of(logits, "logits")),
         read_(reader(logits.scalar_type())),
         element_size_(static_cast<int64_t>(logits.element_size())),
         width_(logits.size(3)) {
@@ -81,7 +88,7 @@ class StridedLabels {
   static constexpr int32_t kIgnored = -1;
 
   StridedLabels(const torch::stable::Tensor& target, int64_t num_classes, int64_t ignore_index)
-      : data_(static_cast<const char*>(target.const_data_ptr())),
+      : data_(data_of(target, "target")),
         read_(reader(target.scalar_type())),
         element_size_(static_cast<int64_t>(target.element_size())),
         height_(target.size(1)),

@@ -40,6 +40,7 @@ HAKD_FN T cross_entropy(const CrossEntropyWeights<T>& w, T others, T total, T la
 // d loss / d z_c for a class that is not the labelled one; p = e_c / total.
 template <typename T>
 HAKD_FN T cross_entropy_gradient_other(const CrossEntropyWeights<T>& w, T p, T class_weight) {
+  if (w.soft == T(0)) return w.hard * p;  // not 0 * weight: an absent class may weigh infinity
   return (w.hard + w.soft * w.weight_sum) * p - w.soft * class_weight;
 }
 
@@ -48,7 +49,8 @@ HAKD_FN T cross_entropy_gradient_other(const CrossEntropyWeights<T>& w, T p, T c
 template <typename T>
 HAKD_FN T cross_entropy_gradient_label(const CrossEntropyWeights<T>& w, T others, T total, T p,
                                        T class_weight) {
-  return w.soft * (w.weight_sum * p - class_weight) - w.hard * (others / total);
+  const T hard = -w.hard * (others / total);
+  return w.soft == T(0) ? hard : hard + w.soft * (w.weight_sum * p - class_weight);
 }
 
 }  // namespace heteroakd

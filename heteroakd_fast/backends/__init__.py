@@ -15,6 +15,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -57,6 +58,9 @@ class Backend(Protocol):
     """A compiled backend. `reference` is not one: it is differentiated by autograd itself."""
 
     name: str
+    backward_reads_inputs: bool
+    """Whether `backward` reads the values of logits, target and class weights again. If not, they
+    are not kept: it then gets logits of the right form only, and None for the rest."""
 
     def unavailable(self) -> str | None:
         """Why nothing runs here and what to install; None when the backend works."""
@@ -92,7 +96,7 @@ class Backend(Protocol):
         grad_numerators: Tensor,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
-        target: Tensor,
+        target: Tensor | None,
         class_weight: Tensor | None,
         saved: list[Tensor],
         spec: LossSpec,
@@ -118,7 +122,13 @@ PREFERENCE: Final[dict[str, tuple[str, ...]]] = {
     "xpu": ("triton",),
 }
 
-_requested: list[str] = [os.environ.get("HETEROAKD_BACKEND", AUTO) or AUTO]
+
+@dataclass(eq=False)  # each block's own, whatever the name
+class _Request:
+    name: str
+
+
+_requests: list[_Request] = [_Request(os.environ.get("HETEROAKD_BACKEND", AUTO) or AUTO)]
 
 
 def names() -> tuple[str, ...]:
@@ -129,6 +139,8 @@ def names() -> tuple[str, ...]:
 @cache
 def get(name: str) -> Backend:
     """The compiled backend of that name, usable or not."""
+    if name not in _LOADERS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(_LOADERS)}")
     module = importlib.import_module(_LOADERS[name])
     backend: Backend = module.BACKEND
     return backend
@@ -148,17 +160,19 @@ def available() -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Runs the block on one backend: `with use_backend("reference"): ...`.
 
-    The setting belongs to the process, not to the thread. An explicit `backend=` still wins.
+    The setting belongs to the process, not to the thread: the block entered last and not yet left
+    counts. An explicit `backend=` still wins.
 
     Raises:
         ValueError: `name` is not a backend or "auto".
     """
     _check_name(name, "name")
-    _requested.append(name)
+    request = _Request(name)
+    _requests.append(request)
     try:
         yield
     finally:
-        _requested.pop()
+        _requests.remove(request)  # this one: another thread may have entered a block since
 
 
 def _check_name(name: str, where: str) -> None:
@@ -173,7 +187,7 @@ def select(requested: str | None, spec: LossSpec, device_type: str) -> str:
         ValueError: the name asked for does not exist.
         BackendUnavailableError: the one asked for cannot run this call; says why.
     """
-    name = requested if requested is not None else _requested[-1]
+    name = requested if requested is not None else _requests[-1].name
     _check_name(name, "backend" if requested is not None else "HETEROAKD_BACKEND or use_backend")
     if torch.compiler.is_compiling():
         chosen: str = _choose_while_tracing(name, spec.structure(), device_type)

@@ -14,6 +14,8 @@ __all__ = ["PlannedBackend"]
 class PlannedBackend:
     """Known by name, so that asking for it gives the reason instead of a typo's error."""
 
+    backward_reads_inputs = True
+
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         self._reason = reason

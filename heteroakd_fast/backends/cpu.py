@@ -24,6 +24,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    backward_reads_inputs = False
 
     def unavailable(self) -> str | None:
         return _extension.unavailable()
@@ -32,6 +33,8 @@ class CpuBackend:
         missing = [term for term in spec.terms if term not in _TERMS]
         if missing:
             return f"it has no kernel yet for {', '.join(missing)}."
+        if len(spec.terms) != 1:
+            return f"it computes one term at a time, not {list(spec.terms)}."
         if spec.maps:
             return "it has no kernel yet for the maps."
         return None
@@ -80,7 +83,7 @@ class CpuBackend:
         grad_numerators: Tensor,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
-        target: Tensor,
+        target: Tensor | None,
         class_weight: Tensor | None,
         saved: list[Tensor],
         spec: LossSpec,

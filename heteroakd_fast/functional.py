@@ -9,7 +9,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -363,7 +363,7 @@ def check_number(value: object, name: str) -> float:
     """A finite number, as a float; NumPy's scalars are numbers too."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: got {_kind(value)}, expected a number")
-    value = cast(float, value)
+    value = value if isinstance(value, (int, float)) else float(value)
     if not -_LARGEST < value < _LARGEST:  # comparisons: a traced float knows nothing else
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return float(value)

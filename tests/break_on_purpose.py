@@ -119,7 +119,7 @@ DEFECTS = [
     Defect("ignored pixels by a factor 0 (kernel)", KERNEL, "if (label[x] < 0) continue;  // a branch", "if (label[x] < 0) w.hard = T(0);  // a branch", f"{OUTPUTS} -k ignored_pixels"),
     Defect("NaN hidden", KERNEL, "const T e = std::exp(z[x] - maximum[x]);", "const T e = std::exp(z[x] == z[x] ? z[x] - maximum[x] : T(-1));", f"{OUTPUTS} -k nan_in_a_valid"),
     Defect("no maximum in the kernel", KERNEL, "maximum[x] = z[x] > maximum[x] ? z[x] : maximum[x];", "maximum[x] = T(0);", f"{OUTPUTS} -k 'large_logits or largest'"),
-    Defect("true class as p - 1", MATH, "- w.hard * (others / total)", "+ w.hard * (p - T(1))", f"{OUTPUTS} -k confident_pixels"),
+    Defect("true class as p - 1", MATH, "-w.hard * (others / total)", "w.hard * (p - T(1))", f"{OUTPUTS} -k confident_pixels"),
     Defect("nll as log(total)", MATH, "log1p(others) : log(total)", "log(total) : log(total)", f"{OUTPUTS} -k confident_pixels"),
     # gradients
     Defect("grad_output ignored", CPU, "torch.mul(unscaled, grad_numerators[0], out=image)", "image.copy_(unscaled)", f"{OUTPUTS} -k any_grad_output"),
@@ -133,7 +133,7 @@ DEFECTS = [
     Defect("normalizer ignored by name", FUNCTIONAL, "if term in normalizer}", "if False}", f"{OUTPUTS} -k micro_batches"),
     Defect("kd taken on the projected pair", LOSSES, '("ce", "kd")}\n        on', '("ce",)}\n        on', f"{OUTPUTS} -k module_on_features"),
     Defect("teacher's projector trained by every term", LOSSES, 'if not self.weights["projector"]:', "if False:", f"{OUTPUTS} -k only_teacher_ce"),
-    Defect("teacher features not detached", LOSSES, 'features.detach() if side == "teacher" else features', "features", f"{OUTPUTS} -k module_on_features"),
+    Defect("teacher features not detached", LOSSES, 'if side == "teacher":', "if False:", f"{OUTPUTS} -k module_on_features"),
     # systems
     Defect("fake kernel with a wrong dtype", OPS, "student_logits.new_empty(terms, dtype=torch.float64),\n        student_logits.new_empty((), ", "student_logits.new_empty(terms),\n        student_logits.new_empty((), ", f"{SYSTEMS} -k opcheck"),
     Defect("fake count with a wrong dtype", OPS, "return target.new_empty((), dtype=torch.int64)", "return target.new_empty((), dtype=torch.int32)", f"{SYSTEMS} -k valid_count"),
@@ -150,6 +150,21 @@ DEFECTS = [
     Defect("local denominators", FUNCTIONAL, "    if process_group is not None:\n", "    if False:\n", "tests/test_distributed.py"),
     Defect("summed, not averaged, over ranks", FUNCTIONAL, "return total / dist.get_world_size(process_group)", "return total", "tests/test_distributed.py"),
     Defect("CPython API in the library", "csrc/library.cpp", "std::string build_info() {", 'extern "C" int PyRun_SimpleString(const char*);\nstd::string build_info() {\n  if (__builtin_expect(std::string(__FILE__).empty(), 0)) PyRun_SimpleString("");', f"{SYSTEMS} -k stable_abi"),
+    # what hostile input found
+    Defect("absent classes' weights multiplied by 0", MATH, "if (w.soft == T(0)) return w.hard * p;", "", f"{INPUTS} -k absent_class"),
+    Defect("freed memory read", STRIDED, "data != nullptr || tensor.numel() == 0", "true", f"{INPUTS} -k without_memory"),
+    Defect("float sums over any ratio", "csrc/cpu/cross_entropy.cpp", "kMaxFloatRatio = 64", "kMaxFloatRatio = 1 << 30", f"{CPU_CE} -k great_many"),
+    Defect("options coerced", FUNCTIONAL, "    if not isinstance(value, bool):", "    if False:", f"{INPUTS} -k types_and_dtypes"),
+    Defect("None means 0", FUNCTIONAL, "for name in TERMS if name in weights", "for name in TERMS if weights.get(name)", f"{INPUTS} -k types_and_dtypes"),
+    Defect("forward mode dropped", OPS, "_refuse_forward_mode(student_logits, teacher_logits)", "pass", f"{OUTPUTS} -k forward_mode"),
+    Defect("inputs kept for backward", CPU, "backward_reads_inputs = False", "backward_reads_inputs = True", f"{OUTPUTS} -k overwritten"),
+    Defect("blocks end each other", REGISTRY, "_requests.remove(request)", "_requests.pop()", f"{SYSTEMS} -k two_threads"),
+    Defect("operators compute something else", OPS, "    if refusal is not None:", "    if False:", f"{SYSTEMS} -k refuse_what"),
+    Defect("labels that resampling skips", FUNCTIONAL, 'if target.device.type == "cpu" or check_synchronously():', "if False:", f"{INPUTS} -k resampling_would_skip"),
+    Defect("batch norm in mixed dtypes", PROJECTOR, "if self.bn.weight.dtype == z.dtype:", "if True:", f"{INPUTS} -k mix_of_dtypes"),
+    Defect("running statistics lost", PROJECTOR, "buffer.copy_(wide[name])", "pass", f"{INPUTS} -k mix_of_dtypes"),
+    Defect("inference tensors refused", LOSSES, "features.is_inference():", "False:", f"{INPUTS} -k inference_mode_made"),
+    Defect("class weights shared with the caller", LOSSES, "torch.as_tensor(class_weight).detach().clone()", "torch.as_tensor(class_weight)", f"{OUTPUTS} -k own_class_weights"),
 ]  # fmt: skip
 
 

@@ -207,7 +207,8 @@ def main(words: list[str]) -> int:
             path.write_text(text.replace(defect.old, defect.new))
             if compiled and not build(copy):
                 raise SystemExit(f"{defect.what}: does not compile, so it proves nothing")
-            caught = test(copy, defect.tests).returncode == 1
+            code = test(copy, defect.tests).returncode
+            caught = code == 1 or code < 0  # a failed test, or a crash; not a test that is missing
             path.write_text(text)
             if compiled:
                 build(copy)

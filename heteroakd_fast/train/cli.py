@@ -29,6 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         errors.print(f"heteroakd-train: {error}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
+    except OSError as error:
+        # A folder that cannot be made, a disk that filled up under a log: the reason is enough.
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        errors.print(
+            f"heteroakd-train: {where}{reason}", markup=False, highlight=False, soft_wrap=True
+        )
+        return 1
     except KeyboardInterrupt:
         errors.print(
             "heteroakd-train: interrupted; the same command goes on from the last checkpoint"

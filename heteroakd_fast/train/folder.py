@@ -36,7 +36,8 @@ class FolderSource:
                 f"{mask_path}: {mask.shape[1]} x {mask.shape[0]} pixels, "
                 f"but its picture {image_path} has {picture.shape[1]} x {picture.shape[0]}"
             )
-        wrong = mask[(mask >= self.num_classes) & (mask != self.ignore_index)]
+        outside = (mask < 0) | (mask >= self.num_classes)
+        wrong = mask[outside & (mask != self.ignore_index)]
         if wrong.size:
             raise DataError(
                 f"{mask_path}: has the value {int(wrong[0])} ({wrong.size} pixels out of range), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,14 @@ def _segformer(num_classes: int, weights: Path | None, **kwargs: Any) -> nn.Modu
         if found != num_classes:
             raise ModelError(f"{weights}: has {found} classes, the data has {num_classes}")
         return model
+    known = SegformerConfig().to_dict()
+    unknown = [key for key in kwargs if key not in known]
+    if unknown:  # the library would keep them and build the default model
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        raise ModelError(
+            f"arch 'segformer': unknown kwargs {', '.join(unknown)}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
     return SegformerForSemanticSegmentation(
         SegformerConfig(**{**kwargs, "num_labels": num_classes})
     )

@@ -111,3 +111,14 @@ def test_bad_data_stops_without_a_traceback(
     message = capsys.readouterr().err
     assert "p3.png" in message
     assert "Traceback" not in message
+
+
+def test_a_run_folder_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main([str(path), "--run", str(tmp_path / "file" / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "Not a directory" in message
+    assert "Traceback" not in message

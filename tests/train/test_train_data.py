@@ -46,6 +46,10 @@ def one_wrong_id(path: Path) -> None:
     Image.fromarray(mask).save(path)
 
 
+def negative(path: Path) -> None:
+    Image.fromarray(np.full((40, 40), -1, np.int32)).save(path, format="TIFF")
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "expected"),
     [
@@ -54,6 +58,7 @@ def one_wrong_id(path: Path) -> None:
         ("masks/p2.png", Path.unlink, "has no mask"),
         ("masks/p2.png", small, "9 x 8 pixels, but its picture"),
         ("masks/p2.png", one_wrong_id, r"the value 3 \(1 pixels"),
+        ("masks/p2.png", negative, r"the value -1 \(1600 pixels"),
         ("masks/p2.png", colourful, "mode RGB, expected class ids in one channel"),
     ],
 )

@@ -92,6 +92,7 @@ def test_model_by_import_path() -> None:
         ("test_train_models:nothing", {}, "nothing"),
         ("unet", {"widht": 3}, "widht"),
         ("unet", {"stride": 3}, "power of two"),
+        ("segformer", {"depth": [1, 1, 1, 1]}, "unknown kwargs depth; did you mean depths"),
         ("builtins:dict", {}, "expected a torch.nn.Module"),
     ],
 )

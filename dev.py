@@ -42,9 +42,15 @@ class Environment:
 
     def run(self, *command: str) -> None:
         """Runs Python with these arguments; ends with its exit code when it fails."""
-        code = subprocess.run([str(self.python), *command], cwd=ROOT).returncode
+        process = subprocess.Popen([str(self.python), *command], cwd=ROOT)
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # the job got it too, and takes its time to save its state
         if code != 0:
-            raise SystemExit(code)
+            raise SystemExit(code if code > 0 else 128 - code)
 
     def pip(self, *arguments: str) -> None:
         self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
@@ -52,9 +58,13 @@ class Environment:
     def prepare(self, extra: str) -> None:
         """Creates the environment and installs the package with one of its extras."""
         torch = find_torch()
-        if not self.python.exists():
+        complete = self.directory / "created"  # absent where an earlier set-up was interrupted
+        if not complete.exists():
             say(f"creating {self.directory.name}" + (f" over torch {torch}" if torch else ""))
-            venv.create(self.directory, with_pip=True, system_site_packages=torch is not None)
+            venv.create(
+                self.directory, clear=True, with_pip=True, system_site_packages=torch is not None
+            )
+            complete.touch()
         stamp = self.directory / f"installed-{extra}"
         state = fingerprint(torch)
         if stamp.exists() and stamp.read_text() == state:

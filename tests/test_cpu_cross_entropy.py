@@ -219,7 +219,7 @@ def test_strides_beyond_2_31_elements() -> None:
 
 @pytest.mark.skipif(
     not os.environ.get("HETEROAKD_TEST_LARGE"),
-    reason="needs 20 GiB of free memory and a minute; HETEROAKD_TEST_LARGE=1 runs it",
+    reason="needs 32 GiB of free memory and a minute; HETEROAKD_TEST_LARGE=1 runs it",
 )
 def test_gradient_of_more_than_2_31_elements() -> None:
     """2 x 4096 x 513 x 513: the last image's gradient is where 64-bit offsets put it."""

@@ -1,0 +1,288 @@
+"""What is measured: an objective on a shape, and the named suites of such cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+__all__ = ["DATASETS", "OBJECTIVES", "SUITES", "Case", "Objective", "cases_of"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss that people train with."""
+
+    title: str
+    options: dict[str, Any]
+    """Keyword arguments of `functional.distillation_loss`."""
+    needs_teacher: bool = True
+    from_features: bool = False
+    """Starts from a feature map and the weight of a 1x1 projection instead of logits."""
+
+
+_T2: Final = {"temperature": 2.0}
+_T17: Final = {"temperature": 1.7}
+OBJECTIVES: Final[dict[str, Objective]] = {
+    "ce": Objective("cross entropy", {}, needs_teacher=False),
+    "ce+kd": Objective("cross entropy + KD, T = 2", {"kd_weight": 1.0, **_T2}),
+    "ce+hetero": Objective("cross entropy + HeteroAKD, T = 2", {"hetero_weight": 1.0, **_T2}),
+    "ce+hetero-T1.7": Objective(
+        "cross entropy + HeteroAKD, T = 1.7", {"hetero_weight": 1.0, **_T17}
+    ),
+    "ce+hetero-logits": Objective(
+        "cross entropy + HeteroAKD, mix = logits, T = 2",
+        {"hetero_weight": 1.0, "mix": "logits", **_T2},
+    ),
+    "ce+paper": Objective(
+        "cross entropy + HeteroAKD, preset paper, T = 2",
+        {"hetero_weight": 1.0, "preset": "paper", **_T2},
+    ),
+    "projection+ce": Objective(
+        "1x1 projection + cross entropy at the features' resolution",
+        {},
+        needs_teacher=False,
+        from_features=True,
+    ),
+    "projection+ce+upsample": Objective(
+        "1x1 projection + upsampling + cross entropy", {}, needs_teacher=False, from_features=True
+    ),
+}
+
+# name: classes, label height, label width; crops as the usual recipes take them
+DATASETS: Final[dict[str, tuple[int, int, int]]] = {
+    "Cityscapes": (19, 512, 1024),
+    "Cityscapes 769": (19, 769, 769),
+    "VOC": (21, 512, 512),
+    "ADE20K": (150, 512, 512),
+    "COCO-Stuff": (171, 512, 512),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the tables, before it is known who computes it."""
+
+    objective: str
+    dataset: str
+    batch: int
+    classes: int
+    height: int
+    width: int
+    stride: int
+    teacher_stride: int
+    align_corners: bool = False
+    dtype: str = "float32"
+    channels: int = 0
+    """D of the feature map, for objectives that start from one."""
+
+    @property
+    def key(self) -> str:
+        """Unique and stable: what two result files are compared by."""
+        parts = [
+            self.objective,
+            f"B{self.batch} C{self.classes} {self.height}x{self.width}",
+            f"stride {self.stride}"
+            + ("" if self.teacher_stride == self.stride else f", teacher {self.teacher_stride}"),
+            self.dtype,
+        ]
+        if self.channels:
+            parts.append(f"D{self.channels}")
+        if self.align_corners:
+            parts.append("align_corners")
+        return " | ".join(parts)
+
+    @property
+    def label(self) -> str:
+        """For tables and plots that say the objective and the dtype elsewhere."""
+        text = f"B{self.batch} C{self.classes} {self.height}x{self.width} /{self.stride}"
+        if self.teacher_stride != self.stride:
+            text += f" (teacher /{self.teacher_stride})"
+        if self.channels:
+            text += f" D{self.channels}"
+        return text + (" ac" if self.align_corners else "")
+
+    @property
+    def target(self) -> Objective:
+        return OBJECTIVES[self.objective]
+
+    @property
+    def label_size(self) -> tuple[int, int]:
+        """Of the labels that the loss sees."""
+        if self.objective == "projection+ce":
+            return self.grid(self.stride)
+        return self.height, self.width
+
+    def grid(self, stride: int) -> tuple[int, int]:
+        """Size of the logits at this stride; with align_corners the corner pixels coincide."""
+        if self.align_corners:
+            return (self.height - 1) // stride + 1, (self.width - 1) // stride + 1
+        return -(-self.height // stride), -(-self.width // stride)
+
+    @property
+    def pixel_classes(self) -> int:
+        """B x C x H x W of the label grid: the unit of work."""
+        height, width = self.label_size
+        return self.batch * self.classes * height * width
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def case(
+    objective: str,
+    dataset: str,
+    batch: int,
+    stride: int,
+    *,
+    teacher_stride: int | None = None,
+    size: tuple[int, int] | None = None,
+    classes: int | None = None,
+    **more: Any,
+) -> Case:
+    """A case on a data set's shape, with what differs from it."""
+    usual_classes, height, width = DATASETS[dataset]
+    height, width = size or (height, width)
+    return Case(
+        objective=objective,
+        dataset=dataset,
+        batch=batch,
+        classes=classes or usual_classes,
+        height=height,
+        width=width,
+        stride=stride,
+        teacher_stride=teacher_stride or stride,
+        **more,
+    )
+
+
+def _headline(objective: str = "ce+hetero", scale: int = 1) -> list[Case]:
+    """The rows of the targets; `scale` multiplies the batches (a GPU needs more to fill it)."""
+    return [
+        case(objective, "Cityscapes", 2 * scale, 4),
+        case(objective, "Cityscapes", 2 * scale, 8),
+        case(objective, "VOC", 4 * scale, 8),
+        case(objective, "ADE20K", 2 * scale, 4),
+        case(objective, "Cityscapes", 2 * scale, 1),
+        case(objective, "Cityscapes 769", 2 * scale, 8, align_corners=True),
+        case(objective, "Cityscapes", 2 * scale, 8, teacher_stride=4),
+    ]
+
+
+def _objectives(batch: int = 2) -> list[Case]:
+    """Every objective on logits, on one shape."""
+    names = [name for name, one in OBJECTIVES.items() if not one.from_features]
+    return [case(name, "Cityscapes", batch, 4) for name in names]
+
+
+def _dtypes(batch: int = 2, objectives: tuple[str, ...] = ("ce", "ce+hetero")) -> list[Case]:
+    return [
+        case(objective, "Cityscapes", batch, 4, dtype=dtype)
+        for objective in objectives
+        for dtype in ("float32", "bfloat16", "float16")
+    ]
+
+
+def _strides(objective: str, batch: int = 1) -> list[Case]:
+    return [case(objective, "Cityscapes", batch, stride) for stride in (1, 4, 8, 16, 32)]
+
+
+def _pixels(objective: str, batch: int = 1, largest: int = 1024) -> list[Case]:
+    sides = [side for side in (128, 256, 512, 1024, 2048) if side <= largest]
+    return [case(objective, "Cityscapes", batch, 4, size=(side, side)) for side in sides]
+
+
+def _classes(objective: str, batch: int = 1, side: int = 256) -> list[Case]:
+    return [
+        case(objective, "Cityscapes", batch, 4, size=(side, side), classes=classes)
+        for classes in (2, 5, 19, 21, 60, 150, 171, 256)
+    ]
+
+
+def _batches(objective: str, side: int = 256, largest: int = 16) -> list[Case]:
+    sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= largest]
+    return [case(objective, "Cityscapes", size, 4, size=(side, side)) for size in sizes]
+
+
+def _projections(batch: int = 2) -> list[Case]:
+    return [
+        case(objective, "Cityscapes", batch, stride, channels=channels)
+        for objective in ("projection+ce", "projection+ce+upsample")
+        for stride, channels in ((4, 256), (8, 512))
+    ]
+
+
+def _coco_and_large(batch: int = 16) -> list[Case]:
+    return [
+        case("ce+hetero", "COCO-Stuff", batch, 4),
+        case("ce+hetero", "ADE20K", batch, 8),
+        case("ce+hetero", "ADE20K", batch, 16),
+        case("ce+hetero", "Cityscapes", batch, 4),
+        case("ce+hetero", "VOC", batch, 16),
+    ]
+
+
+Suite = dict[str, list[Case]]
+
+#: suite -> group -> cases. A case may be in several groups; it is measured once.
+SUITES: Final[dict[str, Suite]] = {
+    # What the README's command runs on a CPU: everything that decides, in under ten minutes.
+    "cpu": {
+        "headline": _headline(),
+        "objectives": _objectives(),
+        "dtypes": _dtypes(),
+        "projections": _projections(1),
+        "strides": _strides("ce"),
+        "pixels": _pixels("ce") + _pixels("ce+hetero", largest=512),
+        "classes": _classes("ce") + _classes("ce+hetero", side=128),
+        "batches": _batches("ce"),
+    },
+    # The same on a GPU, at batches that fill it.
+    "gpu": {
+        "headline": _headline(scale=4)
+        + [replace(one, dtype="bfloat16") for one in _headline(scale=4)],
+        "large": _coco_and_large(16),
+        "objectives": _objectives(8),
+        "dtypes": _dtypes(8),
+        "projections": _projections(8),
+        "strides": _strides("ce", 8) + _strides("ce+hetero", 8),
+        "pixels": _pixels("ce", 4, 2048) + _pixels("ce+hetero", 4, 2048),
+        "classes": _classes("ce", 8, 512) + _classes("ce+hetero", 8, 512),
+        "batches": _batches("ce+hetero", 512, 32),
+    },
+    # Every combination, for a long afternoon.
+    "full": {
+        "headline": [one for name in OBJECTIVES if "projection" not in name
+                     for one in _headline(name)],
+        "large": _coco_and_large(4) + [case("ce", "COCO-Stuff", 4, 4)],
+        "objectives": _objectives(),
+        "dtypes": _dtypes(objectives=tuple(n for n in OBJECTIVES if "projection" not in n)),
+        "projections": _projections(2),
+        "strides": _strides("ce") + _strides("ce+hetero"),
+        "pixels": _pixels("ce", largest=2048) + _pixels("ce+hetero", largest=2048),
+        "classes": _classes("ce") + _classes("ce+hetero"),
+        "batches": _batches("ce") + _batches("ce+hetero"),
+    },
+    # Half a minute: does everything still run.
+    "smoke": {
+        "headline": [
+            case("ce", "Cityscapes", 1, 4, size=(64, 128)),
+            case("ce+hetero", "VOC", 1, 8, size=(64, 64)),
+        ],
+        "objectives": [
+            case(name, "Cityscapes", 1, 4, size=(32, 64), channels=8 * one.from_features)
+            for name, one in OBJECTIVES.items()
+        ],
+        "dtypes": [case("ce", "Cityscapes", 1, 4, size=(64, 64), dtype="bfloat16")],
+    },
+}  # fmt: skip
+
+
+def cases_of(suite: Suite) -> Iterator[Case]:
+    """Every case of a suite once, in the order of its groups."""
+    seen: set[Case] = set()
+    for cases in suite.values():
+        for one in cases:
+            if one not in seen:
+                seen.add(one)
+                yield one

@@ -244,7 +244,11 @@ SUITES: Final[dict[str, Suite]] = {
         "large": _coco_and_large(16),
         "objectives": _objectives(8),
         "dtypes": _dtypes(8),
-        "projections": _projections(8),
+        "projections": [
+            replace(one, dtype=dtype)
+            for one in _projections(8)
+            for dtype in ("float32", "bfloat16")
+        ],
         "strides": _strides("ce", 8) + _strides("ce+hetero", 8),
         "pixels": _pixels("ce", 4, 2048) + _pixels("ce+hetero", 4, 2048),
         "classes": _classes("ce", 8, 512) + _classes("ce+hetero", 8, 512),
@@ -252,9 +256,10 @@ SUITES: Final[dict[str, Suite]] = {
     },
     # Every combination, for a long afternoon.
     "full": {
-        "headline": [one for name in OBJECTIVES if "projection" not in name
-                     for one in _headline(name)],
-        "large": _coco_and_large(4) + [case("ce", "COCO-Stuff", 4, 4)],
+        "headline": [
+            one for name in OBJECTIVES if "projection" not in name for one in _headline(name)
+        ],
+        "large": [*_coco_and_large(4), case("ce", "COCO-Stuff", 4, 4)],
         "objectives": _objectives(),
         "dtypes": _dtypes(objectives=tuple(n for n in OBJECTIVES if "projection" not in n)),
         "projections": _projections(2),

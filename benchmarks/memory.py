@@ -13,6 +13,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def fresh_process(function: Callable[..., Any], *arguments: Any, timeout: float 
 
 
 def _run(send: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    result: tuple[Any, str | None]
     try:
         result = (function(*arguments), None)
     except Exception as error:
@@ -146,7 +148,6 @@ def largest_crop(
     Memory is linear in pixels, so two measurements predict the answer, and a third confirms it:
     the peak at the returned side was measured and is within the budget.
     """
-    from dataclasses import replace
 
     def peak(side: int) -> int:
         return peak_bytes(replace(case, height=side, width=side), provider, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,10 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     """
     objective = case.target
     weights = {"ce": 1.0}
-    options = {"ignore_index": IGNORE_INDEX, "align_corners": case.align_corners}
+    options: dict[str, Any] = {
+        "ignore_index": IGNORE_INDEX,
+        "align_corners": case.align_corners,
+    }
     for name, value in objective.options.items():
         if name.endswith("_weight"):
             weights[name.removesuffix("_weight")] = value

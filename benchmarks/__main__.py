@@ -1,0 +1,145 @@
+"""The benchmark suite.
+
+python -m benchmarks                           the CPU report: tables, plots, JSON, CSV
+python -m benchmarks run --suite full          every combination
+python -m benchmarks run --device cuda         on a GPU (see also python -m benchmarks.gpu)
+python -m benchmarks compare OLD NEW           what changed beyond the noise; 1 if worse
+python -m benchmarks report DIRECTORY          tables and plots again from its results.json
+python -m benchmarks gate                      the regression gate of CI
+python -m benchmarks list                      suites, cases, providers
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["gate"]:
+        from . import gate
+
+        return int(gate.main(arguments[1:]))
+    if arguments[:1] not in (["run"], ["compare"], ["report"], ["list"], ["-h"], ["--help"]):
+        arguments.insert(0, "run")
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; the phases that ended are saved", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="run | compare | report | gate | list")
+
+    run = commands.add_parser("run", help="measure a suite and write its report")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--suite", help="cpu, gpu, full or smoke; by default that of the device")
+    run.add_argument("--output", type=Path, help="directory; default runs/benchmarks/SUITE")
+    run.add_argument("--seconds", type=float, default=None, help="limit of the whole run")
+    run.add_argument("--only", default="", help="regular expression on the cases' names")
+    run.add_argument("--providers", nargs="+", default=(), help="names, see `list`")
+    run.add_argument("--visits", type=int, default=2, help="times that each case is come back to")
+    run.add_argument("--rounds", type=int, default=5, help="rounds in each visit, at most")
+    run.add_argument("--phases", nargs="+", help="times default-malloc threads memory crops steps")
+    run.set_defaults(command=_run)
+
+    compare = commands.add_parser("compare", help="two result files; exit code 1 if worse")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.add_argument("--all", action="store_true", help="list what did not change too")
+    compare.set_defaults(command=_compare)
+
+    report = commands.add_parser("report", help="tables and plots from a results.json")
+    report.add_argument("results", type=Path)
+    report.add_argument("--output", type=Path, help="directory; default: that of the results")
+    report.set_defaults(command=_report)
+
+    commands.add_parser("list", help="suites, cases, providers").set_defaults(command=_list)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import report, runner
+    from .cases import SUITES
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    suite = options.suite or ("cpu" if options.device == "cpu" else "gpu")
+    if suite not in SUITES:
+        raise ValueError(f"--suite: got {suite!r}, expected one of {', '.join(SUITES)}")
+    if options.visits < 1 or options.rounds < 1:
+        raise ValueError("--visits, --rounds: expected at least 1")
+    # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
+    # last cases rather than the promise.
+    seconds = 560.0 if options.seconds is None and suite == "cpu" else options.seconds or 0.0
+    plan = runner.Plan(
+        suite=suite,
+        device=options.device,
+        output=options.output or Path("runs/benchmarks") / suite,
+        seconds=seconds,
+        only=options.only,
+        providers=tuple(options.providers),
+        visits=options.visits,
+        rounds=options.rounds,
+        say=lambda text: print(text, flush=True),
+    )
+    if options.phases:
+        from dataclasses import replace
+
+        plan = replace(plan, phases=tuple(options.phases))
+    results = runner.run(plan)
+    page = report.write(results, plan.output)
+    print(report.summary(results))
+    print(f"\nreport: {page}\nfigures: {page.parent / 'results.json'}, results.csv")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .compare import compare, to_text
+    from .results import Results
+
+    changes = compare(Results.load(options.before), Results.load(options.after))
+    print(to_text(changes, options.all))
+    return int(any(change.verdict == "worse" for change in changes))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from . import report
+    from .results import Results
+
+    where = options.results if options.results.is_dir() else options.results.parent
+    print(report.write(Results.load(options.results), options.output or where))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .cases import SUITES, cases_of
+    from .providers import names
+
+    for name, suite in SUITES.items():
+        print(f"{name}: {len(list(cases_of(suite)))} cases")
+        for group, cases in suite.items():
+            for one in cases:
+                print(f"  {group:12} {one.key}")
+    print("providers:", ", ".join(names()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,7 +2,8 @@
 """Sets up a private environment in `.venv` and runs one job in it. Standard library only.
 
     python3 dev.py demo [arguments of heteroakd-train]    the main job on real data
-    python3 dev.py test [arguments of pytest]             lint, types, the whole test suite
+    python3 dev.py bench [arguments of benchmarks]        the benchmark report of this machine
+    python3 dev.py test [arguments of pytest]             lint, types, all tests, the speed gate
 
 Needs Python 3.10+ and a C++ compiler. The torch of the calling interpreter is used when it has
 one (the environment then sees that interpreter's packages); otherwise a pinned one is installed.
@@ -102,7 +103,7 @@ def say(text: str) -> None:
 def main(arguments: list[str]) -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this file runs before anything is checked)
         raise SystemExit("dev.py: needs Python 3.10 or newer")
-    if not arguments or arguments[0] not in ("demo", "test"):
+    if not arguments or arguments[0] not in ("demo", "bench", "test"):
         print(__doc__)
         raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
     job, rest = arguments[0], arguments[1:]
@@ -111,12 +112,20 @@ def main(arguments: list[str]) -> None:
         environment.prepare("train")
         environment.run("-m", "heteroakd_fast.train", *rest)
         return
+    if job == "bench":
+        environment.prepare("bench")
+        environment.run("-m", "benchmarks", *rest)
+        return
     environment.prepare("test")
     if not rest:
         environment.run("-m", "ruff", "check", ".")
         environment.run("-m", "ruff", "format", "--check", ".")
         environment.run("-m", "mypy")
     environment.run("-m", "pytest", *rest)
+    if not rest:
+        environment.run("-m", "benchmarks", "gate")
+        # Benchmark reports say whether the tests passed on the sources they ran on.
+        environment.run("-m", "benchmarks.provenance", "--tests-passed")
 
 
 if __name__ == "__main__":

@@ -102,15 +102,15 @@ def _bars(
             axes.barh(y, values[side], height * 0.92, color=_COLOURS[side])
             label = text(values[side])
             if side == "ours":
-                label += f"   {values['eager'] / values['ours']:.1f}x less than eager"
+                label += f"   eager / ours {values['eager'] / values['ours']:.1f}"
                 if "compile" in values:
-                    label += f", {values['compile'] / values['ours']:.1f}x than compile"
+                    label += f", compile / ours {values['compile'] / values['ours']:.1f}"
             axes.text(values[side] * 1.03, y, label, va="center", fontsize=8.5, color=INK,
                       fontweight="bold" if side == "ours" else "normal")  # fmt: skip
     axes.set_yticks(range(len(found)), [_two_lines(one) for one, _ in found])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(min(min(v.values()) for _, v in found) / 2, largest * 12)
+    axes.set_xlim(min(min(v.values()) for _, v in found) / 2, largest * 30)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(unit)
     axes.set_title(title, loc="left", fontweight="bold", pad=28)

@@ -285,9 +285,9 @@ SUITES: Final[dict[str, Suite]] = {
 
 def cases_of(suite: Suite) -> Iterator[Case]:
     """Every case of a suite once, in the order of its groups."""
-    seen: set[Case] = set()
+    seen: set[str] = set()
     for cases in suite.values():
         for one in cases:
-            if one not in seen:
-                seen.add(one)
+            if one.key not in seen:
+                seen.add(one.key)
                 yield one

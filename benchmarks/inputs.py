@@ -73,8 +73,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
 
     nothing = torch.empty(0, device=device)
     objective = case.target
-    student = nothing if objective.from_features else logits(case.stride, 3.0).requires_grad_()
-    teacher = logits(case.teacher_stride, 5.0) if objective.needs_teacher else nothing
+    student = nothing if objective.from_features else logits(case.stride, 6.0).requires_grad_()
+    teacher = logits(case.teacher_stride, 8.0) if objective.needs_teacher else nothing
     features = weight = nothing
     if objective.from_features:
         h, w = case.grid(case.stride)

@@ -1,0 +1,593 @@
+"""Every backend on a CUDA device: accuracy, determinism, streams, graphs, synchronisation, size.
+
+What needs a GPU has the marker `gpu` and is skipped without one. The helpers take the device as
+an argument, and a small part of them runs on the CPU as well, so that they are tested everywhere.
+Expected values always come from the float64 oracle on the CPU: nothing that a GPU computes is
+compared with another thing that the same GPU computed, except where bits must be equal.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from common import TERM_CASES, Batch, Result, assert_matches, evaluate, make_batch, require, truth
+from torch import Tensor
+
+from heteroakd_fast import BackendUnavailableError, backends, functional
+from heteroakd_fast.spec import TERMS, LossSpec
+
+# cuBLAS asks for it in deterministic mode, which conftest.py turns on, and reads it when its
+# handle is made: before the first product of matrices is early enough.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+F32 = torch.float32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_GPU = torch.cuda.is_available()
+# By name and not by what is usable here: one that cannot run is a skip with its reason.
+COMPILED = backends.PREFERENCE["cuda"]
+EVERY = ("reference", *COMPILED)
+LAYOUTS = ("contiguous", "channels_last", "sliced")
+RESOLUTIONS: dict[str, dict[str, Any]] = {
+    "ratio-1": {"grid": (13, 17), "teacher_grid": None, "size": (13, 17)},
+    "ratio-4": {"grid": (6, 5), "teacher_grid": None, "size": (24, 20)},
+    "odd": {"grid": (4, 6), "teacher_grid": (8, 3), "size": (13, 17)},
+    "teacher-stride": {"grid": (4, 4), "teacher_grid": (8, 8), "size": (32, 32)},
+    "downsampled": {"grid": (20, 11), "teacher_grid": (9, 23), "size": (9, 7)},
+    "align-corners": {"grid": (5, 4), "teacher_grid": (9, 7), "size": (17, 13)},
+    # more than one block in every direction, with ragged ends
+    "blocks": {"grid": (17, 33), "teacher_grid": None, "size": (67, 131), "classes": 19},
+}
+
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device is visible to torch")
+
+
+def gpu(test: Any) -> Any:
+    """Marks a test that needs a CUDA device."""
+    return pytest.mark.gpu(needs_gpu(test))
+
+
+DEVICES = ("cpu", pytest.param("cuda", marks=(pytest.mark.gpu, needs_gpu)))
+every_backend = pytest.mark.parametrize("backend", EVERY)
+every_compiled = pytest.mark.parametrize("backend", COMPILED)
+every_case = pytest.mark.parametrize("case", TERM_CASES)
+some_cases = pytest.mark.parametrize("case", ["ce-smoothed", "hetero-softmax-kl", "all"])
+
+
+# --- helpers -----------------------------------------------------------------------------------
+
+
+def arrange(dense: Tensor, layout: str) -> Tensor:
+    """The same values with other strides, on the same device."""
+    if layout == "contiguous":
+        return dense.contiguous()
+    if layout == "channels_last":
+        return dense.contiguous(memory_format=torch.channels_last)
+    b, c, h, w = dense.shape
+    wide = torch.full((b, c + 2, h + 1, 2 * w), 77.0, dtype=dense.dtype, device=dense.device)
+    view = wide[:, 1:-1, 1:, ::2]
+    view.copy_(dense)
+    return view
+
+
+def arrange_labels(dense: Tensor, layout: str) -> Tensor:
+    if layout != "sliced":
+        return dense.contiguous()
+    b, h, w = dense.shape
+    wide = torch.full((b, h + 2, 3 * w), 255, dtype=dense.dtype, device=dense.device)
+    view = wide[:, 1:-1, ::3]
+    view.copy_(dense)
+    return view
+
+
+def placed(batch: Batch, device: str, layout: str = "contiguous") -> Batch:
+    """Moved first and arranged then: a copy between devices makes sliced tensors dense."""
+    return Batch(
+        arrange(batch.student.to(device), layout),
+        arrange(batch.teacher.to(device), layout),
+        arrange_labels(batch.target.to(device), layout),
+    )
+
+
+def on_cpu(result: Result) -> Result:
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.cpu()
+
+    return result._replace(
+        loss=result.loss.cpu(),
+        student_grad=move(result.student_grad),
+        teacher_grad=move(result.teacher_grad),
+        maps=None if result.maps is None else {k: v.cpu() for k, v in result.maps.items()},
+    )
+
+
+@cache
+def batch_of(resolution: str, dtype: torch.dtype, seed: int = 0) -> Batch:
+    return make_batch(dtype=dtype, seed=seed, **RESOLUTIONS[resolution])
+
+
+def options_of(case: str, resolution: str = "odd") -> dict[str, Any]:
+    return {**TERM_CASES[case], "align_corners": resolution == "align-corners"}
+
+
+@cache
+def expected_of(case: str, resolution: str, dtype: torch.dtype, seed: int = 0) -> Result:
+    """The oracle is the same for every backend, layout and device."""
+    return truth(batch_of(resolution, dtype, seed), 2.5, **options_of(case, resolution))
+
+
+def check_correct(
+    device: str,
+    backend: str,
+    case: str,
+    dtype: torch.dtype = F32,
+    layout: str = "contiguous",
+    resolution: str = "odd",
+) -> None:
+    options = options_of(case, resolution)
+    require(backend, device, **options)
+    batch = placed(batch_of(resolution, dtype), device, layout)
+    got = evaluate(batch, 2.5, backend=backend, **options)
+    for gradient, logits in ((got.student_grad, batch.student), (got.teacher_grad, batch.teacher)):
+        if gradient is not None:
+            assert gradient.device == logits.device
+            assert gradient.dtype == dtype
+    assert_matches(on_cpu(got), expected_of(case, resolution, dtype))
+
+
+def assert_same_bits(first: Result, second: Result) -> None:
+    assert torch.equal(first.loss, second.loss)
+    assert first.terms == second.terms
+    for name in ("student_grad", "teacher_grad"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), name
+
+
+Step = Callable[[], list[Tensor]]
+
+
+def leaves_of(batch: Batch, options: dict[str, Any]) -> Batch:
+    """Copies that receive gradients, in memory whose address stays."""
+    student = batch.student.detach().clone().requires_grad_()
+    teacher = batch.teacher.detach().clone().requires_grad_("teacher_ce_weight" in options)
+    return Batch(student, teacher, batch.target.clone())
+
+
+def step_of(leaves: Batch, **options: Any) -> Step:
+    """Loss and gradients with nothing else: reading a value would wait for the GPU."""
+    wanted = [tensor for tensor in leaves[:2] if tensor.requires_grad]
+
+    def step() -> list[Tensor]:
+        loss = functional.distillation_loss(*leaves, **options).loss
+        # the student of a pass that only trains the teacher gets none, and gets zeros here
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return [loss.detach(), *(g for g in grads if g is not None)]
+
+    return step
+
+
+def refill(leaves: Batch, values: Batch) -> None:
+    with torch.no_grad():
+        for buffer, value in zip(leaves, values, strict=True):
+            buffer.copy_(value)
+
+
+@contextmanager
+def refuse_synchronisation() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def capture(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of one step and the tensors that each replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, loads modules, sizes workspaces: not while capturing
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return graph, outputs
+
+
+def check_graph(
+    step: Step, leaves: Batch, batches: list[Batch], expected: list[list[Tensor]]
+) -> None:
+    """Replays with each batch's values copied in; bits as without a graph."""
+    graph, outputs = capture(step)
+    for values, wanted in zip(batches, expected, strict=True):
+        refill(leaves, values)
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip(outputs, wanted, strict=True):
+            assert torch.equal(got, want)
+
+
+def need_memory(gib: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.1f}")
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    yield
+    if HAS_GPU and torch.cuda.memory_reserved() > 4 << 30:
+        torch.cuda.empty_cache()
+
+
+# --- accuracy ----------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_case
+@every_backend
+def test_value_and_gradients(
+    backend: str, case: str, dtype: torch.dtype, layout: str, resolution: str
+) -> None:
+    check_correct("cuda", backend, case, dtype, layout, resolution)
+
+
+@pytest.mark.parametrize("resolution", ["odd", "align-corners", "blocks"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["ce", "all"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_chosen_backend_is_accurate(
+    device: str, case: str, dtype: torch.dtype, layout: str, resolution: str
+) -> None:
+    check_correct(device, "auto", case, dtype, layout, resolution)
+
+
+@every_case
+@pytest.mark.parametrize("device", DEVICES)
+def test_auto_takes_the_first_that_can(device: str, case: str) -> None:
+    options = TERM_CASES[case]
+    batch = placed(batch_of("odd", F32), device)
+    weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in TERMS}
+    fields = {k: v for k, v in options.items() if k in LossSpec.__dataclass_fields__}
+    fields.setdefault("mix", functional.resolve_mix(fields.get("preset", "softmax-kl"), None))
+    spec = LossSpec(terms=tuple(name for name, weight in weights.items() if weight), **fields)
+    chosen = backends.select("auto", spec, device)
+    first = next(
+        (
+            name
+            for name in backends.PREFERENCE[device]
+            if backends.available()[name] is None and not backends.get(name).unsupported(spec)
+        ),
+        "reference",
+    )
+    assert chosen == first
+    got = evaluate(batch, 2.5, backend="auto", **options)
+    assert_matches(on_cpu(got), expected_of(case, "odd", F32))
+    if chosen != "reference":
+        assert_same_bits(got, evaluate(batch, 2.5, backend=chosen, **options))
+
+
+@gpu
+@every_case
+@every_backend
+def test_cpu_and_gpu_agree(backend: str, case: str) -> None:
+    options = TERM_CASES[case]
+    require(backend, "cuda", **options)
+    batch = batch_of("odd", F32)
+    on_gpu = evaluate(placed(batch, "cuda"), 2.5, backend=backend, **options)
+    assert_matches(on_cpu(on_gpu), evaluate(batch, 2.5, **options))
+
+
+@pytest.mark.parametrize("backend", [*EVERY, "cpu"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_maps(device: str, backend: str) -> None:
+    options = {"hetero_weight": 1.0, "return_maps": True}
+    require(backend, device, **options)
+    batch = batch_of("odd", F32)
+    got = on_cpu(evaluate(placed(batch, device), backend=backend, **options))
+    expected = truth(batch, **options)
+    assert got.maps is not None
+    assert expected.maps is not None
+    for name, wanted in expected.maps.items():
+        torch.testing.assert_close(got.maps[name].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+# --- determinism -------------------------------------------------------------------------------
+
+
+def check_determinism(device: str, backend: str, case: str, dtype: torch.dtype) -> None:
+    """Two runs give the same bits, also with other work and other memory in between."""
+    options = options_of(case)
+    require(backend, device, **options)
+    # a fault that hides behind PyTorch's own deterministic mode is a fault
+    torch.use_deterministic_algorithms(False)
+    batch = placed(batch_of("blocks", dtype), device)
+    first = evaluate(batch, 2.5, backend=backend, **options)
+    assert first.student_grad is None or first.student_grad.isfinite().all()
+    for elements in (1, 12345, 1 << 20):
+        garbage = torch.full((elements,), float("nan"), device=device)
+        again = evaluate(batch, 2.5, backend=backend, **options)
+        assert_same_bits(first, again)
+        del garbage
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_case
+@every_compiled
+def test_determinism(backend: str, case: str, dtype: torch.dtype) -> None:
+    check_determinism("cuda", backend, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_determinism_check_on_the_cpu(backend: str, dtype: torch.dtype) -> None:
+    check_determinism("cpu", backend, "ce-smoothed", dtype)
+
+
+# --- streams, graphs, synchronisation ----------------------------------------------------------
+
+
+@gpu
+@some_cases
+@every_backend
+def test_non_default_stream(backend: str, case: str) -> None:
+    """The inputs arrive late on the side stream: a kernel on any other one reads old values."""
+    options = options_of(case)
+    require(backend, "cuda", **options)
+    values = placed(batch_of("odd", F32), "cuda")
+    evaluate(values, 2.5, backend=backend, **options)  # what compiles, compiles here
+    late = Batch(
+        torch.zeros_like(values.student),
+        torch.zeros_like(values.teacher),
+        torch.full_like(values.target, 255),
+    )
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # cycles: tens of milliseconds
+        refill(late, values)
+        got = evaluate(late, 2.5, backend=backend, **options)
+    side.synchronize()
+    assert_matches(on_cpu(got), expected_of(case, "odd", F32))
+
+
+def eager_steps(
+    leaves: Batch, step: Step, batches: list[Batch]
+) -> Iterator[tuple[Batch, list[Tensor]]]:
+    """What each batch gives without a graph."""
+    for values in batches:
+        refill(leaves, values)
+        yield values, [tensor.clone() for tensor in step()]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_case
+@every_compiled
+def test_graph_replay_with_new_values(backend: str, case: str, dtype: torch.dtype) -> None:
+    options = options_of(case)
+    require(backend, "cuda", **options)
+    batches = [placed(batch_of("odd", dtype, seed), "cuda") for seed in (0, 1, 2)]
+    leaves = leaves_of(batches[0], options)
+    step = step_of(leaves, backend=backend, **options)
+    expected = [outputs for _, outputs in eager_steps(leaves, step, batches)]
+    assert not torch.equal(expected[0][0], expected[1][0])
+    check_graph(step, leaves, [*batches[1:], batches[0]], [*expected[1:], expected[0]])
+
+
+def plain_step(leaves: Batch) -> Step:
+    """A loss of few operators that any GPU can capture: shows that the harness works."""
+
+    def step() -> list[Tensor]:
+        valid = (leaves.target != 255).float().mean()
+        loss = (leaves.student.square().mean() + leaves.teacher.mean()) * valid
+        return [loss.detach(), *torch.autograd.grad(loss, [leaves.student])]
+
+    return step
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_eager_steps_follow_their_inputs(device: str) -> None:
+    batches = [placed(batch_of("odd", F32, seed), device) for seed in (0, 1)]
+    for make in (plain_step, lambda leaves: step_of(leaves, **TERM_CASES["all"])):
+        leaves = leaves_of(batches[0], TERM_CASES["all"])
+        results = [outputs for _, outputs in eager_steps(leaves, make(leaves), batches)]
+        assert not torch.equal(results[0][0], results[1][0])
+        refill(leaves, batches[0])
+        assert torch.equal(make(leaves)()[0], results[0][0])
+
+
+@gpu
+def test_graph_and_synchronisation_harness_on_plain_torch() -> None:
+    batches = [placed(batch_of("odd", F32, seed), "cuda") for seed in (0, 1)]
+    leaves = leaves_of(batches[0], {})
+    step = plain_step(leaves)
+    expected = [outputs for _, outputs in eager_steps(leaves, step, batches)]
+    check_graph(step, leaves, batches[::-1], expected[::-1])
+    with refuse_synchronisation():
+        step()
+    with pytest.raises(RuntimeError, match="synchroniz"), refuse_synchronisation():
+        step()[0].item()
+
+
+@gpu
+@every_case
+@every_compiled
+def test_no_synchronisation(backend: str, case: str) -> None:
+    options = options_of(case)
+    require(backend, "cuda", **options)
+    step = step_of(
+        leaves_of(placed(batch_of("odd", F32), "cuda"), options), backend=backend, **options
+    )
+    for _ in range(2):  # compiling and loading may wait
+        step()
+    torch.cuda.synchronize()
+    with refuse_synchronisation():
+        step()
+
+
+# --- size --------------------------------------------------------------------------------------
+
+
+def check_image_by_image(device: str, backend: str, batch: Batch, first_far_image: int) -> None:
+    """A batch too large for the oracle against the oracle of its images.
+
+    With one denominator for all, the loss is the sum over images, and an image's gradient is its
+    own; of the gradients the first and one beyond the 32-bit range are compared.
+    """
+    options: dict[str, Any] = {"kd_weight": 0.7, "temperature": 2.0}
+    require(backend, device, **options)
+    torch.use_deterministic_algorithms(False)  # would fill, and sort for, gigabytes
+    options["normalizer"] = float((batch.target != 255).sum())
+    got = evaluate(batch, backend=backend, **options)
+    assert got.student_grad is not None
+    last = len(batch.student) - 1
+    assert first_far_image <= last
+    total = 0.0
+    for image in range(len(batch.student)):
+        one = Batch(*(tensor[image : image + 1] for tensor in batch))
+        expected = truth(one, **options)
+        total += float(expected.loss)
+        if image in (0, last):
+            part = got._replace(
+                loss=expected.loss,
+                terms=expected.terms,
+                student_grad=got.student_grad[image : image + 1].cpu(),
+            )
+            assert_matches(part, on_cpu(expected))
+    assert float(got.loss) == pytest.approx(total, rel=2e-6)
+
+
+def large_batch(device: str, images: int, grid: tuple[int, int], size: tuple[int, int]) -> Batch:
+    """Drawn where it is used; labels in one byte."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def logits() -> Tensor:
+        return 3 * torch.randn(images, 19, *grid, generator=generator, device=device)
+
+    target = torch.randint(0, 19, (images, *size), generator=generator, device=device)
+    ignored = torch.rand(target.shape, generator=generator, device=device) < 0.1
+    return Batch(logits(), logits(), target.masked_fill_(ignored, 255).to(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_image_by_image_check_on_the_cpu(backend: str) -> None:
+    check_image_by_image("cpu", backend, large_batch("cpu", 3, (4, 8), (16, 32)), 2)
+
+
+@gpu
+@every_compiled
+def test_more_than_2_31_elements_of_work(backend: str) -> None:
+    require(backend, "cuda", kd_weight=0.7)
+    need_memory(40)  # the oracle of one image, in float64
+    images, size = 16, (2048, 4096)
+    assert images * 19 * size[0] * size[1] > 2**31
+    far = 2**31 // (19 * size[0] * size[1]) + 1
+    check_image_by_image("cuda", backend, large_batch("cuda", images, (128, 256), size), far)
+
+
+@gpu
+@every_backend
+def test_strides_beyond_2_31_elements(backend: str) -> None:
+    """Image 1 lies more than 2^31 elements behind image 0, in logits and in labels."""
+    options = TERM_CASES["ce"]
+    require(backend, "cuda", **options)
+    need_memory(20)
+    torch.use_deterministic_algorithms(False)  # would fill the gap
+    far = 2**31 + 12345
+    memory = torch.empty(far + 200, dtype=torch.bfloat16, device="cuda")
+    labels = torch.empty(far + 200, dtype=torch.uint8, device="cuda")
+    dense = make_batch(
+        classes=3,
+        grid=(4, 5),
+        teacher_grid=None,
+        size=(8, 10),
+        dtype=torch.bfloat16,
+        label_dtype=torch.uint8,
+    )
+    logits = memory.as_strided((2, 3, 4, 5), (far, 20, 5, 1)).copy_(dense.student)
+    target = labels.as_strided((2, 8, 10), (far, 10, 1)).copy_(dense.target)
+    got = evaluate(Batch(logits, dense.teacher.cuda(), target), 2.5, backend=backend, **options)
+    assert_matches(on_cpu(got), truth(dense, 2.5, **options))
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["teacher_logits", "target", "class_weight"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_refuses_a_mix_of_devices(device: str, which: str) -> None:
+    batch = placed(batch_of("odd", F32), device)
+    call: dict[str, Any] = {
+        "student_logits": batch.student,
+        "teacher_logits": batch.teacher,
+        "target": batch.target,
+        "class_weight": torch.ones(5, device=device),
+    }
+    elsewhere = "meta" if device == "cpu" else "cpu"
+    call[which] = call[which].to(elsewhere)
+    with pytest.raises(ValueError, match=rf"^{which}: is on {elsewhere}, .* on {device}"):
+        functional.distillation_loss(**call, kd_weight=1.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_refuses_a_backend_of_another_device(device: str) -> None:
+    batch = placed(batch_of("odd", F32), device)
+    for name in COMPILED if device == "cpu" else ("cpu",):
+        reason = backends.available()[name]
+        with pytest.raises(BackendUnavailableError) as caught:
+            functional.cross_entropy(batch.student, batch.target, backend=name)
+        assert repr(name) in str(caught.value)
+        wanted = f"tensors, these are on {device}" if reason is None else reason
+        assert wanted in str(caught.value)
+
+
+@every_backend
+@pytest.mark.parametrize("device", DEVICES)
+def test_refuses_bad_labels_when_told_to_wait_for_them(
+    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(backend, device)
+    monkeypatch.setenv("HETEROAKD_CHECK_LABELS", "1")
+    batch = placed(batch_of("odd", F32), device)
+    target = batch.target.clone()
+    target[1, 2, 3] = 5
+    with pytest.raises(ValueError, match=r"target: label 5 at \(b=1, y=2, x=3\)"):
+        functional.cross_entropy(batch.student, target, backend=backend)
+
+
+@gpu
+@every_backend
+def test_bad_labels_are_a_device_side_assertion(backend: str) -> None:
+    """In a process of its own, whose CUDA context does not survive it."""
+    require(backend, "cuda")
+    code = f"""
+import torch
+from heteroakd_fast import functional
+logits = torch.randn(1, 5, 4, 4, device="cuda")
+target = torch.full((1, 8, 8), 7, device="cuda")
+functional.cross_entropy(logits, target, backend={backend!r})
+torch.cuda.synchronize()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "HETEROAKD_CHECK_LABELS"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert run.returncode != 0
+    assert "device-side assert" in run.stderr, run.stderr[-2000:]

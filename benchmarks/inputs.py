@@ -30,6 +30,10 @@ class Inputs:
     weight: Tensor
     """[C, D], a leaf, of the 1x1 projection; empty likewise"""
 
+    loss_scale: float = 1.0
+    """What the loss is multiplied by before backward: float16 is trained with a scaler, for
+    gradients of means over a million pixels would vanish in it"""
+
     @property
     def leaves(self) -> list[Tensor]:
         """The tensors whose `.grad` a step must fill."""
@@ -37,7 +41,7 @@ class Inputs:
         return [tensor for tensor in candidates if tensor.requires_grad]
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in vars(self).values() if t.numel()]
+        return [t for t in vars(self).values() if isinstance(t, Tensor) and t.numel()]
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
@@ -83,4 +87,5 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         weight = 2.0 * weight / case.channels**0.5
         features = features.to(device, dtype).requires_grad_()
         weight = weight.to(device, dtype).requires_grad_()
-    return Inputs(target.to(device), student, teacher, features, weight)
+    scale = 2.0**16 if case.dtype == "float16" else 1.0
+    return Inputs(target.to(device), student, teacher, features, weight, scale)

@@ -75,12 +75,12 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     return Truth(loss, list(grads))
 
 
-def errors_of(truth: Truth, loss: Tensor, leaves: list[Tensor]) -> tuple[float, float]:
+def errors_of(truth: Truth, loss: Tensor, inputs: Inputs) -> tuple[float, float]:
     """Relative error of the loss, and the largest gradient error over the largest gradient."""
     loss_error = abs(float(loss.detach()) - truth.loss) / max(abs(truth.loss), 1e-300)
     grad_error = 0.0
-    for grad, leaf in zip(truth.grads, leaves, strict=True):
+    for grad, leaf in zip(truth.grads, inputs.leaves, strict=True):
         assert leaf.grad is not None
-        difference = (leaf.grad.double() - grad).abs().amax()
+        difference = (leaf.grad.double() / inputs.loss_scale - grad).abs().amax()
         grad_error = max(grad_error, float(difference / grad.abs().amax().clamp(min=1e-300)))
     return loss_error, grad_error

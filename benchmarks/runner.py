@@ -53,7 +53,7 @@ class Plan:
     """Names to time; empty: all that fit"""
     visits: int = 2
     rounds: int = 5
-    phases: tuple[str, ...] = ("times", "default-malloc", "threads", "memory", "crops", "steps")
+    phases: tuple[str, ...] = ("times", "memory", "default-malloc", "threads", "crops", "steps")
     say: Callable[[str], None] = field(default=print)
 
 
@@ -100,10 +100,17 @@ def run(plan: Plan) -> Results:
             results.save(plan.output)
 
     plan.output.mkdir(parents=True, exist_ok=True)
-    # The timings take what the later phases do not need.
-    until = started + 0.62 * plan.seconds if plan.seconds else 0.0
+
+    # Each phase leaves its share to those after it; on two idle cores none is cut short.
+    def until(share: float) -> float:
+        return started + share * plan.seconds if plan.seconds else 0.0
+
+    def left_until(share: float) -> Callable[[], float]:
+        return lambda: until(share) - time.time() if plan.seconds else float("inf")
+
     names = _providers_of(suite, plan)
-    phase("times", lambda: _times(plan, cases, names, data, "main", deadline=until))
+    phase("times", lambda: _times(plan, cases, names, data, "main", deadline=until(0.55)))
+    phase("memory", lambda: _peaks(plan, suite, names, results, left_until(0.68)))
     if plan.device == "cpu":
         headline = suite.get("headline", [])[:4]
         few = {key: [n for n in names[key] if n in (EAGER, "compile") or n.startswith("heteroakd")]
@@ -111,14 +118,13 @@ def run(plan: Plan) -> Results:
         data["settings"]["default-malloc"] = "as main, with malloc as the system ships it"
         phase("default-malloc", lambda: _times(
             replace(plan, visits=1, rounds=3), headline, few, data, "default-malloc",
-            deadline=started + 0.72 * plan.seconds if plan.seconds else 0.0))  # fmt: skip
+            deadline=until(0.74)))  # fmt: skip
         if extra is not None:
             data["settings"]["1 thread"] = "as main, with one thread"
             ours = {extra.key: [n for n in names[extra.key] if n.startswith("heteroakd")]}
             phase("threads", lambda: _times(
                 replace(plan, visits=1), [extra], ours, data, "1 thread", threads=1))  # fmt: skip
-    phase("memory", lambda: _peaks(plan, suite, names, results, left))
-    phase("crops", lambda: _crops(plan, results, left))
+    phase("crops", lambda: _crops(plan, results, left_until(0.84)))
     phase("steps", lambda: _steps(plan, results, left))
     results.save(plan.output)
     return results
@@ -237,7 +243,8 @@ def _peaks(
         peaks: dict[str, Any] = results.data["peak_bytes"].setdefault(one.key, {})
         rows = results.rows(one.key)
         for name in names[one.key]:
-            if left() < 0.45 * plan.seconds * ("steps" in plan.phases) * 0.5:
+            if left() < 0:
+                plan.say("   the rest is left out for want of time")
                 return
             if name in rows and rows[name]["cannot"] is None:
                 try:
@@ -260,7 +267,7 @@ def _crops(plan: Plan, results: Results, left: Callable[[], float]) -> None:
         ours = results.ours(results.rows(key)) if key else None
         names = [EAGER, "compile", *([ours["provider"]] if ours else [])]
         for name in names:
-            if everyone[name].cannot(one, plan.device) or left() < 0.15 * plan.seconds:
+            if everyone[name].cannot(one, plan.device) or left() < 0:
                 continue
             try:
                 found = memory.largest_crop(one, name, CROP_BUDGET, plan.device)

@@ -130,7 +130,7 @@ def _visit(
                 loss = _step(forward, inputs)
             if truth is not None:
                 loss = _step(forwards[0], sets[0])
-                one.loss_error, one.grad_error = errors_of(truth, loss, sets[0].leaves)
+                one.loss_error, one.grad_error = errors_of(truth, loss, sets[0])
                 allowed = TOLERANCES[case.dtype]
                 if not (one.loss_error <= allowed[0] and one.grad_error <= allowed[1]):
                     one.cannot = (
@@ -178,7 +178,7 @@ def _step(forward: Forward, inputs: Inputs) -> Tensor:
     for leaf in inputs.leaves:
         leaf.grad = None
     loss = forward()
-    loss.backward()
+    loss.backward(torch.full_like(loss, inputs.loss_scale))
     return loss
 
 
@@ -188,7 +188,7 @@ def _measure_on_cpu(forward: Forward, inputs: Inputs) -> tuple[float, float]:
     start = time.perf_counter_ns()
     loss = forward()
     middle = time.perf_counter_ns()
-    loss.backward()
+    loss.backward(torch.full_like(loss, inputs.loss_scale))
     end = time.perf_counter_ns()
     return (middle - start) / 1e6, (end - middle) / 1e6
 
@@ -201,7 +201,7 @@ def _measure_on_gpu(forward: Forward, inputs: Inputs) -> tuple[float, float]:
     start.record()
     loss = forward()
     middle.record()
-    loss.backward()
+    loss.backward(torch.full_like(loss, inputs.loss_scale))
     end.record()
     end.synchronize()
     return start.elapsed_time(middle), middle.elapsed_time(end)
@@ -224,7 +224,8 @@ def _time_graphs(one: Timed, forwards: list[Forward], sets: list[Inputs], rounds
             for leaf in inputs.leaves:
                 leaf.grad = None
             with torch.cuda.graph(graph):
-                forward().backward()
+                loss = forward()
+                loss.backward(torch.full_like(loss, inputs.loss_scale))
             graphs.append(graph)
     except Exception as error:
         one.graph_cannot = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"

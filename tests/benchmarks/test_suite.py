@@ -46,7 +46,7 @@ def test_every_provider_computes_the_same(one: Case) -> None:
             continue  # the compiled ones are the eager ones; compiling takes seconds each
         loss = timing._step(provider.build(one, inputs), inputs)
         allowed = timing.TOLERANCES[one.dtype]
-        found = errors_of(truth, loss, inputs.leaves)
+        found = errors_of(truth, loss, inputs)
         assert found[0] <= allowed[0], name
         assert found[1] <= allowed[1], name
         able += 1
@@ -66,7 +66,7 @@ def test_the_truth_of_images_is_the_truth_of_the_batch() -> None:
         **OBJECTIVES["ce+hetero"].options,
     ).loss
     whole.backward()
-    loss_error, grad_error = errors_of(truth_of(one, inputs), whole, inputs.leaves)
+    loss_error, grad_error = errors_of(truth_of(one, inputs), whole, inputs)
     assert loss_error < 1e-13
     assert grad_error < 1e-12
 

@@ -108,7 +108,7 @@ def _bars(
             axes.text(values[side] * 1.03, y, label, va="center", fontsize=8.5, color=INK,
                       fontweight="bold" if side == "ours" else "normal")  # fmt: skip
     axes.set_yticks(range(len(found)), [_two_lines(one) for one, _ in found])
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(min(min(v.values()) for _, v in found) / 2, largest * 30)
     axes.grid(axis="y", visible=False)
@@ -221,10 +221,10 @@ def floor_share(results: Results, plt: Any) -> Figure | None:
         axes.barh(place, shares["ours"], 0.6, color=ORANGE)
         if "eager" in shares:
             axes.plot([shares["eager"]] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=2)
-        axes.text(shares["ours"] + 1, place, f"{shares['ours']:.1f} %, {binds}", va="center",
-                  fontsize=8.5)  # fmt: skip
+        beside = max(shares["ours"], shares.get("eager", 0.0)) + 1
+        axes.text(beside, place, f"{shares['ours']:.1f} %, {binds}", va="center", fontsize=8.5)
     axes.set_yticks(range(len(found)), [_two_lines(one) for one, _, _ in found])
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.set_xlabel("floor / measured time, %; the black line is eager PyTorch")
     axes.grid(axis="y", visible=False)

@@ -12,6 +12,7 @@ python -m benchmarks list                      suites, cases, providers
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("benchmarks: interrupted; the phases that ended are saved", file=sys.stderr)
+        print("benchmarks: interrupted; the cases that ended are saved", file=sys.stderr)
         return 130
     return code
 
@@ -85,9 +86,17 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--suite: got {suite!r}, expected one of {', '.join(SUITES)}")
     if options.visits < 1 or options.rounds < 1:
         raise ValueError("--visits, --rounds: expected at least 1")
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
+        raise ValueError(f"--seconds: got {options.seconds}, expected more than 0")
+    try:
+        re.compile(options.only)
+    except re.error as error:
+        raise ValueError(f"--only: {options.only!r} is no regular expression: {error}") from None
+    if unknown := set(options.phases or ()) - set(runner.PHASES):
+        raise ValueError(f"--phases: got {sorted(unknown)}, known are {', '.join(runner.PHASES)}")
     # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
     # last cases rather than the promise.
-    seconds = 560.0 if options.seconds is None and suite == "cpu" else options.seconds or 0.0
+    seconds = 560.0 if options.seconds is None and suite == "cpu" else (options.seconds or 0.0)
     plan = runner.Plan(
         suite=suite,
         device=options.device,
@@ -97,13 +106,14 @@ def _run(options: argparse.Namespace) -> int:
         providers=tuple(options.providers),
         visits=options.visits,
         rounds=options.rounds,
+        phases=tuple(options.phases or runner.PHASES),
         say=lambda text: print(text, flush=True),
     )
-    if options.phases:
-        from dataclasses import replace
-
-        plan = replace(plan, phases=tuple(options.phases))
+    plan.output.mkdir(parents=True, exist_ok=True)
+    (plan.output / "results.json").unlink(missing_ok=True)  # must not pass for this run's
     results = runner.run(plan)
+    if not results.data["rows"]:
+        raise ValueError("nothing was measured; see --phases, --seconds and --only")
     page = report.write(results, plan.output)
     print(report.summary(results))
     print(f"\nreport: {page}\nfigures: {page.parent / 'results.json'}, results.csv")
@@ -114,7 +124,14 @@ def _compare(options: argparse.Namespace) -> int:
     from .compare import compare, to_text
     from .results import Results
 
-    changes = compare(Results.load(options.before), Results.load(options.after))
+    before, after = Results.load(options.before), Results.load(options.after)
+    changes = compare(before, after)
+    if not changes:
+        raise ValueError("compare: the two files have no case and provider in common")
+    for name in ("processor", "gpu", "threads", "torch"):
+        old, new = (one.data["environment"].get(name) for one in (before, after))
+        if old != new:
+            print(f"note: {name} was {old}, is {new}: ratios of different machines differ")
     print(to_text(changes, options.all))
     return int(any(change.verdict == "worse" for change in changes))
 

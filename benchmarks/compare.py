@@ -11,6 +11,8 @@ __all__ = ["Change", "compare", "to_text"]
 #: A change smaller than this is no news even where the samples are quiet.
 SMALLEST = 0.05
 SMALLEST_MEMORY = 0.05
+#: A median that moved this far deserves a look even where the ranges overlap.
+UNCLEAR = 0.25
 MEMORY_NOISE = 4 * 2**20
 
 
@@ -18,11 +20,11 @@ class Change(NamedTuple):
     case: str
     provider: str
     what: str
-    """ "ratio to eager", "time" or "peak memory" """
+    """ "ratio to eager", "time", "peak memory" or "measured at all" """
     before: float
     after: float
     verdict: str
-    """ "same", "worse" or "better" """
+    """ "same", "worse", "better", or "unclear": moved far, within samples that scatter further """
 
 
 def compare(before: Results, after: Results) -> list[Change]:
@@ -35,8 +37,13 @@ def compare(before: Results, after: Results) -> list[Change]:
     changes = []
     for key in before.cases:
         old_rows, new_rows = before.rows(key), after.rows(key)
-        for name in old_rows.keys() & new_rows.keys():
-            old, new = old_rows[name], new_rows[name]
+        for name, old in old_rows.items():
+            new = new_rows.get(name)
+            if not old["forward_ms"] or new_rows == {}:
+                continue  # nothing to lose, or a case that the other run did not have
+            if new is None or not new["forward_ms"]:
+                changes.append(Change(key, name, "measured at all", 1, 0, "worse"))
+                continue
             if name == "eager":
                 a, b = spread(total_ms(old)), spread(total_ms(new))
                 if a and b:
@@ -63,7 +70,8 @@ def judge(before: Spread, after: Spread) -> str:
         return "worse"
     if after.low > before.high:
         return "better"
-    return "same"
+    moved = max(after.median / before.median, before.median / after.median)
+    return "unclear" if moved > 1.0 + UNCLEAR else "same"
 
 
 def judge_memory(before: int, after: int) -> str:
@@ -81,13 +89,14 @@ def to_text(changes: list[Change], everything: bool = False) -> str:
             continue
         lines.append(
             f"{change.verdict:7} {change.case:62} {change.provider:22} {change.what:15} "
-            f"{change.before:12.4g} -> {change.after:.4g} ({change.after / change.before - 1:+.0%})"
+            f"{change.before:12.4g} -> {change.after:.4g}"
         )
     judged = [change for change in changes if change.what != "time"]
     counts = {verdict: sum(change.verdict == verdict for change in judged)
-              for verdict in ("same", "better", "worse")}  # fmt: skip
+              for verdict in ("same", "better", "worse", "unclear")}  # fmt: skip
     lines.append(
         f"{len(judged)} figures compared: {counts['same']} the same within noise, "
-        f"{counts['better']} better, {counts['worse']} worse"
+        f"{counts['better']} better, {counts['worse']} worse, {counts['unclear']} unclear "
+        f"(moved by more than {UNCLEAR:.0%} in samples that scatter further: measure again)"
     )
     return "\n".join(lines)

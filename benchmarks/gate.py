@@ -298,7 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="red where instructions cannot be counted, instead of skipping them",
     )
     options = parser.parse_args(arguments)
-    baselines = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
+    try:
+        baselines = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
+    except ValueError as error:
+        print(f"gate: RED: {BASELINES.name} is no JSON: {error}", file=sys.stderr)
+        return 1
+    if not baselines and not options.update:
+        print(f"gate: RED: {BASELINES.name} is missing; run --update", file=sys.stderr)
+        return 1
     try:
         measured = measure(baselines)
     # What cannot be measured is no regression, but must not pass for green either.

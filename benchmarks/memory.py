@@ -24,7 +24,7 @@ from .cases import Case
 from .inputs import make_inputs
 from .providers import find
 
-__all__ = ["fresh_process", "high_water", "largest_crop", "peak_bytes"]
+__all__ = ["death", "fresh_process", "high_water", "largest_crop", "peak_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -74,7 +74,7 @@ def fresh_process(function: Callable[..., Any], *arguments: Any, timeout: float 
             value, error = receive.recv()
         except EOFError:
             process.join()
-            raise RuntimeError(_death(process.exitcode)) from None
+            raise RuntimeError(death(process.exitcode)) from None
     finally:
         process.join()
         receive.close()
@@ -94,9 +94,10 @@ def _run(send: Connection, function: Callable[..., Any], arguments: tuple[Any, .
     send.close()
 
 
-def _death(exit_code: int | None) -> str:
+def death(exit_code: int | None) -> str:
+    """What an exit status tells."""
     if exit_code == -signal.SIGKILL:
-        return "killed, most likely for want of memory"
+        return "killed, perhaps for want of memory"
     return f"the process ended with {exit_code}"
 
 

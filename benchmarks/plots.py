@@ -125,6 +125,10 @@ def _two_lines(one: Case) -> str:
     return f"{one.objective}{dtype}\n{one.label}"
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _median_ms(one: Case, side: str, row: dict[str, Any]) -> float | None:
     found = spread(total_ms(row))
     return found.median if found else None
@@ -142,7 +146,7 @@ def _overview(results: Results) -> list[Case]:
 def time_bars(results: Results, plt: Any) -> Figure | None:
     return _bars(results, plt, _overview(results), _median_ms,
                  "forward + backward of the loss, ms (logarithmic)", "Time of the loss",
-                 lambda ms: f"{ms:.3g} ms")  # fmt: skip
+                 lambda ms: f"{_three_digits(ms)} ms")  # fmt: skip
 
 
 def memory_bars(results: Results, plt: Any) -> Figure | None:
@@ -152,7 +156,7 @@ def memory_bars(results: Results, plt: Any) -> Figure | None:
 
     return _bars(results, plt, _overview(results), peak,
                  "peak above the inputs, MiB (logarithmic)", "Memory of the loss",
-                 lambda mib: f"{mib:.3g} MiB")  # fmt: skip
+                 lambda mib: f"{_three_digits(mib)} MiB")  # fmt: skip
 
 
 def scaling(results: Results, plt: Any) -> Figure | None:

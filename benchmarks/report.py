@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ MIB = 2**20
 
 def write(results: Results, directory: Path) -> Path:
     """Draws the pictures and writes `report.md` beside them."""
-    pictures = dict(draw_all(results, directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        pictures = dict(draw_all(results, directory))
+    except ImportError as error:
+        print(f"report: no pictures ({error}); pip install matplotlib", file=sys.stderr)
+        pictures = {}
     page = directory / "report.md"
     page.write_text("\n".join(_page(results, pictures)).rstrip() + "\n")
     return page
@@ -88,21 +94,27 @@ def _environment(data: dict[str, Any], about: dict[str, Any]) -> list[str]:
         f"{data['seconds']:.0f} s",
         f"- measured ceilings: {rates['fma_per_s'] / 1e9:.0f} G multiply-adds/s (matrix product), "
         f"{rates['bytes_per_s'] / 1e9:.1f} GB/s (copy, read + written)",
-        *(f"- {name}: {text}" for name, text in data["settings"].items()),
+        *(
+            f"- {name}: {text}"
+            for name, text in data["settings"].items()
+            if any(row["setting"] == name for row in data["rows"])
+        ),
         "",
     ]
 
 
 def _how_to_read(data: dict[str, Any]) -> list[str]:
     return [
-        "Times are medians of forward + backward, all providers interleaved in one process and "
-        "each case visited more than once. A ratio is that of the medians; in brackets the range "
-        "within which a repetition is expected (10th against 90th percentile). Above 1: this "
-        "package needs less. Rows below 1 are rows where it loses. *ours* is what `auto` picks: "
+        "Times are medians of forward + backward, all providers interleaved in one process; "
+        f"{data.get('visits', 2)} visits to a case at different moments of the run, while its time "
+        "allows. A ratio is that of the medians; in brackets the range within which a repetition "
+        "is expected (10th against 90th percentile of the samples). Above 1: this "
+        "package needs less. Rows below 1 are rows where it loses. *ours* is "
         "the fastest compiled backend, `reference` (plain PyTorch) where there is none yet. "
         "Errors are against float64: of the loss, relative; of the gradient, the largest over "
         "the largest gradient. The floor is the time of the arithmetic or bytes that the method "
-        "itself asks for, at the ceilings above (`benchmarks/floor.py`).",
+        "itself asks for, at the ceilings above (`benchmarks/floor.py`). A dash: it cannot, or the "
+        "run's time was over.",
         "",
     ]
 
@@ -228,7 +240,7 @@ def _curve_table(results: Results, group: str) -> list[str]:
 
 
 def _fit(results: Results, group: str) -> list[str]:
-    """Growth of our time between the two largest points: 1 is linear."""
+    """Growth of our time over the last three points: 1 is linear."""
     import math
 
     x_of = {"pixels": lambda c: c.height * c.width, "classes": lambda c: c.classes,
@@ -246,6 +258,8 @@ def _fit(results: Results, group: str) -> list[str]:
         points.sort()
         if len(points) >= 3:
             (x0, t0), (x1, t1) = points[-3], points[-1]
+            if x1 == x0 or min(t0, t1) <= 0:
+                continue
             power = math.log(t1 / t0) / math.log(x1 / x0)
             lines.append(f"{objective}: ours grows with the power {power:.2f} (1 is linear).  ")
     return lines

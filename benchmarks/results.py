@@ -14,6 +14,10 @@ __all__ = ["SCHEMA", "Results", "Spread", "ratio", "spread"]
 
 SCHEMA = 1
 _OURS = "heteroakd["
+_PARTS = (
+    "suite", "environment", "settings", "rates", "floors", "groups", "cases", "rows", "peak_bytes",
+    "crops", "crop_budget", "steps", "step_batches", "seconds",
+)  # fmt: skip
 
 
 class Spread(NamedTuple):
@@ -47,7 +51,7 @@ def ratio(baseline: dict[str, Any], row: dict[str, Any]) -> Spread | None:
     """How many times faster `row` is than `baseline`: the ratio of the medians, and the range in
     which a repetition is expected: each side's middle 80 % against the other's."""
     theirs, ours = spread(total_ms(baseline)), spread(total_ms(row))
-    if theirs is None or ours is None:
+    if theirs is None or ours is None or min(theirs.low, ours.low) <= 0.0:
         return None
     return Spread(theirs.median / ours.median, theirs.low / ours.high, theirs.high / ours.low)
 
@@ -58,6 +62,8 @@ class Results:
     def __init__(self, data: dict[str, Any]) -> None:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"results: got schema {data.get('schema')}, expected {SCHEMA}")
+        if missing := [name for name in _PARTS if name not in data]:
+            raise ValueError(f"results: the file lacks {', '.join(missing)}")
         self.data = data
         self.cases = {fields["key"]: _case(fields) for fields in data["cases"]}
 
@@ -65,8 +71,11 @@ class Results:
     def load(cls, path: Path) -> Results:
         path = path / "results.json" if path.is_dir() else path
         try:
-            return cls(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError, KeyError) as error:
+            data = json.loads(path.read_text())
+            if not isinstance(data, dict):
+                raise ValueError("no object in it")
+            return cls(data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a result file ({error})") from None
 
     def rows(self, key: str, setting: str = "main") -> dict[str, dict[str, Any]]:
@@ -85,7 +94,7 @@ class Results:
         able = [row for row in rows.values() if row["provider"].startswith(_OURS)
                 and row["cannot"] is None and row["forward_ms"]]  # fmt: skip
         compiled = [row for row in able if row["provider"] != _OURS + "reference]"]
-        return min(compiled or able, key=lambda row: sum(total_ms(row)) / len(total_ms(row)),
+        return min(compiled or able, key=lambda row: spread(total_ms(row)) or (0.0, 0.0, 0.0),
                    default=None)  # fmt: skip
 
     def best_compiled(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -33,6 +33,8 @@ TUNED_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "99999999999",
     "MALLOC_TOP_PAD_": "268435456",
 }
+PHASES = ("times", "memory", "default-malloc", "threads", "crops", "steps")
+REFERENCE = "heteroakd[reference]"
 CURVES = ("strides", "pixels", "classes", "batches")
 #: On a CPU a graph with the interpolation inside is slower than one without: the weaker baseline.
 WEAK_ON_CPU = ("compile-whole",)
@@ -53,7 +55,7 @@ class Plan:
     """Names to time; empty: all that fit"""
     visits: int = 2
     rounds: int = 5
-    phases: tuple[str, ...] = ("times", "memory", "default-malloc", "threads", "crops", "steps")
+    phases: tuple[str, ...] = PHASES
     say: Callable[[str], None] = field(default=print)
 
 
@@ -73,6 +75,8 @@ def run(plan: Plan) -> Results:
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "suite": plan.suite,
+        "visits": plan.visits,
+        "rounds": plan.rounds,
         "environment": provenance.describe(plan.device),
         "settings": {"main": _setting_text(plan.device)},
         "rates": rates.as_dict(),
@@ -109,22 +113,22 @@ def run(plan: Plan) -> Results:
         return lambda: until(share) - time.time() if plan.seconds else float("inf")
 
     names = _providers_of(suite, plan)
-    phase("times", lambda: _times(plan, cases, names, data, "main", deadline=until(0.55)))
-    phase("memory", lambda: _peaks(plan, suite, names, results, left_until(0.68)))
+    phase("times", lambda: _times(plan, cases, names, results, "main", deadline=until(0.5)))
+    phase("memory", lambda: _peaks(plan, suite, names, results, left_until(0.7)))
     if plan.device == "cpu":
         headline = suite.get("headline", [])[:4]
         few = {key: [n for n in names[key] if n in (EAGER, "compile") or n.startswith("heteroakd")]
                for key in (one.key for one in headline)}  # fmt: skip
         data["settings"]["default-malloc"] = "as main, with malloc as the system ships it"
         phase("default-malloc", lambda: _times(
-            replace(plan, visits=1, rounds=3), headline, few, data, "default-malloc",
-            deadline=until(0.74)))  # fmt: skip
+            replace(plan, visits=1, rounds=3), headline, few, results, "default-malloc",
+            deadline=until(0.76)))  # fmt: skip
         if extra is not None:
             data["settings"]["1 thread"] = "as main, with one thread"
             ours = {extra.key: [n for n in names[extra.key] if n.startswith("heteroakd")]}
-            phase("threads", lambda: _times(
-                replace(plan, visits=1), [extra], ours, data, "1 thread", threads=1))  # fmt: skip
-    phase("crops", lambda: _crops(plan, results, left_until(0.84)))
+            once = replace(plan, visits=1)
+            phase("threads", lambda: _times(once, [extra], ours, results, "1 thread", threads=1))
+    phase("crops", lambda: _crops(plan, results, left_until(0.86)))
     phase("steps", lambda: _steps(plan, results, left))
     results.save(plan.output)
     return results
@@ -132,7 +136,8 @@ def run(plan: Plan) -> Results:
 
 def _selected(suite: Suite, only: str) -> Suite:
     kept = {
-        name: [one for one in group if re.search(only, one.key)] for name, group in suite.items()
+        name: [one for one in group if re.search(only, f"{one.dataset} {one.key}")]
+        for name, group in suite.items()
     }
     kept = {name: group for name, group in kept.items() if group}
     if not kept:
@@ -170,7 +175,7 @@ def _providers_of(suite: Suite, plan: Plan) -> dict[str, list[str]]:
             if one.key in in_curves_only:
                 able = [n for n in names if n.startswith("heteroakd")
                         and everyone[n].cannot(one, plan.device) is None]  # fmt: skip
-                compiled = [n for n in able if n != "heteroakd[reference]"]
+                compiled = [n for n in able if n != REFERENCE]
                 names = [EAGER, *(compiled or able)]
         chosen[one.key] = names
     return chosen
@@ -187,11 +192,12 @@ def _times(
     plan: Plan,
     cases: Sequence[Case],
     names: dict[str, list[str]],
-    data: dict[str, Any],
+    results: Results,
     setting: str,
     threads: int = 0,
     deadline: float = 0.0,
 ) -> None:
+    data = results.data
     job = timing.Job(
         cases=list(cases),
         providers=names,
@@ -203,22 +209,24 @@ def _times(
         deadline=deadline,
     )
     found: dict[str, list[dict[str, Any]]] = {}
-    count = 0
+    others = list(data["rows"])
+    begun: set[str] = set()
     for event in timing.run_job(job, plan.output, _environment(setting, plan.device)):
-        if "begin" in event and event["visit"] == 0:
-            count += 1
-            plan.say(f"[{count}/{len(cases)}] {event['begin']}")
+        if "begin" in event and event["begin"] not in begun:
+            begun.add(event["begin"])
+            plan.say(f"[{len(begun)}/{len(cases)}] {event['begin']}")
         if "done" in event:
             found[event["done"]] = event["rows"]
         if "died" in event:
-            reason = "the process died, most likely for want of memory"
-            rows = found.setdefault(event["died"], [])
-            known = {row["provider"] for row in rows}
-            rows += [_dead_row(event["died"], n, reason) for n in names[event["died"]]
-                     if n not in known]  # fmt: skip
+            key, reason = event["died"], f"the process died here: {memory.death(event['code'])}"
             plan.say(f"   {reason}")
-    data["rows"] += [{"setting": setting, **row} for rows in found.values() for row in rows]
-    (plan.output / "job.json").unlink(missing_ok=True)
+            # What an earlier visit measured stays.
+            found.setdefault(key, [_dead_row(key, name, reason) for name in names[key]])
+        data["rows"] = others + [
+            {"setting": setting, **row} for rows in found.values() for row in rows
+        ]
+        if "begin" not in event:
+            results.save(plan.output)  # a run that is stopped leaves what it had
 
 
 def _dead_row(key: str, provider: str, reason: str) -> dict[str, Any]:
@@ -242,15 +250,17 @@ def _peaks(
     for one in cases_of({name: suite[name] for name in wanted if name in suite}):
         peaks: dict[str, Any] = results.data["peak_bytes"].setdefault(one.key, {})
         rows = results.rows(one.key)
-        for name in names[one.key]:
+        able = [n for n in names[one.key] if n in rows and rows[n]["cannot"] is None]
+        if any(n.startswith("heteroakd") and n != REFERENCE for n in able):
+            able = [n for n in able if n != REFERENCE]  # it is there for want of a kernel only
+        for name in able:
             if left() < 0:
                 plan.say("   the rest is left out for want of time")
                 return
-            if name in rows and rows[name]["cannot"] is None:
-                try:
-                    peaks[name] = memory.peak_bytes(one, name, plan.device)
-                except RuntimeError as error:
-                    peaks[name] = str(error)
+            try:
+                peaks[name] = memory.peak_bytes(one, name, plan.device)
+            except RuntimeError as error:
+                peaks[name] = str(error)
         plan.say(f"   {one.key}: " + ", ".join(
             f"{n} {b / MIB:.0f} MiB" for n, b in peaks.items() if isinstance(b, int)))  # fmt: skip
 

@@ -257,23 +257,28 @@ def run_job(job: Job, directory: Path, environment: dict[str, str]) -> Iterator[
         )
         assert process.stdout is not None
         current = None
+        finished: set[str] = set()
         try:
             for line in process.stdout:
                 if not line.startswith("{"):
                     continue
                 event = json.loads(line)
                 current = event.get("begin", current)
+                if event.get("visit", 0) == 0 and "done" in event:
+                    finished.add(event["done"])
                 yield event
         finally:
             if process.poll() is None and sys.exc_info()[0] is not None:
                 process.kill()
             code = process.wait()
+            path.unlink(missing_ok=True)
         if code == 0:
             return
         if current is None:
             raise RuntimeError(f"the timing process ended with {code} before its first case")
         yield {"died": current, "code": code}
-        cases = [case for case in cases if case.key != current]
+        # What has been measured once is not measured again for the sake of another case.
+        cases = [case for case in cases if case.key not in finished | {current}]
 
 
 def main(path: str) -> None:
@@ -282,4 +287,7 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

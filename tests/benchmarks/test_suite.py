@@ -159,7 +159,7 @@ def _die() -> None:
 
 
 def test_a_process_that_dies_is_an_error_with_its_reason() -> None:
-    with pytest.raises(RuntimeError, match="want of memory"):
+    with pytest.raises(RuntimeError, match="killed"):
         memory.fresh_process(_die)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         memory.fresh_process(divmod, 1, 0)
@@ -198,7 +198,7 @@ def _row(provider: str, milliseconds: float, cannot: str | None = None) -> dict[
     }  # fmt: skip
 
 
-def _results(ours_ms: float, peak: int = 10 * 2**20) -> Results:
+def _results(ours_ms: float, peak: int = 10 * 2**20, cannot: str | None = None) -> Results:
     one = SMOKE[0]
     return Results({
         "schema": 1, "suite": "smoke", "settings": {"main": "two threads"},
@@ -211,7 +211,7 @@ def _results(ours_ms: float, peak: int = 10 * 2**20) -> Results:
         "floors": {one.key: {"ms": 0.5, "binds": "bytes"}},
         "groups": {"headline": [one.key], "strides": [one.key]},
         "cases": [{"key": one.key, **one.fields()}],
-        "rows": [_row("eager", 10.0), _row("compile", 6.0), _row("heteroakd[cpu]", ours_ms),
+        "rows": [_row("eager", 10.0), _row("compile", 6.0), _row("heteroakd[cpu]", ours_ms, cannot),
                  _row("heteroakd[reference]", 12.0),
                  _row("liger", 0.0, cannot="needs Triton and a GPU")],
         "peak_bytes": {
@@ -231,7 +231,17 @@ def test_compare_flags_what_got_worse_and_only_that() -> None:
     larger = [c for c in compare(base, _results(2.0, 40 * 2**20)) if c.verdict == "worse"]
     assert [c.what for c in larger] == ["peak memory"]
     assert [c.verdict for c in compare(base, _results(1.0)) if c.verdict != "same"] == ["better"]
+    lost = [c for c in compare(base, _results(2.0, cannot="broken")) if c.verdict == "worse"]
+    assert [(c.provider, c.what) for c in lost] == [("heteroakd[cpu]", "measured at all")]
     assert "1 worse" in to_text(compare(base, _results(4.0)))
+
+
+def test_a_large_move_within_scatter_is_not_called_the_same() -> None:
+    from benchmarks.compare import judge
+    from benchmarks.results import Spread
+
+    assert judge(Spread(10.0, 2.0, 20.0), Spread(5.0, 2.0, 20.0)) == "unclear"
+    assert judge(Spread(10.0, 9.0, 11.0), Spread(9.2, 8.5, 10.0)) == "same"
 
 
 def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +251,15 @@ def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "old")]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "none")]) == 2
+    assert "not a result file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 9}', '{"schema": 1}'])
+def test_a_file_that_is_no_result_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
     assert "not a result file" in capsys.readouterr().err
 
 
@@ -283,7 +302,8 @@ def test_one_small_run_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [["run", "--suite", "none"], ["run", "--only", "nothing matches"], ["run", "--visits", "0"],
-     ["run", "--suite", "smoke", "--providers", "nobody"]],
+     ["run", "--suite", "smoke", "--providers", "nobody"], ["run", "--seconds", "-1"],
+     ["run", "--only", "("], ["run", "--phases", "tea"]],
 )  # fmt: skip
 def test_wrong_arguments_end_in_one_sentence(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path

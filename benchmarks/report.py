@@ -8,7 +8,7 @@ from typing import Any
 
 from .cases import OBJECTIVES, Case
 from .plots import draw_all, three_sides
-from .results import Results, Spread, ratio, spread, total_ms
+from .results import RUN_TO_RUN, Results, Spread, expected, ratio, spread, total_ms
 
 __all__ = ["summary", "write"]
 
@@ -107,8 +107,9 @@ def _how_to_read(data: dict[str, Any]) -> list[str]:
     return [
         "Times are medians of forward + backward, all providers interleaved in one process; "
         f"{data.get('visits', 2)} visits to a case at different moments of the run, while its time "
-        "allows. A ratio is that of the medians; in brackets the range within which a repetition "
-        "is expected (10th against 90th percentile of the samples). Above 1: this "
+        "allows. A ratio is that of the medians; in brackets the range in which another run is "
+        f"expected (10th against 90th percentile of the samples, at least {RUN_TO_RUN:.0%} either "
+        "way). Above 1: this "
         "package needs less. Rows below 1 are rows where it loses. *ours* is "
         "the fastest compiled backend, `reference` (plain PyTorch) where there is none yet. "
         "Errors are against float64: of the loss, relative; of the gradient, the largest over "
@@ -336,7 +337,8 @@ def _ms(row: dict[str, Any] | None) -> str:
 
 
 def _ratio(baseline: dict[str, Any] | None, row: dict[str, Any] | None) -> Spread | None:
-    return ratio(baseline, row) if baseline and row else None
+    found = ratio(baseline, row) if baseline and row else None
+    return None if found is None else expected(found)
 
 
 def _times(value: Spread | None) -> str:

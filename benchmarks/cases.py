@@ -268,7 +268,7 @@ SUITES: Final[dict[str, Suite]] = {
         "classes": _classes("ce") + _classes("ce+hetero"),
         "batches": _batches("ce") + _batches("ce+hetero"),
     },
-    # Half a minute: does everything still run.
+    # A minute or two: does everything still run.
     "smoke": {
         "headline": [
             case("ce", "Cityscapes", 1, 4, size=(64, 128)),

@@ -17,6 +17,7 @@ floor is a little too low rather than too high.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -104,8 +105,7 @@ def measure_rates(device: str) -> Rates:
     return Rates(fma, bandwidth, exp)
 
 
-def _best_seconds(step: object, device: str, tries: int = 8) -> float:
-    assert callable(step)
+def _best_seconds(step: Callable[[], object], device: str, tries: int = 8) -> float:
     best = float("inf")
     for _ in range(tries):
         if device != "cpu":

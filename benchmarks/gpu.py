@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from . import provenance
+
 __all__ = ["NO_GPU", "STAGES", "Ran", "Report", "Result", "Runner", "Stage", "execute", "main"]
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -426,10 +428,9 @@ def _worker_environment() -> int:
         ),
         "nvcc": (_output_of("nvcc", "--version") or "").splitlines()[-1:],
         "sanitizer": find_sanitizer() is not None,
-        "versions": {
-            name: _version_of(name)
-            for name in ("torch", "triton", "numpy", "pytest", "hypothesis", "pytest-benchmark")
-        },
+        "versions": provenance.versions(
+            "torch", "triton", "numpy", "pytest", "hypothesis", "pytest-benchmark"
+        ),
         "info": info.collect(),
     }
     # A device that is listed and cannot compute must fail here.
@@ -444,15 +445,6 @@ def _output_of(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
-
-
-def _version_of(name: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _worker_kernels() -> int:
@@ -504,15 +496,6 @@ _WORKERS: Final = {"environment": _worker_environment, "kernels": _worker_kernel
 # --- the command -------------------------------------------------------------------------------
 
 
-def _commit() -> str:
-    """With a mark when the tree differs from it; unknown where only the files were copied."""
-    commit = _output_of("git", "rev-parse", "HEAD")
-    if not commit:
-        return "unknown"
-    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return commit + ("+changes" if changed else "")
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -559,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
-    report = Report(torch.cuda.get_device_name(0), _commit(), options.minutes)
+    report = Report(torch.cuda.get_device_name(0), provenance.commit(), options.minutes)
     Runner(report, options.output, seconds).run(options.stages)
     print(f"\n{report.table()}\n{options.output / 'gpu.json'}")
     return 0 if report.ok else 1

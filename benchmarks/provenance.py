@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe", "remember_tests", "tests_status"]
+__all__ = ["commit", "describe", "remember_tests", "tests_status", "versions"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _STAMP = ROOT / "runs" / "tests-passed.json"
@@ -84,7 +84,7 @@ def describe(device: str) -> dict[str, Any]:
         "backends": report["backends"],
         "commit": commit(),
         "tests": tests_status(),
-        "packages": _versions("numpy", "triton", "transformers", "liger-kernel", "orda-kernel"),
+        "packages": versions("numpy", "triton", "transformers", "liger-kernel", "orda-kernel"),
     }
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(0)
@@ -113,7 +113,8 @@ def _memory_bytes() -> int:
         return 0
 
 
-def _versions(*names: str) -> dict[str, str]:
+def versions(*names: str) -> dict[str, str]:
+    """Of the distributions that are installed."""
     found = {}
     for name in names:
         try:

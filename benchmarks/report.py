@@ -310,7 +310,10 @@ def _steps(results: Results) -> list[str]:
         )
     lines.append("")
     if data["step_batches"]:
-        lines += ["| step | provider | largest batch | budget MiB | how |", "|---|---|---|---|---|"]
+        lines += [
+            "| step | provider | largest batch | budget MiB | how; peak of a step by batch |",
+            "|---|---|---|---|---|",
+        ]
         for row in data["step_batches"]:
             batch = row.get("batch", f"cannot: {row.get('cannot')}")
             how = row.get("how", "")

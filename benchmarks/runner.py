@@ -105,7 +105,7 @@ def run(plan: Plan) -> Results:
 
     plan.output.mkdir(parents=True, exist_ok=True)
 
-    # Each phase leaves its share to those after it; on two idle cores none is cut short.
+    # Each phase leaves its share to those after it, and drops its last cases for it.
     def until(share: float) -> float:
         return started + share * plan.seconds if plan.seconds else 0.0
 
@@ -212,6 +212,7 @@ def _times(
     )
     found: dict[str, list[dict[str, Any]]] = {}
     others = list(data["rows"])
+    everyone = find()
     begun: set[str] = set()
     for event in timing.run_job(job, plan.output, _environment(setting, plan.device)):
         if "begin" in event and event["begin"] not in begun:
@@ -223,19 +224,13 @@ def _times(
             key, reason = event["died"], f"the process died here: {memory.death(event['code'])}"
             plan.say(f"   {reason}")
             # What an earlier visit measured stays.
-            found.setdefault(key, [_dead_row(key, name, reason) for name in names[key]])
+            dead = [timing.Timed(everyone[name], cannot=reason) for name in names[key]]
+            found.setdefault(key, [one.row(results.cases[key]) for one in dead])
         data["rows"] = others + [
             {"setting": setting, **row} for rows in found.values() for row in rows
         ]
         if "begin" not in event:
             results.save(plan.output)  # a run that is stopped leaves what it had
-
-
-def _dead_row(key: str, provider: str, reason: str) -> dict[str, Any]:
-    return {
-        "case": key, "provider": provider, "cannot": reason, "loss_error": 0.0, "grad_error": 0.0,
-        "forward_ms": [], "backward_ms": [], "graph_ms": [], "graph_cannot": None,
-    }  # fmt: skip
 
 
 def _peaks(

@@ -21,15 +21,14 @@ from .cases import Case
 from .inputs import Inputs, make_inputs
 from .memory import fresh_process, high_water
 from .providers import EAGER, Provider, find
+from .results import spread
 
 __all__ = [
     "MODELS",
     "STEP_CASES",
     "StepCase",
     "largest_batch",
-    "measure",
     "measure_steps",
-    "peak_bytes_of_step",
 ]
 
 OBJECTIVE: Final = "ce+hetero"
@@ -398,18 +397,19 @@ def _measure_case(
         for one in trainers:
             losses[one.provider.name].append(_time_loss(one, student, teacher, device))
     for name, times in steps.items():
-        step = statistics.median(times)
+        step = spread(times)
+        assert step is not None  # one round is always made
         forward, backward = (
             statistics.median(column) for column in zip(*losses[name], strict=True)
         )
         rows[name].update(
-            step_ms=step,
-            step_p10_ms=_quantile(times, 0.1),
-            step_p90_ms=_quantile(times, 0.9),
+            step_ms=step.median,
+            step_p10_ms=step.low,
+            step_p90_ms=step.high,
             loss_forward_ms=forward,
             loss_backward_ms=backward,
             loss_ms=forward + backward,
-            loss_share=(forward + backward) / step,
+            loss_share=(forward + backward) / step.median,
             rounds=len(times),
         )
     return list(rows.values())
@@ -434,10 +434,6 @@ def _time_loss(
     backward = _ms(lambda: found[0].backward(), device)
     trainer.inputs.student_logits = trainer.inputs.student_features
     return forward, backward
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
 def _ready(case: StepCase, provider_name: str, device: str) -> _Trainer:
@@ -466,17 +462,6 @@ def _cpu_peak_and_seconds(case: StepCase, provider_name: str) -> tuple[int, floa
     return peak, seconds
 
 
-def peak_bytes_of_step(case: StepCase, provider_name: str, device: str) -> int:
-    """Peak memory of a step above what the models, the optimizer and the batch take.
-
-    Raises:
-        RuntimeError: the provider cannot, or the memory did not suffice.
-    """
-    if torch.device(device).type == "cpu":
-        return _cpu_peak_and_seconds(case, provider_name)[0]
-    return _peak_on_gpu(_ready(case, provider_name, device))
-
-
 def _peak_on_gpu(trainer: _Trainer) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -493,7 +478,6 @@ def largest_batch(
     budget_bytes: int,
     *,
     seconds: float = 60.0,
-    known: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """The largest batch whose step takes at most `budget_bytes` above models and optimizer.
 
@@ -504,24 +488,24 @@ def largest_batch(
 
     Args:
         seconds: on the CPU, what all measurements together may take; two are always made.
-        known: (batch, bytes) on the CPU, already measured.
 
     Returns:
-        `batch`; `how`, "measured" or "fit"; `points`, each with `batch` and `bytes` (None where
-        it did not fit).
+        `batch`; `how`, "measured" or "fit"; `points`, each with `batch` and the peak `bytes` of
+        its step (None where it did not fit).
 
     Raises:
         RuntimeError: the provider cannot, or no batch fits.
     """
     if torch.device(device).type == "cpu":
-        return _largest_batch_on_cpu(case, provider_name, budget_bytes, seconds, dict(known))
+        return _largest_batch_on_cpu(case, provider_name, budget_bytes, seconds)
     return _largest_batch_on_gpu(case, provider_name, device, budget_bytes)
 
 
 def _largest_batch_on_cpu(
-    case: StepCase, provider_name: str, budget: int, seconds: float, peaks: dict[int, int]
+    case: StepCase, provider_name: str, budget: int, seconds: float
 ) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
+    peaks: dict[int, int] = {}
     seconds_of_image = 0.0  # of the whole measurement, less what every process costs
     slowest = 0.0
 
@@ -534,8 +518,7 @@ def _largest_batch_on_cpu(
         return peaks[batch]
 
     for batch in (1, 2):
-        if batch not in peaks:
-            measured(batch)
+        measured(batch)
     for _ in range(3):
         batch = _fitted_batch(peaks, budget)
         if batch == 0:
@@ -613,44 +596,3 @@ def _largest_batch_on_gpu(
         "how": "measured",
         "points": [{"batch": n, "bytes": points[n]} for n in sorted(points)],
     }
-
-
-def measure(
-    cases: Sequence[StepCase],
-    provider_names: Sequence[str],
-    device: str,
-    rounds: int,
-    seconds: float,
-    budget_bytes: int,
-) -> list[dict[str, Any]]:
-    """The rows of `measure_steps` with `peak_bytes` and `largest_batch` (see there) added.
-
-    Half of the time goes to the steps. Figures for which no time is left are absent, and the row
-    says so in `memory_skipped`.
-    """
-    deadline = time.monotonic() + seconds
-    rows = measure_steps(cases, provider_names, device, rounds, seconds / 2)
-    by_key = {case.key: case for case in cases}
-    todo = [row for row in rows if "cannot" not in row]
-    for index, row in enumerate(todo):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            row["memory_skipped"] = "out of time"
-            continue
-        case, name = by_key[row["key"]], row["provider"]
-        row["budget_bytes"] = budget_bytes
-        try:
-            start = time.monotonic()
-            row["peak_bytes"] = peak_bytes_of_step(case, name, device)
-            left = left / (len(todo) - index) - (time.monotonic() - start)
-            row["largest_batch"] = largest_batch(
-                case,
-                name,
-                device,
-                budget_bytes,
-                seconds=left,
-                known=[(case.batch, row["peak_bytes"])],
-            )
-        except RuntimeError as error:
-            row["memory_skipped"] = _first_line(error)
-    return rows

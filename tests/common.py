@@ -142,15 +142,21 @@ def eager_cross_entropy(
     return F.cross_entropy(z, target.long(), **{"ignore_index": 255, **options})
 
 
-def require(backend: str, device: str = "cpu", **options: Any) -> None:
-    """Skips where a backend does not (yet) compute this call; `reference` is never skipped."""
+def spec_of(**options: Any) -> LossSpec:
+    """What `distillation_loss` asks of a backend with these options."""
     weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in TERMS}
     fields = {k: v for k, v in options.items() if k in LossSpec.__dataclass_fields__}
-    spec = LossSpec(
+    mix = functional.resolve_mix(options.get("preset", "softmax-kl"), options.get("mix"))
+    return LossSpec(
         terms=tuple(name for name, weight in weights.items() if weight),
         maps=bool(options.get("return_maps")),
-        **fields,
+        **{**fields, "mix": mix},
     )
+
+
+def require(backend: str, device: str = "cpu", **options: Any) -> None:
+    """Skips where a backend does not (yet) compute this call; `reference` is never skipped."""
+    spec = spec_of(**options)
     try:
         backends.select(backend, spec, device)
     except backends.BackendUnavailableError as error:

@@ -18,11 +18,20 @@ from typing import Any
 
 import pytest
 import torch
-from common import TERM_CASES, Batch, Result, assert_matches, evaluate, make_batch, require, truth
+from common import (
+    TERM_CASES,
+    Batch,
+    Result,
+    assert_matches,
+    evaluate,
+    make_batch,
+    require,
+    spec_of,
+    truth,
+)
 from torch import Tensor
 
 from heteroakd_fast import BackendUnavailableError, backends, functional
-from heteroakd_fast.spec import TERMS, LossSpec
 
 # cuBLAS asks for it in deterministic mode, which conftest.py turns on, and reads it when its
 # handle is made: before the first product of matrices is early enough.
@@ -262,10 +271,7 @@ def test_chosen_backend_is_accurate(
 def test_auto_takes_the_first_that_can(device: str, case: str) -> None:
     options = TERM_CASES[case]
     batch = placed(batch_of("odd", F32), device)
-    weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in TERMS}
-    fields = {k: v for k, v in options.items() if k in LossSpec.__dataclass_fields__}
-    fields.setdefault("mix", functional.resolve_mix(fields.get("preset", "softmax-kl"), None))
-    spec = LossSpec(terms=tuple(name for name, weight in weights.items() if weight), **fields)
+    spec = spec_of(**options)
     chosen = backends.select("auto", spec, device)
     first = next(
         (

@@ -129,8 +129,11 @@ class Eager:
     def cannot(self, case: Case, device: str) -> str | None:
         return None
 
+    def prepare(self, loss: FullResolutionLoss) -> FullResolutionLoss:
+        return loss
+
     def build(self, case: Case, inputs: Inputs) -> Forward:
-        loss = loss_of(case)
+        loss = self.prepare(loss_of(case))
 
         def forward() -> Tensor:
             student, teacher = student_and_teacher(case, inputs)
@@ -140,32 +143,19 @@ class Eager:
         return forward
 
 
-class Compiled:
+class Compiled(Eager):
     """Upsampling in eager, the loss on the label grid compiled: the better graph on a CPU."""
 
     name = "compile"
 
-    def cannot(self, case: Case, device: str) -> str | None:
-        return None
-
-    def build(self, case: Case, inputs: Inputs) -> Forward:
-        loss = torch.compile(loss_of(case), fullgraph=True, dynamic=False)
-
-        def forward() -> Tensor:
-            student, teacher = student_and_teacher(case, inputs)
-            teacher_z = upsample(teacher, case) if case.target.needs_teacher else teacher
-            return loss(upsample(student, case), teacher_z, inputs.target)
-
-        return forward
+    def prepare(self, loss: FullResolutionLoss) -> FullResolutionLoss:
+        return torch.compile(loss, fullgraph=True, dynamic=False)
 
 
-class CompiledWhole:
+class CompiledWhole(Eager):
     """Upsampling inside the graph too."""
 
     name = "compile-whole"
-
-    def cannot(self, case: Case, device: str) -> str | None:
-        return None
 
     def build(self, case: Case, inputs: Inputs) -> Forward:
         loss = loss_of(case)

@@ -14,6 +14,7 @@ CXX, CXXFLAGS, NVCC_FLAGS, CUDA_HOME, MAX_JOBS   as usual.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -28,6 +29,20 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 TORCH_TARGET = (2, 10)
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+
+
+#: Compiled for more than the baseline, and entered only on processors that have it.
+ISA_FLAGS = {
+    "pass_avx512.cpp": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
+        *("-mavx2", "-mfma", "-mf16c"),
+    ],
+    "pass_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
 
 
 def setting(name: str) -> bool | None:
@@ -143,7 +158,8 @@ class NinjaBuild(build_ext):
             f"-DTORCH_TARGET_VERSION={target_hex}",
             f"-DHAKD_TORCH_TARGET={TORCH_TARGET[0]}.{TORCH_TARGET[1]}",
         ]
-        host = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # No contraction: a multiply-add stands where the source says so, for every compiler.
+        host = ["-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         includes = ["-isystem", str(torch_root / "include")]
         cxx_flags = [*common, *host, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         link_flags = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
@@ -251,6 +267,8 @@ def write_ninja(
         objects.append(escape(path.parent / name))
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         lines.append(f"build {objects[-1]}: {rule} {escape(source)}")
+        if source.name in ISA_FLAGS and is_x86():
+            lines.append(f"  cxx_flags = $cxx_flags {' '.join(ISA_FLAGS[source.name])}")
     lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]
     path.write_text("\n".join(lines))
 

@@ -26,12 +26,23 @@ STABLE_TORCH_LIBRARY(heteroakd_fast_c, m) {
   m.def("build_info() -> str");
   // [valid, out of range, flat index of the first out of range or -1]
   m.def("label_report(Tensor target, int num_classes, int ignore_index) -> Tensor");
-  // sums f64[2]: numerator, denominator; labels: a label_report; grad: of the numerator, [0] if
-  // not asked for
+  // One pass over the label grid; the numbers are those of csrc/cpu/pass.h. Without
+  // grad_numerators: sums f64[4, 2] (numerator and denominator by term), labels (a label_report),
+  // maps [2, B, H, W] or [0], and, if compute_grad, the gradients of the numerators
+  // [terms asked for, B, C, h, w], [0] where every grid is the label grid. With grad_numerators
+  // f64[4], for those grids only: the gradient in the form of student_logits, nothing else.
   m.def(
-      "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, "
-      "int ignore_index, bool align_corners, float label_smoothing, bool compute_grad) "
-      "-> (Tensor sums, Tensor labels, Tensor grad)");
+      "distillation(Tensor student_logits, Tensor? teacher_logits, Tensor target, "
+      "Tensor? class_weight, int terms, int kd_divergence, int hetero, int mix, bool evaluation, "
+      "float kd_beta, float temperature, float tau, int ignore_index, bool align_corners, "
+      "float label_smoothing, bool maps, bool compute_grad, Tensor? grad_numerators) "
+      "-> (Tensor sums, Tensor labels, Tensor maps, Tensor gradients)");
+  // sum over k of scales[k] * gradients[k], in the form of like
+  m.def("combine_gradients(Tensor gradients, Tensor scales, Tensor like) -> Tensor");
+  // The instruction set that the CPU kernels use here.
+  m.def("cpu_isa() -> str");
+  // For tests: exp2, log, log2, log1p or log1p_unit of a float32 vector, by an instruction set.
+  m.def("elementary(Tensor x, str function, str isa) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(heteroakd_fast_c, CompositeExplicitAutograd, m) {

@@ -81,7 +81,11 @@ def distillation_sums(
     """
     _refuse_forward_mode(student_logits, teacher_logits)
     grad_mode = torch.is_grad_enabled()
-    student_grad = grad_mode and student_logits.requires_grad
+    student_grad = (
+        grad_mode
+        and student_logits.requires_grad
+        and any(term != "teacher_ce" for term in spec.terms)
+    )
     teacher_grad = (
         grad_mode
         and teacher_logits is not None
@@ -195,7 +199,7 @@ def _distillation_sums_fake(
     terms = len(spec.terms)
     compute_dtype = torch.promote_types(student_logits.dtype, torch.float32)
     shapes = backends.get(backend).saved_shapes(
-        student_logits, teacher_logits, spec, student_grad, teacher_grad
+        student_logits, teacher_logits, target, spec, student_grad, teacher_grad
     )
     return (
         student_logits.new_empty(terms, dtype=torch.float64),
@@ -261,7 +265,12 @@ def _setup_context(
     output: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]],
 ) -> None:
     ctx.options = keyword_only_inputs
-    ctx.reads_inputs = backends.get(keyword_only_inputs["backend"]).backward_reads_inputs
+    options = dict(keyword_only_inputs)
+    student_grad, teacher_grad = options.pop("student_grad"), options.pop("teacher_grad")
+    backend = backends.get(options.pop("backend"))
+    ctx.reads_inputs = backend.backward_reads_inputs(
+        *inputs[:3], LossSpec.from_options(options), student_grad, teacher_grad
+    )
     if ctx.reads_inputs:
         ctx.save_for_backward(*inputs, *output[4])
         return

@@ -1,11 +1,9 @@
-// Reads tensors of any dtype and strides, row by row, into the type a kernel computes in.
+// Reads labels of any dtype and strides, row by row.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 
@@ -19,52 +17,6 @@ inline const char* data_of(const torch::stable::Tensor& tensor, const char* name
   STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0, name, ": the tensor has no memory");
   return static_cast<const char*>(data);
 }
-
-// Logits [B, C, h, w] with any strides.
-template <typename T>
-class StridedLogits {
- public:
-  explicit StridedLogits(const torch::stable::Tensor& logits)
-      : data_(data_of(logits, "logits")),
-        read_(reader(logits.scalar_type())),
-        element_size_(static_cast<int64_t>(logits.element_size())),
-        width_(logits.size(3)) {
-    for (int d = 0; d < 4; ++d) stride_[d] = logits.stride(d);
-  }
-
-  // out[0..w) = logits[b, c, row, :]
-  void read_row(int64_t b, int64_t c, int64_t row, T* out) const {
-    const int64_t offset = b * stride_[0] + c * stride_[1] + row * stride_[2];
-    read_(data_ + offset * element_size_, stride_[3], width_, out);
-  }
-
- private:
-  using Reader = void (*)(const char*, int64_t, int64_t, T*);
-
-  template <typename S>
-  static void read(const char* from, int64_t stride, int64_t count, T* out) {
-    const S* in = reinterpret_cast<const S*>(from);
-    for (int64_t x = 0; x < count; ++x) out[x] = static_cast<T>(in[x * stride]);
-  }
-
-  static Reader reader(torch::headeronly::ScalarType dtype) {
-    using torch::headeronly::ScalarType;
-    switch (dtype) {
-      case ScalarType::Float: return read<float>;
-      case ScalarType::Double: return read<double>;
-      case ScalarType::Half: return read<torch::headeronly::Half>;
-      case ScalarType::BFloat16: return read<torch::headeronly::BFloat16>;
-      default: STD_TORCH_CHECK(false, "logits: expected float32, float64, float16 or bfloat16");
-    }
-    return nullptr;
-  }
-
-  const char* data_;
-  Reader read_;
-  int64_t element_size_;
-  int64_t width_;
-  int64_t stride_[4];
-};
 
 // Counts over a set of labels. Integers: the order of merging does not matter.
 struct LabelReport {

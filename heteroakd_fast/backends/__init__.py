@@ -58,9 +58,6 @@ class Backend(Protocol):
     """A compiled backend. `reference` is not one: it is differentiated by autograd itself."""
 
     name: str
-    backward_reads_inputs: bool
-    """Whether `backward` reads the values of logits, target and class weights again. If not, they
-    are not kept: it then gets logits of the right form only, and None for the rest."""
 
     def unavailable(self) -> str | None:
         """Why nothing runs here and what to install; None when the backend works."""
@@ -81,10 +78,24 @@ class Backend(Protocol):
     ) -> ForwardResult:
         """Sums of one pass, and what `backward` will need."""
 
+    def backward_reads_inputs(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor,
+        spec: LossSpec,
+        student_grad: bool,
+        teacher_grad: bool,
+    ) -> bool:
+        """Whether `backward` reads the values of logits, target and class weights again; may look
+        at shapes and dtypes. If not, they are not kept: `backward` then gets logits of the right
+        form only, and None for the rest."""
+
     def saved_shapes(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
+        target: Tensor,
         spec: LossSpec,
         student_grad: bool,
         teacher_grad: bool,

@@ -14,8 +14,6 @@ __all__ = ["PlannedBackend"]
 class PlannedBackend:
     """Known by name, so that asking for it gives the reason instead of a typo's error."""
 
-    backward_reads_inputs = True
-
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         self._reason = reason
@@ -30,6 +28,9 @@ class PlannedBackend:
         raise NotImplementedError(f"backend {self.name!r}: {self._reason}")
 
     def forward(self, *args: object) -> NoReturn:
+        self._refuse()
+
+    def backward_reads_inputs(self, *args: object) -> bool:
         self._refuse()
 
     def saved_shapes(self, *args: object) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -1,0 +1,848 @@
+// One band of one image: the fused pass.
+//
+// For every pixel of the band: interpolate both models' logits, evaluate every term asked for, and
+// send the gradients back through the adjoint of the interpolation. Nothing of B x C x H x W is
+// stored: a band holds a few rows of logits and of their gradients, a vector of pixels its tiles.
+//
+// Order of work. The band's rows of logits are packed (float, dense, padded). Then, vector of
+// columns by vector of columns, the label rows are walked downwards: the two rows of logits around
+// them are brought to the vector's columns once per row of logits (horizontally), every label row
+// is a mixture of the two (vertically, one multiply-add), and its gradient is collected in two
+// tiles that return to the logits' columns once per row of logits. So horizontal work is paid per
+// row of logits and everything per label row is contiguous, whatever the ratio of the grids.
+//
+// Cost per pixel and class, preset softmax-kl, ce + hetero, T a power of two (in operations of a
+// vector, which a multiply-add is one of): interpolation 4 + 10 per label row of a cell, 2
+// exponentials (8 each), 13 for their sums, 1 logarithm (9) and 3 for the value of
+// KL(m || p_s), 9 for both gradients and the vertical adjoint, 4 + 8 per label row of a cell for
+// the horizontal one: the floor is about 57 at stride 4. Bytes: each logit read and each gradient
+// written once per band (9/8 of them, for 8 rows), each label once. docs/cpu.md has what of it is
+// reached.
+//
+// Bands do not depend on the number of threads, and what crosses their border goes to an edge row
+// that is added afterwards: the bits of every result are the same for any thread count.
+#pragma once
+
+#include "gradients.h"
+#include "paper.h"
+#include "rows.h"
+
+namespace heteroakd::cpu::HAKD_ISA {
+
+// Cuts a block of memory into arrays; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* p = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;  // apart by a line
+    return reinterpret_cast<T*>(p);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+constexpr int kMaxRows = 4;  // label rows at a time
+
+enum Coefficient {
+  kCeHard,
+  kCeOthers,
+  kCeSoft,
+  kCeInverse,
+  kKdStudent,
+  kKdOther,
+  kHeteroStudent,
+  kHeteroOther,
+  kFeatureScale,
+  kCoefficients
+};
+
+template <typename T>
+class Band {
+  using F = Lanes<T>;
+  static constexpr int N = F::N;
+
+ public:
+  Band(const Pass<T>& pass, void* workspace, int64_t band, void* report)
+      : p(pass), band_(band), report_(report) {
+    if (pass.has_teacher || pass.hetero != Hetero::kNone) reads_pair_ = true;
+    choose();
+    lay_out(workspace);
+  }
+
+  static size_t workspace_bytes(const Pass<T>& pass) {
+    Band band(pass, nullptr, 0, nullptr);
+    return band.bytes_ + 64;
+  }
+
+  void run() {
+    image_ = band_ / p.bands_per_image;
+    const int64_t k = band_ % p.bands_per_image;
+    first_row_ = k * p.band_rows;
+    end_row_ = first_row_ + p.band_rows < p.student.height ? first_row_ + p.band_rows
+                                                            : p.student.height;
+    first_label_row_ = p.first_label_row[k];
+    end_label_row_ = p.first_label_row[k + 1];
+    for (int64_t i = 0; i < kTerms * 2 * N; ++i) lane_sums_[i] = 0.0;
+    read_labels();
+    if (p.space_statistics) {
+      fill(space_maximum_, p.classes * N, T(-1e30));
+      fill(space_sum_, p.classes * N, T(0));
+    }
+    if (p.identity) {
+      run_identity();
+    } else {
+      run_interpolated();
+    }
+    double* sums = p.sums + band_ * kTerms * 2;
+    for (int k2 = 0; k2 < kTerms * 2; ++k2) {
+      sums[k2] = 0.0;
+      for (int l = 0; l < N; ++l) sums[k2] += lane_sums_[k2 * N + l];
+    }
+    if (p.space_statistics) reduce_space();
+  }
+
+ private:
+  // --- memory ------------------------------------------------------------------------------------
+
+  void lay_out(void* workspace) {
+    Arena arena(workspace);
+    int64_t label_rows = 0;
+    for (int64_t k = 0; k < p.bands_per_image; ++k) {
+      const int64_t rows = p.first_label_row[k + 1] - p.first_label_row[k];
+      label_rows = rows > label_rows ? rows : label_rows;
+    }
+    const int64_t tile = p.classes * N;
+    label_row_ = arena.take<int32_t>(p.label_width);
+    labels_ = arena.take<int32_t>(label_rows * p.vectors * N);
+    lane_sums_ = arena.take<double>(kTerms * 2 * N);
+    const int64_t rows = p.identity ? 1 : p.band_rows + 1;
+    student_rows_ = arena.take<T>(rows * p.classes * p.student.padded);
+    if (reads_pair_) {
+      teacher_rows_ =
+          arena.take<T>((p.identity ? 1 : p.teacher.max_rows) * p.classes * p.teacher.padded);
+    }
+    const int64_t slots = p.gradients ? p.slots : 0;
+    if (!p.identity) {
+      row_gradients_ = arena.take<T>(slots * rows * p.classes * p.student.padded);
+      student_.lo = arena.take<T>(tile);
+      student_.hi = arena.take<T>(tile);
+      if (reads_pair_) {
+        teacher_.lo = arena.take<T>(tile);
+        teacher_.hi = arena.take<T>(tile);
+      }
+    }
+    const int64_t group = (p.identity ? 1 : kMaxRows) * tile;
+    student_z_ = arena.take<T>(group);
+    keeps_z_ = p.feature || p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs ||
+               p.hetero == Hetero::kPaper || p.hetero == Hetero::kPaperSpace ||
+               (p.hetero == Hetero::kSoftmaxKl && p.mix == Mix::kLogits) || p.smoothing != T(0);
+    student_e_ = keeps_z_ ? arena.take<T>(group) : student_z_;
+    if (reads_pair_) {
+      teacher_z_ = arena.take<T>(group);
+      teacher_e_ = keeps_z_ ? arena.take<T>(group) : teacher_z_;
+    }
+    if (power_ == 0) hard_ = arena.take<T>(group);
+    if (p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs) kd_q_ = arena.take<T>(group);
+    if (keeps_z_ && p.hetero != Hetero::kNone) {
+      mixed_ = arena.take<T>(group);
+      strength_ = arena.take<T>(tile);
+    }
+    for (int64_t s = 0; s < slots; ++s) {
+      gradient_sum_[s] = arena.take<T>(tile);
+      gradient_upper_[s] = p.identity ? nullptr : arena.take<T>(tile);
+    }
+    coefficients_ = arena.take<T>(kCoefficients * kMaxRows * N);
+    student_maximum_ = arena.take<T>(kMaxRows * N);
+    teacher_maximum_ = arena.take<T>(kMaxRows * N);
+    if (p.space_statistics) {
+      space_maximum_ = arena.take<T>(tile);
+      space_sum_ = arena.take<T>(tile);
+    }
+    bytes_ = arena.used();
+  }
+
+  T* coefficient(Coefficient k, int row) { return coefficients_ + (k * kMaxRows + row) * N; }
+
+  HAKD_FN static void fill(T* p, int64_t count, T value) {
+    for (int64_t i = 0; i < count; ++i) p[i] = value;
+  }
+
+  // --- which loops -------------------------------------------------------------------------------
+
+  using OneModel = void (*)(int64_t, const T*, T*, T*, F, T, T, Labels<T>, Statistics<F>&);
+  using TwoModels = void (*)(int64_t, const T*, const T*, T*, T*, T*, F, F, T, T, Labels<T>,
+                             Statistics<F>&);
+  using CrossEntropyGradient = void (*)(int64_t, const T*, const T*, const T*, const T*, const T*,
+                                        const int32_t* const*, T, const T*, const T*, T*, T*);
+
+  void choose() {
+    const bool softmax_kl = p.hetero == Hetero::kSoftmaxKl;
+    needs_pair_ = p.kd != KdDivergence::kNone || softmax_kl;
+    needs_soft_student_ = needs_pair_ || p.hetero == Hetero::kPaper;
+    const bool cross = softmax_kl && p.mix == Mix::kProbs && p.values && p.hetero_term;
+    normalises_ = !p.feature && p.hetero != Hetero::kPaper && p.hetero != Hetero::kPaperSpace;
+    scale_ = static_cast<T>(kLog2E / static_cast<double>(p.temperature));
+    power_ = p.temperature == T(1) ? 1 : p.temperature == T(2) ? 2 : p.temperature == T(4) ? 4 : 0;
+    if (needs_pair_) {
+      const int hard = softmax_kl ? 2 : p.ce ? 1 : 0;
+      two_models_ = power_ == 1   ? choose_two<1>(hard, cross)
+                    : power_ == 2 ? choose_two<2>(hard, cross)
+                    : power_ == 4 ? choose_two<4>(hard, cross)
+                                  : choose_two<0>(hard, cross);
+    } else if (needs_soft_student_) {
+      one_model_ = power_ == 1   ? choose_one<1>()
+                   : power_ == 2 ? choose_one<2>()
+                   : power_ == 4 ? choose_one<4>()
+                                 : choose_one<0>();
+    } else if (p.ce) {
+      power_ = 1;
+      scale_ = static_cast<T>(kLog2E);
+      one_model_ = one_model<T, 1, false, true>;
+    }
+  }
+
+  template <int kPower>
+  static TwoModels choose_two(int hard, bool cross) {
+    if (hard == 2) {
+      return cross ? two_models<T, kPower, 2, true> : two_models<T, kPower, 2, false>;
+    }
+    return hard == 1 ? two_models<T, kPower, 1, false> : two_models<T, kPower, 0, false>;
+  }
+  template <int kPower>
+  OneModel choose_one() const {
+    return p.ce ? one_model<T, kPower, true, true> : one_model<T, kPower, true, false>;
+  }
+
+  // --- labels ------------------------------------------------------------------------------------
+
+  void read_labels() {
+    for (int64_t y = first_label_row_; y < end_label_row_; ++y) {
+      p.read_labels(p.labels, image_, y, label_row_, report_);
+      int32_t* out = labels_ + (y - first_label_row_) * p.vectors * N;
+      for (int64_t i = 0; i < p.vectors * N; ++i) {
+        out[i] = p.pixel[i] < 0 ? -1 : label_row_[p.pixel[i]];
+      }
+    }
+  }
+
+  const int32_t* labels_of(int64_t y, int64_t vector) const {
+    return labels_ + ((y - first_label_row_) * p.vectors + vector) * N;
+  }
+
+  // --- logits on the label grid ------------------------------------------------------------------
+
+  void run_identity() {
+    const int64_t tile = p.classes * N;
+    for (int64_t y = first_label_row_; y < end_label_row_; ++y) {
+      const T* student = identity_row(p.student_logits, p.student, y, student_rows_, student_step_,
+                                      student_careful_);
+      const T* teacher = nullptr;
+      if (reads_pair_) {
+        teacher = identity_row(p.teacher_logits, p.teacher, y, teacher_rows_, teacher_step_,
+                               teacher_careful_);
+      }
+      for (int64_t vector = 0; vector < p.vectors; ++vector) {
+        const int64_t x = vector * N;
+        const int64_t left = p.label_width - x;
+        const int count = left < N ? static_cast<int>(left) : N;
+        const int32_t* labels = labels_of(y, vector);
+        const Mask<T> valid = is_valid(load_labels<T>(labels));
+        if (p.gradients) fill(gradient_sum_[0], tile, T(0));
+        if (any(valid)) {
+          load_identity(student + x, student_step_, valid, student_z_, student_maximum_);
+          if (reads_pair_) {
+            load_identity(teacher + x, teacher_step_, valid, teacher_z_, teacher_maximum_);
+          }
+          process<1, false>(y, vector);
+        }
+        if (p.gradients) write_identity(y, x, count);
+      }
+    }
+  }
+
+  // A row of every class: where it lies if that is dense memory of the right type, else a copy.
+  const T* identity_row(const LogitsView& view, const Geometry<T>& g, int64_t y, T* rows,
+                        int64_t& step, bool& careful) {
+    const Dtype own = sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble;
+    if (view.dtype == own && (view.stride[3] == 1 || g.width == 1)) {
+      step = view.stride[1];
+      careful = true;  // unknown until read; costs a subtraction, and memory is slower
+      return reinterpret_cast<const T*>(view.data) + image_ * view.stride[0] + y * view.stride[2];
+    }
+    step = g.padded;
+    careful = pack_rows<T>(view, g, p.classes, image_, y, 1, p.huge, rows);
+    return rows + kPadBefore;
+  }
+
+  void load_identity(const T* row, int64_t step, Mask<T> valid, T* z, T* maximum) {
+    F m(-kInfinity<T>);
+    for (int64_t c = 0; c < p.classes; ++c) {
+      const F x = F::load(row + c * step, valid);
+      x.store(z + c * N);
+      m = max(x, m);
+    }
+    m.store(maximum);
+  }
+
+  void write_identity(int64_t y, int64_t x, int count) {
+    const int64_t* stride = p.out.stride;
+    const int64_t offset = image_ * stride[0] + y * stride[2] + x * stride[3];
+    const T* g = gradient_sum_[0];
+    const Dtype own = sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble;
+    if (p.out.dtype == own && stride[3] == 1) {
+      T* out = reinterpret_cast<T*>(const_cast<char*>(p.out.data)) + offset;
+      if (count == N) {
+        for (int64_t c = 0; c < p.classes; ++c) F::load(g + c * N).store(out + c * stride[1]);
+      } else {
+        for (int64_t c = 0; c < p.classes; ++c) {
+          F::load(g + c * N).store(out + c * stride[1], count);
+        }
+      }
+    } else if (stride[3] == 1) {
+      for (int64_t c = 0; c < p.classes; ++c) {
+        write_dense<T>(p.out, offset + c * stride[1], count, g + c * N);
+      }
+    } else {
+      for (int l = 0; l < count; ++l) {
+        for (int64_t c = 0; c < p.classes; ++c) {
+          write_element<T>(p.out, offset + c * stride[1] + l * stride[3], g[c * N + l]);
+        }
+      }
+    }
+  }
+
+  // --- logits on a grid of their own -------------------------------------------------------------
+
+  // The two rows of logits around the label rows at hand, brought to the columns of a vector.
+  struct Cell {
+    T* lo = nullptr;
+    T* hi = nullptr;
+    int64_t lo_row = -1;
+    int64_t hi_row = -1;
+  };
+
+  void run_interpolated() {
+    const int64_t rows = end_row_ - first_row_ + 1;
+    const int64_t row_elements = p.classes * p.student.padded;
+    if (p.gradients) fill(row_gradients_, p.slots * (p.band_rows + 1) * row_elements, T(0));
+    if (first_label_row_ < end_label_row_) {
+      const int64_t packed = end_row_ < p.student.height ? rows : rows - 1;
+      student_careful_ = pack_rows<T>(p.student_logits, p.student, p.classes, image_, first_row_,
+                                      packed, p.huge, student_rows_);
+      if (reads_pair_) {
+        teacher_first_ = p.teacher.row_lower[first_label_row_];
+        int64_t last = p.teacher.row_lower[end_label_row_ - 1] + 1;
+        last = last < p.teacher.height ? last : p.teacher.height - 1;
+        teacher_careful_ =
+            pack_rows<T>(p.teacher_logits, p.teacher, p.classes, image_, teacher_first_,
+                         last - teacher_first_ + 1, p.huge, teacher_rows_);
+      }
+      for (int64_t vector = 0; vector < p.vectors; ++vector) sweep(vector);
+    }
+    if (p.gradients) write_rows();
+  }
+
+  void sweep(int64_t vector) {
+    student_.lo_row = student_.hi_row = teacher_.lo_row = teacher_.hi_row = -1;
+    gradient_row_ = -1;
+    for (int64_t y = first_label_row_; y < end_label_row_;) {
+      const int32_t lower = p.student.row_lower[y];
+      int rows = 1;
+      while (rows < kMaxRows && y + rows < end_label_row_ &&
+             p.student.row_lower[y + rows] == lower &&
+             (!reads_pair_ || p.teacher.row_lower[y + rows] == p.teacher.row_lower[y])) {
+        ++rows;
+      }
+      if (rows == 4) {
+        group<4>(y, vector);
+      } else if (rows >= 2) {
+        rows = 2;
+        group<2>(y, vector);
+      } else {
+        group<1>(y, vector);
+      }
+      y += rows;
+    }
+    finish_gradient(vector);
+  }
+
+  template <int kRows>
+  void group(int64_t y, int64_t vector) {
+    Mask<T> valid[kRows];
+    bool some = false;
+    for (int r = 0; r < kRows; ++r) {
+      valid[r] = is_valid(load_labels<T>(labels_of(y + r, vector)));
+      some = some || any(valid[r]);
+    }
+    if (!some) return;
+    move(student_, p.student, p.student.row_lower[y], student_rows_, first_row_, student_careful_,
+         vector);
+    interpolate<T, kRows>(p.classes, student_.lo, student_.hi, p.student.row_fraction + y, valid,
+                          student_careful_, student_z_, student_maximum_);
+    if (reads_pair_) {
+      move(teacher_, p.teacher, p.teacher.row_lower[y], teacher_rows_, teacher_first_,
+           teacher_careful_, vector);
+      interpolate<T, kRows>(p.classes, teacher_.lo, teacher_.hi, p.teacher.row_fraction + y, valid,
+                            teacher_careful_, teacher_z_, teacher_maximum_);
+    }
+    if (p.gradients) move_gradient(p.student.row_lower[y], vector);
+    process<kRows, true>(y, vector);
+  }
+
+  void move(Cell& cell, const Geometry<T>& g, int64_t row, const T* rows, int64_t first,
+            bool careful, int64_t vector) {
+    if (cell.lo_row == row) return;
+    const int64_t step = p.classes * g.padded;
+    if (cell.hi_row == row) {
+      T* t = cell.lo;
+      cell.lo = cell.hi;
+      cell.hi = t;
+    } else {
+      expand_row<T>(g, vector, p.classes, rows + (row - first) * step, careful, cell.lo);
+    }
+    cell.lo_row = row;
+    const int64_t next = row + 1 < g.height ? row + 1 : row;
+    expand_row<T>(g, vector, p.classes, rows + (next - first) * step, careful, cell.hi);
+    cell.hi_row = next > row ? next : -1;
+  }
+
+  // Gradients are collected for the rows `row` and `row + 1`; going down by one, what was the upper
+  // row's share starts the new sum.
+  void move_gradient(int64_t row, int64_t vector) {
+    if (gradient_row_ == row) return;
+    const int64_t tile = p.classes * N;
+    if (gradient_row_ >= 0 && gradient_row_ + 1 == row) {
+      for (int64_t s = 0; s < p.slots; ++s) {
+        fold_lower(s, vector);
+        T* t = gradient_sum_[s];
+        gradient_sum_[s] = gradient_upper_[s];
+        gradient_upper_[s] = t;
+        fill(gradient_upper_[s], tile, T(0));
+      }
+    } else {
+      finish_gradient(vector);
+      for (int64_t s = 0; s < p.slots; ++s) {
+        fill(gradient_sum_[s], tile, T(0));
+        fill(gradient_upper_[s], tile, T(0));
+      }
+    }
+    gradient_row_ = row;
+  }
+
+  T* gradient_rows(int64_t slot, int64_t row) {
+    return row_gradients_ +
+           (slot * (p.band_rows + 1) + row - first_row_) * p.classes * p.student.padded;
+  }
+
+  void fold_lower(int64_t slot, int64_t vector) {
+    T* sum = gradient_sum_[slot];
+    const T* upper = gradient_upper_[slot];
+    for (int64_t i = 0; i < p.classes * N; i += N) (F::load(sum + i) - F::load(upper + i)).store(sum + i);
+    fold_columns<T>(p.student, vector, p.classes, sum, gradient_rows(slot, gradient_row_));
+  }
+
+  void finish_gradient(int64_t vector) {
+    if (!p.gradients || gradient_row_ < 0) return;
+    for (int64_t s = 0; s < p.slots; ++s) {
+      fold_lower(s, vector);
+      if (gradient_row_ + 1 < p.student.height) {  // else its weights are 0
+        fold_columns<T>(p.student, vector, p.classes, gradient_upper_[s],
+                        gradient_rows(s, gradient_row_ + 1));
+      }
+    }
+  }
+
+  // What went to the padding belongs to the row's ends; then the rows leave the band.
+  void write_rows() {
+    const Geometry<T>& g = p.student;
+    const int64_t count = end_row_ - first_row_;
+    for (int64_t s = 0; s < p.slots; ++s) {
+      for (int64_t c = 0; c < p.classes; ++c) {
+        for (int64_t r = 0; r <= count; ++r) {
+          T* row = gradient_rows(s, first_row_ + r) + c * g.padded + kPadBefore;
+          row[0] += row[-1];
+          row[g.width - 1] += row[g.width];
+          T* out = r < count
+                       ? p.gradient + (((s * p.batch + image_) * p.classes + c) * g.height +
+                                       first_row_ + r) * g.width
+                       : p.edges + ((s * p.batch * p.bands_per_image + band_) * p.classes + c) *
+                                       g.width;
+          for (int64_t x = 0; x < g.width; ++x) out[x] = row[x];
+        }
+      }
+    }
+  }
+
+  // --- the terms ---------------------------------------------------------------------------------
+
+  // kRows label rows from y on, whose logits are in student_z_ and teacher_z_.
+  template <int kRows, bool kUpsample>
+  void process(int64_t y, int64_t vector) {
+    const int64_t tile = p.classes * N;
+    const int32_t* labels[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      labels[r] = labels_of(y + r, vector);
+      pixels(y + r, vector, r, labels[r]);
+    }
+    if (!p.gradients) return;
+    const T* fraction = p.student.row_fraction + y;
+    if (p.slot[kCe] >= 0) {
+      const int s = p.slot[kCe];
+      const T* e = power_ == 0 ? hard_ : student_e_;
+      CrossEntropyGradient run;
+      if (p.smoothing != T(0)) {
+        run = power_ == 2   ? cross_entropy_gradient<T, 2, true, kRows, kUpsample>
+              : power_ == 4 ? cross_entropy_gradient<T, 4, true, kRows, kUpsample>
+                            : cross_entropy_gradient<T, 1, true, kRows, kUpsample>;
+      } else {
+        run = power_ == 2   ? cross_entropy_gradient<T, 2, false, kRows, kUpsample>
+              : power_ == 4 ? cross_entropy_gradient<T, 4, false, kRows, kUpsample>
+                            : cross_entropy_gradient<T, 1, false, kRows, kUpsample>;
+      }
+      run(p.classes, e, coefficient(kCeHard, 0), coefficient(kCeOthers, 0),
+          coefficient(kCeSoft, 0), coefficient(kCeInverse, 0), labels, p.weight_sum,
+          p.class_weight, fraction, gradient_sum_[s], gradient_upper_[s]);
+    }
+    if (p.slot[kKd] >= 0) {
+      const int s = p.slot[kKd];
+      const T* other = p.kd == KdDivergence::kForward ? teacher_e_ : kd_q_;
+      pair_gradient<T, kRows, kUpsample>(p.classes, student_e_, other, coefficient(kKdStudent, 0),
+                                         coefficient(kKdOther, 0), fraction, gradient_sum_[s],
+                                         gradient_upper_[s]);
+    }
+    if (p.slot[kHetero] >= 0) {
+      const int s = p.slot[kHetero];
+      const T* student = p.hetero == Hetero::kPaperSpace ? mixed_ : student_e_;
+      const T* other =
+          p.hetero == Hetero::kSoftmaxKl && p.mix == Mix::kProbs ? teacher_e_ : mixed_;
+      pair_gradient<T, kRows, kUpsample>(p.classes, student, other,
+                                         coefficient(kHeteroStudent, 0),
+                                         coefficient(kHeteroOther, 0), fraction, gradient_sum_[s],
+                                         gradient_upper_[s]);
+    }
+    if (p.slot[kFeature] >= 0) {
+      const int s = p.slot[kFeature];
+      pair_gradient<T, kRows, kUpsample>(p.classes, student_z_, teacher_z_,
+                                         coefficient(kFeatureScale, 0),
+                                         coefficient(kFeatureScale, 0), fraction, gradient_sum_[s],
+                                         gradient_upper_[s]);
+    }
+    (void)tile;
+  }
+
+  void add(Term term, int which, F value) { add_to(lane_sums_ + (term * 2 + which) * N, value); }
+
+  // Per pixel what all its classes share: sums, values, and the coefficients of the gradients.
+  void pixels(int64_t y, int64_t vector, int r, const int32_t* label_lanes) {
+    const Labels<T> labels = load_labels<T>(label_lanes);
+    const Mask<T> valid = is_valid(labels);
+    const int64_t tile = p.classes * N;
+    T* student_z = student_z_ + r * tile;
+    T* teacher_z = teacher_z_ + r * tile;
+    T* student_e = student_e_ + r * tile;
+    T* teacher_e = teacher_e_ + r * tile;
+    T* hard = hard_ + r * tile;
+    const F zero(T(0));
+    const F one = select(valid, F(T(1)), zero);
+    if (!any(valid)) {
+      for (int k = 0; k < kCoefficients; ++k) {
+        zero.store(coefficient(static_cast<Coefficient>(k), r));
+      }
+      // what the gradients multiply by 0 must be finite: interpolate left zeros in z, and e <= 1
+    }
+    if (normalises_) {
+      if (student_careful_) normalise<T>(p.classes, student_z, student_maximum_ + r * N);
+      if (reads_pair_ && teacher_careful_) {
+        normalise<T>(p.classes, teacher_z, teacher_maximum_ + r * N);
+      }
+    }
+    const F student_m = F::load(student_maximum_ + r * N);
+    const F teacher_m = reads_pair_ ? F::load(teacher_maximum_ + r * N) : zero;
+    const F student_label = at_label(student_z, label_lanes) - student_m;
+
+    Statistics<F> s;
+    const F hard_scale(static_cast<T>(kLog2E));
+    const T t = p.temperature;
+    F teacher_label = zero;
+    if (needs_pair_) {
+      teacher_label = at_label(teacher_z, label_lanes) - teacher_m;
+      two_models_(p.classes, student_z, teacher_z, student_e, teacher_e, hard, student_m,
+                  teacher_m, scale_, static_cast<T>(kLog2E), labels, s);
+    } else if (one_model_ != nullptr) {
+      one_model_(p.classes, student_z, student_e, hard, student_m, scale_,
+                 static_cast<T>(kLog2E), labels, s);
+    }
+
+    // cross entropy
+    const bool reliable = p.hetero == Hetero::kSoftmaxKl;
+    F student_total = zero;
+    if (p.ce || reliable) student_total = s.student_others + exp2(student_label * hard_scale);
+    if (p.ce) {
+      CrossEntropyWeights<F> w;
+      F label_weight = one;
+      if (p.class_weight != nullptr) {
+        T weights[N];
+        for (int l = 0; l < N; ++l) {
+          weights[l] = label_lanes[l] < 0 ? T(0) : p.class_weight[label_lanes[l]];
+        }
+        label_weight = F::load(weights);
+      }
+      w.hard = F(T(1) - p.smoothing) * label_weight;
+      w.soft = F(p.smoothing / static_cast<T>(p.classes));
+      w.weight_sum = F(p.weight_sum);
+      if (p.values) {
+        F loss;
+        if (p.smoothing != T(0)) {
+          const F weighted = weighted_logits<T>(p.classes, student_z, student_m, p.class_weight);
+          loss = cross_entropy<true>(w, s.student_others, student_total, student_label, weighted);
+        } else {
+          loss = cross_entropy<false>(w, s.student_others, student_total, student_label, zero);
+        }
+        add(kCe, 0, select(valid, loss, zero));
+        add(kCe, 1, label_weight);
+      }
+      if (p.slot[kCe] >= 0) {
+        const F inverse = F(T(1)) / student_total;
+        const F scale(p.scale[kCe]);
+        select(valid, scale * w.hard * inverse, zero).store(coefficient(kCeHard, r));
+        s.student_others.store(coefficient(kCeOthers, r));
+        select(valid, scale * w.soft, zero).store(coefficient(kCeSoft, r));
+        inverse.store(coefficient(kCeInverse, r));
+      }
+    }
+
+    F student_inverse = zero, teacher_inverse = zero, student_log2 = zero, teacher_log2 = zero;
+    if (needs_soft_student_) {
+      student_inverse = F(T(1)) / s.student_total;
+      student_log2 = log(s.student_total) * F(static_cast<T>(kLog2E));
+    }
+    F teacher_student_kl = zero;
+    if (needs_pair_) {
+      teacher_inverse = F(T(1)) / s.teacher_total;
+      teacher_log2 = log(s.teacher_total) * F(static_cast<T>(kLog2E));
+      teacher_student_kl = kl(s.difference, s.teacher_total, teacher_log2, student_log2);
+    }
+
+    // kd
+    if (p.kd != KdDivergence::kNone) {
+      const F gradient = F(p.scale[kKd] * t) * one;
+      F value;
+      F on_student, on_other;
+      if (p.kd == KdDivergence::kForward) {
+        value = teacher_student_kl;
+        on_student = gradient * student_inverse;
+        on_other = gradient * teacher_inverse;
+      } else if (p.kd == KdDivergence::kReverse) {
+        const F mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, student_m,
+                                           teacher_m, scale_, kd_q_ + r * tile) *
+                       student_inverse;
+        value = F(static_cast<T>(kLn2)) * (mean - student_log2 + teacher_log2);
+        on_other = zero - gradient * F(static_cast<T>(kLn2)) * student_inverse;
+        on_student = on_other * mean;
+      } else {
+        const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e, teacher_e,
+                                            student_m, teacher_m, scale_, s, student_log2,
+                                            teacher_log2, p.kd_beta, kd_q_ + r * tile);
+        const F student_share(T(1) - p.kd_beta);
+        value = F(static_cast<T>(kLn2)) *
+                fma(F(p.kd_beta), js.teacher, student_share * js.student);
+        on_other = zero - gradient * F(static_cast<T>(kLn2)) * student_share;
+        on_student = on_other * js.student * student_inverse;
+      }
+      if (p.values) {
+        add(kKd, 0, select(valid, F(t * t) * value, zero));
+        add(kKd, 1, one);
+      }
+      // x and y of the gradient: e_s and e_t or q
+      on_student.store(coefficient(kKdStudent, r));
+      on_other.store(coefficient(kKdOther, r));
+    }
+
+    // feature
+    if (p.feature) {
+      const F classes(static_cast<T>(p.classes));
+      if (p.values) {
+        const F value = squared_difference<T>(p.classes, student_z, teacher_z) / classes;
+        add(kFeature, 0, select(valid, value, zero));
+        add(kFeature, 1, one);
+      }
+      (F(p.scale[kFeature]) * one * feature_gradient_scale(classes))
+          .store(coefficient(kFeatureScale, r));
+    }
+
+    if (reliable) {
+      hetero_softmax_kl(y, vector, r, valid, one, labels, s, student_label, teacher_label,
+                        student_total, student_m, teacher_m, student_inverse, teacher_inverse,
+                        student_log2, teacher_student_kl);
+    } else if (p.hetero != Hetero::kNone) {
+      hetero_paper(y, vector, r, valid, one, labels, student_m, student_inverse, student_log2);
+    }
+  }
+
+  void hetero_softmax_kl(int64_t y, int64_t vector, int r, Mask<T> valid, F one, Labels<T> labels,
+                         const Statistics<F>& s, F student_label, F teacher_label,
+                         F student_total, F student_m, F teacher_m, F student_inverse,
+                         F teacher_inverse, F student_log2, F teacher_student_kl) {
+    (void)labels;
+    const int64_t tile = p.classes * N;
+    const F zero(T(0));
+    const T t = p.temperature;
+    const F teacher_total =
+        s.teacher_others + exp2(teacher_label * F(static_cast<T>(kLog2E)));
+    const F e_t = negative_log_likelihood(s.teacher_others, teacher_total, teacher_label);
+    const F e_s = negative_log_likelihood(s.student_others, student_total, student_label);
+    const Reliability<F> reliable = reliability(e_t, e_s, F(T(1) / p.tau));
+    const F d = discrepancy(teacher_student_kl);
+    const F weight = p.evaluation ? select(valid, d, zero) : one;
+    if (p.maps) write_maps(y, vector, valid, reliable.teacher, d);
+    if (!p.hetero_term) return;
+
+    F value = zero;
+    F on_student, on_other;
+    if (p.mix == Mix::kProbs) {
+      const F teacher_weight = reliable.teacher * teacher_inverse;
+      const F student_weight = reliable.student * student_inverse;
+      if (p.values) {
+        const F entropy = mixed_entropy<T>(p.classes, student_e_ + r * tile, teacher_e_ + r * tile,
+                                           student_weight, teacher_weight);
+        const F cross = mixed_target(teacher_weight, s.teacher_cross, student_weight,
+                                     s.student_self);
+        value = F(static_cast<T>(kLn2)) * (entropy - cross + student_log2);
+      }
+      const F gradient = F(p.scale[kHetero] * t) * weight * reliable.teacher;
+      on_student = gradient * student_inverse;
+      on_other = gradient * teacher_inverse;
+    } else {
+      F total, difference;
+      mixed_logits<T>(p.classes, student_z_ + r * tile, teacher_z_ + r * tile, student_m,
+                      teacher_m, scale_, reliable, mixed_ + r * tile, total, difference);
+      if (p.values) {
+        value = kl(difference, total, log(total) * F(static_cast<T>(kLog2E)), student_log2);
+      }
+      const F gradient = F(p.scale[kHetero] * t) * weight;
+      on_student = gradient * student_inverse;
+      on_other = gradient / total;
+    }
+    if (p.values) {
+      add(kHetero, 0, select(valid, weight * F(t * t) * value, zero));
+      add(kHetero, 1, weight);
+    }
+    select(valid, on_student, zero).store(coefficient(kHeteroStudent, r));
+    select(valid, on_other, zero).store(coefficient(kHeteroOther, r));
+  }
+
+  void hetero_paper(int64_t y, int64_t vector, int r, Mask<T> valid, F one, Labels<T> labels,
+                    F student_m, F student_inverse, F student_log2) {
+    const int64_t tile = p.classes * N;
+    const F zero(T(0));
+    const T t = p.temperature;
+    const T* student_z = student_z_ + r * tile;
+    T* mixed = mixed_ + r * tile;
+    const PaperPixel<F> pixel = paper_knowledge<T>(p.classes, student_z, teacher_z_ + r * tile,
+                                                   labels, mixed, strength_);
+    if (p.maps) write_maps(y, vector, valid, pixel.reliability, pixel.discrepancy);
+    if (p.space_statistics) {
+      space_collect<T>(p.classes, strength_, valid, space_maximum_, space_sum_);
+      return;
+    }
+    if (!p.hetero_term) return;
+    F value, on_student, on_other;
+    if (p.hetero == Hetero::kPaperSpace) {
+      const T* shift = p.evaluation ? p.space_shift + image_ * p.classes : nullptr;
+      const T* inverse = p.evaluation ? p.space_weight + image_ * p.classes : nullptr;
+      const F sum = space_products<T>(p.classes, student_z, mixed, strength_, T(1) / t, shift,
+                                      inverse, mixed);
+      const T mean = p.evaluation ? T(1) : T(1) / static_cast<T>(p.classes);
+      value = F(t * t * mean) * sum;
+      on_student = F(p.scale[kHetero] * t * mean) * one;
+      on_other = zero;
+    } else {
+      const PaperSums<F> sums =
+          p.evaluation ? paper_products<T, true>(p.classes, student_z, student_m, scale_, pixel,
+                                                 mixed, strength_, mixed)
+                       : paper_products<T, false>(p.classes, student_z, student_m, scale_, pixel,
+                                                  mixed, strength_, mixed);
+      value = F(static_cast<T>(kLn2)) * (student_log2 * sums.q - sums.q_a) * sums.inverse;
+      on_other = F(p.scale[kHetero] / t) * sums.inverse * one;
+      on_student = on_other * sums.q * student_inverse;
+    }
+    if (p.values) {
+      add(kHetero, 0, select(valid, value, zero));
+      add(kHetero, 1, one);
+    }
+    select(valid, on_student, zero).store(coefficient(kHeteroStudent, r));
+    select(valid, on_other, zero).store(coefficient(kHeteroOther, r));
+  }
+
+  // The logit of the labelled class; of class 0 where there is no label, which nobody uses.
+  F at_label(const T* z, const int32_t* labels) const {
+    T out[N];
+    for (int l = 0; l < N; ++l) {
+      const int64_t c = labels[l] < 0 ? 0 : labels[l];
+      out[l] = z[c * N + l];
+    }
+    return F::load(out);
+  }
+
+  void write_maps(int64_t y, int64_t vector, Mask<T> valid, F reliable, F discrepant) {
+    T values[2][N];
+    select(valid, reliable, F(T(0))).store(values[0]);
+    select(valid, discrepant, F(T(0))).store(values[1]);
+    const int64_t plane = p.label_height * p.label_width;
+    for (int k = 0; k < 2; ++k) {
+      T* out = p.map_values + (k * p.batch + image_) * plane + y * p.label_width;
+      for (int l = 0; l < N; ++l) {
+        const int32_t x = p.pixel[vector * N + l];
+        if (x >= 0) out[x] = values[k][l];
+      }
+    }
+  }
+
+  // The lanes of a class become one; in double, because the sum may run over a million pixels.
+  void reduce_space() {
+    for (int64_t c = 0; c < p.classes; ++c) {
+      const T* maximum = space_maximum_ + c * N;
+      T largest = maximum[0];
+      for (int l = 1; l < N; ++l) largest = maximum[l] > largest ? maximum[l] : largest;
+      T factors[N];
+      for (int l = 0; l < N; ++l) factors[l] = (maximum[l] - largest) * static_cast<T>(kLog2E);
+      exp2(F::load(factors)).store(factors);
+      double sum = 0.0;
+      for (int l = 0; l < N; ++l) {
+        sum += static_cast<double>(space_sum_[c * N + l]) * static_cast<double>(factors[l]);
+      }
+      p.space_maximum[band_ * p.classes + c] = largest;
+      p.space_sum[band_ * p.classes + c] = static_cast<T>(sum);
+    }
+  }
+
+  const Pass<T>& p;
+  int64_t band_;
+  void* report_;
+  bool reads_pair_ = false, needs_pair_ = false, needs_soft_student_ = false;
+  bool keeps_z_ = false, normalises_ = false, student_careful_ = false, teacher_careful_ = false;
+  int power_ = 1;
+  T scale_ = T(0);  // log2(e) / T
+  OneModel one_model_ = nullptr;
+  TwoModels two_models_ = nullptr;
+  size_t bytes_ = 0;
+  int64_t image_ = 0, first_row_ = 0, end_row_ = 0, first_label_row_ = 0, end_label_row_ = 0;
+  int64_t teacher_first_ = 0, gradient_row_ = -1, student_step_ = 0, teacher_step_ = 0;
+  int32_t* label_row_ = nullptr;
+  int32_t* labels_ = nullptr;
+  double* lane_sums_ = nullptr;
+  T *student_rows_ = nullptr, *teacher_rows_ = nullptr, *row_gradients_ = nullptr;
+  Cell student_, teacher_;
+  T *student_z_ = nullptr, *teacher_z_ = nullptr, *student_e_ = nullptr, *teacher_e_ = nullptr;
+  T *hard_ = nullptr, *kd_q_ = nullptr, *mixed_ = nullptr, *strength_ = nullptr;
+  T *gradient_sum_[kTerms] = {}, *gradient_upper_[kTerms] = {};
+  T *coefficients_ = nullptr, *student_maximum_ = nullptr, *teacher_maximum_ = nullptr;
+  T *space_maximum_ = nullptr, *space_sum_ = nullptr;
+};
+
+}  // namespace heteroakd::cpu::HAKD_ISA

@@ -1,0 +1,133 @@
+// What one pass is, as plain data: the border between the operators (distillation.cpp, compiled
+// for every processor) and the kernels (compiled once per instruction set).
+//
+// No inline function with a body lives here: what two translation units of different instruction
+// sets share must not be code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace heteroakd::cpu {
+
+enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
+enum class KdDivergence : int32_t { kNone, kForward, kReverse, kJs };
+enum class Hetero : int32_t { kNone, kSoftmaxKl, kPaper, kPaperSpace };
+enum class Mix : int32_t { kProbs, kLogits };
+
+// The terms that the kernels know; `teacher_ce` is `ce` of a pass over the teacher's logits.
+enum Term : int32_t { kCe, kKd, kHetero, kFeature, kTerms };
+
+// Logits [B, C, h, w] in memory, any strides (in elements).
+struct LogitsView {
+  const char* data;
+  Dtype dtype;
+  int64_t stride[4];
+};
+
+// Vectors of pixels. A row of labels is cut into vectors of `lanes` pixels; lane l of vector i is
+// the pixel at column `pixel[i * lanes + l]`, or none (-1). Where the columns of the logits are an
+// integer times sparser than the labels', the lanes of a vector lie that many pixels apart: they
+// then fall between consecutive columns of the logits.
+enum class ColumnMode : int32_t {
+  kConsecutive,  // lane l lies between columns base + l and base + l + 1
+  kPermuted,     // all lanes lie within columns [base, base + 2 lanes)
+  kScattered,
+};
+
+// Where the label grid falls in the logits of one model. A fraction f at lower column j means
+// (1 - f) row[j] + f row[j + 1]; a row is padded, so that j = -1 and j + 1 = width exist and repeat
+// the row's ends.
+template <typename T>
+struct Geometry {
+  int64_t height, width;
+  int64_t padded;               // elements of a padded row
+  const int32_t* row_lower;     // [H]
+  const T* row_fraction;        // [H]
+  const int32_t* column_lower;  // [vectors][lanes]
+  const T* column_fraction;     // [vectors][lanes]
+  const int32_t* column_base;   // [vectors]
+  const ColumnMode* column_mode;  // [vectors]
+  int64_t max_rows;             // of logits, that one band can touch
+};
+
+// Reads one row of labels as class indices, -1 where ignored or out of range.
+using ReadLabels = void (*)(const void* labels, int64_t b, int64_t y, int32_t* out, void* report);
+
+template <typename T>
+struct Pass {
+  int64_t batch, classes, label_height, label_width;
+  int64_t lanes, vectors;
+  const int32_t* pixel;  // [vectors][lanes]
+
+  LogitsView student_logits, teacher_logits;
+  Geometry<T> student, teacher;
+  bool has_teacher;
+  bool identity;  // every model's grid is the label grid
+
+  const void* labels;
+  ReadLabels read_labels;
+  const T* class_weight;  // [C] or null
+  T weight_sum;
+  T smoothing;
+
+  // what to compute
+  bool ce, feature, maps, values, gradients;
+  KdDivergence kd;
+  Hetero hetero;  // also set for the maps alone
+  bool hetero_term;
+  Mix mix;
+  bool evaluation;
+  T temperature, tau, kd_beta;
+  double huge;     // logits beyond this are handled with care
+
+  // Bands of student rows: the units of work. Unless identity: bands * band_rows rows.
+  int64_t bands_per_image, band_rows;
+  const int64_t* first_label_row;  // [bands_per_image + 1]
+
+  // results
+  int32_t slot[kTerms];   // which gradient a term adds to, -1: none
+  int32_t slots;
+  T scale[kTerms];        // of a term's gradient
+  T* gradient;            // not identity: [slots][B][C][h][w]
+  T* edges;               // not identity: [slots][B * bands][C][w], for the next band's first row
+  LogitsView out;         // identity: the gradient itself, written through const_cast
+  double* sums;           // [B * bands][kTerms][2]: numerator, denominator
+  T* map_values;          // [2][B][H][W]
+
+  // weight_axis = space: maximum and sum of exp over the valid pixels of an image and class, by
+  // band while they are collected, then of the whole image.
+  bool space_statistics;
+  T* space_maximum;  // [B * bands][C]
+  T* space_sum;      // [B * bands][C]
+  const T* space_shift;   // [B][C]: the maximum
+  const T* space_weight;  // [B][C]: 1 / sum
+};
+
+// dst = sum over slots of scale[k] * gradient[k], row by row of the logits; see combine().
+struct Combine {
+  const void* gradient;  // [slots][B][C][h][w], float or double
+  int32_t slots;
+  const double* scale;
+  int64_t batch, classes, height, width;
+  LogitsView out;
+};
+
+template <typename T>
+struct Kernels {
+  const char* isa;
+  int64_t lanes;
+  size_t (*workspace_bytes)(const Pass<T>&);
+  void (*run_band)(const Pass<T>&, int64_t band, void* workspace, void* label_report);
+  void (*combine)(const Combine&, int64_t plane);  // plane: b * C + c
+  // which: 0 exp2, 1 log, 2 log2, 3 log1p, 4 log1p_unit; count a multiple of the lanes
+  void (*elementary)(int64_t which, const T* x, T* out, int64_t count);
+};
+
+// One per translation unit; null where the compiler could not build it.
+const Kernels<float>* kernels_avx512();
+const Kernels<float>* kernels_avx2();
+const Kernels<float>* kernels_portable();
+const Kernels<double>* kernels_double();
+
+}  // namespace heteroakd::cpu

@@ -1,0 +1,280 @@
+// Loops over the classes of one vector of pixels that end in sums per pixel.
+//
+// Arrays are tiles [C][N]: class by class, N pixels each. What a call does not need is compiled
+// away; the variants are few because a loop knows only its own flags, not the loss's.
+#pragma once
+
+#include "../math/distillation.h"
+#include "pass.h"
+
+namespace heteroakd::cpu::HAKD_ISA {
+
+template <typename T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+template <typename T>  // the smallest normal number
+constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
+
+// Rows [kRows] between two rows of logits: z = lo + f (hi - lo), and the maximum over the classes.
+// Pixels that are not valid get 0, so that whatever they hold ends here.
+template <typename T, int kRows>
+void interpolate(int64_t classes, const T* lo, const T* hi, const T* fraction,
+                 const Mask<T>* valid, bool careful, T* z, T* maximum) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  const int64_t tile = classes * N;
+  F m[kRows];
+  F f[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    f[r] = F(fraction[r]);
+    m[r] = F(-kInfinity<T>);
+  }
+  if (careful) {
+    for (int64_t c = 0; c < classes; ++c, lo += N, hi += N) {
+      for (int r = 0; r < kRows; ++r) {
+        // no difference that could overflow, and a row of weight 0 is not read
+        const F between = fma(f[r], F::load(hi), (F(T(1)) - f[r]) * F::load(lo));
+        const F mixed = fraction[r] == T(0) ? F::load(lo) : between;
+        const F y = select(valid[r], mixed, F(T(0)));
+        y.store(z + r * tile + c * N);
+        m[r] = max(y, m[r]);
+      }
+    }
+  } else {
+    for (int64_t c = 0; c < classes; ++c, lo += N, hi += N) {
+      const F a = F::load(lo);
+      const F d = F::load(hi) - a;
+      for (int r = 0; r < kRows; ++r) {
+        const F y = select(valid[r], fma(f[r], d, a), F(T(0)));
+        y.store(z + r * tile + c * N);
+        m[r] = max(y, m[r]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) m[r].store(maximum + r * N);
+}
+
+// z - m instead of z, bounded from below, so that huge and infinite logits stay finite. Softmax
+// does not see the difference; terms that read logits themselves are not normalised.
+template <typename T>
+void normalise(int64_t classes, T* z, T* maximum) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  const F m = F::load(maximum);
+  const F lowest(T(-1e30));
+  for (int64_t c = 0; c < classes; ++c) {
+    max(lowest, F::load(z + c * N) - m).store(z + c * N);
+  }
+  F(T(0)).store(maximum);
+}
+
+template <int kPower, typename F>
+HAKD_FN F power(F x) {
+  static_assert(kPower == 1 || kPower == 2 || kPower == 4);
+  if constexpr (kPower == 1) return x;
+  if constexpr (kPower == 2) return x * x;
+  return (x * x) * (x * x);
+}
+
+// What the loops over classes leave behind for one vector of pixels.
+template <typename F>
+struct Statistics {
+  F student_total, teacher_total;    // of e at the temperature T
+  F student_others, teacher_others;  // of e at T = 1, without the labelled class
+  F difference;                      // sum e_t (a_t - a_s)
+  F teacher_cross, student_self;     // sum e_t a_s, sum e_s a_s
+};
+
+// One model. e receives the exponentials at T, hard (if kPower is 0) those at T = 1; otherwise
+// these are e^kPower. e may be z.
+template <typename T, int kPower, bool kSoft, bool kHard>
+void one_model(int64_t classes, const T* z, T* e, T* hard, Lanes<T> m, T scale, T hard_scale,
+               Labels<T> labels, Statistics<Lanes<T>>& s) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  F total(T(0)), others(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F x = F::load(z + c * N) - m;
+    const F u = exp2(x * F(scale));
+    u.store(e + c * N);
+    if constexpr (kSoft) total = total + u;
+    if constexpr (kHard) {
+      F h;
+      if constexpr (kPower == 0) {
+        h = exp2(x * F(hard_scale));
+        h.store(hard + c * N);
+      } else {
+        h = power<kPower>(u);
+      }
+      others = add_unless(is_class(labels, static_cast<int32_t>(c)), others, h);
+    }
+  }
+  s.student_total = total;
+  s.student_others = others;
+}
+
+// Both models at once. kHard: 0 none, 1 the student's, 2 both; kCross: the sums that the value of
+// KL(m || p_s) takes besides its logarithms.
+template <typename T, int kPower, int kHard, bool kCross>
+void two_models(int64_t classes, const T* student_z, const T* teacher_z, T* student_e,
+                T* teacher_e, T* student_hard, Lanes<T> student_m, Lanes<T> teacher_m, T scale,
+                T hard_scale, Labels<T> labels, Statistics<Lanes<T>>& s) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  F student_total(T(0)), teacher_total(T(0)), difference(T(0));
+  F student_others(T(0)), teacher_others(T(0)), teacher_cross(T(0)), student_self(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F student_x = F::load(student_z + c * N) - student_m;
+    const F teacher_x = F::load(teacher_z + c * N) - teacher_m;
+    const F student_a = student_x * F(scale);
+    const F teacher_a = teacher_x * F(scale);
+    const F student_u = exp2(student_a);
+    const F teacher_u = exp2(teacher_a);
+    student_u.store(student_e + c * N);
+    teacher_u.store(teacher_e + c * N);
+    student_total = student_total + student_u;
+    teacher_total = teacher_total + teacher_u;
+    difference = fma(teacher_u, teacher_a - student_a, difference);
+    if constexpr (kCross) {
+      teacher_cross = fma(teacher_u, student_a, teacher_cross);
+      student_self = fma(student_u, student_a, student_self);
+    }
+    if constexpr (kHard > 0) {
+      const auto label = is_class(labels, static_cast<int32_t>(c));
+      F h;
+      if constexpr (kPower == 0) {
+        h = exp2(student_x * F(hard_scale));
+        h.store(student_hard + c * N);
+      } else {
+        h = power<kPower>(student_u);
+      }
+      student_others = add_unless(label, student_others, h);
+      if constexpr (kHard > 1) {
+        F t;
+        if constexpr (kPower == 0) {
+          t = exp2(teacher_x * F(hard_scale));
+        } else {
+          t = power<kPower>(teacher_u);
+        }
+        teacher_others = add_unless(label, teacher_others, t);
+      }
+    }
+  }
+  s = {student_total,  teacher_total, student_others, teacher_others,
+       difference,     teacher_cross, student_self};
+}
+
+// sum_c w_c (z_c - m), for label smoothing; w_c = 1 without class weights.
+template <typename T>
+Lanes<T> weighted_logits(int64_t classes, const T* z, Lanes<T> m, const T* class_weight) {
+  using F = Lanes<T>;
+  F sum(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F x = F::load(z + c * F::N) - m;
+    sum = class_weight == nullptr ? sum + x : fma(F(class_weight[c]), x, sum);
+  }
+  return sum;
+}
+
+// sum_c (z_s,c - z_t,c)^2
+template <typename T>
+Lanes<T> squared_difference(int64_t classes, const T* student_z, const T* teacher_z) {
+  using F = Lanes<T>;
+  F sum(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F x = F::load(student_z + c * F::N) - F::load(teacher_z + c * F::N);
+    sum = fma(x, x, sum);
+  }
+  return sum;
+}
+
+// sum_c m_c log2 m_c of m = mixed_target(teacher_weight, e_t, student_weight, e_s).
+template <typename T>
+Lanes<T> mixed_entropy(int64_t classes, const T* student_e, const T* teacher_e,
+                       Lanes<T> student_weight, Lanes<T> teacher_weight) {
+  using F = Lanes<T>;
+  F sum(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F m = mixed_target(teacher_weight, F::load(teacher_e + c * F::N), student_weight,
+                             F::load(student_e + c * F::N));
+    sum = fma(m, log2(max(F(kTiny<T>), m)), sum);
+  }
+  return sum;
+}
+
+// mix = logits: e_h of a_h = r_t a_t + r_s a_s into mixed[C][N]; its total, and
+// sum_c e_h (a_h - m_h - a_s).
+template <typename T>
+void mixed_logits(int64_t classes, const T* student_z, const T* teacher_z, Lanes<T> student_m,
+                  Lanes<T> teacher_m, T scale, const Reliability<Lanes<T>>& r, T* mixed,
+                  Lanes<T>& total, Lanes<T>& difference) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  F maximum(-kInfinity<T>);
+  for (int64_t c = 0; c < classes; ++c) {
+    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
+    const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
+    const F a = mixed_target(r.teacher, teacher_a, r.student, student_a);
+    a.store(mixed + c * N);
+    maximum = max(a, maximum);
+  }
+  total = difference = F(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
+    const F a = F::load(mixed + c * N) - maximum;
+    const F e = exp2(a);
+    e.store(mixed + c * N);
+    total = total + e;
+    difference = fma(e, a - student_a, difference);
+  }
+}
+
+// Reverse KL: q_c = e_s (a_s - a_t) into q[C][N]; returns its sum.
+template <typename T>
+Lanes<T> reverse_products(int64_t classes, const T* student_z, const T* teacher_z,
+                          const T* student_e, Lanes<T> student_m, Lanes<T> teacher_m, T scale,
+                          T* q) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  F sum(T(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
+    const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
+    const F x = F::load(student_e + c * N) * (student_a - teacher_a);
+    x.store(q + c * N);
+    sum = sum + x;
+  }
+  return sum;
+}
+
+template <typename F>
+struct JsSums {
+  F teacher, student;  // sum_c p_c (log2 p_c - log2 m_c) of each model
+};
+
+// Jensen-Shannon with m = beta p_t + (1 - beta) p_s: q_c = p_s,c (log2 p_s,c - log2 m_c).
+template <typename T>
+JsSums<Lanes<T>> js_products(int64_t classes, const T* student_z, const T* teacher_z,
+                             const T* student_e, const T* teacher_e, Lanes<T> student_m,
+                             Lanes<T> teacher_m, T scale, const Statistics<Lanes<T>>& s,
+                             Lanes<T> student_log2, Lanes<T> teacher_log2, T beta, T* q) {
+  using F = Lanes<T>;
+  constexpr int N = F::N;
+  const F student_inverse = F(T(1)) / s.student_total;
+  const F teacher_inverse = F(T(1)) / s.teacher_total;
+  JsSums<F> sums{F(T(0)), F(T(0))};
+  for (int64_t c = 0; c < classes; ++c) {
+    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
+    const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
+    const F p_s = F::load(student_e + c * N) * student_inverse;
+    const F p_t = F::load(teacher_e + c * N) * teacher_inverse;
+    const F m = mixed_target(F(beta), p_t, F(T(1) - beta), p_s);
+    const F log2_m = log2(max(F(kTiny<T>), m));
+    const F x = p_s * (student_a - student_log2 - log2_m);
+    x.store(q + c * N);
+    sums.student = sums.student + x;
+    sums.teacher = fma(p_t, teacher_a - teacher_log2 - log2_m, sums.teacher);
+  }
+  return sums;
+}
+
+}  // namespace heteroakd::cpu::HAKD_ISA

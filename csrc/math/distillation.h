@@ -1,0 +1,149 @@
+// Every formula of a pixel, in the names and the order of `reference.py`; sections as there.
+//
+// A pixel arrives as sums over its classes. For one model with logits z_c, their maximum m and a
+// temperature T,
+//     a_c = (z_c - m) log2(e) / T,   e_c = 2^a_c,   total = sum_c e_c,   softmax_T(z)_c = e_c / total.
+// `others` is the same sum without the labelled class. Base 2, because that is what the machine
+// has; a `log2_total` is log2(total).
+//
+// `F` is one pixel or a vector of pixels, `M` what a comparison of two of them gives: see scalar.h.
+#pragma once
+
+#include "elementary.h"
+#include "macros.h"
+
+namespace heteroakd {
+
+// --- section 3: terms --------------------------------------------------------------------------
+
+// -log softmax(z)_label. For a confident pixel (z_label = m) the textbook log(total) loses the
+// value's relative precision, log1p(others) keeps it; otherwise nothing cancels.
+template <typename F>
+HAKD_FN F negative_log_likelihood(F others, F total, F label_z_minus_m) {
+  return select(equal(label_z_minus_m, F(0)), log1p(others), log(total) - label_z_minus_m);
+}
+
+// Weights of a pixel: hard = (1 - smoothing) * w_label, soft = smoothing / C.
+template <typename F>
+struct CrossEntropyWeights {
+  F hard;
+  F soft;
+  F weight_sum;  // sum over classes of w_c
+};
+
+// Weighted cross entropy; weighted_z = sum_c w_c (z_c - m), read only when smoothing.
+template <bool kSmoothing, typename F>
+HAKD_FN F cross_entropy(const CrossEntropyWeights<F>& w, F others, F total, F label_z_minus_m,
+                        F weighted_z) {
+  F loss = w.hard * negative_log_likelihood(others, total, label_z_minus_m);
+  if (kSmoothing) loss = loss + w.soft * (w.weight_sum * log(total) - weighted_z);
+  return loss;
+}
+
+// d cross_entropy / d z_c = hard / total * numerator + (smoothing only) soft (weight_sum p_c - w_c)
+// where the numerator is e_c, and for the labelled class minus the sum of the others: p - 1 of a
+// confident pixel keeps its relative precision, where 1 - p has none left.
+template <typename F, typename M>
+HAKD_FN F cross_entropy_gradient_numerator(M is_label, F e, F others) {
+  return select(is_label, F(0) - others, e);
+}
+
+// KL(a || b), from sum_c e_a,c (a_a,c - a_b,c).
+template <typename F>
+HAKD_FN F kl(F weighted_difference, F total_a, F log2_total_a, F log2_total_b) {
+  return F(kLn2) * (weighted_difference / total_a - log2_total_a + log2_total_b);
+}
+
+// d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)
+// d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (log p_s,c - log p_t,c - KL(p_s || p_t))
+// d (T^2 JS) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = (1 - beta) (log p_s,c - log m_c)
+
+// d (z_s,c - z_t,c)^2 / d z_s,c, for the mean over C classes
+template <typename F>
+HAKD_FN F feature_gradient_scale(F classes) {
+  return F(2) / classes;
+}
+
+// --- section 4: reliability and mixed target ----------------------------------------------------
+
+template <typename F>
+struct Reliability {
+  F teacher;
+  F student;
+};
+
+// preset softmax-kl: softmax(-e_t / tau, -e_s / tau), each side to full relative precision.
+template <typename F>
+HAKD_FN Reliability<F> reliability(F teacher_e, F student_e, F inverse_tau) {
+  const F a = (student_e - teacher_e) * inverse_tau * F(kLog2E);
+  const F x = exp2(max(F(-1e30), F(0) - abs(a)));
+  const F larger = F(1) / (F(1) + x);
+  const F smaller = x * larger;
+  const auto student_is_better = less(a, F(0));
+  return {select(student_is_better, smaller, larger), select(student_is_better, larger, smaller)};
+}
+
+// mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with r.
+template <typename F>
+HAKD_FN F mixed_target(F teacher_weight, F teacher, F student_weight, F student) {
+  return fma(teacher_weight, teacher, student_weight * student);
+}
+
+// preset paper (Eq. 5): BCE(sigmoid(z), y) for y = 1 (the labelled class) or 0: softplus(-+z).
+template <typename F, typename M>
+HAKD_FN F binary_cross_entropy(F z, M is_label) {
+  const F x = select(is_label, F(0) - z, z);
+  return max(F(0), x) + log1p_unit(exp2(abs(x) * F(-kLog2E)));
+}
+
+// preset paper (Eq. 6): r_t of one class; one half where both are perfect.
+template <typename F>
+HAKD_FN F class_reliability(F teacher_h, F student_h) {
+  constexpr double eps = 1e-6;
+  return (student_h + F(eps)) / (teacher_h + student_h + F(2 * eps));
+}
+
+// --- section 5: discrepancy and the term --------------------------------------------------------
+
+// preset softmax-kl: a KL is never negative, its rounding may be. A NaN comes through.
+template <typename F>
+HAKD_FN F discrepancy(F kl_teacher_student) {
+  return max(F(0), kl_teacher_student);
+}
+
+// preset paper (Eq. 8): the positive reliability gap of one class.
+template <typename F>
+HAKD_FN F class_discrepancy(F student_h, F mixed_h) {
+  return max(F(0), student_h - mixed_h);
+}
+
+// preset softmax-kl: d (T^2 KL(m || p_s)) / d z_c = T (p_s,c - m_c); with mix = probs that is
+// T r_t (p_s,c - p_t,c), because r_s = 1 - r_t.
+// preset paper: with q_c = W_c m_c, d (-sum_c q_c log p_s,c) / d z_c = (p_s,c sum q - q_c) / T.
+
+// weight_axis = space: KL(sigmoid(a) || sigmoid(b)), and its derivative by b.
+template <typename F>
+HAKD_FN F sigmoid(F z) {
+  const F x = exp2(abs(z) * F(-kLog2E));
+  const F larger = F(1) / (F(1) + x);
+  return select(less(z, F(0)), x * larger, larger);
+}
+
+template <typename F>
+HAKD_FN F softplus(F x) {
+  return max(F(0), x) + log1p_unit(exp2(abs(x) * F(-kLog2E)));
+}
+
+template <typename F>
+HAKD_FN F bernoulli_kl(F a, F b) {
+  // p (log sigmoid(a) - log sigmoid(b)) + (1 - p) (the same of -a, -b) = p (a - b) + softplus(b) -
+  // softplus(a), since softplus(-x) = softplus(x) - x
+  return sigmoid(a) * (a - b) + (softplus(b) - softplus(a));
+}
+
+template <typename F>
+HAKD_FN F bernoulli_kl_gradient(F a, F b) {
+  return sigmoid(b) - sigmoid(a);
+}
+
+}  // namespace heteroakd

@@ -483,12 +483,9 @@ class Band {
   // kRows label rows from y on, whose logits are in student_z_ and teacher_z_.
   template <int kRows, bool kUpsample>
   void process(int64_t y, int64_t vector) {
-    const int64_t tile = p.classes * N;
     const int32_t* labels[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      labels[r] = labels_of(y + r, vector);
-      pixels(y + r, vector, r, labels[r]);
-    }
+    for (int r = 0; r < kRows; ++r) labels[r] = labels_of(y + r, vector);
+    pixels<kRows>(y, vector, labels);
     if (!p.gradients) return;
     const T* fraction = p.student.row_fraction + y;
     if (p.slot[kCe] >= 0) {
@@ -532,222 +529,253 @@ class Band {
                                          coefficient(kFeatureScale, 0), fraction, gradient_sum_[s],
                                          gradient_upper_[s]);
     }
-    (void)tile;
   }
 
   void add(Term term, int which, F value) { add_to(lane_sums_ + (term * 2 + which) * N, value); }
 
-  // Per pixel what all its classes share: sums, values, and the coefficients of the gradients.
-  void pixels(int64_t y, int64_t vector, int r, const int32_t* label_lanes) {
-    const Labels<T> labels = load_labels<T>(label_lanes);
-    const Mask<T> valid = is_valid(labels);
-    const int64_t tile = p.classes * N;
-    T* student_z = student_z_ + r * tile;
-    T* teacher_z = teacher_z_ + r * tile;
-    T* student_e = student_e_ + r * tile;
-    T* teacher_e = teacher_e_ + r * tile;
-    T* hard = hard_ + r * tile;
-    const F zero(T(0));
-    const F one = select(valid, F(T(1)), zero);
-    if (!any(valid)) {
-      for (int k = 0; k < kCoefficients; ++k) {
-        zero.store(coefficient(static_cast<Coefficient>(k), r));
-      }
-      // what the gradients multiply by 0 must be finite: interpolate left zeros in z, and e <= 1
-    }
-    if (normalises_) {
-      if (student_careful_) normalise<T>(p.classes, student_z, student_maximum_ + r * N);
-      if (reads_pair_ && teacher_careful_) {
-        normalise<T>(p.classes, teacher_z, teacher_maximum_ + r * N);
-      }
-    }
-    const F student_m = F::load(student_maximum_ + r * N);
-    const F teacher_m = reads_pair_ ? F::load(teacher_maximum_ + r * N) : zero;
-    const F student_label = at_label(student_z, label_lanes) - student_m;
-
+  // What the pixels of one vector carry from one step to the next.
+  struct Pixels {
+    Mask<T> valid;
+    F one;                           // 1, or 0 where not valid
+    F student_m, teacher_m;          // maxima over the classes
+    F student_label, teacher_label;  // z_label - m
     Statistics<F> s;
-    const F hard_scale(static_cast<T>(kLog2E));
-    const T t = p.temperature;
-    F teacher_label = zero;
-    if (needs_pair_) {
-      teacher_label = at_label(teacher_z, label_lanes) - teacher_m;
-      two_models_(p.classes, student_z, teacher_z, student_e, teacher_e, hard, student_m,
-                  teacher_m, scale_, static_cast<T>(kLog2E), labels, s);
-    } else if (one_model_ != nullptr) {
-      one_model_(p.classes, student_z, student_e, hard, student_m, scale_,
-                 static_cast<T>(kLog2E), labels, s);
-    }
+    F hard_total, hard_inverse, student_nll, teacher_nll;                 // at T = 1
+    F student_inverse, teacher_inverse, student_log2, teacher_log2, kl;  // at T
+    Reliability<F> reliable;
+    F discrepant, weight;
+  };
 
-    // cross entropy
-    const bool reliable = p.hetero == Hetero::kSoftmaxKl;
-    F student_total = zero;
-    if (p.ce || reliable) student_total = s.student_others + exp2(student_label * hard_scale);
+  // Step by step for all the rows at hand: each step is a chain of dependent operations, and rows
+  // side by side hide its latency.
+  template <int kRows>
+  void pixels(int64_t y, int64_t vector, const int32_t* const* labels) {
+    Pixels pixels[kRows];
+    for (int r = 0; r < kRows; ++r) prepare(pixels[r], r, labels[r]);
+    const int64_t tile = p.classes * N;
+    for (int r = 0; r < kRows; ++r) {
+      Pixels& x = pixels[r];
+      T* hard = hard_ + r * tile;
+      if (needs_pair_) {
+        two_models_(p.classes, student_z_ + r * tile, teacher_z_ + r * tile,
+                    student_e_ + r * tile, teacher_e_ + r * tile, hard, x.student_m, x.teacher_m,
+                    scale_, static_cast<T>(kLog2E), load_labels<T>(labels[r]), x.s);
+      } else if (one_model_ != nullptr) {
+        one_model_(p.classes, student_z_ + r * tile, student_e_ + r * tile, hard, x.student_m,
+                   scale_, static_cast<T>(kLog2E), load_labels<T>(labels[r]), x.s);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) hard_totals(pixels[r]);
+    for (int r = 0; r < kRows; ++r) soft_totals(pixels[r]);
     if (p.ce) {
-      CrossEntropyWeights<F> w;
-      F label_weight = one;
-      if (p.class_weight != nullptr) {
-        T weights[N];
-        for (int l = 0; l < N; ++l) {
-          weights[l] = label_lanes[l] < 0 ? T(0) : p.class_weight[label_lanes[l]];
-        }
-        label_weight = F::load(weights);
-      }
-      w.hard = F(T(1) - p.smoothing) * label_weight;
-      w.soft = F(p.smoothing / static_cast<T>(p.classes));
-      w.weight_sum = F(p.weight_sum);
-      if (p.values) {
-        F loss;
-        if (p.smoothing != T(0)) {
-          const F weighted = weighted_logits<T>(p.classes, student_z, student_m, p.class_weight);
-          loss = cross_entropy<true>(w, s.student_others, student_total, student_label, weighted);
-        } else {
-          loss = cross_entropy<false>(w, s.student_others, student_total, student_label, zero);
-        }
-        add(kCe, 0, select(valid, loss, zero));
-        add(kCe, 1, label_weight);
-      }
-      if (p.slot[kCe] >= 0) {
-        const F inverse = F(T(1)) / student_total;
-        const F scale(p.scale[kCe]);
-        select(valid, scale * w.hard * inverse, zero).store(coefficient(kCeHard, r));
-        s.student_others.store(coefficient(kCeOthers, r));
-        select(valid, scale * w.soft, zero).store(coefficient(kCeSoft, r));
-        inverse.store(coefficient(kCeInverse, r));
-      }
+      for (int r = 0; r < kRows; ++r) cross_entropy_pixels(pixels[r], r, labels[r]);
     }
-
-    F student_inverse = zero, teacher_inverse = zero, student_log2 = zero, teacher_log2 = zero;
-    if (needs_soft_student_) {
-      student_inverse = F(T(1)) / s.student_total;
-      student_log2 = log(s.student_total) * F(static_cast<T>(kLog2E));
-    }
-    F teacher_student_kl = zero;
-    if (needs_pair_) {
-      teacher_inverse = F(T(1)) / s.teacher_total;
-      teacher_log2 = log(s.teacher_total) * F(static_cast<T>(kLog2E));
-      teacher_student_kl = kl(s.difference, s.teacher_total, teacher_log2, student_log2);
-    }
-
-    // kd
     if (p.kd != KdDivergence::kNone) {
-      const F gradient = F(p.scale[kKd] * t) * one;
-      F value;
-      F on_student, on_other;
-      if (p.kd == KdDivergence::kForward) {
-        value = teacher_student_kl;
-        on_student = gradient * student_inverse;
-        on_other = gradient * teacher_inverse;
-      } else if (p.kd == KdDivergence::kReverse) {
-        const F mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, student_m,
-                                           teacher_m, scale_, kd_q_ + r * tile) *
-                       student_inverse;
-        value = F(static_cast<T>(kLn2)) * (mean - student_log2 + teacher_log2);
-        on_other = zero - gradient * F(static_cast<T>(kLn2)) * student_inverse;
-        on_student = on_other * mean;
-      } else {
-        const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e, teacher_e,
-                                            student_m, teacher_m, scale_, s, student_log2,
-                                            teacher_log2, p.kd_beta, kd_q_ + r * tile);
-        const F student_share(T(1) - p.kd_beta);
-        value = F(static_cast<T>(kLn2)) *
-                fma(F(p.kd_beta), js.teacher, student_share * js.student);
-        on_other = zero - gradient * F(static_cast<T>(kLn2)) * student_share;
-        on_student = on_other * js.student * student_inverse;
-      }
-      if (p.values) {
-        add(kKd, 0, select(valid, F(t * t) * value, zero));
-        add(kKd, 1, one);
-      }
-      // x and y of the gradient: e_s and e_t or q
-      on_student.store(coefficient(kKdStudent, r));
-      on_other.store(coefficient(kKdOther, r));
+      for (int r = 0; r < kRows; ++r) kd_pixels(pixels[r], r);
     }
-
-    // feature
     if (p.feature) {
-      const F classes(static_cast<T>(p.classes));
-      if (p.values) {
-        const F value = squared_difference<T>(p.classes, student_z, teacher_z) / classes;
-        add(kFeature, 0, select(valid, value, zero));
-        add(kFeature, 1, one);
-      }
-      (F(p.scale[kFeature]) * one * feature_gradient_scale(classes))
-          .store(coefficient(kFeatureScale, r));
+      for (int r = 0; r < kRows; ++r) feature_pixels(pixels[r], r);
     }
-
-    if (reliable) {
-      hetero_softmax_kl(y, vector, r, valid, one, labels, s, student_label, teacher_label,
-                        student_total, student_m, teacher_m, student_inverse, teacher_inverse,
-                        student_log2, teacher_student_kl);
+    if (p.hetero == Hetero::kSoftmaxKl) {
+      for (int r = 0; r < kRows; ++r) knowledge(pixels[r], y + r, vector);
+      if (p.hetero_term) {
+        for (int r = 0; r < kRows; ++r) hetero_softmax_kl(pixels[r], r);
+      }
     } else if (p.hetero != Hetero::kNone) {
-      hetero_paper(y, vector, r, valid, one, labels, student_m, student_inverse, student_log2);
+      for (int r = 0; r < kRows; ++r) hetero_paper(pixels[r], y + r, vector, r, labels[r]);
     }
   }
 
-  void hetero_softmax_kl(int64_t y, int64_t vector, int r, Mask<T> valid, F one, Labels<T> labels,
-                         const Statistics<F>& s, F student_label, F teacher_label,
-                         F student_total, F student_m, F teacher_m, F student_inverse,
-                         F teacher_inverse, F student_log2, F teacher_student_kl) {
-    (void)labels;
+  HAKD_FN void prepare(Pixels& x, int r, const int32_t* labels) {
+    const int64_t tile = p.classes * N;
+    x.valid = is_valid(load_labels<T>(labels));
+    x.one = select(x.valid, F(T(1)), F(T(0)));
+    if (normalises_) {
+      if (student_careful_) normalise<T>(p.classes, student_z_ + r * tile, student_maximum_ + r * N);
+      if (reads_pair_ && teacher_careful_) {
+        normalise<T>(p.classes, teacher_z_ + r * tile, teacher_maximum_ + r * N);
+      }
+    }
+    x.student_m = F::load(student_maximum_ + r * N);
+    x.student_label = at_label(student_z_ + r * tile, labels) - x.student_m;
+    if (reads_pair_) {
+      x.teacher_m = F::load(teacher_maximum_ + r * N);
+      if (p.hetero == Hetero::kSoftmaxKl) {
+        x.teacher_label = at_label(teacher_z_ + r * tile, labels) - x.teacher_m;
+      }
+    }
+  }
+
+  HAKD_FN void hard_totals(Pixels& x) {
+    const F scale(static_cast<T>(kLog2E));
+    const bool reliable = p.hetero == Hetero::kSoftmaxKl;
+    if (p.ce || reliable) {
+      x.hard_total = x.s.student_others + exp2(x.student_label * scale);
+      x.hard_inverse = F(T(1)) / x.hard_total;
+      x.student_nll = negative_log_likelihood(x.s.student_others, x.hard_total, x.hard_inverse,
+                                              x.student_label);
+    }
+    if (reliable) {
+      const F total = x.s.teacher_others + exp2(x.teacher_label * scale);
+      x.teacher_nll = negative_log_likelihood(x.s.teacher_others, total, F(T(1)) / total,
+                                              x.teacher_label);
+    }
+  }
+
+  HAKD_FN void soft_totals(Pixels& x) {
+    const F log2_of_e(static_cast<T>(kLog2E));
+    if (needs_soft_student_) {
+      x.student_inverse = F(T(1)) / x.s.student_total;
+      x.student_log2 = log(x.s.student_total) * log2_of_e;
+    }
+    if (needs_pair_) {
+      x.teacher_inverse = F(T(1)) / x.s.teacher_total;
+      x.teacher_log2 = log(x.s.teacher_total) * log2_of_e;
+      x.kl = kl(x.s.difference, x.teacher_inverse, x.teacher_log2, x.student_log2);
+    }
+  }
+
+  HAKD_FN void cross_entropy_pixels(const Pixels& x, int r, const int32_t* labels) {
+    const F zero(T(0));
+    CrossEntropyWeights<F> w;
+    F label_weight = x.one;
+    if (p.class_weight != nullptr) {
+      T weights[N];
+      for (int l = 0; l < N; ++l) weights[l] = labels[l] < 0 ? T(0) : p.class_weight[labels[l]];
+      label_weight = F::load(weights);
+    }
+    w.hard = F(T(1) - p.smoothing) * label_weight;
+    w.soft = F(p.smoothing / static_cast<T>(p.classes));
+    w.weight_sum = F(p.weight_sum);
+    if (p.values) {
+      F loss;
+      if (p.smoothing != T(0)) {
+        const F weighted = weighted_logits<T>(p.classes, student_z_ + r * p.classes * N,
+                                              x.student_m, p.class_weight);
+        loss = cross_entropy<true>(w, x.student_nll, log(x.hard_total), weighted);
+      } else {
+        loss = cross_entropy<false>(w, x.student_nll, zero, zero);
+      }
+      add(kCe, 0, select(x.valid, loss, zero));
+      add(kCe, 1, label_weight);
+    }
+    if (p.slot[kCe] >= 0) {
+      const F scale(p.scale[kCe]);
+      select(x.valid, scale * w.hard * x.hard_inverse, zero).store(coefficient(kCeHard, r));
+      x.s.student_others.store(coefficient(kCeOthers, r));
+      select(x.valid, scale * w.soft, zero).store(coefficient(kCeSoft, r));
+      x.hard_inverse.store(coefficient(kCeInverse, r));
+    }
+  }
+
+  HAKD_FN void kd_pixels(const Pixels& x, int r) {
+    const int64_t tile = p.classes * N;
+    const T* student_z = student_z_ + r * tile;
+    const T* teacher_z = teacher_z_ + r * tile;
+    const T* student_e = student_e_ + r * tile;
+    const F zero(T(0)), ln2(static_cast<T>(kLn2));
+    const T t = p.temperature;
+    const F gradient = F(p.scale[kKd] * t) * x.one;
+    F value, on_student, on_other;
+    if (p.kd == KdDivergence::kForward) {
+      value = x.kl;
+      on_student = gradient * x.student_inverse;
+      on_other = gradient * x.teacher_inverse;
+    } else if (p.kd == KdDivergence::kReverse) {
+      const F mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, x.student_m,
+                                         x.teacher_m, scale_, kd_q_ + r * tile) *
+                     x.student_inverse;
+      value = ln2 * (mean - x.student_log2 + x.teacher_log2);
+      on_other = zero - gradient * ln2 * x.student_inverse;
+      on_student = on_other * mean;
+    } else {
+      const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e,
+                                          teacher_e_ + r * tile, x.student_m, x.teacher_m, scale_,
+                                          x.s, x.student_log2, x.teacher_log2, p.kd_beta,
+                                          kd_q_ + r * tile);
+      const F student_share(T(1) - p.kd_beta);
+      value = ln2 * fma(F(p.kd_beta), js.teacher, student_share * js.student);
+      on_other = zero - gradient * ln2 * student_share;
+      on_student = on_other * js.student * x.student_inverse;
+    }
+    if (p.values) {
+      add(kKd, 0, select(x.valid, F(t * t) * value, zero));
+      add(kKd, 1, x.one);
+    }
+    select(x.valid, on_student, zero).store(coefficient(kKdStudent, r));
+    select(x.valid, on_other, zero).store(coefficient(kKdOther, r));
+  }
+
+  HAKD_FN void feature_pixels(const Pixels& x, int r) {
+    const int64_t tile = p.classes * N;
+    const F classes(static_cast<T>(p.classes));
+    if (p.values) {
+      const F sum = squared_difference<T>(p.classes, student_z_ + r * tile, teacher_z_ + r * tile);
+      add(kFeature, 0, select(x.valid, sum / classes, F(T(0))));
+      add(kFeature, 1, x.one);
+    }
+    (F(p.scale[kFeature]) * x.one * feature_gradient_scale(classes))
+        .store(coefficient(kFeatureScale, r));
+  }
+
+  HAKD_FN void knowledge(Pixels& x, int64_t y, int64_t vector) {
+    x.reliable = reliability(x.teacher_nll, x.student_nll, F(T(1) / p.tau));
+    x.discrepant = discrepancy(x.kl);
+    x.weight = p.evaluation ? select(x.valid, x.discrepant, F(T(0))) : x.one;
+    if (p.maps) write_maps(y, vector, x.valid, x.reliable.teacher, x.discrepant);
+  }
+
+  HAKD_FN void hetero_softmax_kl(const Pixels& x, int r) {
     const int64_t tile = p.classes * N;
     const F zero(T(0));
     const T t = p.temperature;
-    const F teacher_total =
-        s.teacher_others + exp2(teacher_label * F(static_cast<T>(kLog2E)));
-    const F e_t = negative_log_likelihood(s.teacher_others, teacher_total, teacher_label);
-    const F e_s = negative_log_likelihood(s.student_others, student_total, student_label);
-    const Reliability<F> reliable = reliability(e_t, e_s, F(T(1) / p.tau));
-    const F d = discrepancy(teacher_student_kl);
-    const F weight = p.evaluation ? select(valid, d, zero) : one;
-    if (p.maps) write_maps(y, vector, valid, reliable.teacher, d);
-    if (!p.hetero_term) return;
-
     F value = zero;
     F on_student, on_other;
     if (p.mix == Mix::kProbs) {
-      const F teacher_weight = reliable.teacher * teacher_inverse;
-      const F student_weight = reliable.student * student_inverse;
+      const F teacher_weight = x.reliable.teacher * x.teacher_inverse;
+      const F student_weight = x.reliable.student * x.student_inverse;
       if (p.values) {
         const F entropy = mixed_entropy<T>(p.classes, student_e_ + r * tile, teacher_e_ + r * tile,
                                            student_weight, teacher_weight);
-        const F cross = mixed_target(teacher_weight, s.teacher_cross, student_weight,
-                                     s.student_self);
-        value = F(static_cast<T>(kLn2)) * (entropy - cross + student_log2);
+        const F cross = mixed_target(teacher_weight, x.s.teacher_cross, student_weight,
+                                     x.s.student_self);
+        value = F(static_cast<T>(kLn2)) * (entropy - cross + x.student_log2);
       }
-      const F gradient = F(p.scale[kHetero] * t) * weight * reliable.teacher;
-      on_student = gradient * student_inverse;
-      on_other = gradient * teacher_inverse;
+      const F gradient = F(p.scale[kHetero] * t) * x.weight * x.reliable.teacher;
+      on_student = gradient * x.student_inverse;
+      on_other = gradient * x.teacher_inverse;
     } else {
       F total, difference;
-      mixed_logits<T>(p.classes, student_z_ + r * tile, teacher_z_ + r * tile, student_m,
-                      teacher_m, scale_, reliable, mixed_ + r * tile, total, difference);
+      mixed_logits<T>(p.classes, student_z_ + r * tile, teacher_z_ + r * tile, x.student_m,
+                      x.teacher_m, scale_, x.reliable, mixed_ + r * tile, total, difference);
+      const F inverse = F(T(1)) / total;
       if (p.values) {
-        value = kl(difference, total, log(total) * F(static_cast<T>(kLog2E)), student_log2);
+        value = kl(difference, inverse, log(total) * F(static_cast<T>(kLog2E)), x.student_log2);
       }
-      const F gradient = F(p.scale[kHetero] * t) * weight;
-      on_student = gradient * student_inverse;
-      on_other = gradient / total;
+      const F gradient = F(p.scale[kHetero] * t) * x.weight;
+      on_student = gradient * x.student_inverse;
+      on_other = gradient * inverse;
     }
     if (p.values) {
-      add(kHetero, 0, select(valid, weight * F(t * t) * value, zero));
-      add(kHetero, 1, weight);
+      add(kHetero, 0, select(x.valid, x.weight * F(t * t) * value, zero));
+      add(kHetero, 1, x.weight);
     }
-    select(valid, on_student, zero).store(coefficient(kHeteroStudent, r));
-    select(valid, on_other, zero).store(coefficient(kHeteroOther, r));
+    select(x.valid, on_student, zero).store(coefficient(kHeteroStudent, r));
+    select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
   }
 
-  void hetero_paper(int64_t y, int64_t vector, int r, Mask<T> valid, F one, Labels<T> labels,
-                    F student_m, F student_inverse, F student_log2) {
+  HAKD_FN void hetero_paper(const Pixels& x, int64_t y, int64_t vector, int r,
+                            const int32_t* labels) {
     const int64_t tile = p.classes * N;
     const F zero(T(0));
     const T t = p.temperature;
     const T* student_z = student_z_ + r * tile;
     T* mixed = mixed_ + r * tile;
     const PaperPixel<F> pixel = paper_knowledge<T>(p.classes, student_z, teacher_z_ + r * tile,
-                                                   labels, mixed, strength_);
-    if (p.maps) write_maps(y, vector, valid, pixel.reliability, pixel.discrepancy);
+                                                   load_labels<T>(labels), mixed, strength_);
+    if (p.maps) write_maps(y, vector, x.valid, pixel.reliability, pixel.discrepancy);
     if (p.space_statistics) {
-      space_collect<T>(p.classes, strength_, valid, space_maximum_, space_sum_);
+      space_collect<T>(p.classes, strength_, x.valid, space_maximum_, space_sum_);
       return;
     }
     if (!p.hetero_term) return;
@@ -759,24 +787,24 @@ class Band {
                                       inverse, mixed);
       const T mean = p.evaluation ? T(1) : T(1) / static_cast<T>(p.classes);
       value = F(t * t * mean) * sum;
-      on_student = F(p.scale[kHetero] * t * mean) * one;
+      on_student = F(p.scale[kHetero] * t * mean) * x.one;
       on_other = zero;
     } else {
       const PaperSums<F> sums =
-          p.evaluation ? paper_products<T, true>(p.classes, student_z, student_m, scale_, pixel,
+          p.evaluation ? paper_products<T, true>(p.classes, student_z, x.student_m, scale_, pixel,
                                                  mixed, strength_, mixed)
-                       : paper_products<T, false>(p.classes, student_z, student_m, scale_, pixel,
+                       : paper_products<T, false>(p.classes, student_z, x.student_m, scale_, pixel,
                                                   mixed, strength_, mixed);
-      value = F(static_cast<T>(kLn2)) * (student_log2 * sums.q - sums.q_a) * sums.inverse;
-      on_other = F(p.scale[kHetero] / t) * sums.inverse * one;
-      on_student = on_other * sums.q * student_inverse;
+      value = F(static_cast<T>(kLn2)) * (x.student_log2 * sums.q - sums.q_a) * sums.inverse;
+      on_other = F(p.scale[kHetero] / t) * sums.inverse * x.one;
+      on_student = on_other * sums.q * x.student_inverse;
     }
     if (p.values) {
-      add(kHetero, 0, select(valid, value, zero));
-      add(kHetero, 1, one);
+      add(kHetero, 0, select(x.valid, value, zero));
+      add(kHetero, 1, x.one);
     }
-    select(valid, on_student, zero).store(coefficient(kHeteroStudent, r));
-    select(valid, on_other, zero).store(coefficient(kHeteroOther, r));
+    select(x.valid, on_student, zero).store(coefficient(kHeteroStudent, r));
+    select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
   }
 
   // The logit of the labelled class; of class 0 where there is no label, which nobody uses.

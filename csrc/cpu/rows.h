@@ -158,7 +158,7 @@ bool pack_rows(const LogitsView& view, const Geometry<T>& g, int64_t classes, in
       line[-1] = line[0];
       for (int64_t x = g.width; x < g.padded - kPadBefore; ++x) line[x] = line[g.width - 1];
       for (int64_t x = 0; x < g.width; x += N) {
-        bad = either(bad, not_less(limit, abs(F::load(line + x))));
+        bad = either(bad, not_less(abs(F::load(line + x)), limit));
       }
     }
     careful = careful || any(bad);

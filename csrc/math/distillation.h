@@ -16,11 +16,13 @@ namespace heteroakd {
 
 // --- section 3: terms --------------------------------------------------------------------------
 
-// -log softmax(z)_label. For a confident pixel (z_label = m) the textbook log(total) loses the
-// value's relative precision, log1p(others) keeps it; otherwise nothing cancels.
+// -log softmax(z)_label; inverse_total = 1 / total. Of a confident pixel (z_label = m, total = 1 +
+// others) the textbook log(total) loses the value's relative precision to the rounding of that sum:
+// what was rounded away is given back, as in log1p(others). Otherwise nothing cancels.
 template <typename F>
-HAKD_FN F negative_log_likelihood(F others, F total, F label_z_minus_m) {
-  return select(equal(label_z_minus_m, F(0)), log1p(others), log(total) - label_z_minus_m);
+HAKD_FN F negative_log_likelihood(F others, F total, F inverse_total, F label_z_minus_m) {
+  const F rounded_away = (others - (total - F(1))) * inverse_total;
+  return log(total) - label_z_minus_m + select(equal(label_z_minus_m, F(0)), rounded_away, F(0));
 }
 
 // Weights of a pixel: hard = (1 - smoothing) * w_label, soft = smoothing / C.
@@ -31,12 +33,12 @@ struct CrossEntropyWeights {
   F weight_sum;  // sum over classes of w_c
 };
 
-// Weighted cross entropy; weighted_z = sum_c w_c (z_c - m), read only when smoothing.
+// Weighted cross entropy; nll is the negative log likelihood, and only smoothing reads log_total =
+// log(total) and weighted_z = sum_c w_c (z_c - m).
 template <bool kSmoothing, typename F>
-HAKD_FN F cross_entropy(const CrossEntropyWeights<F>& w, F others, F total, F label_z_minus_m,
-                        F weighted_z) {
-  F loss = w.hard * negative_log_likelihood(others, total, label_z_minus_m);
-  if (kSmoothing) loss = loss + w.soft * (w.weight_sum * log(total) - weighted_z);
+HAKD_FN F cross_entropy(const CrossEntropyWeights<F>& w, F nll, F log_total, F weighted_z) {
+  F loss = w.hard * nll;
+  if (kSmoothing) loss = loss + w.soft * (w.weight_sum * log_total - weighted_z);
   return loss;
 }
 
@@ -50,8 +52,8 @@ HAKD_FN F cross_entropy_gradient_numerator(M is_label, F e, F others) {
 
 // KL(a || b), from sum_c e_a,c (a_a,c - a_b,c).
 template <typename F>
-HAKD_FN F kl(F weighted_difference, F total_a, F log2_total_a, F log2_total_b) {
-  return F(kLn2) * (weighted_difference / total_a - log2_total_a + log2_total_b);
+HAKD_FN F kl(F weighted_difference, F inverse_total_a, F log2_total_a, F log2_total_b) {
+  return F(kLn2) * (weighted_difference * inverse_total_a - log2_total_a + log2_total_b);
 }
 
 // d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)

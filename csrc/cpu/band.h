@@ -47,6 +47,10 @@ class Arena {
 };
 
 constexpr int kMaxRows = 4;  // label rows at a time
+// On the label grid: vectors at a time, and what a row of them takes; not a power of two.
+constexpr int kChunk = 16;
+template <typename T>
+constexpr int64_t kChunkStepOf = kChunk * Lanes<T>::N + 16;
 
 enum Coefficient {
   kCeHard,
@@ -65,6 +69,7 @@ template <typename T>
 class Band {
   using F = Lanes<T>;
   static constexpr int N = F::N;
+  static constexpr int64_t kChunkStep = kChunkStepOf<T>;
 
  public:
   Band(const Pass<T>& pass, void* workspace, int64_t band, void* report)
@@ -120,14 +125,17 @@ class Band {
     label_row_ = arena.take<int32_t>(p.label_width);
     labels_ = arena.take<int32_t>(label_rows * p.vectors * N);
     lane_sums_ = arena.take<double>(kTerms * 2 * N);
-    const int64_t rows = p.identity ? 1 : p.band_rows + 1;
-    student_rows_ = arena.take<T>(rows * p.classes * p.student.padded);
-    if (reads_pair_) {
-      teacher_rows_ =
-          arena.take<T>((p.identity ? 1 : p.teacher.max_rows) * p.classes * p.teacher.padded);
-    }
+    const int64_t rows = p.band_rows + 1;
     const int64_t slots = p.gradients ? p.slots : 0;
-    if (!p.identity) {
+    if (p.identity) {
+      student_rows_ = arena.take<T>(p.classes * kChunkStep);
+      if (reads_pair_) teacher_rows_ = arena.take<T>(p.classes * kChunkStep);
+      if (p.gradients) row_gradients_ = arena.take<T>(p.classes * kChunkStep);
+    } else {
+      student_rows_ = arena.take<T>(rows * p.classes * p.student.padded);
+      if (reads_pair_) {
+        teacher_rows_ = arena.take<T>(p.teacher.max_rows * p.classes * p.teacher.padded);
+      }
       row_gradients_ = arena.take<T>(slots * rows * p.classes * p.student.padded);
       student_.lo = arena.take<T>(tile);
       student_.hi = arena.take<T>(tile);
@@ -136,7 +144,7 @@ class Band {
         teacher_.hi = arena.take<T>(tile);
       }
     }
-    const int64_t group = (p.identity ? 1 : kMaxRows) * tile;
+    const int64_t group = kMaxRows * tile;
     student_z_ = arena.take<T>(group);
     keeps_z_ = p.feature || p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs ||
                p.hetero == Hetero::kPaper || p.hetero == Hetero::kPaperSpace ||
@@ -152,9 +160,9 @@ class Band {
       mixed_ = arena.take<T>(group);
       strength_ = arena.take<T>(tile);
     }
-    for (int64_t s = 0; s < slots; ++s) {
+    for (int64_t s = 0; s < slots && !p.identity; ++s) {
       gradient_sum_[s] = arena.take<T>(tile);
-      gradient_upper_[s] = p.identity ? nullptr : arena.take<T>(tile);
+      gradient_upper_[s] = arena.take<T>(tile);
     }
     coefficients_ = arena.take<T>(kCoefficients * kMaxRows * N);
     student_maximum_ = arena.take<T>(kMaxRows * N);
@@ -178,7 +186,8 @@ class Band {
   using TwoModels = void (*)(int64_t, const T*, const T*, T*, T*, T*, F, F, T, T, Labels<T>,
                              Statistics<F>&);
   using CrossEntropyGradient = void (*)(int64_t, const T*, const T*, const T*, const T*, const T*,
-                                        const int32_t* const*, T, const T*, const T*, T*, T*);
+                                        const int32_t* const*, T, const T*, const T*,
+                                        const Sink<T>&);
 
   void choose() {
     const bool softmax_kl = p.hetero == Hetero::kSoftmaxKl;
@@ -236,84 +245,87 @@ class Band {
 
   // --- logits on the label grid ------------------------------------------------------------------
 
+  // By chunks of columns: the planes of the classes lie at large, often even distances, so that
+  // lines of the same column compete for the same sets of a cache. A run of each is copied.
   void run_identity() {
-    const int64_t tile = p.classes * N;
     for (int64_t y = first_label_row_; y < end_label_row_; ++y) {
-      const T* student = identity_row(p.student_logits, p.student, y, student_rows_, student_step_,
-                                      student_careful_);
-      const T* teacher = nullptr;
-      if (reads_pair_) {
-        teacher = identity_row(p.teacher_logits, p.teacher, y, teacher_rows_, teacher_step_,
-                               teacher_careful_);
+      for (int64_t first = 0; first < p.vectors; first += kChunk) {
+        const int64_t end = first + kChunk < p.vectors ? first + kChunk : p.vectors;
+        identity_chunk(y, first, end);
       }
-      for (int64_t vector = 0; vector < p.vectors; ++vector) {
-        const int64_t x = vector * N;
-        const int64_t left = p.label_width - x;
-        const int count = left < N ? static_cast<int>(left) : N;
-        const int32_t* labels = labels_of(y, vector);
-        const Mask<T> valid = is_valid(load_labels<T>(labels));
-        if (p.gradients) fill(gradient_sum_[0], tile, T(0));
-        if (any(valid)) {
-          load_identity(student + x, student_step_, valid, student_z_, student_maximum_);
-          if (reads_pair_) {
-            load_identity(teacher + x, teacher_step_, valid, teacher_z_, teacher_maximum_);
-          }
-          process<1, false>(y, vector);
-        }
-        if (p.gradients) write_identity(y, x, count);
-      }
+    }
+    if (p.gradients && p.streams) fence();
+  }
+
+  void identity_chunk(int64_t y, int64_t first, int64_t end) {
+    const int64_t x0 = first * N;
+    const int64_t count = (end * N < p.label_width ? end * N : p.label_width) - x0;
+    const int64_t vectors_end = end - (end - first) % kMaxRows;
+    student_careful_ = load_chunk(p.student_logits, y, x0, count, student_rows_);
+    if (reads_pair_) {
+      teacher_careful_ = load_chunk(p.teacher_logits, y, x0, count, teacher_rows_);
+    }
+    if (p.gradients) fill(row_gradients_, p.classes * kChunkStep, T(0));
+    for (int64_t v = first; v < vectors_end; v += kMaxRows) identity_group<kMaxRows>(y, v, v - first);
+    for (int64_t v = vectors_end; v < end; ++v) identity_group<1>(y, v, v - first);
+    if (p.gradients) {
+      write_columns<T>(p.out, p.classes, image_, y, x0, count, kChunkStep, row_gradients_,
+                       p.streams);
     }
   }
 
-  // A row of every class: where it lies if that is dense memory of the right type, else a copy.
-  const T* identity_row(const LogitsView& view, const Geometry<T>& g, int64_t y, T* rows,
-                        int64_t& step, bool& careful) {
-    const Dtype own = sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble;
-    if (view.dtype == own && (view.stride[3] == 1 || g.width == 1)) {
-      step = view.stride[1];
-      careful = true;  // unknown until read; costs a subtraction, and memory is slower
-      return reinterpret_cast<const T*>(view.data) + image_ * view.stride[0] + y * view.stride[2];
-    }
-    step = g.padded;
-    careful = pack_rows<T>(view, g, p.classes, image_, y, 1, p.huge, rows);
-    return rows + kPadBefore;
-  }
-
-  void load_identity(const T* row, int64_t step, Mask<T> valid, T* z, T* maximum) {
-    F m(-kInfinity<T>);
+  bool load_chunk(const LogitsView& view, int64_t y, int64_t x0, int64_t count, T* rows) {
+    read_columns<T>(view, p.classes, image_, y, x0, count, kChunkStep, rows);
     for (int64_t c = 0; c < p.classes; ++c) {
-      const F x = F::load(row + c * step, valid);
-      x.store(z + c * N);
-      m = max(x, m);
+      for (int64_t x = count; x % N != 0; ++x) rows[c * kChunkStep + x] = T(0);
     }
-    m.store(maximum);
+    return any_huge<T>(p.classes, rows, count, kChunkStep, p.huge);
   }
 
-  void write_identity(int64_t y, int64_t x, int count) {
-    const int64_t* stride = p.out.stride;
-    const int64_t offset = image_ * stride[0] + y * stride[2] + x * stride[3];
-    const T* g = gradient_sum_[0];
-    const Dtype own = sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble;
-    if (p.out.dtype == own && stride[3] == 1) {
-      T* out = reinterpret_cast<T*>(const_cast<char*>(p.out.data)) + offset;
-      if (count == N) {
-        for (int64_t c = 0; c < p.classes; ++c) F::load(g + c * N).store(out + c * stride[1]);
-      } else {
-        for (int64_t c = 0; c < p.classes; ++c) {
-          F::load(g + c * N).store(out + c * stride[1], count);
-        }
+  // Neighbouring vectors of a row take the place of the rows of `group`.
+  template <int kVectors>
+  void identity_group(int64_t y, int64_t vector, int64_t in_chunk) {
+    Mask<T> valid[kVectors];
+    bool some = false;
+    for (int r = 0; r < kVectors; ++r) {
+      valid[r] = is_valid(load_labels<T>(labels_of(y, vector + r)));
+      some = some || any(valid[r]);
+    }
+    if (!some) return;
+    const int64_t x = in_chunk * N;
+    const int64_t ahead = (vector + kChunk) * N;
+    load_identity<kVectors>(student_rows_ + x, valid, student_z_, student_maximum_,
+                            p.student_logits, y, ahead);
+    if (reads_pair_) {
+      load_identity<kVectors>(teacher_rows_ + x, valid, teacher_z_, teacher_maximum_,
+                              p.teacher_logits, y, ahead);
+    }
+    gradient_sum_[0] = row_gradients_ + x;
+    process<kVectors, false>(y, vector);
+  }
+
+  template <int kVectors>
+  void load_identity(const T* row, const Mask<T>* valid, T* z, T* maximum, const LogitsView& view,
+                     int64_t y, int64_t ahead) {
+    const int64_t tile = p.classes * N;
+    // The same columns of the next chunk, so that memory works while the arithmetic does.
+    const int64_t size = view.dtype == Dtype::kDouble ? 8 : view.dtype == Dtype::kFloat ? 4 : 2;
+    const char* next = view.data + (image_ * view.stride[0] + y * view.stride[2] + ahead) * size;
+    const int64_t next_step = view.stride[1] * size;
+    const int64_t bytes = kVectors * N * size;
+    F m[kVectors];
+    for (int r = 0; r < kVectors; ++r) m[r] = F(-kInfinity<T>);
+    for (int64_t c = 0; c < p.classes; ++c) {
+      for (int64_t byte = 0; byte < bytes; byte += 64) {
+        __builtin_prefetch(next + c * next_step + byte, 0, 2);
       }
-    } else if (stride[3] == 1) {
-      for (int64_t c = 0; c < p.classes; ++c) {
-        write_dense<T>(p.out, offset + c * stride[1], count, g + c * N);
-      }
-    } else {
-      for (int l = 0; l < count; ++l) {
-        for (int64_t c = 0; c < p.classes; ++c) {
-          write_element<T>(p.out, offset + c * stride[1] + l * stride[3], g[c * N + l]);
-        }
+      for (int r = 0; r < kVectors; ++r) {
+        const F x = F::load(row + c * kChunkStep + r * N, valid[r]);
+        x.store(z + r * tile + c * N);
+        m[r] = max(x, m[r]);
       }
     }
+    for (int r = 0; r < kVectors; ++r) m[r].store(maximum + r * N);
   }
 
   // --- logits on a grid of their own -------------------------------------------------------------
@@ -415,23 +427,24 @@ class Band {
   // row's share starts the new sum.
   void move_gradient(int64_t row, int64_t vector) {
     if (gradient_row_ == row) return;
-    const int64_t tile = p.classes * N;
     if (gradient_row_ >= 0 && gradient_row_ + 1 == row) {
       for (int64_t s = 0; s < p.slots; ++s) {
-        fold_lower(s, vector);
+        if (!gradient_folded_) fold_lower(s, vector);
         T* t = gradient_sum_[s];
         gradient_sum_[s] = gradient_upper_[s];
         gradient_upper_[s] = t;
-        fill(gradient_upper_[s], tile, T(0));
       }
     } else {
       finish_gradient(vector);
-      for (int64_t s = 0; s < p.slots; ++s) {
-        fill(gradient_sum_[s], tile, T(0));
-        fill(gradient_upper_[s], tile, T(0));
-      }
+      for (int64_t s = 0; s < p.slots; ++s) fill(gradient_sum_[s], p.classes * N, T(0));
     }
     gradient_row_ = row;
+    gradient_first_ = true;
+    gradient_folded_ = false;
+  }
+
+  T* fold_row(int64_t slot, int64_t vector) {
+    return gradient_rows(slot, gradient_row_) + kPadBefore + p.student.column_base[vector];
   }
 
   T* gradient_rows(int64_t slot, int64_t row) {
@@ -449,7 +462,7 @@ class Band {
   void finish_gradient(int64_t vector) {
     if (!p.gradients || gradient_row_ < 0) return;
     for (int64_t s = 0; s < p.slots; ++s) {
-      fold_lower(s, vector);
+      if (!gradient_folded_) fold_lower(s, vector);
       if (gradient_row_ + 1 < p.student.height) {  // else its weights are 0
         fold_columns<T>(p.student, vector, p.classes, gradient_upper_[s],
                         gradient_rows(s, gradient_row_ + 1));
@@ -480,16 +493,31 @@ class Band {
 
   // --- the terms ---------------------------------------------------------------------------------
 
-  // kRows label rows from y on, whose logits are in student_z_ and teacher_z_.
+  // kRows label rows from y on (or, on the label grid, that many neighbouring vectors), whose logits
+  // are in student_z_ and teacher_z_.
   template <int kRows, bool kUpsample>
   void process(int64_t y, int64_t vector) {
     const int32_t* labels[kRows];
-    for (int r = 0; r < kRows; ++r) labels[r] = labels_of(y + r, vector);
-    pixels<kRows>(y, vector, labels);
+    for (int r = 0; r < kRows; ++r) {
+      labels[r] = kUpsample ? labels_of(y + r, vector) : labels_of(y, vector + r);
+    }
+    pixels<kRows, kUpsample>(y, vector, labels);
     if (!p.gradients) return;
     const T* fraction = p.student.row_fraction + y;
+    const auto sink = [&](Term term) __attribute__((always_inline)) {
+      const int s = p.slot[term];
+      return Sink<T>{gradient_sum_[s],  gradient_upper_[s], gradient_first_,
+                     gradient_folded_,  kUpsample ? fold_row(s, vector) : nullptr,
+                     kUpsample ? p.student.padded : kChunkStep,
+                     p.student.column_fraction + vector * N};
+    };
+    if (kUpsample) {
+      const int64_t next = y + kRows;
+      gradient_folded_ = p.student.column_mode[vector] == ColumnMode::kConsecutive &&
+                         (next == end_label_row_ ||
+                          p.student.row_lower[next] != p.student.row_lower[y]);
+    }
     if (p.slot[kCe] >= 0) {
-      const int s = p.slot[kCe];
       const T* e = power_ == 0 ? hard_ : student_e_;
       CrossEntropyGradient run;
       if (p.smoothing != T(0)) {
@@ -503,32 +531,29 @@ class Band {
       }
       run(p.classes, e, coefficient(kCeHard, 0), coefficient(kCeOthers, 0),
           coefficient(kCeSoft, 0), coefficient(kCeInverse, 0), labels, p.weight_sum,
-          p.class_weight, fraction, gradient_sum_[s], gradient_upper_[s]);
+          p.class_weight, fraction, sink(kCe));
     }
     if (p.slot[kKd] >= 0) {
-      const int s = p.slot[kKd];
       const T* other = p.kd == KdDivergence::kForward ? teacher_e_ : kd_q_;
       pair_gradient<T, kRows, kUpsample>(p.classes, student_e_, other, coefficient(kKdStudent, 0),
-                                         coefficient(kKdOther, 0), fraction, gradient_sum_[s],
-                                         gradient_upper_[s]);
+                                         coefficient(kKdOther, 0), fraction, sink(kKd));
     }
     if (p.slot[kHetero] >= 0) {
-      const int s = p.slot[kHetero];
       const T* student = p.hetero == Hetero::kPaperSpace ? mixed_ : student_e_;
       const T* other =
           p.hetero == Hetero::kSoftmaxKl && p.mix == Mix::kProbs ? teacher_e_ : mixed_;
       pair_gradient<T, kRows, kUpsample>(p.classes, student, other,
                                          coefficient(kHeteroStudent, 0),
-                                         coefficient(kHeteroOther, 0), fraction, gradient_sum_[s],
-                                         gradient_upper_[s]);
+                                         coefficient(kHeteroOther, 0), fraction,
+                                         sink(kHetero));
     }
     if (p.slot[kFeature] >= 0) {
-      const int s = p.slot[kFeature];
       pair_gradient<T, kRows, kUpsample>(p.classes, student_z_, teacher_z_,
                                          coefficient(kFeatureScale, 0),
-                                         coefficient(kFeatureScale, 0), fraction, gradient_sum_[s],
-                                         gradient_upper_[s]);
+                                         coefficient(kFeatureScale, 0), fraction,
+                                         sink(kFeature));
     }
+    gradient_first_ = false;
   }
 
   void add(Term term, int which, F value) { add_to(lane_sums_ + (term * 2 + which) * N, value); }
@@ -548,7 +573,7 @@ class Band {
 
   // Step by step for all the rows at hand: each step is a chain of dependent operations, and rows
   // side by side hide its latency.
-  template <int kRows>
+  template <int kRows, bool kUpsample>
   void pixels(int64_t y, int64_t vector, const int32_t* const* labels) {
     Pixels pixels[kRows];
     for (int r = 0; r < kRows; ++r) prepare(pixels[r], r, labels[r]);
@@ -577,12 +602,17 @@ class Band {
       for (int r = 0; r < kRows; ++r) feature_pixels(pixels[r], r);
     }
     if (p.hetero == Hetero::kSoftmaxKl) {
-      for (int r = 0; r < kRows; ++r) knowledge(pixels[r], y + r, vector);
+      for (int r = 0; r < kRows; ++r) {
+        knowledge(pixels[r], kUpsample ? y + r : y, kUpsample ? vector : vector + r);
+      }
       if (p.hetero_term) {
         for (int r = 0; r < kRows; ++r) hetero_softmax_kl(pixels[r], r);
       }
     } else if (p.hetero != Hetero::kNone) {
-      for (int r = 0; r < kRows; ++r) hetero_paper(pixels[r], y + r, vector, r, labels[r]);
+      for (int r = 0; r < kRows; ++r) {
+        hetero_paper(pixels[r], kUpsample ? y + r : y, kUpsample ? vector : vector + r, r,
+                     labels[r]);
+      }
     }
   }
 
@@ -612,13 +642,12 @@ class Band {
     if (p.ce || reliable) {
       x.hard_total = x.s.student_others + exp2(x.student_label * scale);
       x.hard_inverse = F(T(1)) / x.hard_total;
-      x.student_nll = negative_log_likelihood(x.s.student_others, x.hard_total, x.hard_inverse,
-                                              x.student_label);
+      x.student_nll =
+          negative_log_likelihood(x.s.student_others, x.hard_total, x.student_label);
     }
     if (reliable) {
       const F total = x.s.teacher_others + exp2(x.teacher_label * scale);
-      x.teacher_nll = negative_log_likelihood(x.s.teacher_others, total, F(T(1)) / total,
-                                              x.teacher_label);
+      x.teacher_nll = negative_log_likelihood(x.s.teacher_others, total, x.teacher_label);
     }
   }
 
@@ -854,13 +883,14 @@ class Band {
   void* report_;
   bool reads_pair_ = false, needs_pair_ = false, needs_soft_student_ = false;
   bool keeps_z_ = false, normalises_ = false, student_careful_ = false, teacher_careful_ = false;
+  bool gradient_first_ = true, gradient_folded_ = false;
   int power_ = 1;
   T scale_ = T(0);  // log2(e) / T
   OneModel one_model_ = nullptr;
   TwoModels two_models_ = nullptr;
   size_t bytes_ = 0;
   int64_t image_ = 0, first_row_ = 0, end_row_ = 0, first_label_row_ = 0, end_label_row_ = 0;
-  int64_t teacher_first_ = 0, gradient_row_ = -1, student_step_ = 0, teacher_step_ = 0;
+  int64_t teacher_first_ = 0, gradient_row_ = -1;
   int32_t* label_row_ = nullptr;
   int32_t* labels_ = nullptr;
   double* lane_sums_ = nullptr;

@@ -34,6 +34,8 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // than the contract allows; the logits are then so few that double costs nothing but time.
 constexpr int64_t kMaxFloatRatio = 64;
 constexpr int64_t kBandRows = 8;
+// A gradient larger than this is written past the caches, which could not hold it anyway.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 // A thread's memory, kept from call to call: fresh pages cost more than the arithmetic on them.
 class Workspace {
@@ -210,6 +212,7 @@ class Runner {
     STD_TORCH_CHECK(pass_.identity, "distillation: grad_numerators are for logits on the label grid");
     Tensor gradient = torch::stable::empty_like(student);
     pass_.out = mutable_view_of(gradient);
+    pass_.streams = gradient.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
     const auto* scale = static_cast<const double*>(grad_numerators.const_data_ptr());
     pass_.values = false;
     pass_.gradients = true;

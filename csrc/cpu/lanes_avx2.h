@@ -45,6 +45,7 @@ struct Lanes<float> {
     return _mm256_maskload_ps(p, _mm256_castps_si256(m.v));
   }
   HAKD_FN void store(float* p) const { _mm256_storeu_ps(p, v); }
+  HAKD_FN void stream(float* p) const { _mm256_stream_ps(p, v); }
   HAKD_FN void store(float* p, int count) const {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane), v);
@@ -150,5 +151,8 @@ HAKD_FN void to_half(uint16_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+// Orders what was streamed before what follows.
+HAKD_FN void fence() { _mm_sfence(); }
 
 }  // namespace heteroakd::cpu::HAKD_ISA

@@ -50,6 +50,7 @@ struct Lanes<float> {
     return _mm512_maskz_loadu_ps(m.v, p);
   }
   HAKD_FN void store(float* p) const { _mm512_storeu_ps(p, v); }
+  HAKD_FN void stream(float* p) const { _mm512_stream_ps(p, v); }
   HAKD_FN void store(float* p, int count) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), v);
   }
@@ -176,5 +177,8 @@ HAKD_FN void to_half(uint16_t* p, F a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+// Orders what was streamed before what follows.
+HAKD_FN void fence() { _mm_sfence(); }
 
 }  // namespace heteroakd::cpu::HAKD_ISA

@@ -61,6 +61,8 @@ struct Lanes {
     return r;
   }
   HAKD_FN void store(T* p) const { HAKD_LANES p[l] = v[l]; }
+  // Past the caches; p is aligned to the vector.
+  HAKD_FN void stream(T* p) const { store(p); }
   HAKD_FN void store(T* p, int count) const {
     for (int l = 0; l < count; ++l) p[l] = v[l];
   }
@@ -256,5 +258,8 @@ HAKD_LIBRARY(log1p)
 HAKD_LIBRARY(log1p_unit)
 #undef HAKD_LIBRARY
 #undef HAKD_LANES
+
+// Orders what was streamed before what follows.
+HAKD_FN void fence() {}
 
 }  // namespace heteroakd::cpu::HAKD_ISA

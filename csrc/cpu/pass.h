@@ -91,6 +91,7 @@ struct Pass {
   T scale[kTerms];        // of a term's gradient
   T* gradient;            // not identity: [slots][B][C][h][w]
   T* edges;               // not identity: [slots][B * bands][C][w], for the next band's first row
+  bool streams;           // identity: the gradient is too large to stay in a cache
   LogitsView out;         // identity: the gradient itself, written through const_cast
   double* sums;           // [B * bands][kTerms][2]: numerator, denominator
   T* map_values;          // [2][B][H][W]

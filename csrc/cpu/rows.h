@@ -2,6 +2,7 @@
 // labels, and the way back for the gradient (the adjoint).
 #pragma once
 
+#include "gradients.h"
 #include "pass.h"
 
 namespace heteroakd::cpu::HAKD_ISA {
@@ -124,6 +125,74 @@ HAKD_FN void write_dense(const LogitsView& view, int64_t offset, int64_t count, 
 // Columns before and behind a row. Behind: one repeats the row's end, the others are only loaded.
 constexpr int64_t kPadBefore = 1;
 
+// Columns [x0, x0 + count) of one row of every class: out[C][step].
+template <typename T>
+void read_columns(const LogitsView& view, int64_t classes, int64_t b, int64_t row, int64_t x0,
+                  int64_t count, int64_t step, T* out) {
+  const int64_t offset = b * view.stride[0] + row * view.stride[2] + x0 * view.stride[3];
+  if (view.stride[3] == 1 || count == 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      read_dense<T>(view, offset + c * view.stride[1], count, out + c * step);
+    }
+    return;
+  }
+  // channels_last and its like: blocks of columns, so that a line of memory serves all classes
+  for (int64_t first = 0; first < count; first += 16) {
+    const int64_t end = first + 16 < count ? first + 16 : count;
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int64_t x = first; x < end; ++x) {
+        out[c * step + x] =
+            read_element<T>(view, offset + c * view.stride[1] + x * view.stride[3]);
+      }
+    }
+  }
+}
+
+// The reverse, rounded once. `streams`: past the caches where alignment allows it.
+template <typename T>
+void write_columns(const LogitsView& view, int64_t classes, int64_t b, int64_t row, int64_t x0,
+                   int64_t count, int64_t step, const T* in, bool streams) {
+  constexpr int N = Lanes<T>::N;
+  const int64_t offset = b * view.stride[0] + row * view.stride[2] + x0 * view.stride[3];
+  const Dtype own = sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble;
+  if (view.stride[3] != 1 && count > 1) {
+    for (int64_t x = 0; x < count; ++x) {
+      for (int64_t c = 0; c < classes; ++c) {
+        write_element<T>(view, offset + c * view.stride[1] + x * view.stride[3],
+                         in[c * step + x]);
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* from = in + c * step;
+    if (streams && view.dtype == own) {
+      T* out = reinterpret_cast<T*>(const_cast<char*>(view.data)) + offset + c * view.stride[1];
+      int64_t x = 0;
+      if (reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+        for (; x + N <= count; x += N) Lanes<T>::load(from + x).stream(out + x);
+      }
+      for (; x < count; ++x) out[x] = from[x];
+    } else {
+      write_dense<T>(view, offset + c * view.stride[1], count, from);
+    }
+  }
+}
+
+// Whether one of [C][step] logits is huge, infinite or NaN; count is rounded up to whole vectors.
+template <typename T>
+bool any_huge(int64_t classes, const T* rows, int64_t count, int64_t step, double huge) {
+  using F = Lanes<T>;
+  const F limit(static_cast<T>(huge));
+  auto bad = less(limit, limit);
+  for (int64_t c = 0; c < classes; ++c) {
+    for (int64_t x = 0; x < count; x += F::N) {
+      bad = either(bad, not_less(abs(F::load(rows + c * step + x)), limit));
+    }
+  }
+  return any(bad);
+}
+
 // Rows [row, row + count) of image b as out[row][C][padded], the first element of a row at
 // kPadBefore. Returns whether some logit is huge, infinite or NaN.
 template <typename T>
@@ -134,34 +203,15 @@ bool pack_rows(const LogitsView& view, const Geometry<T>& g, int64_t classes, in
   bool careful = false;
   for (int64_t r = 0; r < count; ++r) {
     T* rows = out + r * classes * g.padded + kPadBefore;
-    const int64_t offset = b * view.stride[0] + (row + r) * view.stride[2];
-    if (view.stride[3] == 1 || g.width == 1) {
-      for (int64_t c = 0; c < classes; ++c) {
-        read_dense<T>(view, offset + c * view.stride[1], g.width, rows + c * g.padded);
-      }
-    } else {
-      // channels_last and its like: blocks of columns, so that a line of memory serves all classes
-      for (int64_t x0 = 0; x0 < g.width; x0 += 16) {
-        const int64_t x1 = x0 + 16 < g.width ? x0 + 16 : g.width;
-        for (int64_t c = 0; c < classes; ++c) {
-          for (int64_t x = x0; x < x1; ++x) {
-            rows[c * g.padded + x] =
-                read_element<T>(view, offset + c * view.stride[1] + x * view.stride[3]);
-          }
-        }
-      }
-    }
-    const F limit(static_cast<T>(huge));
-    auto bad = less(limit, limit);
+    read_columns<T>(view, classes, b, row + r, 0, g.width, g.padded, rows);
     for (int64_t c = 0; c < classes; ++c) {
       T* line = rows + c * g.padded;
       line[-1] = line[0];
-      for (int64_t x = g.width; x < g.padded - kPadBefore; ++x) line[x] = line[g.width - 1];
-      for (int64_t x = 0; x < g.width; x += N) {
-        bad = either(bad, not_less(abs(F::load(line + x)), limit));
-      }
+      const F end(line[g.width - 1]);
+      for (int64_t x = g.width; x < g.padded - kPadBefore - N; x += N) end.store(line + x);
+      end.store(line + g.padded - kPadBefore - N);
     }
-    careful = careful || any(bad);
+    careful = any_huge<T>(classes, rows, g.width, g.padded, huge) || careful;
   }
   return careful;
 }
@@ -219,11 +269,7 @@ void fold_columns(const Geometry<T>& g, int64_t vector, int64_t classes, const T
   if (g.column_mode[vector] == ColumnMode::kConsecutive) {
     row += base;
     for (int64_t c = 0; c < classes; ++c, row += g.padded, in += N) {
-      const F v = F::load(in);
-      const F upper = fraction * v;
-      const F lower = v - upper;
-      (F::load(row) + lower + shift_up(upper)).store(row);
-      row[N] += last_lane(upper);
+      fold_lanes<T>(F::load(in), fraction, row);
     }
     return;
   }

@@ -16,12 +16,12 @@ namespace heteroakd {
 
 // --- section 3: terms --------------------------------------------------------------------------
 
-// -log softmax(z)_label; inverse_total = 1 / total. Of a confident pixel (z_label = m, total = 1 +
-// others) the textbook log(total) loses the value's relative precision to the rounding of that sum:
-// what was rounded away is given back, as in log1p(others). Otherwise nothing cancels.
+// -log softmax(z)_label. Of a confident pixel (z_label = m, total = 1 + others) the textbook
+// log(total) loses the value's relative precision to the rounding of that sum: below 2, what was
+// rounded away is given back, to first order. Otherwise nothing cancels.
 template <typename F>
-HAKD_FN F negative_log_likelihood(F others, F total, F inverse_total, F label_z_minus_m) {
-  const F rounded_away = (others - (total - F(1))) * inverse_total;
+HAKD_FN F negative_log_likelihood(F others, F total, F label_z_minus_m) {
+  const F rounded_away = select(less(total, F(2)), others - (total - F(1)), F(0));
   return log(total) - label_z_minus_m + select(equal(label_z_minus_m, F(0)), rounded_away, F(0));
 }
 

@@ -72,19 +72,18 @@ class Band {
   static constexpr int64_t kChunkStep = kChunkStepOf<T>;
 
  public:
-  Band(const Pass<T>& pass, void* workspace, int64_t band, void* report)
-      : p(pass), band_(band), report_(report) {
+  Band(const Pass<T>& pass, void* workspace, int64_t band) : p(pass), band_(band) {
     if (pass.has_teacher || pass.hetero != Hetero::kNone) reads_pair_ = true;
     choose();
     lay_out(workspace);
   }
 
   static size_t workspace_bytes(const Pass<T>& pass) {
-    Band band(pass, nullptr, 0, nullptr);
+    Band band(pass, nullptr, 0);
     return band.bytes_ + 64;
   }
 
-  void run() {
+  void run(LabelReport& report) {
     image_ = band_ / p.bands_per_image;
     const int64_t k = band_ % p.bands_per_image;
     first_row_ = k * p.band_rows;
@@ -93,7 +92,7 @@ class Band {
     first_label_row_ = p.first_label_row[k];
     end_label_row_ = p.first_label_row[k + 1];
     for (int64_t i = 0; i < kTerms * 2 * N; ++i) lane_sums_[i] = 0.0;
-    read_labels();
+    read_labels(report);
     if (p.space_statistics) {
       fill(space_maximum_, p.classes * N, T(-1e30));
       fill(space_sum_, p.classes * N, T(0));
@@ -229,14 +228,54 @@ class Band {
 
   // --- labels ------------------------------------------------------------------------------------
 
-  void read_labels() {
+  void read_labels(LabelReport& report) {
     for (int64_t y = first_label_row_; y < end_label_row_; ++y) {
-      p.read_labels(p.labels, image_, y, label_row_, report_);
+      int32_t* row = label_row_;
+      if (!read_dense_labels(y, row, report)) p.read_labels(p.labels.reader, image_, y, row, report);
       int32_t* out = labels_ + (y - first_label_row_) * p.vectors * N;
-      for (int64_t i = 0; i < p.vectors * N; ++i) {
-        out[i] = p.pixel[i] < 0 ? -1 : label_row_[p.pixel[i]];
+      const int64_t block = p.apart * N;
+      int64_t x = 0;
+      for (; x + block <= p.label_width; x += block) {
+        for (int l = 0; l < N; ++l) {
+          for (int64_t v = 0; v < p.apart; ++v) out[x + v * N + l] = row[x + l * p.apart + v];
+        }
       }
+      for (int64_t i = x; i < p.vectors * N; ++i) out[i] = p.pixel[i] < 0 ? -1 : row[p.pixel[i]];
     }
+  }
+
+  // A row that lies densely in memory and has no label out of range; false where that is not so.
+  bool read_dense_labels(int64_t y, int32_t* out, LabelReport& report) const {
+    const LabelsView& view = p.labels;
+    if (view.stride[2] != 1 && p.label_width > 1) return false;
+    const int64_t offset = image_ * view.stride[0] + y * view.stride[1];
+    int64_t valid = 0;
+    bool good;
+    if (view.dtype == LabelDtype::kUint8) {
+      good = read_labels_as(reinterpret_cast<const uint8_t*>(view.data) + offset, out, valid);
+    } else if (view.dtype == LabelDtype::kInt32) {
+      good = read_labels_as(reinterpret_cast<const int32_t*>(view.data) + offset, out, valid);
+    } else {
+      good = read_labels_as(reinterpret_cast<const int64_t*>(view.data) + offset, out, valid);
+    }
+    if (good) report.valid += valid;
+    return good;
+  }
+
+  template <typename S>
+  bool read_labels_as(const S* in, int32_t* out, int64_t& valid) const {
+    const int64_t classes = p.labels.num_classes;
+    const int64_t ignore = p.labels.ignore_index;
+    int64_t bad = 0;
+    for (int64_t x = 0; x < p.label_width; ++x) {
+      const int64_t label = static_cast<int64_t>(in[x]);
+      const bool in_range = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
+      const bool ignored = label == ignore;
+      out[x] = in_range && !ignored ? static_cast<int32_t>(label) : -1;
+      valid += in_range && !ignored;
+      bad += !in_range && !ignored;
+    }
+    return bad == 0;
   }
 
   const int32_t* labels_of(int64_t y, int64_t vector) const {
@@ -556,8 +595,6 @@ class Band {
     gradient_first_ = false;
   }
 
-  void add(Term term, int which, F value) { add_to(lane_sums_ + (term * 2 + which) * N, value); }
-
   // What the pixels of one vector carry from one step to the next.
   struct Pixels {
     Mask<T> valid;
@@ -576,6 +613,8 @@ class Band {
   template <int kRows, bool kUpsample>
   void pixels(int64_t y, int64_t vector, const int32_t* const* labels) {
     Pixels pixels[kRows];
+    F sums[kTerms * 2];
+    for (F& sum : sums) sum = F(T(0));
     for (int r = 0; r < kRows; ++r) prepare(pixels[r], r, labels[r]);
     const int64_t tile = p.classes * N;
     for (int r = 0; r < kRows; ++r) {
@@ -593,26 +632,35 @@ class Band {
     for (int r = 0; r < kRows; ++r) hard_totals(pixels[r]);
     for (int r = 0; r < kRows; ++r) soft_totals(pixels[r]);
     if (p.ce) {
-      for (int r = 0; r < kRows; ++r) cross_entropy_pixels(pixels[r], r, labels[r]);
+      for (int r = 0; r < kRows; ++r) cross_entropy_pixels(pixels[r], r, labels[r], sums);
     }
     if (p.kd != KdDivergence::kNone) {
-      for (int r = 0; r < kRows; ++r) kd_pixels(pixels[r], r);
+      for (int r = 0; r < kRows; ++r) kd_pixels(pixels[r], r, sums);
     }
     if (p.feature) {
-      for (int r = 0; r < kRows; ++r) feature_pixels(pixels[r], r);
+      for (int r = 0; r < kRows; ++r) feature_pixels(pixels[r], r, sums);
     }
     if (p.hetero == Hetero::kSoftmaxKl) {
       for (int r = 0; r < kRows; ++r) {
         knowledge(pixels[r], kUpsample ? y + r : y, kUpsample ? vector : vector + r);
       }
       if (p.hetero_term) {
-        for (int r = 0; r < kRows; ++r) hetero_softmax_kl(pixels[r], r);
+        for (int r = 0; r < kRows; ++r) hetero_softmax_kl(pixels[r], r, sums);
       }
     } else if (p.hetero != Hetero::kNone) {
       for (int r = 0; r < kRows; ++r) {
         hetero_paper(pixels[r], kUpsample ? y + r : y, kUpsample ? vector : vector + r, r,
-                     labels[r]);
+                     labels[r], sums);
       }
+    }
+    if (!p.values) return;
+    const bool has[kTerms] = {p.ce, p.kd != KdDivergence::kNone, p.hetero_term, p.feature};
+    for (int k = 0; k < kTerms; ++k) {
+      if (has[k]) add_to(lane_sums_ + k * 2 * N, sums[k * 2]);
+    }
+    if (p.class_weight != nullptr && p.ce) add_to(lane_sums_ + (kCe * 2 + 1) * N, sums[kCe * 2 + 1]);
+    if (p.hetero == Hetero::kSoftmaxKl && p.hetero_term) {
+      add_to(lane_sums_ + (kHetero * 2 + 1) * N, sums[kHetero * 2 + 1]);
     }
   }
 
@@ -652,19 +700,18 @@ class Band {
   }
 
   HAKD_FN void soft_totals(Pixels& x) {
-    const F log2_of_e(static_cast<T>(kLog2E));
     if (needs_soft_student_) {
       x.student_inverse = F(T(1)) / x.s.student_total;
-      x.student_log2 = log(x.s.student_total) * log2_of_e;
+      x.student_log2 = log2(x.s.student_total);
     }
     if (needs_pair_) {
       x.teacher_inverse = F(T(1)) / x.s.teacher_total;
-      x.teacher_log2 = log(x.s.teacher_total) * log2_of_e;
+      x.teacher_log2 = log2(x.s.teacher_total);
       x.kl = kl(x.s.difference, x.teacher_inverse, x.teacher_log2, x.student_log2);
     }
   }
 
-  HAKD_FN void cross_entropy_pixels(const Pixels& x, int r, const int32_t* labels) {
+  HAKD_FN void cross_entropy_pixels(const Pixels& x, int r, const int32_t* labels, F* sums) {
     const F zero(T(0));
     CrossEntropyWeights<F> w;
     F label_weight = x.one;
@@ -685,8 +732,8 @@ class Band {
       } else {
         loss = cross_entropy<false>(w, x.student_nll, zero, zero);
       }
-      add(kCe, 0, select(x.valid, loss, zero));
-      add(kCe, 1, label_weight);
+      sums[kCe * 2] = sums[kCe * 2] + select(x.valid, loss, zero);
+      sums[kCe * 2 + 1] = sums[kCe * 2 + 1] + label_weight;
     }
     if (p.slot[kCe] >= 0) {
       const F scale(p.scale[kCe]);
@@ -697,7 +744,7 @@ class Band {
     }
   }
 
-  HAKD_FN void kd_pixels(const Pixels& x, int r) {
+  HAKD_FN void kd_pixels(const Pixels& x, int r, F* sums) {
     const int64_t tile = p.classes * N;
     const T* student_z = student_z_ + r * tile;
     const T* teacher_z = teacher_z_ + r * tile;
@@ -728,20 +775,18 @@ class Band {
       on_student = on_other * js.student * x.student_inverse;
     }
     if (p.values) {
-      add(kKd, 0, select(x.valid, F(t * t) * value, zero));
-      add(kKd, 1, x.one);
+      sums[kKd * 2] = sums[kKd * 2] + select(x.valid, F(t * t) * value, zero);
     }
     select(x.valid, on_student, zero).store(coefficient(kKdStudent, r));
     select(x.valid, on_other, zero).store(coefficient(kKdOther, r));
   }
 
-  HAKD_FN void feature_pixels(const Pixels& x, int r) {
+  HAKD_FN void feature_pixels(const Pixels& x, int r, F* sums) {
     const int64_t tile = p.classes * N;
     const F classes(static_cast<T>(p.classes));
     if (p.values) {
       const F sum = squared_difference<T>(p.classes, student_z_ + r * tile, teacher_z_ + r * tile);
-      add(kFeature, 0, select(x.valid, sum / classes, F(T(0))));
-      add(kFeature, 1, x.one);
+      sums[kFeature * 2] = sums[kFeature * 2] + select(x.valid, sum / classes, F(T(0)));
     }
     (F(p.scale[kFeature]) * x.one * feature_gradient_scale(classes))
         .store(coefficient(kFeatureScale, r));
@@ -754,7 +799,7 @@ class Band {
     if (p.maps) write_maps(y, vector, x.valid, x.reliable.teacher, x.discrepant);
   }
 
-  HAKD_FN void hetero_softmax_kl(const Pixels& x, int r) {
+  HAKD_FN void hetero_softmax_kl(const Pixels& x, int r, F* sums) {
     const int64_t tile = p.classes * N;
     const F zero(T(0));
     const T t = p.temperature;
@@ -779,22 +824,22 @@ class Band {
                       x.teacher_m, scale_, x.reliable, mixed_ + r * tile, total, difference);
       const F inverse = F(T(1)) / total;
       if (p.values) {
-        value = kl(difference, inverse, log(total) * F(static_cast<T>(kLog2E)), x.student_log2);
+        value = kl(difference, inverse, log2(total), x.student_log2);
       }
       const F gradient = F(p.scale[kHetero] * t) * x.weight;
       on_student = gradient * x.student_inverse;
       on_other = gradient * inverse;
     }
     if (p.values) {
-      add(kHetero, 0, select(x.valid, x.weight * F(t * t) * value, zero));
-      add(kHetero, 1, x.weight);
+      sums[kHetero * 2] = sums[kHetero * 2] + select(x.valid, x.weight * F(t * t) * value, zero);
+      sums[kHetero * 2 + 1] = sums[kHetero * 2 + 1] + x.weight;
     }
     select(x.valid, on_student, zero).store(coefficient(kHeteroStudent, r));
     select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
   }
 
   HAKD_FN void hetero_paper(const Pixels& x, int64_t y, int64_t vector, int r,
-                            const int32_t* labels) {
+                            const int32_t* labels, F* sums) {
     const int64_t tile = p.classes * N;
     const F zero(T(0));
     const T t = p.temperature;
@@ -819,32 +864,24 @@ class Band {
       on_student = F(p.scale[kHetero] * t * mean) * x.one;
       on_other = zero;
     } else {
-      const PaperSums<F> sums =
+      const PaperSums<F> q =
           p.evaluation ? paper_products<T, true>(p.classes, student_z, x.student_m, scale_, pixel,
                                                  mixed, strength_, mixed)
                        : paper_products<T, false>(p.classes, student_z, x.student_m, scale_, pixel,
                                                   mixed, strength_, mixed);
-      value = F(static_cast<T>(kLn2)) * (x.student_log2 * sums.q - sums.q_a) * sums.inverse;
-      on_other = F(p.scale[kHetero] / t) * sums.inverse * x.one;
-      on_student = on_other * sums.q * x.student_inverse;
+      value = F(static_cast<T>(kLn2)) * (x.student_log2 * q.q - q.q_a) * q.inverse;
+      on_other = F(p.scale[kHetero] / t) * q.inverse * x.one;
+      on_student = on_other * q.q * x.student_inverse;
     }
     if (p.values) {
-      add(kHetero, 0, select(x.valid, value, zero));
-      add(kHetero, 1, x.one);
+      sums[kHetero * 2] = sums[kHetero * 2] + select(x.valid, value, zero);
     }
     select(x.valid, on_student, zero).store(coefficient(kHeteroStudent, r));
     select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
   }
 
   // The logit of the labelled class; of class 0 where there is no label, which nobody uses.
-  F at_label(const T* z, const int32_t* labels) const {
-    T out[N];
-    for (int l = 0; l < N; ++l) {
-      const int64_t c = labels[l] < 0 ? 0 : labels[l];
-      out[l] = z[c * N + l];
-    }
-    return F::load(out);
-  }
+  HAKD_FN static F at_label(const T* z, const int32_t* labels) { return gather_tile(z, labels); }
 
   void write_maps(int64_t y, int64_t vector, Mask<T> valid, F reliable, F discrepant) {
     T values[2][N];
@@ -880,7 +917,6 @@ class Band {
 
   const Pass<T>& p;
   int64_t band_;
-  void* report_;
   bool reads_pair_ = false, needs_pair_ = false, needs_soft_student_ = false;
   bool keeps_z_ = false, normalises_ = false, student_careful_ = false, teacher_careful_ = false;
   bool gradient_first_ = true, gradient_folded_ = false;

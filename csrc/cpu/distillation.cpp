@@ -125,9 +125,8 @@ struct Options {
   bool asks(Term term) const { return (terms >> term & 1) != 0; }
 };
 
-void read_labels(const void* labels, int64_t b, int64_t y, int32_t* out, void* report) {
-  static_cast<const StridedLabels*>(labels)->read_row(b, y, out,
-                                                      *static_cast<LabelReport*>(report));
+void read_labels(const void* reader, int64_t b, int64_t y, int32_t* out, LabelReport& report) {
+  static_cast<const StridedLabels*>(reader)->read_row(b, y, out, report);
 }
 
 template <typename T>
@@ -148,7 +147,7 @@ class Runner {
     pass_.has_teacher = teacher.has_value();
     pass_.identity = on_label_grid(student) && (!teacher.has_value() || on_label_grid(*teacher));
     set_grids(student, teacher);
-    pass_.labels = &labels_;
+    pass_.labels = labels_.view();
     pass_.read_labels = read_labels;
     pass_.class_weight = nullptr;
     pass_.weight_sum = static_cast<T>(pass_.classes);
@@ -204,8 +203,16 @@ class Runner {
         s[k] += sums_[static_cast<size_t>(band * kTerms * 2 + k)];
       }
     }
+    // Most denominators are the number of valid pixels.
+    Tensor labels = label_counts();
+    const auto valid = static_cast<double>(static_cast<const int64_t*>(labels.const_data_ptr())[0]);
+    for (int k = 0; k < kTerms; ++k) {
+      const bool weighted = (k == kCe && pass_.class_weight != nullptr) ||
+                            (k == kHetero && pass_.hetero == Hetero::kSoftmaxKl);
+      if (!weighted && options_.asks(static_cast<Term>(k))) s[k * 2 + 1] = valid;
+    }
     if (weighs_space()) s[kHetero * 2 + 1] = static_cast<double>(images * pass_.classes);
-    return {sums, label_counts(), maps, gradients};
+    return {sums, labels, maps, gradients};
   }
 
   Result backward(const Tensor& student, const Tensor& grad_numerators) {
@@ -247,6 +254,7 @@ class Runner {
     pixel_ = columns.pixel;
     pass_.lanes = columns.lanes;
     pass_.vectors = columns.vectors;
+    pass_.apart = apart;
     pass_.pixel = pixel_.data();
     pass_.student_logits = view_of(student, "student_logits");
     student_map_ = GridMap<T>(height_, width_, pass_.label_height, pass_.label_width,
@@ -310,7 +318,7 @@ class Runner {
       for (int64_t band = begin; band < end; ++band) {
         LabelReport& report = report_[static_cast<size_t>(band)];
         report = LabelReport();
-        kernels_.run_band(pass_, band, memory, &report);
+        kernels_.run_band(pass_, band, memory, report);
       }
       workspace().trim();
     });
@@ -384,7 +392,7 @@ class Runner {
 
   Tensor label_counts() const {
     LabelReport total;
-    for (const LabelReport& report : report_) total.merge(report);
+    for (const LabelReport& report : report_) merge(total, report);
     Tensor labels = torch::stable::empty({3}, ScalarType::Long);
     auto* l = static_cast<int64_t*>(labels.mutable_data_ptr());
     l[0] = total.valid;

@@ -6,8 +6,8 @@
 namespace heteroakd::cpu::HAKD_ISA {
 
 template <typename T>
-void run_band(const Pass<T>& pass, int64_t band, void* workspace, void* report) {
-  Band<T>(pass, workspace, band, report).run();
+void run_band(const Pass<T>& pass, int64_t band, void* workspace, LabelReport& report) {
+  Band<T>(pass, workspace, band).run(report);
 }
 
 // One plane [h][w] of the gradient: the weighted sum of the terms' gradients, rounded once.

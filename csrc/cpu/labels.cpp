@@ -34,7 +34,7 @@ Tensor label_report(const Tensor& target, int64_t num_classes, int64_t ignore_in
   });
   STD_TORCH_CHECK(!failed, "label_report: out of memory for a row of labels");
   LabelReport total;
-  for (const LabelReport& report : reports) total.merge(report);
+  for (const LabelReport& report : reports) merge(total, report);
   Tensor out = torch::stable::empty({3}, ScalarType::Long);
   auto* o = static_cast<int64_t*>(out.mutable_data_ptr());
   o[0] = total.valid;

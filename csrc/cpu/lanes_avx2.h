@@ -83,6 +83,12 @@ HAKD_FN M is_valid(Labels<float> labels) {
 HAKD_FN M is_class(Labels<float> labels, int32_t c) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(labels.v, _mm256_set1_epi32(c)))};
 }
+HAKD_FN F gather_tile(const float* tile, const int32_t* labels) {
+  const __m256i l = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(labels));
+  const __m256i c = _mm256_max_epi32(l, _mm256_setzero_si256());
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_i32gather_ps(tile, _mm256_add_epi32(_mm256_slli_epi32(c, 3), lane), 4);
+}
 HAKD_FN F add_unless(M m, F acc, F x) {
   return _mm256_add_ps(acc.v, _mm256_andnot_ps(m.v, x.v));
 }

@@ -85,6 +85,12 @@ HAKD_FN M is_valid(Labels<float> labels) {
 HAKD_FN M is_class(Labels<float> labels, int32_t c) {
   return {_mm512_cmpeq_epi32_mask(labels.v, _mm512_set1_epi32(c))};
 }
+HAKD_FN F gather_tile(const float* tile, const int32_t* labels) {
+  const __m512i c = _mm512_max_epi32(_mm512_loadu_si512(labels), _mm512_setzero_si512());
+  const __m512i lane =
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_i32gather_ps(_mm512_add_epi32(_mm512_slli_epi32(c, 4), lane), tile, 4);
+}
 HAKD_FN F add_unless(M m, F acc, F x) {
   return _mm512_mask_add_ps(acc.v, static_cast<__mmask16>(~m.v), acc.v, x.v);
 }

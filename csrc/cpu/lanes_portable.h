@@ -168,6 +168,14 @@ HAKD_FN Mask<T> is_class(Labels<T> labels, int32_t c) {
   HAKD_LANES m.v[l] = labels.v[l] == c;
   return m;
 }
+// Lane l of class labels[l] in a tile [C][N]; of class 0 where a label is negative.
+template <typename T>
+HAKD_FN Lanes<T> gather_tile(const T* tile, const int32_t* labels) {
+  constexpr int N = Lanes<T>::N;
+  Lanes<T> r;
+  HAKD_LANES r.v[l] = tile[(labels[l] < 0 ? 0 : static_cast<int64_t>(labels[l])) * N + l];
+  return r;
+}
 // acc + (m ? 0 : x)
 template <typename T>
 HAKD_FN Lanes<T> add_unless(Mask<T> m, Lanes<T> acc, Lanes<T> x) {

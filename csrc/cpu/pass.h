@@ -51,13 +51,32 @@ struct Geometry {
   int64_t max_rows;             // of logits, that one band can touch
 };
 
-// Reads one row of labels as class indices, -1 where ignored or out of range.
-using ReadLabels = void (*)(const void* labels, int64_t b, int64_t y, int32_t* out, void* report);
+// Counts over a set of labels.
+struct LabelReport {
+  int64_t valid = 0;
+  int64_t out_of_range = 0;
+  int64_t first_out_of_range = -1;  // flat index into [B, H, W]
+};
+
+enum class LabelDtype : int32_t { kUint8, kInt32, kInt64 };
+
+// Labels [B, H, W] in memory, any strides (in elements).
+struct LabelsView {
+  const char* data;
+  LabelDtype dtype;
+  int64_t stride[3];
+  int64_t num_classes, ignore_index;
+  const void* reader;
+};
+
+// Reads one row of labels as class indices, -1 where ignored or out of range; any strides.
+using ReadLabels = void (*)(const void* reader, int64_t b, int64_t y, int32_t* out,
+                            LabelReport& report);
 
 template <typename T>
 struct Pass {
   int64_t batch, classes, label_height, label_width;
-  int64_t lanes, vectors;
+  int64_t lanes, vectors, apart;  // apart: of the pixels in neighbouring lanes
   const int32_t* pixel;  // [vectors][lanes]
 
   LogitsView student_logits, teacher_logits;
@@ -65,7 +84,7 @@ struct Pass {
   bool has_teacher;
   bool identity;  // every model's grid is the label grid
 
-  const void* labels;
+  LabelsView labels;
   ReadLabels read_labels;
   const T* class_weight;  // [C] or null
   T weight_sum;
@@ -119,7 +138,7 @@ struct Kernels {
   const char* isa;
   int64_t lanes;
   size_t (*workspace_bytes)(const Pass<T>&);
-  void (*run_band)(const Pass<T>&, int64_t band, void* workspace, void* label_report);
+  void (*run_band)(const Pass<T>&, int64_t band, void* workspace, LabelReport& report);
   void (*combine)(const Combine&, int64_t plane);  // plane: b * C + c
   // which: 0 exp2, 1 log, 2 log2, 3 log1p, 4 log1p_unit; count a multiple of the lanes
   void (*elementary)(int64_t which, const T* x, T* out, int64_t count);

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../math/labels.h"
+#include "pass.h"
 
 namespace heteroakd::cpu {
 
@@ -18,21 +19,15 @@ inline const char* data_of(const torch::stable::Tensor& tensor, const char* name
   return static_cast<const char*>(data);
 }
 
-// Counts over a set of labels. Integers: the order of merging does not matter.
-struct LabelReport {
-  int64_t valid = 0;
-  int64_t out_of_range = 0;
-  int64_t first_out_of_range = -1;  // flat index into [B, H, W]
-
-  void merge(const LabelReport& other) {
-    valid += other.valid;
-    out_of_range += other.out_of_range;
-    if (first_out_of_range < 0 ||
-        (other.first_out_of_range >= 0 && other.first_out_of_range < first_out_of_range)) {
-      first_out_of_range = other.first_out_of_range;
-    }
+// Integers: the order of merging does not matter.
+inline void merge(LabelReport& into, const LabelReport& other) {
+  into.valid += other.valid;
+  into.out_of_range += other.out_of_range;
+  if (into.first_out_of_range < 0 ||
+      (other.first_out_of_range >= 0 && other.first_out_of_range < into.first_out_of_range)) {
+    into.first_out_of_range = other.first_out_of_range;
   }
-};
+}
 
 // Labels [B, H, W] with any strides.
 class StridedLabels {
@@ -42,6 +37,7 @@ class StridedLabels {
   StridedLabels(const torch::stable::Tensor& target, int64_t num_classes, int64_t ignore_index)
       : data_(data_of(target, "target")),
         read_(reader(target.scalar_type())),
+        dtype_(label_dtype(target.scalar_type())),
         element_size_(static_cast<int64_t>(target.element_size())),
         height_(target.size(1)),
         width_(target.size(2)),
@@ -53,6 +49,10 @@ class StridedLabels {
   // out[x] = class index, or kIgnored where the label is ignored or out of range.
   void read_row(int64_t b, int64_t y, int32_t* out, LabelReport& report) const {
     read_(*this, b, y, out, report);
+  }
+
+  LabelsView view() const {
+    return {data_, dtype_, {stride_[0], stride_[1], stride_[2]}, num_classes_, ignore_index_, this};
   }
 
  private:
@@ -73,7 +73,7 @@ class StridedLabels {
         row.first_out_of_range = (b * self.height_ + y) * self.width_ + x;
       }
     }
-    report.merge(row);
+    merge(report, row);
   }
 
   static Reader reader(torch::headeronly::ScalarType dtype) {
@@ -87,8 +87,16 @@ class StridedLabels {
     return nullptr;
   }
 
+  static LabelDtype label_dtype(torch::headeronly::ScalarType dtype) {
+    using torch::headeronly::ScalarType;
+    return dtype == ScalarType::Byte  ? LabelDtype::kUint8
+           : dtype == ScalarType::Int ? LabelDtype::kInt32
+                                      : LabelDtype::kInt64;
+  }
+
   const char* data_;
   Reader read_;
+  LabelDtype dtype_;
   int64_t element_size_;
   int64_t height_;
   int64_t width_;

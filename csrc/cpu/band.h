@@ -434,12 +434,14 @@ class Band {
     move(student_, p.student, p.student.row_lower[y], student_rows_, first_row_, student_careful_,
          vector);
     interpolate<T, kRows>(p.classes, student_.lo, student_.hi, p.student.row_fraction + y, valid,
-                          student_careful_, student_z_, student_maximum_);
+                          student_careful_, static_cast<T>(p.huge), student_z_,
+                          student_maximum_);
     if (reads_pair_) {
       move(teacher_, p.teacher, p.teacher.row_lower[y], teacher_rows_, teacher_first_,
            teacher_careful_, vector);
       interpolate<T, kRows>(p.classes, teacher_.lo, teacher_.hi, p.teacher.row_fraction + y, valid,
-                            teacher_careful_, teacher_z_, teacher_maximum_);
+                            teacher_careful_, static_cast<T>(p.huge), teacher_z_,
+                            teacher_maximum_);
     }
     if (p.gradients) move_gradient(p.student.row_lower[y], vector);
     process<kRows, true>(y, vector);
@@ -454,11 +456,13 @@ class Band {
       cell.lo = cell.hi;
       cell.hi = t;
     } else {
-      expand_row<T>(g, vector, p.classes, rows + (row - first) * step, careful, cell.lo);
+      expand_row<T>(g, vector, p.classes, rows + (row - first) * step, careful,
+                    static_cast<T>(p.huge), cell.lo);
     }
     cell.lo_row = row;
     const int64_t next = row + 1 < g.height ? row + 1 : row;
-    expand_row<T>(g, vector, p.classes, rows + (next - first) * step, careful, cell.hi);
+    expand_row<T>(g, vector, p.classes, rows + (next - first) * step, careful,
+                  static_cast<T>(p.huge), cell.hi);
     cell.hi_row = next > row ? next : -1;
   }
 

@@ -221,7 +221,7 @@ bool pack_rows(const LogitsView& view, const Geometry<T>& g, int64_t classes, in
 // (1 - f) row[j] + f row[j + 1] at the columns of one vector, for every class: out[C][N].
 template <typename T>
 void expand_row(const Geometry<T>& g, int64_t vector, int64_t classes, const T* row, bool careful,
-                T* out) {
+                T huge, T* out) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   const F fraction = F::load(g.column_fraction + vector * N);
@@ -248,13 +248,9 @@ void expand_row(const Geometry<T>& g, int64_t vector, int64_t classes, const T* 
       a = F::load(both[0]);
       b = F::load(both[1]);
     }
-    if (careful) {
-      // a difference could overflow, and 0 * inf must not turn a finite pixel into NaN
-      const F mixed = fma(fraction, b, (F(T(1)) - fraction) * a);
-      select(equal(fraction, F(T(0))), a, mixed).store(out);
-    } else {
-      fma(fraction, b - a, a).store(out);
-    }
+    F y = fma(fraction, b - a, a);
+    if (careful) y = between_huge(a, b, fraction, huge, y);
+    y.store(out);
   }
 }
 

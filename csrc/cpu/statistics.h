@@ -14,11 +14,23 @@ constexpr T kInfinity = static_cast<T>(__builtin_inf());
 template <typename T>  // the smallest normal number
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
 
+// a + f (b - a) where a or b is huge, infinite or NaN; elsewhere y, which is that. A difference
+// could overflow, and 0 * inf must not turn a finite pixel into NaN. Lane by lane, so that what an
+// ordinary pixel gets does not depend on its neighbours.
+template <typename T>
+HAKD_FN Lanes<T> between_huge(Lanes<T> a, Lanes<T> b, Lanes<T> f, T huge, Lanes<T> y) {
+  using F = Lanes<T>;
+  const F limit(huge);
+  const auto bad = either(not_less(abs(a), limit), not_less(abs(b), limit));
+  const F mixed = fma(f, b, (F(T(1)) - f) * a);
+  return select(bad, select(equal(f, F(T(0))), a, mixed), y);
+}
+
 // Rows [kRows] between two rows of logits: z = lo + f (hi - lo), and the maximum over the classes.
 // Pixels that are not valid get 0, so that whatever they hold ends here.
 template <typename T, int kRows>
 void interpolate(int64_t classes, const T* lo, const T* hi, const T* fraction,
-                 const Mask<T>* valid, bool careful, T* z, T* maximum) {
+                 const Mask<T>* valid, bool careful, T huge, T* z, T* maximum) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   const int64_t tile = classes * N;
@@ -28,26 +40,16 @@ void interpolate(int64_t classes, const T* lo, const T* hi, const T* fraction,
     f[r] = F(fraction[r]);
     m[r] = F(-kInfinity<T>);
   }
-  if (careful) {
-    for (int64_t c = 0; c < classes; ++c, lo += N, hi += N) {
-      for (int r = 0; r < kRows; ++r) {
-        // no difference that could overflow, and a row of weight 0 is not read
-        const F between = fma(f[r], F::load(hi), (F(T(1)) - f[r]) * F::load(lo));
-        const F mixed = fraction[r] == T(0) ? F::load(lo) : between;
-        const F y = select(valid[r], mixed, F(T(0)));
-        y.store(z + r * tile + c * N);
-        m[r] = max(y, m[r]);
-      }
-    }
-  } else {
-    for (int64_t c = 0; c < classes; ++c, lo += N, hi += N) {
-      const F a = F::load(lo);
-      const F d = F::load(hi) - a;
-      for (int r = 0; r < kRows; ++r) {
-        const F y = select(valid[r], fma(f[r], d, a), F(T(0)));
-        y.store(z + r * tile + c * N);
-        m[r] = max(y, m[r]);
-      }
+  for (int64_t c = 0; c < classes; ++c, lo += N, hi += N) {
+    const F a = F::load(lo);
+    const F b = F::load(hi);
+    const F d = b - a;
+    for (int r = 0; r < kRows; ++r) {
+      F y = fma(f[r], d, a);
+      if (careful) y = between_huge(a, b, f[r], huge, y);
+      y = select(valid[r], y, F(T(0)));
+      y.store(z + r * tile + c * N);
+      m[r] = max(y, m[r]);
     }
   }
   for (int r = 0; r < kRows; ++r) m[r].store(maximum + r * N);

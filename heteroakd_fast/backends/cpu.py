@@ -38,6 +38,11 @@ class CpuBackend:
         return _extension.unavailable()
 
     def unsupported(self, spec: LossSpec) -> str | None:
+        known = {*_TERMS, "teacher_ce"}
+        if not spec.terms or not known.issuperset(spec.terms):
+            return f"it computes {', '.join(sorted(known))}, not {list(spec.terms)}."
+        if len(set(spec.terms)) != len(spec.terms):
+            return f"it computes a term once, not {list(spec.terms)}."
         return None
 
     def backward_reads_inputs(

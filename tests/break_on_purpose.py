@@ -50,8 +50,7 @@ class Defect(NamedTuple):
 
 
 INPUTS, OUTPUTS, SYSTEMS, ORACLE, CPU_CE = (
-    f"tests/test_{name}.py"
-    for name in ("inputs", "outputs", "systems", "reference", "cpu_kernels")
+    f"tests/test_{name}.py" for name in ("inputs", "outputs", "systems", "reference", "cpu_kernels")
 )
 
 DEFECTS = [

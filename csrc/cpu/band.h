@@ -23,6 +23,7 @@
 // that is added afterwards: the bits of every result are the same for any thread count.
 #pragma once
 
+#include "chain.h"
 #include "gradients.h"
 #include "paper.h"
 #include "rows.h"
@@ -111,6 +112,16 @@ class Band {
   }
 
  private:
+  // The two rows of logits around the label rows at hand, brought to the columns of a vector.
+  struct Cell {
+    T* lo = nullptr;
+    T* hi = nullptr;
+    T* lo_range = nullptr;  // maximum and minimum over the classes, [2][N]
+    T* hi_range = nullptr;
+    int64_t lo_row = -1;
+    int64_t hi_row = -1;
+  };
+
   // --- memory ------------------------------------------------------------------------------------
 
   void lay_out(void* workspace) {
@@ -136,18 +147,12 @@ class Band {
         teacher_rows_ = arena.take<T>(p.teacher.max_rows * p.classes * p.teacher.padded);
       }
       row_gradients_ = arena.take<T>(slots * rows * p.classes * p.student.padded);
-      student_.lo = arena.take<T>(tile);
-      student_.hi = arena.take<T>(tile);
-      if (reads_pair_) {
-        teacher_.lo = arena.take<T>(tile);
-        teacher_.hi = arena.take<T>(tile);
-      }
+      lay_out(arena, student_);
+      if (reads_pair_) lay_out(arena, teacher_);
+      if (chain_ != nullptr) chain_scratch_ = arena.take<T>(6 * tile);
     }
     const int64_t group = kMaxRows * tile;
     student_z_ = arena.take<T>(group);
-    keeps_z_ = p.feature || p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs ||
-               p.hetero == Hetero::kPaper || p.hetero == Hetero::kPaperSpace ||
-               (p.hetero == Hetero::kSoftmaxKl && p.mix == Mix::kLogits) || p.smoothing != T(0);
     student_e_ = keeps_z_ ? arena.take<T>(group) : student_z_;
     if (reads_pair_) {
       teacher_z_ = arena.take<T>(group);
@@ -173,7 +178,20 @@ class Band {
     bytes_ = arena.used();
   }
 
+  void lay_out(Arena& arena, Cell& cell) {
+    cell.lo = arena.take<T>(p.classes * N);
+    cell.hi = arena.take<T>(p.classes * N);
+    cell.lo_range = arena.take<T>(2 * N);
+    cell.hi_range = arena.take<T>(2 * N);
+  }
+
   T* coefficient(Coefficient k, int row) { return coefficients_ + (k * kMaxRows + row) * N; }
+
+  HAKD_FN static void swap(T*& a, T*& b) {
+    T* t = a;
+    a = b;
+    b = t;
+  }
 
   HAKD_FN static void fill(T* p, int64_t count, T value) {
     for (int64_t i = 0; i < count; ++i) p[i] = value;
@@ -184,6 +202,8 @@ class Band {
   using OneModel = void (*)(int64_t, const T*, T*, T*, F, T, T, Labels<T>, Statistics<F>&);
   using TwoModels = void (*)(int64_t, const T*, const T*, T*, T*, T*, F, F, T, T, Labels<T>,
                              Statistics<F>&);
+  using Chain = void (*)(int64_t, const ChainSide<T>&, const ChainSide<T>&, T*, T*, T,
+                         const int32_t* const*, T*, Statistics<F>* const*);
   using CrossEntropyGradient = void (*)(int64_t, const T*, const T*, const T*, const T*, const T*,
                                         const int32_t* const*, T, const T*, const T*,
                                         const Sink<T>&);
@@ -196,12 +216,23 @@ class Band {
     normalises_ = !p.feature && p.hetero != Hetero::kPaper && p.hetero != Hetero::kPaperSpace;
     scale_ = static_cast<T>(kLog2E / static_cast<double>(p.temperature));
     power_ = p.temperature == T(1) ? 1 : p.temperature == T(2) ? 2 : p.temperature == T(4) ? 4 : 0;
+    // Others read the logits of every pixel themselves. Double has no chain: it is the plain path.
+    keeps_z_ = p.feature || p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs ||
+               p.hetero == Hetero::kPaper || p.hetero == Hetero::kPaperSpace ||
+               (softmax_kl && p.mix == Mix::kLogits) || p.smoothing != T(0);
+    const bool chains = !p.identity && !keeps_z_ && sizeof(T) == 4;
     if (needs_pair_) {
       const int hard = softmax_kl ? 2 : p.ce ? 1 : 0;
       two_models_ = power_ == 1   ? choose_two<1>(hard, cross)
                     : power_ == 2 ? choose_two<2>(hard, cross)
                     : power_ == 4 ? choose_two<4>(hard, cross)
                                   : choose_two<0>(hard, cross);
+      if (chains) {
+        chain_ = power_ == 1   ? choose_chain<1>(hard, cross)
+                 : power_ == 2 ? choose_chain<2>(hard, cross)
+                 : power_ == 4 ? choose_chain<4>(hard, cross)
+                               : nullptr;
+      }
     } else if (needs_soft_student_) {
       one_model_ = power_ == 1   ? choose_one<1>()
                    : power_ == 2 ? choose_one<2>()
@@ -211,9 +242,17 @@ class Band {
       power_ = 1;
       scale_ = static_cast<T>(kLog2E);
       one_model_ = one_model<T, 1, false, true>;
+      if (chains) chain_ = chain<T, 1, 1, false, false>;
     }
   }
 
+  template <int kPower>
+  static Chain choose_chain(int hard, bool cross) {
+    if (hard == 2) {
+      return cross ? chain<T, kPower, 2, true, true> : chain<T, kPower, 2, false, true>;
+    }
+    return hard == 1 ? chain<T, kPower, 1, false, true> : chain<T, kPower, 0, false, true>;
+  }
   template <int kPower>
   static TwoModels choose_two(int hard, bool cross) {
     if (hard == 2) {
@@ -340,7 +379,7 @@ class Band {
                               p.teacher_logits, y, ahead);
     }
     gradient_sum_[0] = row_gradients_ + x;
-    process<kVectors, false>(y, vector);
+    process<kVectors, false>(y, vector, false);
   }
 
   template <int kVectors>
@@ -368,14 +407,6 @@ class Band {
   }
 
   // --- logits on a grid of their own -------------------------------------------------------------
-
-  // The two rows of logits around the label rows at hand, brought to the columns of a vector.
-  struct Cell {
-    T* lo = nullptr;
-    T* hi = nullptr;
-    int64_t lo_row = -1;
-    int64_t hi_row = -1;
-  };
 
   void run_interpolated() {
     const int64_t rows = end_row_ - first_row_ + 1;
@@ -433,18 +464,69 @@ class Band {
     if (!some) return;
     move(student_, p.student, p.student.row_lower[y], student_rows_, first_row_, student_careful_,
          vector);
-    interpolate<T, kRows>(p.classes, student_.lo, student_.hi, p.student.row_fraction + y, valid,
-                          student_careful_, static_cast<T>(p.huge), student_z_,
-                          student_maximum_);
     if (reads_pair_) {
       move(teacher_, p.teacher, p.teacher.row_lower[y], teacher_rows_, teacher_first_,
            teacher_careful_, vector);
+    }
+    if (p.gradients) move_gradient(p.student.row_lower[y], vector);
+    if constexpr (kRows == kMaxRows) {
+      if (chained(y, vector, valid)) {
+        process<kRows, true>(y, vector, true);
+        return;
+      }
+    }
+    interpolate<T, kRows>(p.classes, student_.lo, student_.hi, p.student.row_fraction + y, valid,
+                          student_careful_, static_cast<T>(p.huge), student_z_, student_maximum_);
+    if (reads_pair_) {
       interpolate<T, kRows>(p.classes, teacher_.lo, teacher_.hi, p.teacher.row_fraction + y, valid,
                             teacher_careful_, static_cast<T>(p.huge), teacher_z_,
                             teacher_maximum_);
     }
-    if (p.gradients) move_gradient(p.student.row_lower[y], vector);
-    process<kRows, true>(y, vector);
+    process<kRows, true>(y, vector, false);
+  }
+
+  // Four rows by the way of chain.h, into `chain_statistics_`; false where that is not exact.
+  bool chained(int64_t y, int64_t vector, const Mask<T>* valid) {
+    if (chain_ == nullptr || student_careful_ || teacher_careful_) return false;
+    if (!evenly_spaced(p.student.row_fraction + y)) return false;
+    if (reads_pair_ && !evenly_spaced(p.teacher.row_fraction + y)) return false;
+    const ChainSide<T> student = chain_side(student_, p.student, y);
+    ChainSide<T> teacher{};
+    if (!chain_fits(student, scale_)) return false;
+    if (reads_pair_) {
+      teacher = chain_side(teacher_, p.teacher, y);
+      if (!chain_fits(teacher, scale_)) return false;
+    }
+    const int32_t* labels[kMaxRows];
+    Statistics<F>* statistics[kMaxRows];
+    for (int r = 0; r < kMaxRows; ++r) {
+      labels[r] = labels_of(y + r, vector);
+      statistics[r] = &chain_statistics_[r];
+    }
+    chain_(p.classes, student, teacher, student_e_, teacher_e_, scale_, labels, chain_scratch_,
+           statistics);
+    for (int r = 0; r < kMaxRows; ++r) {
+      if (!chain_held<T>(statistics[r]->student_total, valid[r])) return false;
+      chain_reference(student, p.student.row_fraction[y + r]).store(student_maximum_ + r * N);
+      if (!reads_pair_) continue;
+      if (!chain_held<T>(statistics[r]->teacher_total, valid[r])) return false;
+      chain_reference(teacher, p.teacher.row_fraction[y + r]).store(teacher_maximum_ + r * N);
+    }
+    return true;
+  }
+
+  // Not where some of the rows lie beyond the first row of logits and repeat it.
+  static bool evenly_spaced(const T* f) {
+    const T step = (f[3] - f[0]) / T(3);
+    const T first = f[1] - f[0] - step;
+    const T second = f[2] - f[1] - step;
+    const T most = T(1e-6);
+    return first < most && first > -most && second < most && second > -most;
+  }
+
+  ChainSide<T> chain_side(const Cell& cell, const Geometry<T>& g, int64_t y) const {
+    const T* f = g.row_fraction + y;
+    return {cell.lo, cell.hi, cell.lo_range, cell.hi_range, f[0], (f[3] - f[0]) / T(3)};
   }
 
   void move(Cell& cell, const Geometry<T>& g, int64_t row, const T* rows, int64_t first,
@@ -452,17 +534,16 @@ class Band {
     if (cell.lo_row == row) return;
     const int64_t step = p.classes * g.padded;
     if (cell.hi_row == row) {
-      T* t = cell.lo;
-      cell.lo = cell.hi;
-      cell.hi = t;
+      swap(cell.lo, cell.hi);
+      swap(cell.lo_range, cell.hi_range);
     } else {
       expand_row<T>(g, vector, p.classes, rows + (row - first) * step, careful,
-                    static_cast<T>(p.huge), cell.lo);
+                    static_cast<T>(p.huge), cell.lo, cell.lo_range);
     }
     cell.lo_row = row;
     const int64_t next = row + 1 < g.height ? row + 1 : row;
     expand_row<T>(g, vector, p.classes, rows + (next - first) * step, careful,
-                  static_cast<T>(p.huge), cell.hi);
+                  static_cast<T>(p.huge), cell.hi, cell.hi_range);
     cell.hi_row = next > row ? next : -1;
   }
 
@@ -473,9 +554,7 @@ class Band {
     if (gradient_row_ >= 0 && gradient_row_ + 1 == row) {
       for (int64_t s = 0; s < p.slots; ++s) {
         if (!gradient_folded_) fold_lower(s, vector);
-        T* t = gradient_sum_[s];
-        gradient_sum_[s] = gradient_upper_[s];
-        gradient_upper_[s] = t;
+        swap(gradient_sum_[s], gradient_upper_[s]);
       }
     } else {
       finish_gradient(vector);
@@ -538,13 +617,14 @@ class Band {
 
   // kRows label rows from y on (or, on the label grid, that many neighbouring vectors), whose logits
   // are in student_z_ and teacher_z_.
+  // `has_statistics`: the sums are in chain_statistics_ and the exponentials in their tiles.
   template <int kRows, bool kUpsample>
-  void process(int64_t y, int64_t vector) {
+  void process(int64_t y, int64_t vector, bool has_statistics) {
     const int32_t* labels[kRows];
     for (int r = 0; r < kRows; ++r) {
       labels[r] = kUpsample ? labels_of(y + r, vector) : labels_of(y, vector + r);
     }
-    pixels<kRows, kUpsample>(y, vector, labels);
+    pixels<kRows, kUpsample>(y, vector, labels, has_statistics);
     if (!p.gradients) return;
     const T* fraction = p.student.row_fraction + y;
     const auto sink = [&](Term term) __attribute__((always_inline)) {
@@ -615,14 +695,20 @@ class Band {
   // Step by step for all the rows at hand: each step is a chain of dependent operations, and rows
   // side by side hide its latency.
   template <int kRows, bool kUpsample>
-  void pixels(int64_t y, int64_t vector, const int32_t* const* labels) {
+  void pixels(int64_t y, int64_t vector, const int32_t* const* labels, bool has_statistics) {
     Pixels pixels[kRows];
     F sums[kTerms * 2];
     for (F& sum : sums) sum = F(T(0));
-    for (int r = 0; r < kRows; ++r) prepare(pixels[r], r, labels[r]);
+    for (int r = 0; r < kRows; ++r) {
+      prepare<kUpsample>(pixels[r], y, r, labels[r], has_statistics);
+    }
     const int64_t tile = p.classes * N;
     for (int r = 0; r < kRows; ++r) {
       Pixels& x = pixels[r];
+      if (has_statistics) {
+        x.s = chain_statistics_[r];
+        continue;
+      }
       T* hard = hard_ + r * tile;
       if (needs_pair_) {
         two_models_(p.classes, student_z_ + r * tile, teacher_z_ + r * tile,
@@ -668,7 +754,8 @@ class Band {
     }
   }
 
-  HAKD_FN void prepare(Pixels& x, int r, const int32_t* labels) {
+  template <bool kUpsample>
+  HAKD_FN void prepare(Pixels& x, int64_t y, int r, const int32_t* labels, bool chained) {
     const int64_t tile = p.classes * N;
     x.valid = is_valid(load_labels<T>(labels));
     x.one = select(x.valid, F(T(1)), F(T(0)));
@@ -679,27 +766,40 @@ class Band {
       }
     }
     x.student_m = F::load(student_maximum_ + r * N);
-    x.student_label = at_label(student_z_ + r * tile, labels) - x.student_m;
+    const bool hard = p.ce || p.hetero == Hetero::kSoftmaxKl;
+    if (hard) {
+      const F z = kUpsample && chained ? between(student_, p.student.row_fraction[y + r], labels)
+                                       : gather_tile(student_z_ + r * tile, labels);
+      x.student_label = z - x.student_m;
+    }
     if (reads_pair_) {
       x.teacher_m = F::load(teacher_maximum_ + r * N);
       if (p.hetero == Hetero::kSoftmaxKl) {
-        x.teacher_label = at_label(teacher_z_ + r * tile, labels) - x.teacher_m;
+        const F z = kUpsample && chained ? between(teacher_, p.teacher.row_fraction[y + r], labels)
+                                         : gather_tile(teacher_z_ + r * tile, labels);
+        x.teacher_label = z - x.teacher_m;
       }
     }
+  }
+
+  // The logit of the labelled class, interpolated as `interpolate` does it.
+  HAKD_FN static F between(const Cell& cell, T fraction, const int32_t* labels) {
+    const F lo = gather_tile(cell.lo, labels);
+    return fma(F(fraction), gather_tile(cell.hi, labels) - lo, lo);
   }
 
   HAKD_FN void hard_totals(Pixels& x) {
     const F scale(static_cast<T>(kLog2E));
     const bool reliable = p.hetero == Hetero::kSoftmaxKl;
     if (p.ce || reliable) {
-      x.hard_total = x.s.student_others + exp2(x.student_label * scale);
+      const F e = exp2(x.student_label * scale);
+      x.hard_total = x.s.student_others + e;
       x.hard_inverse = F(T(1)) / x.hard_total;
-      x.student_nll =
-          negative_log_likelihood(x.s.student_others, x.hard_total, x.student_label);
+      x.student_nll = negative_log_likelihood(x.s.student_others, e, x.student_label);
     }
     if (reliable) {
-      const F total = x.s.teacher_others + exp2(x.teacher_label * scale);
-      x.teacher_nll = negative_log_likelihood(x.s.teacher_others, total, x.teacher_label);
+      const F e = exp2(x.teacher_label * scale);
+      x.teacher_nll = negative_log_likelihood(x.s.teacher_others, e, x.teacher_label);
     }
   }
 
@@ -884,9 +984,6 @@ class Band {
     select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
   }
 
-  // The logit of the labelled class; of class 0 where there is no label, which nobody uses.
-  HAKD_FN static F at_label(const T* z, const int32_t* labels) { return gather_tile(z, labels); }
-
   void write_maps(int64_t y, int64_t vector, Mask<T> valid, F reliable, F discrepant) {
     T values[2][N];
     select(valid, reliable, F(T(0))).store(values[0]);
@@ -928,6 +1025,9 @@ class Band {
   T scale_ = T(0);  // log2(e) / T
   OneModel one_model_ = nullptr;
   TwoModels two_models_ = nullptr;
+  Chain chain_ = nullptr;
+  T* chain_scratch_ = nullptr;
+  Statistics<F> chain_statistics_[kMaxRows];
   size_t bytes_ = 0;
   int64_t image_ = 0, first_row_ = 0, end_row_ = 0, first_label_row_ = 0, end_label_row_ = 0;
   int64_t teacher_first_ = 0, gradient_row_ = -1;

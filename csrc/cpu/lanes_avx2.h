@@ -62,6 +62,7 @@ HAKD_FN F operator/(F a, F b) { return _mm256_div_ps(a.v, b.v); }
 HAKD_FN F fma(F a, F b, F c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 HAKD_FN F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 HAKD_FN F max(F a, F b) { return _mm256_max_ps(a.v, b.v); }
+HAKD_FN F min(F a, F b) { return _mm256_min_ps(a.v, b.v); }
 HAKD_FN F abs(F a) {
   return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
 }

@@ -66,6 +66,7 @@ HAKD_FN F operator/(F a, F b) { return _mm512_div_ps(a.v, b.v); }
 HAKD_FN F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 HAKD_FN F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
 HAKD_FN F max(F a, F b) { return _mm512_max_ps(a.v, b.v); }
+HAKD_FN F min(F a, F b) { return _mm512_min_ps(a.v, b.v); }
 HAKD_FN F abs(F a) { return _mm512_abs_ps(a.v); }
 
 HAKD_FN M less(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }

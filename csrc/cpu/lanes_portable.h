@@ -98,6 +98,12 @@ HAKD_FN Lanes<T> max(Lanes<T> a, Lanes<T> b) {
   return b;
 }
 template <typename T>
+HAKD_FN Lanes<T> min(Lanes<T> a, Lanes<T> b) {
+  constexpr int N = Lanes<T>::N;
+  HAKD_LANES b.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l];
+  return b;
+}
+template <typename T>
 HAKD_FN Lanes<T> abs(Lanes<T> a) {
   constexpr int N = Lanes<T>::N;
   HAKD_LANES a.v[l] = heteroakd::abs(a.v[l]);

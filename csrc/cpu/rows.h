@@ -218,16 +218,18 @@ bool pack_rows(const LogitsView& view, const Geometry<T>& g, int64_t classes, in
 
 // --- along a row ---------------------------------------------------------------------------------
 
-// (1 - f) row[j] + f row[j + 1] at the columns of one vector, for every class: out[C][N].
+// (1 - f) row[j] + f row[j + 1] at the columns of one vector, for every class: out[C][N]. Their
+// maximum and minimum over the classes: range[2][N].
 template <typename T>
 void expand_row(const Geometry<T>& g, int64_t vector, int64_t classes, const T* row, bool careful,
-                T huge, T* out) {
+                T huge, T* out, T* range) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   const F fraction = F::load(g.column_fraction + vector * N);
   const int32_t base = g.column_base[vector];
   const int32_t* lower = g.column_lower + vector * N;
   const ColumnMode mode = g.column_mode[vector];
+  F largest(-kInfinity<T>), least(kInfinity<T>);
   int32_t upper[N];
   for (int l = 0; l < N; ++l) upper[l] = lower[l] + 1;
   row += kPadBefore;
@@ -251,7 +253,11 @@ void expand_row(const Geometry<T>& g, int64_t vector, int64_t classes, const T* 
     F y = fma(fraction, b - a, a);
     if (careful) y = between_huge(a, b, fraction, huge, y);
     y.store(out);
+    largest = max(y, largest);
+    least = min(y, least);
   }
+  largest.store(range);
+  least.store(range + N);
 }
 
 // The adjoint: adds in[C][N] to the columns it came from, row[C][padded].

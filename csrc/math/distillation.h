@@ -16,13 +16,16 @@ namespace heteroakd {
 
 // --- section 3: terms --------------------------------------------------------------------------
 
-// -log softmax(z)_label. Of a confident pixel (z_label = m, total = 1 + others) the textbook
-// log(total) loses the value's relative precision to the rounding of that sum: below 2, what was
-// rounded away is given back, to first order. Otherwise nothing cancels.
+// -log softmax(z)_label = log(1 + others / e_label). The textbook log(total) - z_label loses the
+// value's relative precision for a confident pixel, where others / e_label is small: there 1 + it
+// is what is taken the logarithm of, and what that sum rounded away is given back, to first order.
+// Where the label is unlikely, e_label may be 0, and the textbook form has nothing to lose.
 template <typename F>
-HAKD_FN F negative_log_likelihood(F others, F total, F label_z_minus_m) {
-  const F rounded_away = select(less(total, F(2)), others - (total - F(1)), F(0));
-  return log(total) - label_z_minus_m + select(equal(label_z_minus_m, F(0)), rounded_away, F(0));
+HAKD_FN F negative_log_likelihood(F others, F label_e, F label_z_minus_m) {
+  const F ratio = others / label_e;
+  const auto confident = less(ratio, F(1));
+  const F u = select(confident, F(1) + ratio, others + label_e);
+  return log(u) + select(confident, ratio - (u - F(1)), F(0) - label_z_minus_m);
 }
 
 // Weights of a pixel: hard = (1 - smoothing) * w_label, soft = smoothing / C.

@@ -1,0 +1,1123 @@
+"""The compiled CPU kernels, beyond what every backend is tested for: every instruction set, both
+ways to the gradient, the geometry of bands and vectors, and the elementary functions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from common import (
+    TERM_CASES,
+    Batch,
+    Result,
+    assert_accurate,
+    assert_matches,
+    eager_cross_entropy,
+    evaluate,
+    make_batch,
+    truth,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heteroakd_fast import _extension, functional
+
+pytestmark = pytest.mark.skipif(
+    not _extension.loaded(), reason=f"no compiled extension: {_extension.unavailable()}"
+)
+
+F32 = torch.float32
+DTYPES = (F32, torch.float64, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+# What Linux calls the features that each instruction set needs.
+ISAS: dict[str, set[str]] = {
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+# A term and its partners that between them take every loop of the kernels.
+ALL: dict[str, Any] = TERM_CASES["all"]
+
+
+@cache
+def has_isa(isa: str) -> bool:
+    try:
+        _extension.operators().elementary(torch.zeros(16), "exp2", isa)
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    """Runs a block with one instruction set; skips where the processor lacks it."""
+    if not has_isa(isa):
+        pytest.skip(f"this processor has no {isa}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HETEROAKD_CPU_ISA", isa)
+        assert _extension.operators().cpu_isa() == isa
+        yield
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with instruction_set(request.param):
+        yield request.param
+
+
+def in_layout(dense: Tensor, layout: str) -> Tensor:
+    """The same values, contiguous, channels_last, or with gaps in every dimension."""
+    if layout == "channels_last":
+        return dense.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        b, c, h, w = dense.shape
+        wide = torch.full((b, c + 2, h + 1, 2 * w + 1), 77.0, dtype=dense.dtype)
+        view = wide[:, 1:-1, 1:, 1::2]
+        view.copy_(dense)
+        return view
+    return dense
+
+
+def strided_labels(dense: Tensor) -> Tensor:
+    """The same labels, two apart in a row, with bad labels between them."""
+    wide = torch.full((*dense.shape[:2], 2 * dense.shape[2] + 1), 77, dtype=dense.dtype)
+    view = wide[..., 1::2]
+    view.copy_(dense)
+    return view
+
+
+def same_bits(a: Result, b: Result) -> None:
+    assert a.loss == b.loss
+    assert a.terms == b.terms
+    for name in ("student_grad", "teacher_grad"):
+        ours, theirs = getattr(a, name), getattr(b, name)
+        assert (ours is None) == (theirs is None), name
+        assert ours is None or torch.equal(ours, theirs), name
+    assert (a.maps is None) == (b.maps is None)
+    for name, values in (a.maps or {}).items():
+        assert b.maps is not None
+        assert torch.equal(values, b.maps[name]), name
+
+
+def assert_maps_match(got: Result, expected: Result) -> None:
+    assert got.maps is not None
+    assert expected.maps is not None
+    for name, values in got.maps.items():
+        double = values.dtype == torch.float64
+        torch.testing.assert_close(
+            values.double(),
+            expected.maps[name],
+            rtol=1e-10 if double else 1e-4,
+            atol=1e-12 if double else 1e-6,
+        )
+
+
+def assert_call_matches(got: Result, expected: Result, options: dict[str, Any]) -> None:
+    """`assert_matches` for any temperature: a divergence is a difference of logarithms of sums,
+    each rounded at 1e-7 in float32, and T^2 multiplies that."""
+    rounding = 0.0
+    if got.loss.dtype == F32:
+        rounding = max(2e-6, 4e-7 * options.get("temperature", 1.0) ** 2)
+    relative = 2e-6 if rounding else 1e-12
+    for name, value in expected.terms.items():
+        near = pytest.approx(value, rel=relative, abs=max(rounding, relative))
+        assert got.terms[name] == near, name
+    weights = sum(options.get(f"{name}_weight", 1.0) for name in expected.terms)
+    near = pytest.approx(
+        float(expected.loss), rel=relative, abs=max(weights, 1.0) * rounding + 1e-12
+    )
+    assert float(got.loss) == near
+    exact = got._replace(terms=expected.terms, loss=expected.loss.to(got.loss))
+    assert_matches(exact, expected)
+
+
+# --- every term, every geometry ------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A call of the loss, small enough to print."""
+
+    isa: str
+    batch: int
+    classes: int
+    grid: tuple[int, int]
+    teacher_grid: tuple[int, int]
+    size: tuple[int, int]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    label_dtype: torch.dtype
+    layouts: tuple[str, str]
+    strided: bool
+    scale: float
+    ignored: float
+    weighted: bool
+    student_requires_grad: bool
+    options: dict[str, Any]
+    seed: int
+
+    def run(self) -> None:
+        plain = make_batch(
+            self.batch,
+            self.classes,
+            self.grid,
+            self.teacher_grid,
+            self.size,
+            scale=self.scale,
+            ignored=self.ignored,
+            ignore_index=self.options["ignore_index"],
+            label_dtype=self.label_dtype,
+            seed=self.seed,
+        )
+        batch = Batch(
+            in_layout(plain.student.to(self.dtypes[0]), self.layouts[0]),
+            in_layout(plain.teacher.to(self.dtypes[1]), self.layouts[1]),
+            strided_labels(plain.target) if self.strided else plain.target,
+        )
+        options = dict(self.options)
+        if self.weighted:
+            generator = torch.Generator().manual_seed(self.seed)
+            options["class_weight"] = torch.rand(self.classes, generator=generator) + 0.1
+        wanted = self.student_requires_grad or not options.get("teacher_ce_weight")
+        with instruction_set(self.isa):
+            got = evaluate(batch, 2.5, wanted, backend="cpu", **options)
+        expected = truth(batch, 2.5, **options)
+        if not wanted:
+            expected = expected._replace(student_grad=None)
+        assert got.terms.keys() == expected.terms.keys()
+        assert_call_matches(got, expected, options)
+        for logits, grad in ((batch.student, got.student_grad), (batch.teacher, got.teacher_grad)):
+            if grad is not None:
+                assert grad.dtype == logits.dtype
+                assert grad.stride() == torch.empty_like(logits).stride()
+        if options["return_maps"]:
+            assert_maps_match(got, expected)
+
+
+@st.composite
+def grids(draw: st.DrawFn, align_corners: bool) -> dict[str, tuple[int, int]]:
+    """A grid of each model and of the labels, in every relation that a kernel treats apart."""
+    sides = st.tuples(st.integers(1, 11), st.integers(1, 19))
+    grid = draw(sides)
+    relation = draw(st.sampled_from(["integer", "integer", "identity", "down", "any"]))
+    size = grid
+    if relation == "integer":
+        ratios = draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))
+        lost = 1 if align_corners else 0
+        size = ((grid[0] - lost) * ratios[0] + lost, (grid[1] - lost) * ratios[1] + lost)
+    elif relation == "down":
+        size = draw(st.tuples(st.integers(1, grid[0]), st.integers(1, grid[1])))
+    elif relation == "any":
+        size = draw(st.tuples(st.integers(1, 40), st.integers(1, 90)))
+    teacher_grid = draw(st.one_of(st.just(grid), st.just(size), sides))
+    return {"grid": grid, "teacher_grid": teacher_grid, "size": size}
+
+
+@st.composite
+def terms(draw: st.DrawFn) -> dict[str, Any]:
+    """Those of a test case, or a mixture of any."""
+    if draw(st.booleans()):
+        return dict(TERM_CASES[draw(st.sampled_from(list(TERM_CASES)))])
+    names = draw(
+        st.sets(st.sampled_from(["ce", "teacher_ce", "kd", "hetero", "feature"]), min_size=1)
+    )
+    options: dict[str, Any] = {"ce_weight": 0.0}
+    options |= {f"{name}_weight": draw(st.sampled_from([0.3, 1.0])) for name in sorted(names)}
+    options["kd_divergence"] = draw(st.sampled_from(["forward", "reverse", "js"]))
+    options["kd_beta"] = draw(st.sampled_from([0.5, 0.1]))
+    options["evaluation"] = draw(st.sampled_from(["discrepancy", "none"]))
+    options["preset"] = draw(st.sampled_from(["softmax-kl", "paper"]))
+    if options["preset"] == "paper":
+        options["weight_axis"] = draw(st.sampled_from(["class", "space"]))
+    else:
+        options["mix"] = draw(st.sampled_from(["probs", "logits"]))
+    return options
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    align_corners = draw(st.booleans())
+    options = draw(terms())
+    options |= {
+        "align_corners": align_corners,
+        "ignore_index": draw(st.sampled_from([255, 0])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "temperature": draw(st.sampled_from([1.0, 2.0, 4.0, 1.7])),
+        "tau": draw(st.sampled_from([1.0, 0.7, 3.0])),
+        "return_maps": draw(st.booleans()),
+    }
+    dtype = draw(st.sampled_from(DTYPES))
+    # `teacher_ce` is computed in the teacher's precision, which must not be less than the loss's
+    narrower = dtype == torch.float64 and options.get("teacher_ce_weight")
+    others = [torch.float64] if narrower else [F32, torch.float64]
+    layouts = st.sampled_from(["contiguous", "channels_last", "sliced"])
+    return Call(
+        isa=draw(st.sampled_from([name for name in ISAS if has_isa(name)])),
+        batch=draw(st.integers(1, 3)),
+        classes=draw(st.integers(1, 24)),
+        **draw(grids(align_corners)),
+        dtypes=(dtype, draw(st.sampled_from([dtype, *others]))),
+        label_dtype=draw(st.sampled_from(LABEL_DTYPES)),
+        layouts=(draw(layouts), draw(layouts)),
+        strided=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 3.0, 5.0])),
+        ignored=draw(st.sampled_from([0.0, 0.3, 0.95])),
+        weighted=draw(st.booleans()),
+        student_requires_grad=draw(st.sampled_from([True, True, False])),
+        options=options,
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(max_examples=250)
+@given(call=calls())
+def test_every_call_equals_the_oracle(call: Call) -> None:
+    """Loss, terms, gradients and maps against the oracle in float64, on the same input values."""
+    call.run()
+
+
+# Student, teacher, labels, align_corners, classes.
+GEOMETRIES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool, int]] = {
+    # columns of two blocks of 16 lanes, the second one ragged; three bands
+    "stride-4": ((18, 19), (9, 5), (72, 76), False, 7),
+    # one chunk and a ragged vector more, on the label grid
+    "identity": ((3, 261), (3, 261), (3, 261), False, 7),
+    "no-integer": ((10, 37), (21, 11), (23, 61), False, 5),
+    "corners": ((9, 13), (17, 25), (65, 97), True, 5),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("case", TERM_CASES)
+def test_every_term_on_every_instruction_set(isa: str, case: str, geometry: str) -> None:
+    grid, teacher_grid, size, align_corners, classes = GEOMETRIES[geometry]
+    options = {**TERM_CASES[case], "align_corners": align_corners, "return_maps": True}
+    batch = make_batch(2, classes, grid, teacher_grid, size, dtype=F32)
+    got = evaluate(batch, 2.5, backend="cpu", **options)
+    expected = truth(batch, 2.5, **options)
+    assert_matches(got, expected)
+    assert_maps_match(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_16_bits_on_every_instruction_set(isa: str, geometry: str, dtype: torch.dtype) -> None:
+    grid, teacher_grid, size, align_corners, classes = GEOMETRIES[geometry]
+    options = {**ALL, "align_corners": align_corners}
+    batch = make_batch(2, classes, grid, teacher_grid, size, dtype=dtype)
+    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
+
+
+# --- which instruction set -----------------------------------------------------------------------
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HETEROAKD_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match=r"HETEROAKD_CPU_ISA.*sse9"):
+        _extension.operators().cpu_isa()
+    with pytest.raises(RuntimeError, match=r"HETEROAKD_CPU_ISA.*sse9"):
+        evaluate(make_batch(dtype=F32), backend="cpu")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="reads /proc/cpuinfo"
+)
+def test_the_best_instruction_set_of_the_processor_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tests above skip what the processor lacks, and nothing else."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    for name, needed in ISAS.items():
+        assert has_isa(name) == (needed <= flags), name
+    best = next(name for name, needed in ISAS.items() if needed <= flags)
+    monkeypatch.delenv("HETEROAKD_CPU_ISA", raising=False)
+    assert _extension.operators().cpu_isa() == best
+    monkeypatch.setenv("HETEROAKD_CPU_ISA", "")
+    assert _extension.operators().cpu_isa() == best
+
+
+# --- elementary functions ------------------------------------------------------------------------
+
+
+def elementary(name: str, x: Tensor, isa: str) -> Tensor:
+    """The kernels' own function of every element."""
+    padded = torch.nn.functional.pad(x, (0, -x.numel() % 16), value=1.0)
+    out: Tensor = _extension.operators().elementary(padded, name, isa)
+    return out[: x.numel()]
+
+
+def every_float(first: float, count: int = 1 << 20) -> Tensor:
+    """`count` neighbouring floats from `first` > 0 on."""
+    start = torch.tensor([first], dtype=F32).view(torch.int32)
+    return (start + torch.arange(count, dtype=torch.int32)).view(F32)
+
+
+def every_magnitude(low: float, high: float, count: int = 1 << 20) -> Tensor:
+    """Floats spread evenly over the exponents from low to high, both included."""
+    ends = torch.tensor([low, high], dtype=F32).view(torch.int32).double()
+    bits = torch.linspace(0, 1, count, dtype=torch.float64) * (ends[1] - ends[0]) + ends[0]
+    return bits.round().to(torch.int32).view(F32)
+
+
+def ulp(exact: Tensor) -> Tensor:
+    """The distance of float32s around each value, as float64."""
+    _, exponent = torch.frexp(exact.abs())
+    return torch.exp2((exponent.clamp(min=-125) - 24).double())
+
+
+EXACT = {
+    "exp2": torch.exp2,
+    "log": torch.log,
+    "log2": torch.log2,
+    "log1p": torch.log1p,
+    "log1p_unit": torch.log1p,
+}
+
+
+def worst(name: str, x: Tensor, isa: str, ulps: float, absolute: float = 0.0) -> float:
+    """The largest error as a share of what is allowed."""
+    exact = EXACT[name](x.double())
+    error = (elementary(name, x, isa).double() - exact).abs()
+    return float((error / (ulps * ulp(exact) + absolute)).nan_to_num(math.inf).max())
+
+
+SMALLEST = torch.finfo(F32).smallest_normal
+LARGEST = torch.finfo(F32).max
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_exp2(name: str) -> None:
+    """At most 2 ulp; 0 or a denormal below 2^-126."""
+    if not has_isa(name):
+        pytest.skip(f"this processor has no {name}")
+    for x in (
+        torch.linspace(-125.0, 1.0, 1 << 20),
+        -every_float(0.46875),  # across the border of two roundings, -1/2
+        -every_float(0.0078125),  # ... of the table's, -1/64
+        -every_magnitude(SMALLEST, 1.0, 1 << 16),
+        torch.arange(-125.0, 2.0),
+        torch.tensor([0.0, -0.0]),
+    ):
+        assert worst("exp2", x, name, 2.0) <= 1.0
+    assert (
+        elementary("exp2", torch.arange(-125.0, 2.0), name) == torch.arange(-125.0, 2.0).exp2()
+    ).all()
+    small = elementary("exp2", torch.linspace(-160.0, -126.001, 4096), name)
+    assert ((small >= 0.0) & (small <= SMALLEST)).all()
+    gone = torch.tensor([-200.0, -1000.0, -1e6, -1e9, -1e30, -3e38])
+    assert (elementary("exp2", gone, name) == 0.0).all()
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_logarithms(name: str) -> None:
+    """log and log1p to a few ulp, where they pass through 0 too; log2 to 1.5e-7 and a rounding."""
+    if not has_isa(name):
+        pytest.skip(f"this processor has no {name}")
+    positive = (
+        every_magnitude(SMALLEST, LARGEST),
+        every_float(1.0),
+        every_float(0.9375),  # up to 1
+        every_float(math.sqrt(0.5) - 0.03),  # across the border of two exponents
+        every_float(math.sqrt(2.0) - 0.06),
+        torch.exp2(torch.arange(-126.0, 128.0)),
+    )
+    for x in positive:
+        assert worst("log", x, name, 2.0) <= 1.0
+        # a rounding of the result, and of the factor where it is made from log
+        ulps = 1.0 if name == "avx512" else 1.5
+        assert worst("log2", x, name, ulps, absolute=1.5e-7) <= 1.0
+    assert (elementary("log", torch.ones(16), name) == 0.0).all()
+    for x in (every_magnitude(1e-37, 5000.0), every_float(0.375), every_float(0.9375)):
+        assert worst("log1p", x, name, 3.0) <= 1.0
+    for x in (
+        torch.linspace(0.0, 1.0, 1 << 20),
+        every_magnitude(SMALLEST, 1.0),
+        every_float(0.9375) - 2.0**-24,
+        torch.tensor([0.0, 1.0]),
+    ):
+        assert worst("log1p_unit", x, name, 3.0) <= 1.0
+    assert (elementary("log1p_unit", torch.zeros(16), name) == 0.0).all()
+
+
+@pytest.mark.parametrize("function", EXACT)
+@pytest.mark.parametrize("name", ISAS)
+def test_elementary_functions_do_not_hide_nan(name: str, function: str) -> None:
+    """In any lane, of either sign, quiet or signalling; its neighbours do not notice."""
+    if not has_isa(name):
+        pytest.skip(f"this processor has no {name}")
+    bits = [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x400000, -0x7FFFFF, -1]
+    for pattern in bits:
+        nan = torch.tensor([pattern], dtype=torch.int32).view(F32)
+        assert nan.isnan()
+        clean = torch.full((16,), 0.7)
+        expected = elementary(function, clean, name)
+        for lane in range(16):
+            x = clean.clone()
+            x[lane : lane + 1].view(torch.int32).copy_(nan.view(torch.int32))
+            got = elementary(function, x, name)
+            assert got[lane].isnan(), hex(pattern)
+            got[lane] = expected[lane]
+            assert torch.equal(got, expected)
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize(
+    "case", ["all", "ce-smoothed", "kd-js", "hetero-paper", "hetero-paper-space"]
+)
+@pytest.mark.parametrize(
+    ("grid", "teacher_grid", "size"),
+    [((33, 40), (17, 20), (132, 160)), ((33, 37), (65, 21), (101, 97)), ((40, 600),) * 3],
+    ids=["stride-4", "no-integer", "identity"],
+)
+def test_bits_do_not_depend_on_the_number_of_threads(
+    grid: tuple[int, int],
+    teacher_grid: tuple[int, int],
+    size: tuple[int, int],
+    case: str,
+    threads: int,
+) -> None:
+    """Loss, terms, both gradients and maps; several bands, blocks of columns and images."""
+    options = {**TERM_CASES[case], "return_maps": True}
+    batch = make_batch(2, 6, grid, teacher_grid, size, dtype=F32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = evaluate(batch, backend="cpu", **options)
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            same_bits(evaluate(batch, backend="cpu", **options), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- two ways to the gradient --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["student", "teacher", "target", "class_weight"])
+def test_on_the_label_grid_overwriting_inputs_before_backward_is_an_error(written: str) -> None:
+    """There backward reads its inputs again: autograd must notice, or the gradient is wrong."""
+    batch = make_batch(dtype=F32, grid=(9, 11), teacher_grid=(9, 11), size=(9, 11))
+    student = batch.student.clone().requires_grad_()
+    tensors = {
+        "student": student * 1.0,
+        "teacher": batch.teacher.clone(),
+        "target": batch.target.clone(),
+        "class_weight": torch.rand(5) + 0.1,
+    }
+    output = functional.distillation_loss(
+        tensors["student"],
+        tensors["teacher"],
+        tensors["target"],
+        class_weight=tensors["class_weight"],
+        hetero_weight=1.0,
+        backend="cpu",
+    )
+    with torch.no_grad():
+        tensors[written].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.loss.backward()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_off_the_label_grid_inputs_may_be_overwritten(which: str) -> None:
+    """One grid that is not the labels' is enough to take the other way, which keeps no input."""
+    grids = {"student": (9, 11), "teacher": (9, 11), which: (5, 6)}
+    batch = make_batch(
+        dtype=F32, grid=grids["student"], teacher_grid=grids["teacher"], size=(9, 11)
+    )
+    options = {"hetero_weight": 1.0, "backend": "cpu"}
+    expected = evaluate(batch, **options).student_grad
+    student = batch.student.clone().requires_grad_()
+    logits, teacher, target = student * 1.0, batch.teacher.clone(), batch.target.clone()
+    loss = functional.distillation_loss(logits, teacher, target, **options).loss
+    with torch.no_grad():
+        logits.fill_(math.nan)
+        teacher.fill_(math.nan)
+    target.fill_(255)
+    loss.backward()
+    assert student.grad is not None
+    assert expected is not None
+    assert torch.equal(student.grad, expected)
+
+
+@pytest.mark.parametrize("case", TERM_CASES)
+def test_both_ways_give_the_same_gradient(case: str) -> None:
+    """With `align_corners` the logits at twice the distance, repeated, are those of the label grid
+    wherever labels are not ignored: the two ways then compute the same thing."""
+    options = {**TERM_CASES[case], "align_corners": True}
+    fine = make_batch(2, 7, (9, 21), (9, 21), (9, 21), dtype=F32)
+    sparse = torch.full((2, 17, 41), 255)
+    sparse[:, ::2, ::2] = fine.target
+    here = evaluate(fine, backend="cpu", **options)
+    there = evaluate(fine._replace(target=sparse), backend="cpu", **options)
+    expected = truth(fine, **options)
+    for got in (here, there):
+        assert_matches(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("size", [(10, 23), (40, 92)], ids=["identity", "stride-4"])
+def test_gradients_follow_dtype_and_layout(
+    size: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    batch = make_batch(2, 6, (10, 23), (10, 23), size, dtype=dtype)
+    moved = Batch(in_layout(batch.student, layout), in_layout(batch.teacher, layout), batch.target)
+    got = evaluate(moved, backend="cpu", **ALL)
+    for logits, grad in ((moved.student, got.student_grad), (moved.teacher, got.teacher_grad)):
+        assert grad is not None
+        assert grad.dtype == dtype
+        assert grad.stride() == torch.empty_like(logits).stride()
+    if layout == "channels_last":
+        assert got.student_grad is not None
+        assert got.student_grad.is_contiguous(memory_format=torch.channels_last)
+    same_bits(got, evaluate(batch, backend="cpu", **ALL))
+    assert_matches(got, truth(batch, **ALL))
+
+
+@pytest.mark.parametrize("width", [800, 801])
+def test_a_gradient_larger_than_the_caches(isa: str, width: int) -> None:
+    """On the label grid it is written past them, where rows are aligned to a vector (and where
+    they are not, as every other is here, without)."""
+    batch = make_batch(1, 13, (210, width), None, (210, width), dtype=F32)
+    assert batch.student.numel() * 4 > 8 << 20
+    options = {"kd_weight": 0.5}
+    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
+
+
+# --- geometry ------------------------------------------------------------------------------------
+
+
+EDGES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool]] = {
+    "one-pixel": ((1, 1), (1, 1), (1, 1), False),
+    "one-logit": ((1, 1), (2, 3), (37, 41), False),
+    "one-logit-corners": ((1, 1), (1, 1), (19, 35), True),
+    "one-label": ((9, 17), (4, 4), (1, 1), False),
+    "one-label-corners": ((9, 17), (4, 4), (1, 1), True),
+    "width-1": ((9, 1), (5, 1), (36, 1), False),
+    "width-1-upsampled": ((9, 1), (5, 1), (36, 9), True),
+    "height-1": ((1, 19), (1, 7), (1, 76), False),
+    "height-1-upsampled": ((1, 19), (1, 7), (5, 76), True),
+    "width-2": ((3, 2), (3, 2), (12, 32), False),
+    # a block is lanes x ratio columns: 256 pixels at ratio 16 and 16 lanes
+    "ratio-16-one-block": ((2, 16), (2, 16), (32, 256), False),
+    "ratio-16-ragged": ((2, 17), (3, 5), (32, 272), False),
+    "ratio-16-just-short": ((2, 15), (2, 15), (32, 240), False),
+    "ratio-7": ((9, 33), (9, 33), (63, 231), False),
+    "only-width": ((17, 9), (17, 9), (17, 36), False),
+    "only-height": ((9, 35), (9, 35), (36, 35), False),
+    "downsampled": ((40, 50), (17, 90), (11, 13), False),
+    "downsampled-corners": ((40, 50), (17, 90), (11, 13), True),
+    "half": ((18, 70), (18, 70), (9, 35), False),
+    "teacher-finer": ((5, 9), (40, 72), (20, 36), False),
+    "teacher-on-labels": ((5, 9), (20, 36), (20, 36), False),
+    "teacher-coarser": ((20, 36), (3, 2), (40, 72), False),
+    "teacher-one-logit": ((20, 36), (1, 1), (20, 36), False),
+    "student-on-labels": ((20, 36), (5, 9), (20, 36), False),
+    "corners-97-769": ((2, 97), (2, 97), (9, 769), True),
+    "corners-13-97": ((13, 13), (25, 49), (97, 97), True),
+    "corners-identity": ((9, 33), (9, 33), (9, 33), True),
+    "ratio-64": ((2, 3), (2, 3), (128, 192), False),
+    "ratio-65": ((2, 3), (2, 3), (130, 195), False),
+    "ratio-65-corners": ((3, 3), (3, 3), (131, 131), True),
+    "ratio-65-of-height": ((1, 20), (2, 20), (65, 20), False),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_of_the_geometry(isa: str, edge: str) -> None:
+    """Every term at once where grids are tiny, ragged, or related in a way of their own."""
+    grid, teacher_grid, size, align_corners = EDGES[edge]
+    batch = make_batch(3, 5, grid, teacher_grid, size, dtype=F32, seed=1)
+    batch.target[:, 0, 0] = torch.tensor([0, 1, 2])
+    options = {**ALL, "align_corners": align_corners, "return_maps": True}
+    got = evaluate(batch, 2.5, backend="cpu", **options)
+    expected = truth(batch, 2.5, **options)
+    assert_matches(got, expected)
+    assert_maps_match(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ratio", [64, 65])
+def test_where_float_sums_become_too_long(ratio: int, dtype: torch.dtype) -> None:
+    """Beyond 64 label pixels per logit everything is computed in double, for every dtype."""
+    batch = make_batch(2, 4, (2, 3), (5, 4), (2 * ratio, 3 * ratio), dtype=dtype)
+    options = {**ALL, "return_maps": True}
+    got = evaluate(batch, backend="cpu", **options)
+    expected = truth(batch, **options)
+    assert got.maps is not None
+    for values in (got.loss, *got.maps.values()):
+        assert values.dtype == torch.promote_types(dtype, F32)
+    assert_matches(got, expected)
+    assert_maps_match(got, expected)
+
+
+@pytest.mark.parametrize("classes", [150, 171])
+@pytest.mark.parametrize("case", ["all", "kd-js", "hetero-mix-logits", "hetero-paper"])
+@pytest.mark.parametrize("size", [(9, 18), (36, 72)], ids=["identity", "stride-4"])
+def test_many_classes(size: tuple[int, int], case: str, classes: int) -> None:
+    batch = make_batch(3, classes, (9, 18), (9, 18), size, dtype=F32)
+    options = TERM_CASES[case]
+    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
+
+
+@pytest.mark.parametrize("ignored", ["rows", "columns", "scattered", "all-but-one", "an-image"])
+@pytest.mark.parametrize("case", ["all", "hetero-paper-space"])
+def test_vectors_without_a_valid_pixel(isa: str, case: str, ignored: str) -> None:
+    """They are skipped, in any order with those that are not."""
+    batch = make_batch(2, 5, (18, 37), (9, 18), (72, 148), dtype=F32, ignored=0.0)
+    target = batch.target
+    if ignored == "rows":
+        target[:, 3:17] = 255
+        target[:, 30::3] = 255
+    elif ignored == "columns":
+        target[:, :, 5:90] = 255
+    elif ignored == "scattered":
+        target[torch.rand(target.shape) < 0.99] = 255
+    elif ignored == "all-but-one":
+        keep = int(target[1, 40, 77])
+        target.fill_(255)
+        target[1, 40, 77] = keep
+    else:
+        target[0] = 255
+    options = TERM_CASES[case]
+    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
+
+
+# --- large and broken values ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
+def test_a_class_masked_by_minus_infinity_is_absent(
+    isa: str, size: tuple[int, int], align_corners: bool
+) -> None:
+    """Cross entropy with a class at -inf everywhere is that of the other classes."""
+    batch = make_batch(2, 6, (9, 21), None, size, dtype=F32, ignored=0.3)
+    batch.target[batch.target == 5] = 4
+    masked = batch.student.clone()
+    masked[:, 5] = -math.inf
+    got = evaluate(batch._replace(student=masked), backend="cpu", align_corners=align_corners)
+    others = batch._replace(student=batch.student[:, :5], teacher=batch.teacher[:, :5])
+    expected = truth(others, align_corners=align_corners)
+    assert got.student_grad is not None
+    assert (got.student_grad[:, 5] == 0.0).all()
+    assert_matches(got._replace(student_grad=got.student_grad[:, :5].contiguous()), expected)
+
+
+def huge_batch(size: tuple[int, int], value: float) -> Batch:
+    """Rows at value take turns with rows at -value in one class: their difference at 3e38 is not
+    a float, and interpolated pixels between them see all that lies between."""
+    batch = make_batch(2, 4, (9, 21), None, size, dtype=F32)
+    batch.student[:, 0, ::2] = value
+    batch.student[:, 0, 1::2] = -value
+    batch.target[batch.target == 0] = 1
+    return batch
+
+
+@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 3e38])
+@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
+def test_huge_finite_logits_have_the_gradient_of_the_oracle(
+    isa: str, size: tuple[int, int], value: float
+) -> None:
+    """p is 0 or 1 at every pixel: finite, and neither an overflow nor a NaN from inf - inf."""
+    batch = huge_batch(size, value)
+    got = evaluate(batch, backend="cpu")
+    assert math.isfinite(got.loss)
+    assert got.student_grad is not None
+    expected = truth(batch).student_grad
+    assert expected is not None
+    assert_accurate(got.student_grad, expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1e20,
+        1e29,
+        *(
+            pytest.param(
+                value,
+                marks=pytest.mark.xfail(
+                    strict=True, reason="csrc/cpu/statistics.h: z - m is clamped at -1e30"
+                ),
+            )
+            for value in (1e31, 3e38)
+        ),
+    ],
+)
+@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
+def test_huge_finite_logits_have_the_loss_of_the_oracle(
+    isa: str, size: tuple[int, int], value: float
+) -> None:
+    batch = huge_batch(size, value)
+    got, expected = evaluate(batch, backend="cpu"), truth(batch)
+    assert float(got.loss) == pytest.approx(float(expected.loss), rel=2e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("case", ["all", "ce-smoothed", "hetero-paper", "hetero-paper-space"])
+@pytest.mark.parametrize("size", [(18, 37), (72, 148)], ids=["identity", "stride-4"])
+def test_garbage_that_only_ignored_pixels_see(
+    isa: str, size: tuple[int, int], case: str, bad: float
+) -> None:
+    """Its band is handled with care, and the valid pixels of that band are as accurate as ever."""
+    clean = make_batch(2, 5, (18, 37), (18, 37), size, dtype=F32)
+    ratio = size[0] // 18
+    clean.target[1, :, 20 * ratio :] = 255
+    clean.target[0, 10 * ratio :] = 255
+    dirty = Batch(clean.student.clone(), clean.teacher.clone(), clean.target)
+    for logits in (dirty.student, dirty.teacher):
+        logits[1, :, :, 22:] = bad
+        logits[0, 2, 12:] = bad
+    options = TERM_CASES[case]
+    got = evaluate(dirty, backend="cpu", **options)
+    assert_matches(got, truth(clean, **options))
+    for grad in (got.student_grad, got.teacher_grad):
+        if grad is not None:
+            assert (grad[1, :, :, 22:] == 0.0).all()
+            assert (grad[0, :, 12:] == 0.0).all()
+
+
+@pytest.mark.parametrize("bad", [1e31, 3e38, -math.inf])
+@pytest.mark.parametrize("size", [(26, 37), (104, 148)], ids=["identity", "stride-4"])
+def test_huge_values_change_nothing_in_other_images_and_bands(
+    isa: str, size: tuple[int, int], bad: float
+) -> None:
+    """Care is taken band by band: what does not see the huge value keeps its bits."""
+    clean = make_batch(2, 5, (26, 37), None, size, dtype=F32)
+    clean.target[clean.target == 3] = 2
+    dirty = clean._replace(student=clean.student.clone())
+    dirty.student[1, 3, 12, 20] = bad
+    here, there = (evaluate(batch, backend="cpu").student_grad for batch in (clean, dirty))
+    assert here is not None
+    assert there is not None
+    assert torch.equal(here[0], there[0])
+    # bands are 8 rows of logits; row 12 is seen by labels from row 11 to 13, these are of band 1
+    assert torch.equal(here[1, :, :8], there[1, :, :8])
+    assert torch.equal(here[1, :, 17:], there[1, :, 17:])
+    far = torch.ones(37, dtype=torch.bool)
+    far[18:23] = False
+    assert_accurate(there[1][..., far], here[1][..., far])
+    assert not torch.equal(here[1, :, 12], there[1, :, 12])
+
+
+@pytest.mark.parametrize("case", TERM_CASES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("size", [(9, 21), (36, 84)], ids=["identity", "stride-4"])
+def test_a_nan_in_any_lane_shows(isa: str, size: tuple[int, int], side: str, case: str) -> None:
+    options = TERM_CASES[case]
+    batch = make_batch(1, 5, (9, 21), (9, 21), size, dtype=F32, ignored=0.0)
+    reads = {
+        name for name in ("teacher_ce", "kd", "hetero", "feature") if options.get(f"{name}_weight")
+    }
+    if side == "student":
+        reads = (reads - {"teacher_ce"}) | ({"ce"} if options.get("ce_weight", 1.0) else set())
+    for column, c in ((0, 0), (7, 4), (8, 1), (20, 3)):
+        logits = getattr(batch, side).clone()
+        logits[0, c, 4, column] = math.nan
+        got = evaluate(batch._replace(**{side: logits}), backend="cpu", **options)
+        assert math.isnan(got.loss) == bool(reads), (column, c)
+        assert {name for name, value in got.terms.items() if math.isnan(value)} == reads
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label_dtype", LABEL_DTYPES)
+@pytest.mark.parametrize("ignore_index", [255, 0, 3])
+@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
+def test_labels_of_any_dtype_and_stride_are_the_same(
+    size: tuple[int, int], ignore_index: int, label_dtype: torch.dtype
+) -> None:
+    batch = make_batch(2, 5, (9, 21), (9, 21), size, dtype=F32, ignore_index=ignore_index)
+    options = {**ALL, "ignore_index": ignore_index, "return_maps": True, "backend": "cpu"}
+    expected = evaluate(batch, **options)
+    dense = batch.target.to(label_dtype)
+    for target in (
+        dense,
+        strided_labels(dense),
+        dense.transpose(1, 2).contiguous().transpose(1, 2),
+        dense[:, :1].expand(-1, size[0], -1),
+    ):
+        if target.stride(1) == 0:
+            repeated = batch._replace(target=target.contiguous())
+            expected = evaluate(repeated, **options)
+        same_bits(evaluate(batch._replace(target=target), **options), expected)
+
+
+@pytest.mark.parametrize("label_dtype", LABEL_DTYPES)
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("size", [(26, 37), (104, 148), (61, 50)])
+@pytest.mark.parametrize(
+    "bad",
+    [[(0, 0, 0)], [(1, 25, 36)], [(1, 3, 5), (0, 20, 1), (0, 20, 30)], [(1, 9, 36), (1, 10, 0)]],
+)
+def test_the_first_label_out_of_range_is_named(
+    bad: list[tuple[int, int, int]], size: tuple[int, int], strided: bool, label_dtype: torch.dtype
+) -> None:
+    """In reading order, whatever band and lane the others are in; also with a gradient to make."""
+    batch = make_batch(2, 5, (26, 37), None, size, dtype=F32, label_dtype=label_dtype)
+    label = 254 if label_dtype == torch.uint8 else -7
+    for b, y, x in bad:
+        batch.target[b, y, x] = label
+    b, y, x = min(bad)
+    target = strided_labels(batch.target) if strided else batch.target
+    expected = rf"label {label} at \(b={b}, y={y}, x={x}\).*; {len(bad)} such pixels"
+    for wanted in (False, True):
+        with pytest.raises(ValueError, match=expected):
+            functional.cross_entropy(
+                batch.student.clone().requires_grad_(wanted), target, backend="cpu"
+            )
+
+
+# --- cross entropy -------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(2, 24),
+    grid=st.tuples(st.integers(1, 21), st.integers(1, 21)),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+    align_corners=st.booleans(),
+    weighted=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    label_dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
+    scale=st.sampled_from([0.0, 1.0, 5.0, 40.0]),
+    ignored=st.sampled_from([0.0, 0.3, 0.95]),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@example(  # the last label rows read the last logits row twice
+    batch=1, classes=2, grid=(9, 1), size=(70, 1), align_corners=False, weighted=False,
+    smoothing=0.0, dtype=torch.float64, label_dtype=torch.int64, scale=1.0, ignored=0.0,
+    channels_last=False, seed=0,
+)  # fmt: skip
+@example(  # three bands of rows and two tiles of columns, with ragged ends
+    batch=2, classes=3, grid=(17, 5), size=(69, 129), align_corners=True, weighted=True,
+    smoothing=0.1, dtype=torch.float32, label_dtype=torch.uint8, scale=5.0, ignored=0.3,
+    channels_last=True, seed=1,
+)  # fmt: skip
+def test_equals_interpolate_and_cross_entropy(
+    batch: int,
+    classes: int,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    align_corners: bool,
+    weighted: bool,
+    smoothing: float,
+    dtype: torch.dtype,
+    label_dtype: torch.dtype,
+    scale: float,
+    ignored: float,
+    channels_last: bool,
+    seed: int,
+) -> None:
+    """Against torch's own functions in float64, value and gradient, on the same input values."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, classes, *grid, generator=generator, dtype=torch.float64) * scale
+    logits = z.to(dtype)
+    if channels_last:
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, classes, (batch, *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = 255
+    target[0, 0, 0] = 0  # at least one valid pixel
+    weight = torch.rand(classes, generator=generator).double() + 0.1 if weighted else None
+
+    x = logits.detach().requires_grad_()
+    output = functional.cross_entropy(
+        x,
+        target.to(label_dtype),
+        align_corners=align_corners,
+        class_weight=None if weight is None else weight.float(),
+        label_smoothing=smoothing,
+        backend="cpu",
+    )
+    exact = logits.detach().double().requires_grad_()
+    expected = eager_cross_entropy(
+        exact,
+        target,
+        align_corners,
+        weight=None if weight is None else weight.float().double(),
+        label_smoothing=smoothing,
+    )
+    relative = 1e-12 if dtype == torch.float64 else 3e-6
+    assert float(output.loss.detach()) == pytest.approx(
+        float(expected.detach()), rel=relative, abs=relative
+    )
+    grad_output = torch.tensor(-1.7)
+    (ours,) = torch.autograd.grad(output.loss, x, grad_output.to(output.loss))
+    (theirs,) = torch.autograd.grad(expected, exact, grad_output.double())
+    assert ours.stride() == x.stride()
+    natural = 1.7 / int(output.valid)
+    if theirs.abs().max() > 1e-3 * natural:
+        assert_accurate(ours, theirs)
+    else:  # everything cancels: uniform logits under full smoothing
+        assert ours.abs().max() <= 2e-3 * natural
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5, 7, 8, 16, 32])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_integer_ratios(ratio: int, align_corners: bool) -> None:
+    torch.manual_seed(ratio)
+    batch = Batch(
+        torch.randn(2, 19, 9, 11) * 4,
+        torch.zeros(2, 19, 1, 1),
+        torch.randint(0, 19, (2, 9 * ratio, 11 * ratio)),
+    )
+    got = evaluate(batch, backend="cpu", align_corners=align_corners)
+    assert_accurate(got.student_grad, truth(batch, align_corners=align_corners).student_grad)
+
+
+def test_odd_ratio_far_from_the_origin() -> None:
+    """Column 4000 of a ratio that is no power of two: the taps must be placed in double."""
+    batch = Batch(
+        torch.randn(1, 3, 2, 1500) * 5,
+        torch.zeros(1, 3, 1, 1),
+        torch.randint(0, 3, (1, 5, 4001)),
+    )
+    got = evaluate(batch, backend="cpu")
+    assert_accurate(got.student_grad, truth(batch).student_grad)
+
+
+@pytest.mark.parametrize(("grid", "size"), [((1, 1), (1, 65536)), ((2, 2), (700, 700))])
+def test_a_great_many_label_pixels_per_logit(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    batch = Batch(
+        torch.randn(1, 3, *grid), torch.zeros(1, 3, 1, 1), torch.zeros(1, *size, dtype=torch.uint8)
+    )
+    got = evaluate(batch, backend="cpu")
+    assert_accurate(got.student_grad, truth(batch).student_grad)
+
+
+def test_infinite_logits_spread_no_further_than_their_weights() -> None:
+    """-inf masks a class; the pixels that do not read it stay finite, on the grid points too."""
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[0, 1, 0, 2] = float("-inf")
+    x = logits.requires_grad_()
+    target = torch.zeros(1, 1, 5, dtype=torch.int64)
+    output = functional.cross_entropy(x, target, align_corners=True, backend="cpu")
+    output.loss.backward()
+    # columns 0, 0.5, 1 see two equal classes; 1.5 and 2 see the second one masked
+    assert float(output.loss.detach()) == pytest.approx(3 * 0.6931471805599453 / 5, rel=1e-6)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+_PEAK = """
+import json, sys, torch
+from heteroakd_fast import functional
+torch.set_num_threads(2)
+classes, low, size, backend, weights = json.loads(sys.argv[1])
+def logits(low):
+    return torch.randn(1, classes, low, low)
+x, t = logits(low).requires_grad_(), logits(low)
+y = torch.randint(0, classes, (1, size, size), dtype=torch.uint8)
+def step(x, t, y):
+    functional.distillation_loss(x, t, y, backend=backend, **weights).loss.backward()
+# load and allocate what every call needs once
+step(logits(4).requires_grad_(), logits(4), y[:, :8, :8])
+def status(name):
+    with open("/proc/self/status") as f:
+        return next(int(l.split()[1]) for l in f if l.startswith(name)) * 1024
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")
+before = status("VmRSS")
+step(x, t, y)
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+def peak_bytes(classes: int, low: int, size: int, backend: str, **weights: float) -> int:
+    argument = json.dumps([classes, low, size, backend, weights])
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK, argument], capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_peak_memory_does_not_grow_with_the_label_grid() -> None:
+    classes, low = 150, 64
+    logits = classes * low * low * 4
+    small, large = (peak_bytes(classes, low, size, "cpu") for size in (256, 1024))
+    full = classes * 1024 * 1024 * 4
+    # gradient, its unscaled accumulation, edges, and per-thread rows and tiles
+    assert large < 6 * logits + (8 << 20), f"{large / 2**20:.1f} MiB"
+    assert large - small < 4 << 20, f"{small / 2**20:.1f} -> {large / 2**20:.1f} MiB"
+    reference = peak_bytes(classes, low, 256, "reference")
+    assert reference > 10 * small, "the measurement should see a materialised grid"
+    assert large < full / 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_peak_memory_of_the_whole_step_does_not_grow_with_the_label_grid() -> None:
+    """Cross entropy and `hetero` with a teacher: two models, two unscaled gradients."""
+    classes, low = 150, 64
+    logits = classes * low * low * 4
+    small, large = (
+        peak_bytes(classes, low, size, "cpu", hetero_weight=1.0) for size in (256, 1024)
+    )
+    assert large - small < 6 << 20, f"{small / 2**20:.1f} -> {large / 2**20:.1f} MiB"
+    # the gradient, two unscaled ones, and what each thread holds of the rows of two models
+    assert large < 10 * logits + (8 << 20), f"{large / 2**20:.1f} MiB"
+    assert large < classes * 1024 * 1024 * 4 / 10
+
+
+def test_strides_beyond_2_31_elements() -> None:
+    """Image 1 lies more than 2^31 elements behind image 0, in logits and in labels.
+
+    The memory between them is never touched, so it is never allocated.
+    """
+    torch.use_deterministic_algorithms(False)  # would fill the gap
+    far = 2**31 + 12345
+    logits = torch.empty(far + 200, dtype=torch.bfloat16).as_strided((2, 3, 4, 5), (far, 20, 5, 1))
+    target = torch.empty(far + 200, dtype=torch.uint8).as_strided((2, 8, 10), (far, 10, 1))
+    dense = Batch(
+        torch.randn(2, 3, 4, 5).bfloat16(), logits, torch.randint(0, 3, (2, 8, 10)).to(torch.uint8)
+    )
+    logits.copy_(dense.student)
+    target.copy_(dense.target)
+    got = evaluate(Batch(logits, logits, target), backend="cpu")
+    expected = evaluate(dense, backend="cpu")
+    assert got.loss == expected.loss
+    assert got.student_grad is not None
+    assert expected.student_grad is not None
+    assert torch.equal(got.student_grad, expected.student_grad)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("HETEROAKD_TEST_LARGE"),
+    reason="needs 32 GiB of free memory and a minute; HETEROAKD_TEST_LARGE=1 runs it",
+)
+def test_gradient_of_more_than_2_31_elements() -> None:
+    """2 x 4096 x 513 x 513: the last image's gradient is where 64-bit offsets put it."""
+    torch.use_deterministic_algorithms(False)
+    one = torch.randn(1, 1, 513, 513).bfloat16() * 3
+    logits = one.expand(2, 4096, 513, 513).detach().requires_grad_()
+    target = torch.tensor([[[7, 4095], [255, 0]], [[4000, 1], [2, 4095]]])
+    loss = functional.cross_entropy(logits, target, backend="cpu").loss
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.numel() > 2**31
+    for label, y, x in ((4095, 1, 1), (4000, 0, 0)):
+        # the pixel's centre falls between grid points: a corner of it gets a share of p - 1
+        row, column = (128, 384)[y], (128, 384)[x]
+        assert grad[1, label, row, column] == pytest.approx((1 / 4096 - 1) / 7, rel=0.01)
+        assert grad[1, 17, row, column] == pytest.approx(1 / 4096 / 7, rel=0.01)

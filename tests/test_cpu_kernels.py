@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from common import (
+    DTYPES_16,
     TERM_CASES,
     Batch,
     Result,
@@ -124,23 +125,46 @@ def assert_maps_match(got: Result, expected: Result) -> None:
         )
 
 
-def assert_call_matches(got: Result, expected: Result, options: dict[str, Any]) -> None:
-    """`assert_matches` for any temperature: a divergence is a difference of logarithms of sums,
-    each rounded at 1e-7 in float32, and T^2 multiplies that."""
-    rounding = 0.0
-    if got.loss.dtype == F32:
-        rounding = max(2e-6, 4e-7 * options.get("temperature", 1.0) ** 2)
-    relative = 2e-6 if rounding else 1e-12
+def assert_call_matches(batch: Batch, got: Result, expected: Result, **options: Any) -> None:
+    """`assert_matches` also for a few pixels at a high temperature.
+
+    In float32 a divergence is a difference of logarithms of sums, each rounded at some 1e-7, and
+    T^2 multiplies that; gradients are differences of probabilities, which T multiplies. Many pixels
+    average it; where hardly one is valid and the models (or the student and the mixed target)
+    nearly agree, it shows.
+    """
+    if got.loss.dtype == torch.float64:
+        assert_matches(got, expected)
+        return
+    temperature = options["temperature"]
+    weights = {name: options.get(f"{name}_weight", 1.0) for name in expected.terms}
+    absolute = max(2e-6, 1e-6 * temperature**2)
+    assert got.terms.keys() == expected.terms.keys()
     for name, value in expected.terms.items():
-        near = pytest.approx(value, rel=relative, abs=max(rounding, relative))
-        assert got.terms[name] == near, name
-    weights = sum(options.get(f"{name}_weight", 1.0) for name in expected.terms)
-    near = pytest.approx(
-        float(expected.loss), rel=relative, abs=max(weights, 1.0) * rounding + 1e-12
-    )
-    assert float(got.loss) == near
-    exact = got._replace(terms=expected.terms, loss=expected.loss.to(got.loss))
-    assert_matches(exact, expected)
+        assert got.terms[name] == pytest.approx(value, rel=2e-6, abs=absolute), name
+    loss = float(expected.loss)
+    assert float(got.loss) == pytest.approx(loss, rel=2e-6, abs=sum(weights.values()) * absolute)
+    # the gradient of a pixel whose models have nothing in common, when it is the only one
+    valid = int((batch.target != options["ignore_index"]).sum())
+    natural = 2.5 * sum(weights.values()) * temperature / max(valid, 1)
+    for name in ("student_grad", "teacher_grad"):
+        ours, theirs = getattr(got, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None), name
+        if theirs is None:
+            continue
+        if theirs.abs().max() > 0.02 * natural:
+            assert_accurate(ours, theirs, name)
+        else:
+            allowed = 2e-7 * natural * torch.ones_like(theirs)
+            if ours.dtype in DTYPES_16:
+                info = torch.finfo(ours.dtype)
+                allowed += info.eps / 2 * theirs.abs() * 1.001 + info.smallest_normal
+            assert ((ours.double() - theirs).abs() <= allowed).all(), name
+
+
+def student_grad(result: Result) -> Tensor:
+    assert result.student_grad is not None
+    return result.student_grad
 
 
 # --- every term, every geometry ------------------------------------------------------------------
@@ -194,8 +218,7 @@ class Call(NamedTuple):
         expected = truth(batch, 2.5, **options)
         if not wanted:
             expected = expected._replace(student_grad=None)
-        assert got.terms.keys() == expected.terms.keys()
-        assert_call_matches(got, expected, options)
+        assert_call_matches(batch, got, expected, **options)
         for logits, grad in ((batch.student, got.student_grad), (batch.teacher, got.teacher_grad)):
             if grad is not None:
                 assert grad.dtype == logits.dtype
@@ -279,7 +302,7 @@ def calls(draw: st.DrawFn) -> Call:
     )
 
 
-@settings(max_examples=250)
+@settings(max_examples=600)
 @given(call=calls())
 def test_every_call_equals_the_oracle(call: Call) -> None:
     """Loss, terms, gradients and maps against the oracle in float64, on the same input values."""
@@ -309,7 +332,7 @@ def test_every_term_on_every_instruction_set(isa: str, case: str, geometry: str)
     assert_maps_match(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES_16)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_16_bits_on_every_instruction_set(isa: str, geometry: str, dtype: torch.dtype) -> None:
     grid, teacher_grid, size, align_corners, classes = GEOMETRIES[geometry]
@@ -539,8 +562,8 @@ def test_off_the_label_grid_inputs_may_be_overwritten(which: str) -> None:
     batch = make_batch(
         dtype=F32, grid=grids["student"], teacher_grid=grids["teacher"], size=(9, 11)
     )
-    options = {"hetero_weight": 1.0, "backend": "cpu"}
-    expected = evaluate(batch, **options).student_grad
+    options: dict[str, Any] = {"hetero_weight": 1.0, "backend": "cpu"}
+    expected = student_grad(evaluate(batch, **options))
     student = batch.student.clone().requires_grad_()
     logits, teacher, target = student * 1.0, batch.teacher.clone(), batch.target.clone()
     loss = functional.distillation_loss(logits, teacher, target, **options).loss
@@ -550,7 +573,6 @@ def test_off_the_label_grid_inputs_may_be_overwritten(which: str) -> None:
     target.fill_(255)
     loss.backward()
     assert student.grad is not None
-    assert expected is not None
     assert torch.equal(student.grad, expected)
 
 
@@ -583,8 +605,7 @@ def test_gradients_follow_dtype_and_layout(
         assert grad.dtype == dtype
         assert grad.stride() == torch.empty_like(logits).stride()
     if layout == "channels_last":
-        assert got.student_grad is not None
-        assert got.student_grad.is_contiguous(memory_format=torch.channels_last)
+        assert student_grad(got).is_contiguous(memory_format=torch.channels_last)
     same_bits(got, evaluate(batch, backend="cpu", **ALL))
     assert_matches(got, truth(batch, **ALL))
 
@@ -595,7 +616,7 @@ def test_a_gradient_larger_than_the_caches(isa: str, width: int) -> None:
     they are not, as every other is here, without)."""
     batch = make_batch(1, 13, (210, width), None, (210, width), dtype=F32)
     assert batch.student.numel() * 4 > 8 << 20
-    options = {"kd_weight": 0.5}
+    options: dict[str, Any] = {"kd_weight": 0.5}
     assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
 
 
@@ -714,9 +735,8 @@ def test_a_class_masked_by_minus_infinity_is_absent(
     got = evaluate(batch._replace(student=masked), backend="cpu", align_corners=align_corners)
     others = batch._replace(student=batch.student[:, :5], teacher=batch.teacher[:, :5])
     expected = truth(others, align_corners=align_corners)
-    assert got.student_grad is not None
-    assert (got.student_grad[:, 5] == 0.0).all()
-    assert_matches(got._replace(student_grad=got.student_grad[:, :5].contiguous()), expected)
+    assert (student_grad(got)[:, 5] == 0.0).all()
+    assert_matches(got._replace(student_grad=student_grad(got)[:, :5]), expected)
 
 
 def huge_batch(size: tuple[int, int], value: float) -> Batch:
@@ -738,10 +758,7 @@ def test_huge_finite_logits_have_the_gradient_of_the_oracle(
     batch = huge_batch(size, value)
     got = evaluate(batch, backend="cpu")
     assert math.isfinite(got.loss)
-    assert got.student_grad is not None
-    expected = truth(batch).student_grad
-    assert expected is not None
-    assert_accurate(got.student_grad, expected)
+    assert_accurate(student_grad(got), student_grad(truth(batch)))
 
 
 @pytest.mark.parametrize(
@@ -803,9 +820,7 @@ def test_huge_values_change_nothing_in_other_images_and_bands(
     clean.target[clean.target == 3] = 2
     dirty = clean._replace(student=clean.student.clone())
     dirty.student[1, 3, 12, 20] = bad
-    here, there = (evaluate(batch, backend="cpu").student_grad for batch in (clean, dirty))
-    assert here is not None
-    assert there is not None
+    here, there = (student_grad(evaluate(batch, backend="cpu")) for batch in (clean, dirty))
     assert torch.equal(here[0], there[0])
     # bands are 8 rows of logits; row 12 is seen by labels from row 11 to 13, these are of band 1
     assert torch.equal(here[1, :, :8], there[1, :, :8])
@@ -965,6 +980,7 @@ def test_equals_interpolate_and_cross_entropy(
     (ours,) = torch.autograd.grad(output.loss, x, grad_output.to(output.loss))
     (theirs,) = torch.autograd.grad(expected, exact, grad_output.double())
     assert ours.stride() == x.stride()
+    assert output.valid is not None
     natural = 1.7 / int(output.valid)
     if theirs.abs().max() > 1e-3 * natural:
         assert_accurate(ours, theirs)
@@ -982,7 +998,8 @@ def test_integer_ratios(ratio: int, align_corners: bool) -> None:
         torch.randint(0, 19, (2, 9 * ratio, 11 * ratio)),
     )
     got = evaluate(batch, backend="cpu", align_corners=align_corners)
-    assert_accurate(got.student_grad, truth(batch, align_corners=align_corners).student_grad)
+    expected = truth(batch, align_corners=align_corners)
+    assert_accurate(student_grad(got), student_grad(expected))
 
 
 def test_odd_ratio_far_from_the_origin() -> None:
@@ -993,7 +1010,7 @@ def test_odd_ratio_far_from_the_origin() -> None:
         torch.randint(0, 3, (1, 5, 4001)),
     )
     got = evaluate(batch, backend="cpu")
-    assert_accurate(got.student_grad, truth(batch).student_grad)
+    assert_accurate(student_grad(got), student_grad(truth(batch)))
 
 
 @pytest.mark.parametrize(("grid", "size"), [((1, 1), (1, 65536)), ((2, 2), (700, 700))])
@@ -1002,7 +1019,7 @@ def test_a_great_many_label_pixels_per_logit(grid: tuple[int, int], size: tuple[
         torch.randn(1, 3, *grid), torch.zeros(1, 3, 1, 1), torch.zeros(1, *size, dtype=torch.uint8)
     )
     got = evaluate(batch, backend="cpu")
-    assert_accurate(got.student_grad, truth(batch).student_grad)
+    assert_accurate(student_grad(got), student_grad(truth(batch)))
 
 
 def test_infinite_logits_spread_no_further_than_their_weights() -> None:
@@ -1098,9 +1115,7 @@ def test_strides_beyond_2_31_elements() -> None:
     got = evaluate(Batch(logits, logits, target), backend="cpu")
     expected = evaluate(dense, backend="cpu")
     assert got.loss == expected.loss
-    assert got.student_grad is not None
-    assert expected.student_grad is not None
-    assert torch.equal(got.student_grad, expected.student_grad)
+    assert torch.equal(student_grad(got), student_grad(expected))
 
 
 @pytest.mark.skipif(

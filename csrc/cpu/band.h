@@ -699,8 +699,9 @@ class Band {
     Pixels pixels[kRows];
     F sums[kTerms * 2];
     for (F& sum : sums) sum = F(T(0));
+    const int32_t common = common_label<kRows>(labels);
     for (int r = 0; r < kRows; ++r) {
-      prepare<kUpsample>(pixels[r], y, r, labels[r], has_statistics);
+      prepare<kUpsample>(pixels[r], y, r, labels[r], common, has_statistics);
     }
     const int64_t tile = p.classes * N;
     for (int r = 0; r < kRows; ++r) {
@@ -755,7 +756,8 @@ class Band {
   }
 
   template <bool kUpsample>
-  HAKD_FN void prepare(Pixels& x, int64_t y, int r, const int32_t* labels, bool chained) {
+  HAKD_FN void prepare(Pixels& x, int64_t y, int r, const int32_t* labels, int32_t common,
+                       bool chained) {
     const int64_t tile = p.classes * N;
     x.valid = is_valid(load_labels<T>(labels));
     x.one = select(x.valid, F(T(1)), F(T(0)));
@@ -768,24 +770,40 @@ class Band {
     x.student_m = F::load(student_maximum_ + r * N);
     const bool hard = p.ce || p.hetero == Hetero::kSoftmaxKl;
     if (hard) {
-      const F z = kUpsample && chained ? between(student_, p.student.row_fraction[y + r], labels)
-                                       : gather_tile(student_z_ + r * tile, labels);
+      const F z = kUpsample && chained ? between(student_, p.student.row_fraction[y + r], labels, common)
+                                       : at_label(student_z_ + r * tile, labels, common);
       x.student_label = z - x.student_m;
     }
     if (reads_pair_) {
       x.teacher_m = F::load(teacher_maximum_ + r * N);
       if (p.hetero == Hetero::kSoftmaxKl) {
-        const F z = kUpsample && chained ? between(teacher_, p.teacher.row_fraction[y + r], labels)
-                                         : gather_tile(teacher_z_ + r * tile, labels);
+        const F z = kUpsample && chained ? between(teacher_, p.teacher.row_fraction[y + r], labels, common)
+                                         : at_label(teacher_z_ + r * tile, labels, common);
         x.teacher_label = z - x.teacher_m;
       }
     }
   }
 
+  // The class that all of these pixels are labelled with, or -1: most of a real label map is one
+  // class as far as a few vectors reach, and then nothing needs to be gathered.
+  template <int kRows>
+  HAKD_FN static int32_t common_label(const int32_t* const* labels) {
+    const int32_t first = labels[0][0];
+    bool same = first >= 0;
+    for (int r = 0; r < kRows; ++r) {
+      same = same && all(is_class(load_labels<T>(labels[r]), first));
+    }
+    return same ? first : -1;
+  }
+
+  HAKD_FN static F at_label(const T* z, const int32_t* labels, int32_t common) {
+    return common >= 0 ? F::load(z + static_cast<int64_t>(common) * N) : gather_tile(z, labels);
+  }
+
   // The logit of the labelled class, interpolated as `interpolate` does it.
-  HAKD_FN static F between(const Cell& cell, T fraction, const int32_t* labels) {
-    const F lo = gather_tile(cell.lo, labels);
-    return fma(F(fraction), gather_tile(cell.hi, labels) - lo, lo);
+  HAKD_FN static F between(const Cell& cell, T fraction, const int32_t* labels, int32_t common) {
+    const F lo = at_label(cell.lo, labels, common);
+    return fma(F(fraction), at_label(cell.hi, labels, common) - lo, lo);
   }
 
   HAKD_FN void hard_totals(Pixels& x) {

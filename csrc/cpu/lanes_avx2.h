@@ -72,6 +72,7 @@ HAKD_FN M equal(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 HAKD_FN F select(M m, F a, F b) { return _mm256_blendv_ps(b.v, a.v, m.v); }
 HAKD_FN M not_less(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)}; }
 HAKD_FN M either(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
+HAKD_FN bool all(M m) { return _mm256_movemask_ps(m.v) == 0xff; }
 HAKD_FN bool any(M m) { return _mm256_movemask_ps(m.v) != 0; }
 
 template <typename T>

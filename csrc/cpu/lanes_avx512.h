@@ -74,6 +74,7 @@ HAKD_FN M equal(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 HAKD_FN F select(M m, F a, F b) { return _mm512_mask_blend_ps(m.v, b.v, a.v); }
 HAKD_FN M not_less(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 HAKD_FN M either(M a, M b) { return {static_cast<__mmask16>(a.v | b.v)}; }
+HAKD_FN bool all(M m) { return m.v == 0xffff; }
 HAKD_FN bool any(M m) { return m.v != 0; }
 
 template <typename T>

@@ -145,6 +145,13 @@ HAKD_FN Mask<T> either(Mask<T> a, Mask<T> b) {
   return a;
 }
 template <typename T>
+HAKD_FN bool all(Mask<T> m) {
+  constexpr int N = Mask<T>::N;
+  bool r = true;
+  HAKD_LANES r = r && m.v[l];
+  return r;
+}
+template <typename T>
 HAKD_FN bool any(Mask<T> m) {
   constexpr int N = Mask<T>::N;
   bool r = false;

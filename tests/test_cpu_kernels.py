@@ -48,7 +48,7 @@ ISAS: dict[str, set[str]] = {
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set(),
 }
-# A term and its partners that between them take every loop of the kernels.
+# Every term at once.
 ALL: dict[str, Any] = TERM_CASES["all"]
 
 

@@ -148,24 +148,26 @@ HAKD_FN F exp2(F x) {
   return _mm512_scalef_ps(fma(p * r, scale, scale).v, n.v);
 }
 
-// log2 x for x > 0, within 1.5e-7 + one rounding of the result (absolute: the relative error near
-// x = 1 is not bounded): mantissa times a table of reciprocals, a cubic for the rest. For sums of
-// m log m, where m weighs it.
+// log2 x for x > 0, within 1e-7 + one rounding of the result, and exact for powers of 2: mantissa
+// times a table of reciprocals, a quartic for the rest. The table's first and last reciprocal are
+// powers of 2 themselves, so that the logarithm of 1 is 0 from both sides. For sums of m log m,
+// where m weighs the error.
 HAKD_FN F log2(F x) {
   alignas(64) static constexpr float kReciprocal[16] = {
-      0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
+      1.0f,         0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
       0.711111128f, 0.680851042f, 0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f,
-      0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+      0.561403513f, 0.542372882f, 0.524590135f, 0.5f};
   alignas(64) static constexpr float kLog2[16] = {
-      0.0443941056f, 0.129283011f, 0.209453359f, 0.285402209f, 0.357552022f, 0.426264733f,
-      0.491853058f,  0.554588890f, 0.614709806f, 0.672425330f, 0.727920413f, 0.781359732f,
-      0.832890034f,  0.882642984f, 0.930737376f, 0.977279902f};
+      0.0f,         0.129283011f, 0.209453329f, 0.285402209f, 0.357552052f, 0.426264763f,
+      0.491853058f, 0.554588914f, 0.614709854f, 0.67242527f,  0.727920413f, 0.781359732f,
+      0.832889974f, 0.882643044f, 0.930737436f, 1.0f};
   const F mantissa = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
   const __m512i j = _mm512_srli_epi32(_mm512_castps_si512(x.v), 19);
   const F r = fma(mantissa, F(_mm512_permutexvar_ps(j, _mm512_load_ps(kReciprocal))), F(-1.0f));
   const F base = F(_mm512_permutexvar_ps(j, _mm512_load_ps(kLog2))) + F(_mm512_getexp_ps(x.v));
-  F p = fma(r, F(0.4812849760055542f), F(-0.7216305732727051f));
-  p = fma(p, r, F(1.442694902420044f));
+  F p = fma(r, F(-0.3406268358230591f), F(0.4810091257095337f));
+  p = fma(p, r, F(-0.7213671803474426f));
+  p = fma(p, r, F(1.4426950216293335f));
   return fma(p, r, base);
 }
 HAKD_FN F log(F x) { return log_polynomial(x); }

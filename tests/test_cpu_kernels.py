@@ -757,26 +757,12 @@ def test_huge_finite_logits_have_the_gradient_of_the_oracle(
     """p is 0 or 1 at every pixel: finite, and neither an overflow nor a NaN from inf - inf."""
     batch = huge_batch(size, value)
     got = evaluate(batch, backend="cpu")
-    assert math.isfinite(got.loss)
+    if value < torch.finfo(F32).max / 2:  # beyond, the loss itself is no float32, in torch neither
+        assert math.isfinite(got.loss)
     assert_accurate(student_grad(got), student_grad(truth(batch)))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        1e20,
-        1e29,
-        *(
-            pytest.param(
-                value,
-                marks=pytest.mark.xfail(
-                    strict=True, reason="csrc/cpu/statistics.h: z - m is clamped at -1e30"
-                ),
-            )
-            for value in (1e31, 3e38)
-        ),
-    ],
-)
+@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 1.5e38])
 @pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
 def test_huge_finite_logits_have_the_loss_of_the_oracle(
     isa: str, size: tuple[int, int], value: float
@@ -784,6 +770,30 @@ def test_huge_finite_logits_have_the_loss_of_the_oracle(
     batch = huge_batch(size, value)
     got, expected = evaluate(batch, backend="cpu"), truth(batch)
     assert float(got.loss) == pytest.approx(float(expected.loss), rel=2e-6)
+
+
+def test_a_label_on_a_masked_class_has_an_infinite_loss(isa: str) -> None:
+    logits = torch.tensor([0.0, -math.inf, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    target = torch.ones(1, 8, 8, dtype=torch.int64)
+    for size in (4, 8):
+        assert functional.cross_entropy(logits, target[:, :size, :size], backend="cpu").loss == (
+            math.inf
+        )
+
+
+def test_equal_models_have_no_divergence(isa: str) -> None:
+    """Exactly: the logarithms of powers of 2 are exact, and what is left cancels."""
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    for classes in (1, 2, 4):
+        logits = torch.zeros(1, classes, 4, 4)
+        for options in (
+            {"kd_weight": 1.0, "kd_divergence": "js"},
+            {"hetero_weight": 1.0, "evaluation": "none"},
+        ):
+            batch = Batch(logits, logits.clone(), target)
+            got = evaluate(batch, backend="cpu", ce_weight=0.0, temperature=4.0, **options)
+            assert got.loss == 0
+            assert (student_grad(got) == 0).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])

@@ -35,10 +35,11 @@ REFERENCE, FUNCTIONAL, OPS, LOSSES, LABELS, SPEC, CPU, REGISTRY, PROJECTOR, EXTE
         "_extension",
     )
 )
-BAND, CHAIN, STATISTICS, PAPER, GRADIENTS, ROWS, GEOMETRY, STRIDED = (
+BAND, TERMS, CHAIN, STATISTICS, PAPER, GRADIENTS, ROWS, GEOMETRY, STRIDED = (
     f"csrc/cpu/{name}.h"
     for name in (
         "band",
+        "terms",
         "chain",
         "statistics",
         "paper",
@@ -138,7 +139,7 @@ DEFECTS = [
     Defect("valid counts all pixels (kernel)", BAND, "valid += in_range && !ignored;", "valid += 1;", f"{OUTPUTS} -k valid_is_counted"),
     Defect("a bad label passes the dense reader", BAND, "bad += !in_range && !ignored;", "", f"{INPUTS} -k labels_out_of_range"),
     Defect("labels checked in 32 bits", BAND, "const int64_t label = static_cast<int64_t>(in[x]);", "const int64_t label = static_cast<int32_t>(in[x]);", f"{INPUTS} -k labels_out_of_range"),
-    Defect("absent classes' weights multiplied by 0", BAND, "    if (p.smoothing != T(0)) {\n        run = power_ == 2", "    if (true) {\n        run = power_ == 2", f"{INPUTS} -k absent_class"),
+    Defect("absent classes' weights multiplied by 0", TERMS, "    if (p.smoothing != T(0)) {\n        run = power_ == 2", "    if (true) {\n        run = power_ == 2", f"{INPUTS} -k absent_class"),
     Defect("freed memory read", STRIDED, "data != nullptr || tensor.numel() == 0", "true", f"{INPUTS} -k without_memory"),
     Defect("the padding before a row is not folded", BAND, "row[0] += row[-1];", "", f"{CPU_CE} -k integer_ratios"),
     Defect("edge rows lost", RUNNER, "out[x] += edge[c * width_ + x]", "out[x] += T(0) * edge[c * width_ + x]", f"{CPU_CE} -k integer_ratios"),
@@ -153,13 +154,13 @@ DEFECTS = [
     Defect("nll as log(total)", MATH, "const auto confident = less(ratio, F(1));", "const auto confident = less(ratio, F(0));", f"{OUTPUTS} -k confident_pixels"),
     Defect("NaN hidden in the discrepancy", MATH, "return max(F(0), kl_teacher_student);", "return max(kl_teacher_student, F(0));", f"{OUTPUTS} -k nan_in_a_valid"),
     Defect("reliability swapped", MATH, "select(student_is_better, smaller, larger), select(student_is_better, larger, smaller)", "select(student_is_better, larger, smaller), select(student_is_better, smaller, larger)", f"{OUTPUTS} -k 'test_maps and cpu'"),
-    Defect("the weight d forgotten in the gradient", BAND, "F(p.scale[kHetero] * t) * x.weight * x.reliable.teacher", "F(p.scale[kHetero] * t) * x.one * x.reliable.teacher", f"{OUTPUTS} -k any_grad_output"),
+    Defect("the weight d forgotten in the gradient", TERMS, "F(p.scale[kHetero] * t) * x.weight * x.reliable.teacher", "F(p.scale[kHetero] * t) * x.one * x.reliable.teacher", f"{OUTPUTS} -k any_grad_output"),
     Defect("exponentials two digits short", ELEMENTARY, "F p = F(0.00015353361959569156f);", "F p = F(0.00016f);", f"{CPU_CE} -k exp2"),
     Defect("a table entry two digits short", AVX512, "1.021897149f", "1.02189f", f"{CPU_CE} -k exp2"),
     Defect("paper: reliability of the wrong side", PAPER, "class_reliability(h_t, h_s)", "class_reliability(h_s, h_t)", f"{OUTPUTS} -k any_grad_output"),
     Defect("space: a band's maximum forgotten", RUNNER, "largest = std::max(largest, maxima.get()[first + k * classes]);", "", f"{CPU_CE}"),
     # the kernels: ways that only some calls take
-    Defect("chain across unevenly spaced rows", BAND, "if (!evenly_spaced(p.student.row_fraction + y)) return false;", "", f"{CPU_CE} -k integer_ratios"),
+    Defect("chain across unevenly spaced rows", TERMS, "if (!evenly_spaced(student_fraction)) return false;", "", f"{CPU_CE} -k integer_ratios"),
     Defect("chain out of the range of floats", CHAIN, "return !any(not_less(max(lo, hi) * F(scale), F(kChainSpan<T>)));", "return true;", f"{CPU_CE}"),
     Defect("chain below its bound", CHAIN, "return !any(less(select(valid, total, F(T(1))), F(kChainSlack<T>)));", "return true;", f"{CPU_CE}"),
     Defect("last vectors of a row on the label grid", BAND, "for (int64_t v = vectors_end; v < end; ++v) identity_group<1>(y, v, v - first);", "", f"{CPU_CE}"),

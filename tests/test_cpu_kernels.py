@@ -762,7 +762,7 @@ def test_huge_finite_logits_have_the_gradient_of_the_oracle(
     assert_accurate(student_grad(got), student_grad(truth(batch)))
 
 
-@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 1.5e38])
+@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 3e37])
 @pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
 def test_huge_finite_logits_have_the_loss_of_the_oracle(
     isa: str, size: tuple[int, int], value: float

@@ -14,7 +14,15 @@ import torch
 
 from ._environment import flag
 
-__all__ = ["description", "has_cuda", "library_path", "loaded", "operators", "unavailable"]
+__all__ = [
+    "cpu_isa",
+    "description",
+    "has_cuda",
+    "library_path",
+    "loaded",
+    "operators",
+    "unavailable",
+]
 
 _MINIMUM_TORCH = (2, 10)
 
@@ -72,6 +80,17 @@ def description() -> dict[str, str]:
         return {}
     text: str = operators().build_info()
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the CPU kernels, or why HETEROAKD_CPU_ISA cannot be had."""
+    if not loaded():
+        return None
+    try:
+        isa: str = operators().cpu_isa()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return isa
 
 
 def has_cuda() -> bool:

@@ -29,6 +29,7 @@ def collect() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": _extension.cpu_isa(),
         "gpus": gpus,
         "extension": None if path is None else path.name,
         "extension_build": _extension.description(),

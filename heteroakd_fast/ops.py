@@ -103,12 +103,23 @@ def distillation_sums(
         numerators = torch.where(valid >= 0, numerators, math.nan)
         if numerators.requires_grad and not torch.compiler.is_compiling():
             numerators = cast(Tensor, _OnceDifferentiable.apply(numerators))
-    else:
-        numerators, denominators, valid, maps, _ = torch.ops.heteroakd_fast.distillation_sums(
+    elif _is_plain_eager(student_logits, teacher_logits, target, class_weight):
+        numerators, denominators, valid, maps = _EagerSums.apply(
             student_logits,
             teacher_logits,
             target,
             class_weight,
+            spec,
+            student_grad,
+            teacher_grad,
+            backend,
+        )
+    else:
+        numerators, denominators, valid, maps, _ = torch.ops.heteroakd_fast.distillation_sums(
+            student_logits,
+            _not_inference(teacher_logits),
+            _not_inference(target),
+            _not_inference(class_weight),
             **spec.options(),
             student_grad=student_grad,
             teacher_grad=teacher_grad,
@@ -125,6 +136,112 @@ def valid_count(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """
     count: Tensor = torch.ops.heteroakd_fast.valid_count(target, num_classes, ignore_index)
     return count
+
+
+def _is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether only autograd watches this call: no tracer, dispatch mode, transform, subclass.
+
+    The operator's own road through the dispatcher costs as much as the kernel on a small image.
+    Where this version of torch cannot tell, the operator is taken.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors):
+        return False
+    try:
+        return (
+            torch._C._get_tracing_state() is None
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._len_torch_function_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+        )
+    except AttributeError:
+        return False
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _not_inference(tensor: Tensor | None) -> Tensor | None:
+    """A copy of what inference mode made: the operator may have to save its inputs."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor if torch.is_inference_mode_enabled() else tensor.clone()
+
+
+class _EagerSums(torch.autograd.Function):
+    """`heteroakd_fast::distillation_sums` without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        spec: LossSpec,
+        student_grad: bool,
+        teacher_grad: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        implementation = backends.get(backend)
+        numerators, denominators, valid, maps, saved = implementation.forward(
+            student_logits, teacher_logits, target, class_weight, spec, student_grad, teacher_grad
+        )
+        ctx.mark_non_differentiable(denominators, valid, maps)
+        ctx.set_materialize_grads(False)
+        if not (student_grad or teacher_grad):
+            return numerators, denominators, valid, maps
+        ctx.implementation, ctx.spec = implementation, spec
+        ctx.wanted = student_grad, teacher_grad
+        inputs: tuple[Tensor | None, ...] = student_logits, teacher_logits, target, class_weight
+        ctx.reads_inputs = implementation.backward_reads_inputs(
+            student_logits, teacher_logits, target, spec, student_grad, teacher_grad
+        )
+        if ctx.reads_inputs:
+            # Autograd refuses to save what inference mode made, which nobody can change either.
+            ctx.frozen = [x if x is not None and x.is_inference() else None for x in inputs]
+            inputs = tuple(
+                None if frozen is not None else x
+                for x, frozen in zip(inputs, ctx.frozen, strict=True)
+            )
+            ctx.save_for_backward(*inputs, *saved)
+        else:
+            # What is not saved may be freed, or overwritten, before backward.
+            ctx.forms = [None if logits is None else _form(logits) for logits in inputs[:2]]
+            ctx.save_for_backward(*saved)
+        return numerators, denominators, valid, maps
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_numerators: Tensor | None, *unused: object
+    ) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
+        nothing = (None,) * 6
+        tensors = list(ctx.saved_tensors)
+        if grad_numerators is None:
+            return None, None, *nothing
+        target, class_weight = None, None
+        if ctx.reads_inputs:
+            student_logits, teacher_logits, target, class_weight = (
+                saved if frozen is None else frozen
+                for saved, frozen in zip(tensors[:4], ctx.frozen, strict=True)
+            )
+            tensors = tensors[4:]
+        else:
+            student_logits, teacher_logits = (_of_form(form) for form in ctx.forms)
+        assert student_logits is not None
+        student, teacher = ctx.implementation.backward(
+            grad_numerators,
+            student_logits,
+            teacher_logits,
+            target,
+            class_weight,
+            tensors,
+            ctx.spec,
+            *ctx.wanted,
+        )
+        return student, teacher, *nothing
 
 
 def _refuse_second_order() -> None:

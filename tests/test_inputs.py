@@ -328,6 +328,22 @@ def test_what_inference_mode_made_can_be_used() -> None:
     assert student.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(8, 12), (4, 6)])
+def test_logits_and_labels_of_inference_mode_can_be_used(
+    backend: str, size: tuple[int, int]
+) -> None:
+    """Also where the backend reads them again in backward, which autograd would refuse to save."""
+    options = {"kd_weight": 1.0, "hetero_weight": 1.0}
+    require(backend, **options)
+    batch = make_batch(dtype=F32, grid=(4, 6), teacher_grid=(4, 6), size=size)
+    expected = evaluate(batch, backend=backend, **options)
+    with torch.inference_mode():
+        frozen = Batch(batch.student, batch.teacher.clone(), batch.target.clone())
+    got = evaluate(frozen, backend=backend, **options)
+    assert torch.equal(got.student_grad, expected.student_grad)
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 S = torch.zeros(2, 5, 4, 6)

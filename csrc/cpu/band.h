@@ -11,13 +11,14 @@
 // tiles that return to the logits' columns once per row of logits. So horizontal work is paid per
 // row of logits and everything per label row is contiguous, whatever the ratio of the grids.
 //
-// Cost per pixel and class, preset softmax-kl, ce + hetero, T a power of two (in operations of a
-// vector, which a multiply-add is one of): interpolation 4 + 10 per label row of a cell, 2
-// exponentials (8 each), 13 for their sums, 1 logarithm (9) and 3 for the value of
-// KL(m || p_s), 9 for both gradients and the vertical adjoint, 4 + 8 per label row of a cell for
-// the horizontal one: the floor is about 57 at stride 4. Bytes: each logit read and each gradient
-// written once per band (9/8 of them, for 8 rows), each label once. docs/cpu.md has what of it is
-// reached.
+// Cost per pixel and class, preset softmax-kl, ce + hetero, T = 2, stride 4, in operations on a
+// vector of pixels (a multiply-add is one): 4 to interpolate, 25 for exponentials and sums (16 of
+// them exponentials; 33 where the chain does not hold), 13 for the value of KL(m || p_s), 9 for both
+// gradients and the vertical adjoint, 6 for what is done once per row of logits: 57, that is 31
+// multiply-adds at the least, which bind where a core does one per cycle. Bytes: each logit read
+// and each gradient written once per band (9/8 of them, for 8 rows), each label once. On a
+// two-core Zen 4 (98 G multiply-adds per second) the multiply-adds alone take 6.3 ms of the case
+// C 19, 2 x 512 x 1024, stride 4; docs/benchmarks/cpu has the share of it that is reached.
 //
 // Bands do not depend on the number of threads, and what crosses their border goes to an edge row
 // that is added afterwards: the bits of every result are the same for any thread count.

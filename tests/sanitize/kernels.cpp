@@ -10,7 +10,8 @@
 // The two runs find different garbage in their workspaces and results, so that a value which was
 // not written, or was read before, shows as a difference.
 //
-// `kernels list` names the instruction sets. `kernels PLANT ISA` runs one case with a defect instead: PLANT is overrun (logits that are one
+// `kernels list` names the instruction sets, `kernels ISA` runs all cases with one of them, and
+// `kernels PLANT ISA` runs one case with a defect: PLANT is overrun (logits that are one
 // element short), overflow (a stride beyond 64 bits), page (labels that are one short, found by the
 // page alone) or race (two threads do the same bands). What follows must not be exit code 0.
 #include <sys/mman.h>
@@ -223,7 +224,7 @@ class Logits {
   Logits(const Grid& grid, Shape shape, Dtype dtype, Layout layout, Place place)
       : dtype_(dtype), batch_(grid.batch), classes_(grid.classes), shape_(shape) {
     const int64_t h = shape.height, w = shape.width, c = classes_;
-    const int64_t column = layout == Layout::kChannelsLast ? c : layout == Layout::kEverySecond ? 2 : 1;
+    const int64_t column = layout == kLast ? c : layout == kSecond ? 2 : 1;
     const int64_t row = layout == Layout::kPaddedRows ? w + 5 : w * column;
     const int64_t plane = layout == Layout::kChannelsLast ? 1 : h * row;
     const int64_t strides[] = {layout == Layout::kChannelsLast ? h * row : c * plane, plane, row,
@@ -232,7 +233,6 @@ class Logits {
     int64_t last = (batch_ - 1) * strides[0] + (c - 1) * plane + (h - 1) * row + (w - 1) * column;
     if (plant == Plant::kOverrun) --last;
     block_ = Block(static_cast<size_t>((last + 1) * size_of(dtype)), place);
-    if (plant == Plant::kOverflow) stride_[1] = INT64_MAX / 2;
   }
 
   // Ordinary logits, and the others in the first row of every image where it is wild.
@@ -310,7 +310,9 @@ class Labels {
   LabelsView view() const {
     const Shape s = grid_.labels;
     return {block_.as<char>(), grid_.label_dtype,
-            {s.height * s.width * step_, s.width * step_, step_}, grid_.classes, 255, this};
+            {s.height * s.width * step_,
+             plant == Plant::kOverflow ? INT64_MAX / 2 : s.width * step_, step_},
+            grid_.classes, 255, this};
   }
 
   static void read(const void* reader, int64_t b, int64_t y, int32_t* out, LabelReport& report) {
@@ -337,7 +339,7 @@ class Labels {
   Block block_;
 };
 
-// --- one call, as Runner in csrc/cpu/distillation.cpp makes it ---------------------------------------
+// --- one call, as Runner in csrc/cpu/distillation.cpp makes it ---------------------------------
 
 enum class Mode { kForward, kForwardWithoutGradients, kBackward, kBackwardStreaming };
 
@@ -376,7 +378,9 @@ class Call {
     }
     run_bands(threads);
     Outcome outcome;
-    for (const Block* block : {&sums_, &gradient_, &edges_, &maps_, &combined_}) keep(outcome, *block);
+    for (const Block* block : {&sums_, &gradient_, &edges_, &maps_, &combined_}) {
+      keep(outcome, *block);
+    }
     if (out_) keep(outcome, out_->block());
     const auto* reports = reinterpret_cast<const char*>(reports_.data());
     outcome.emplace_back(reports, reports + reports_.size() * sizeof(LabelReport));
@@ -513,7 +517,7 @@ class Call {
       }
     };
     if (threads == 1) {
-      work(0, 1);
+      work(plant == Plant::kOverflow ? 1 : 0, 1);  // the first rows would hide it
     } else {
       std::vector<std::thread> pool;
       for (int i = 0; i < threads; ++i) {
@@ -599,7 +603,7 @@ class Call {
   Block weight_, sums_, gradient_, edges_, maps_, combined_, space_shift_, space_weight_;
 };
 
-// --- everything -----------------------------------------------------------------------------------
+// --- everything ----------------------------------------------------------------------------------
 
 struct Score {
   int cases = 0, wrong = 0;
@@ -632,7 +636,8 @@ void try_elementary(const Kernels<T>& kernels, Score& score) {
       const Block x(static_cast<size_t>(count) * sizeof(T), place);
       const Block y(static_cast<size_t>(count) * sizeof(T), place);
       for (int64_t i = 0; i < count; ++i) {
-        x.as<T>()[i] = static_cast<T>(0.01 + 0.9 * static_cast<double>(i) / static_cast<double>(count));
+        const double part = static_cast<double>(i) / static_cast<double>(count);
+        x.as<T>()[i] = static_cast<T>(0.01 + 0.9 * part);
       }
       kernels.elementary(which, x.as<T>(), y.as<T>(), count);
       results[place == Place::kPage].assign(y.as<char>(), y.as<char>() + y.bytes());
@@ -698,30 +703,25 @@ const Kernels<float>* kernels_of(const std::string& isa) {
 }
 
 int usage() {
-  std::fprintf(stderr, "usage: kernels [list | overrun|overflow|page|race ISA]\n");
+  std::fprintf(stderr, "usage: kernels list | ISA | overrun|overflow|page|race ISA\n");
   return 2;
 }
 
 int main_with(int count, char** arguments) {
   const char* isas[] = {"avx512", "avx2", "portable"};
-  if (count == 1) {
-    bool good = true;
-    for (const char* isa : isas) {
-      const Kernels<float>* kernels = kernels_of(isa);
-      if (kernels == nullptr) {
-        std::printf("%s: not on this processor\n", isa);
-      } else {
-        good = try_all(*kernels) && good;
-      }
-    }
-    return try_all(*kernels_double()) && good ? 0 : 1;
-  }
   if (count == 2 && std::string(arguments[1]) == "list") {
     for (const char* isa : isas) {
       if (kernels_of(isa) != nullptr) std::printf("%s\n", isa);
     }
     std::printf("double\n");
     return 0;
+  }
+  if (count == 2) {
+    const std::string isa = arguments[1];
+    if (isa == "double") return try_all(*kernels_double()) ? 0 : 1;
+    const Kernels<float>* kernels = kernels_of(isa);
+    if (kernels == nullptr) return usage();
+    return try_all(*kernels) ? 0 : 1;
   }
   if (count != 3) return usage();
   const std::string what = arguments[1], isa = arguments[2];

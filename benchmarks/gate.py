@@ -47,6 +47,7 @@ COUNTED: Final = [
 COMPARED: Final = [
     case("ce", "Cityscapes", 1, 4, size=(512, 512)),
     case("ce", "ADE20K", 1, 4, size=(256, 256)),
+    case("ce+hetero", "Cityscapes", 1, 4, size=(512, 512)),
 ]
 
 #: case key -> provider -> number

@@ -162,8 +162,10 @@ def check_kernels(mode: str, folder: Path, jobs: int) -> int:
     start = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
         # the slow ones first
-        runs = list(pool.map(lambda isa: run_program(program, isa), reversed(isas)))
-    print(*(done.stdout for done in runs), sep="", end="", flush=True)
+        runs = []
+        for done in pool.map(lambda isa: run_program(program, isa), reversed(isas)):
+            print(done.stdout, end="", flush=True)
+            runs.append(done)
     good = all(done.returncode == 0 for done in runs)
     say(f"ran in {time.monotonic() - start:.0f} s")
     if missed:

@@ -104,9 +104,10 @@ def distillation_sums(
         if numerators.requires_grad and not torch.compiler.is_compiling():
             numerators = cast(Tensor, _OnceDifferentiable.apply(numerators))
     elif _is_plain_eager(student_logits, teacher_logits, target, class_weight):
+        # Detached where no gradient is made: autograd would record a call that has none to give.
         numerators, denominators, valid, maps = _EagerSums.apply(
-            student_logits,
-            teacher_logits,
+            student_logits if student_grad else student_logits.detach(),
+            teacher_logits if teacher_grad or teacher_logits is None else teacher_logits.detach(),
             target,
             class_weight,
             spec,
@@ -163,7 +164,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _not_inference(tensor: Tensor | None) -> Tensor | None:
-    """A copy of what inference mode made: the operator may have to save its inputs."""
+    """A copy of what inference mode made: autograd does not save that, nor see it change."""
     if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     return tensor if torch.is_inference_mode_enabled() else tensor.clone()
@@ -190,8 +191,6 @@ class _EagerSums(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(denominators, valid, maps)
         ctx.set_materialize_grads(False)
-        if not (student_grad or teacher_grad):
-            return numerators, denominators, valid, maps
         ctx.implementation, ctx.spec = implementation, spec
         ctx.wanted = student_grad, teacher_grad
         inputs: tuple[Tensor | None, ...] = student_logits, teacher_logits, target, class_weight
@@ -199,12 +198,7 @@ class _EagerSums(torch.autograd.Function):
             student_logits, teacher_logits, target, spec, student_grad, teacher_grad
         )
         if ctx.reads_inputs:
-            # Autograd refuses to save what inference mode made, which nobody can change either.
-            ctx.frozen = [x if x is not None and x.is_inference() else None for x in inputs]
-            inputs = tuple(
-                None if frozen is not None else x
-                for x, frozen in zip(inputs, ctx.frozen, strict=True)
-            )
+            inputs = tuple(_not_inference(x) for x in inputs)
             ctx.save_for_backward(*inputs, *saved)
         else:
             # What is not saved may be freed, or overwritten, before backward.
@@ -223,11 +217,7 @@ class _EagerSums(torch.autograd.Function):
             return None, None, *nothing
         target, class_weight = None, None
         if ctx.reads_inputs:
-            student_logits, teacher_logits, target, class_weight = (
-                saved if frozen is None else frozen
-                for saved, frozen in zip(tensors[:4], ctx.frozen, strict=True)
-            )
-            tensors = tensors[4:]
+            student_logits, teacher_logits, target, class_weight, *tensors = tensors
         else:
             student_logits, teacher_logits = (_of_form(form) for form in ctx.forms)
         assert student_logits is not None

@@ -1146,3 +1146,66 @@ def test_gradient_of_more_than_2_31_elements() -> None:
         row, column = (128, 384)[y], (128, 384)[x]
         assert grad[1, label, row, column] == pytest.approx((1 / 4096 - 1) / 7, rel=0.01)
         assert grad[1, 17, row, column] == pytest.approx(1 / 4096 / 7, rel=0.01)
+
+
+@pytest.mark.parametrize("student", [(4, 4), (4, 0), (0, 4)])
+@pytest.mark.parametrize("teacher", [(0, 3), (3, 0), (3, 3)])
+@pytest.mark.parametrize("label", [(16, 0), (0, 16), (1, 0)])
+def test_no_pixels_and_no_logits(
+    student: tuple[int, int], teacher: tuple[int, int], label: tuple[int, int]
+) -> None:
+    batch = Batch(
+        torch.randn(2, 5, *student),
+        torch.randn(2, 5, *teacher),
+        torch.zeros(2, *label, dtype=torch.int64),
+    )
+    for case in ("all", "hetero-paper-space", "kd-js"):
+        got = evaluate(batch, backend="cpu", return_maps=True, **TERM_CASES[case])
+        assert got.loss == 0
+        assert (student_grad(got) == 0).all()
+
+
+def test_raw_operator_refuses_terms_without_their_kind() -> None:
+    logits, target = torch.randn(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.int64)
+    for kd, hetero, maps in ((0, 1, False), (1, 0, False), (1, 0, True)):
+        with pytest.raises(RuntimeError, match="kd_divergence and hetero"):
+            _extension.operators().distillation(
+                logits, logits, target, None, 7, kd, hetero, 0, True, 0.5, 1.0, 1.0, 255, False,
+                0.0, maps, True, None,
+            )  # fmt: skip
+
+
+def test_a_call_that_gives_the_student_nothing_records_nothing() -> None:
+    student = torch.randn(1, 3, 4, 4, requires_grad=True)
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    loss = functional.distillation_loss(
+        student, student.detach(), target, ce_weight=0.0, teacher_ce_weight=1.0, backend="cpu"
+    ).loss
+    assert not loss.requires_grad
+    (loss + student.sum()).backward()
+    assert student.grad is not None
+    assert (student.grad == 1).all()
+
+
+def test_inputs_of_inference_mode_may_change_before_backward() -> None:
+    """Autograd has no version of them, so the backend keeps its own copy."""
+    batch = make_batch(2, 5, (6, 7), (6, 7), (6, 7), dtype=F32)
+    options = {"kd_weight": 1.0, "backend": "cpu"}
+    expected = evaluate(batch, **options)
+    with torch.inference_mode():
+        teacher = batch.teacher.clone()
+    student = batch.student.clone().requires_grad_()
+    loss = functional.distillation_loss(student, teacher, batch.target, **options).loss
+    with torch.inference_mode():
+        teacher.zero_()
+    loss.backward()
+    assert torch.equal(student.grad, student_grad(expected))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (16, 24)])
+def test_divergences_of_huge_logits(isa: str, size: tuple[int, int]) -> None:
+    batch = make_batch(2, 5, (4, 6), (4, 6), size, dtype=F32)
+    batch.student[:, 1] = 1e33
+    options = {"ce_weight": 0.0, "kd_weight": 1.0}
+    got, expected = evaluate(batch, backend="cpu", **options), truth(batch, **options)
+    assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-5)

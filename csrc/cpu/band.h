@@ -262,7 +262,8 @@ class Band {
     const int64_t rows = end_row_ - first_row_ + 1;
     const int64_t row_elements = p.classes * p.student.padded;
     if (p.gradients) fill(row_gradients_, p.slots * (p.band_rows + 1) * row_elements, T(0));
-    if (first_label_row_ < end_label_row_) {
+    // no pixel, and then perhaps no logits either
+    if (first_label_row_ < end_label_row_ && p.label_width > 0) {
       const int64_t packed = end_row_ < p.student.height ? rows : rows - 1;
       student_careful_ = pack_rows<T>(p.student_logits, p.student, p.classes, image_, first_row_,
                                       packed, p.huge, student_rows_);

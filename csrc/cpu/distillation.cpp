@@ -438,6 +438,9 @@ Result distillation(const Tensor& student_logits, const std::optional<Tensor>& t
   STD_TORCH_CHECK(terms >= 0 && terms < 1 << kTerms && kd_divergence >= 0 && kd_divergence <= 3 &&
                       hetero >= 0 && hetero <= 3 && mix >= 0 && mix <= 1,
                   "distillation: an option is out of range");
+  STD_TORCH_CHECK((kd_divergence > 0 || (terms >> kKd & 1) == 0) &&
+                      (hetero > 0 || ((terms >> kHetero & 1) == 0 && !maps)),
+                  "distillation: kd_divergence and hetero must name what terms and maps ask for");
   STD_TORCH_CHECK(!grad_numerators.has_value() ||
                       (grad_numerators->scalar_type() == ScalarType::Double &&
                        grad_numerators->numel() == kTerms && grad_numerators->is_contiguous()),

@@ -55,14 +55,16 @@ void interpolate(int64_t classes, const T* lo, const T* hi, const T* fraction,
   for (int r = 0; r < kRows; ++r) m[r].store(maximum + r * N);
 }
 
-// z - m instead of z, bounded from below, so that huge and infinite logits stay finite. Softmax
-// does not see the difference; terms that read logits themselves are not normalised.
+// z - m instead of z, bounded from below, so that huge and infinite logits stay finite, times
+// `scale` too. Softmax does not see the difference; terms that read logits themselves are not
+// normalised.
 template <typename T>
-void normalise(int64_t classes, T* z, T* maximum) {
+void normalise(int64_t classes, T scale, T* z, T* maximum) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   const F m = F::load(maximum);
-  const F lowest(T(-1e30));
+  const T largest = sizeof(T) == 4 ? T(2e38) : T(1e300);
+  const F lowest(scale > T(1) ? -largest / scale : -largest);
   for (int64_t c = 0; c < classes; ++c) {
     max(lowest, F::load(z + c * N) - m).store(z + c * N);
   }

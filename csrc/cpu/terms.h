@@ -390,13 +390,15 @@ class Terms {
                       : at_label(teacher_z + r * tile, labels, common);
       x.teacher_label = z - x.teacher_m;
     }
+    const T log2_of_e = static_cast<T>(kLog2E);
+    const T largest_scale = scale_ > log2_of_e ? scale_ : log2_of_e;
     // after the labels: the loss of a label on a masked class is infinite, not merely large
     if (normalises_ && group.student_careful) {
-      normalise<T>(p.classes, student_z + r * tile, student_maximum + r * N);
+      normalise<T>(p.classes, largest_scale, student_z + r * tile, student_maximum + r * N);
       x.student_m = F(T(0));
     }
     if (normalises_ && group.teacher_careful) {
-      normalise<T>(p.classes, teacher_z + r * tile, teacher_maximum + r * N);
+      normalise<T>(p.classes, largest_scale, teacher_z + r * tile, teacher_maximum + r * N);
       x.teacher_m = F(T(0));
     }
   }

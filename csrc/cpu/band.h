@@ -12,13 +12,11 @@
 // row of logits and everything per label row is contiguous, whatever the ratio of the grids.
 //
 // Cost per pixel and class, preset softmax-kl, ce + hetero, T = 2, stride 4, in operations on a
-// vector of pixels (a multiply-add is one): 4 to interpolate, 25 for exponentials and sums (16 of
-// them exponentials; 33 where the chain does not hold), 13 for the value of KL(m || p_s), 9 for both
-// gradients and the vertical adjoint, 6 for what is done once per row of logits: 57, that is 31
-// multiply-adds at the least, which bind where a core does one per cycle. Bytes: each logit read
-// and each gradient written once per band (9/8 of them, for 8 rows), each label once. On a
-// two-core Zen 4 (98 G multiply-adds per second) the multiply-adds alone take 6.3 ms of the case
-// C 19, 2 x 512 x 1024, stride 4; docs/benchmarks/cpu has the share of it that is reached.
+// vector of pixels (a multiply-add is one): 25 for exponentials and sums, 8 of them exponentials
+// (33, 16 and the interpolation among them, where the chain does not hold), 13 for the value of
+// KL(m || p_s), 9 for both gradients and the vertical adjoint, 6 for what is done once per row of
+// logits: 53. Bytes: each logit read and each gradient written once per band (9/8 of them, for 8
+// rows), each label once. docs/benchmarks/cpu has the share of the machine's ceiling reached.
 //
 // Bands do not depend on the number of threads, and what crosses their border goes to an edge row
 // that is added afterwards: the bits of every result are the same for any thread count.

@@ -259,9 +259,11 @@ class Terms {
   template <int kPower>
   static Chain choose_chain(int hard, bool cross) {
     if (hard == 2) {
-      return cross ? HAKD_ISA::chain<T, kPower, 2, true, true> : HAKD_ISA::chain<T, kPower, 2, false, true>;
+      return cross ? HAKD_ISA::chain<T, kPower, 2, true, true>
+                   : HAKD_ISA::chain<T, kPower, 2, false, true>;
     }
-    return hard == 1 ? HAKD_ISA::chain<T, kPower, 1, false, true> : HAKD_ISA::chain<T, kPower, 0, false, true>;
+    return hard == 1 ? HAKD_ISA::chain<T, kPower, 1, false, true>
+                     : HAKD_ISA::chain<T, kPower, 0, false, true>;
   }
   template <int kPower>
   static TwoModels choose_two(int hard, bool cross) {

@@ -94,11 +94,15 @@ HAKD_FN F mixed_target(F teacher_weight, F teacher, F student_weight, F student)
   return fma(teacher_weight, teacher, student_weight * student);
 }
 
+template <typename F>
+HAKD_FN F softplus(F x) {
+  return max(F(0), x) + log1p_unit(exp2(abs(x) * F(-kLog2E)));
+}
+
 // preset paper (Eq. 5): BCE(sigmoid(z), y) for y = 1 (the labelled class) or 0: softplus(-+z).
 template <typename F, typename M>
 HAKD_FN F binary_cross_entropy(F z, M is_label) {
-  const F x = select(is_label, F(0) - z, z);
-  return max(F(0), x) + log1p_unit(exp2(abs(x) * F(-kLog2E)));
+  return softplus(select(is_label, F(0) - z, z));
 }
 
 // preset paper (Eq. 6): r_t of one class; one half where both are perfect.
@@ -132,11 +136,6 @@ HAKD_FN F sigmoid(F z) {
   const F x = exp2(abs(z) * F(-kLog2E));
   const F larger = F(1) / (F(1) + x);
   return select(less(z, F(0)), x * larger, larger);
-}
-
-template <typename F>
-HAKD_FN F softplus(F x) {
-  return max(F(0), x) + log1p_unit(exp2(abs(x) * F(-kLog2E)));
 }
 
 template <typename F>

@@ -59,6 +59,9 @@ class Backend(Protocol):
 
     name: str
 
+    def devices(self) -> tuple[str, ...]:
+        """Types of the tensors it computes on."""
+
     def unavailable(self) -> str | None:
         """Why nothing runs here and what to install; None when the backend works."""
 
@@ -230,7 +233,7 @@ def _choose(name: str, spec: LossSpec, device_type: str) -> str:
 
 
 def _refusal(name: str, spec: LossSpec, device_type: str) -> str | None:
-    devices = [device for device, order in PREFERENCE.items() if name in order]
+    devices = get(name).devices()
     if device_type not in devices:
         return f"it computes on {' and '.join(devices)} tensors, these are on {device_type}."
     return get(name).unsupported(spec)

@@ -18,6 +18,9 @@ class PlannedBackend:
         self.name = name
         self._reason = reason
 
+    def devices(self) -> tuple[str, ...]:
+        return ("cuda",)
+
     def unavailable(self) -> str:
         return self._reason
 

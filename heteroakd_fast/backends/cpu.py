@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .. import _extension
 from ..labels import raise_bad_label
-from ..spec import TERMS, LossSpec
+from ..spec import LossSpec
 from . import ForwardResult
+from ._parts import KERNEL_TERMS, Part, compute_dtype, split, unsupported
 
 __all__ = ["BACKEND"]
 
-# The order and the numbers of csrc/cpu/pass.h.
-_TERMS: Final = ("ce", "kd", "hetero", "feature")
+# The numbers of csrc/cpu/pass.h, whose terms have the order of KERNEL_TERMS.
 _KD_DIVERGENCES: Final = {"forward": 1, "reverse": 2, "js": 3}
 _MIXES: Final = {"probs": 0, "logits": 1}
 
@@ -34,16 +34,14 @@ class CpuBackend:
 
     name = "cpu"
 
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
     def unavailable(self) -> str | None:
         return _extension.unavailable()
 
     def unsupported(self, spec: LossSpec) -> str | None:
-        known = {*_TERMS, "teacher_ce"}
-        if not spec.terms or not known.issuperset(spec.terms):
-            return f"it computes {', '.join(sorted(known))}, not {list(spec.terms)}."
-        if len(set(spec.terms)) != len(spec.terms):
-            return f"it computes a term once, not {list(spec.terms)}."
-        return None
+        return unsupported(spec)
 
     def backward_reads_inputs(
         self,
@@ -54,9 +52,9 @@ class CpuBackend:
         student_grad: bool,
         teacher_grad: bool,
     ) -> bool:
-        student, teacher = _passes(student_logits, teacher_logits, spec)
-        return (student_grad and student is not None and student.on_label_grid(target)) or (
-            teacher_grad and teacher is not None and teacher.on_label_grid(target)
+        student, teacher = split(student_logits, teacher_logits, spec)
+        return (student_grad and student is not None and student.all_on_label_grid(target)) or (
+            teacher_grad and teacher is not None and teacher.all_on_label_grid(target)
         )
 
     def forward(
@@ -72,19 +70,21 @@ class CpuBackend:
         fractions: dict[str, list[float]] = {}
         saved: list[Tensor] = []
         valid: Tensor | None = None
-        maps = student_logits.new_empty(0, dtype=_compute_dtype(student_logits))
-        student, teacher = _passes(student_logits, teacher_logits, spec)
+        maps = student_logits.new_empty(0, dtype=compute_dtype(student_logits))
+        student, teacher = split(student_logits, teacher_logits, spec)
         for one, wanted in ((student, student_grad), (teacher, teacher_grad)):
             if one is None:
                 continue
-            sums, labels, pass_maps, gradients = one.run(target, class_weight, wanted)
+            sums, labels, pass_maps, gradients = _run(one, target, class_weight, wanted)
             raise_bad_label(labels, target, student_logits.shape[1], spec.ignore_index)
             by_term = sums.tolist()
-            fractions |= {name: by_term[_TERMS.index(term)] for name, term in one.terms.items()}
+            fractions |= {
+                name: by_term[KERNEL_TERMS.index(term)] for term, name in one.terms.items()
+            }
             valid = labels[0].clone()
             if one is student and spec.maps:
                 maps = pass_maps
-            if wanted and not one.on_label_grid(target):
+            if wanted and not one.all_on_label_grid(target):
                 saved.append(gradients)
         assert valid is not None
         pairs = torch.tensor([fractions[term] for term in spec.terms], dtype=torch.float64)
@@ -99,11 +99,11 @@ class CpuBackend:
         student_grad: bool,
         teacher_grad: bool,
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        student, teacher = _passes(student_logits, teacher_logits, spec)
+        student, teacher = split(student_logits, teacher_logits, spec)
         return [
-            ((len(one.terms), *one.logits.shape), _compute_dtype(one.logits))
+            ((len(one.terms), *one.logits.shape), compute_dtype(one.logits))
             for one, wanted in ((student, student_grad), (teacher, teacher_grad))
-            if wanted and one is not None and not one.on_label_grid(target)
+            if wanted and one is not None and not one.all_on_label_grid(target)
         ]
 
     def backward(
@@ -121,7 +121,7 @@ class CpuBackend:
         scales = dict(zip(spec.terms, grad_numerators.tolist(), strict=True))
         remaining = iter(saved)
         grads: list[Tensor | None] = []
-        student, teacher = _passes(student_logits, teacher_logits, spec)
+        student, teacher = split(student_logits, teacher_logits, spec)
         for one, wanted, logits in (
             (student, student_grad, student_logits),
             (teacher, teacher_grad, teacher_logits),
@@ -130,10 +130,10 @@ class CpuBackend:
                 grads.append(None)
             elif one is None:  # no term of this call reads them
                 grads.append(torch.zeros_like(logits))
-            elif target is not None and one.on_label_grid(target):
-                grads.append(one.run(target, class_weight, True, one.by_term(scales))[3])
+            elif target is not None and one.all_on_label_grid(target):
+                grads.append(_run(one, target, class_weight, True, scales)[3])
             else:
-                factors = [scales[name] for name in one.terms]
+                factors = [scales[name] for name in one.terms.values()]
                 grads.append(
                     _extension.operators().combine_gradients(
                         next(remaining), torch.tensor(factors, dtype=torch.float64), logits
@@ -142,80 +142,44 @@ class CpuBackend:
         return grads[0], grads[1]
 
 
-class _Pass:
-    """One call of the kernel: the terms it computes, by the names that the spec has for them."""
-
-    def __init__(
-        self, logits: Tensor, teacher: Tensor | None, terms: dict[str, str], spec: LossSpec
-    ) -> None:
-        self.logits = logits
-        self.teacher = teacher
-        # in the kernel's order, which is the order of the saved gradients
-        self.terms = dict(sorted(terms.items(), key=lambda item: _TERMS.index(item[1])))
-        self.spec = spec
-
-    def on_label_grid(self, target: Tensor) -> bool:
-        """Whether every grid is the label grid, so that backward is a second pass."""
-        grids = [self.logits] if self.teacher is None else [self.logits, self.teacher]
-        return all(logits.shape[2:] == target.shape[1:] for logits in grids)
-
-    def by_term(self, scales: dict[str, float]) -> Tensor:
-        """The gradients of the numerators as the kernel takes them."""
-        values = [0.0] * len(_TERMS)
-        for name, term in self.terms.items():
-            values[_TERMS.index(term)] = scales[name]
-        return torch.tensor(values, dtype=torch.float64)
-
-    def run(
-        self,
-        target: Tensor,
-        class_weight: Tensor | None,
-        compute_grad: bool,
-        grad_numerators: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        spec = self.spec
-        hetero = 1
-        if spec.preset == "paper":
-            hetero = 2 if spec.weight_axis == "class" else 3
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _extension.operators().distillation(
-            self.logits,
-            self.teacher,
-            target,
-            class_weight,
-            sum(1 << _TERMS.index(term) for term in self.terms.values()),
-            _KD_DIVERGENCES[spec.kd_divergence],
-            hetero,
-            _MIXES[spec.mix],
-            spec.evaluation == "discrepancy",
-            spec.kd_beta,
-            spec.temperature,
-            spec.tau,
-            spec.ignore_index,
-            spec.align_corners,
-            spec.label_smoothing,
-            spec.maps and self.teacher is not None,
-            compute_grad,
-            grad_numerators,
-        )
-        return result
-
-
-def _passes(
-    student_logits: Tensor, teacher_logits: Tensor | None, spec: LossSpec
-) -> tuple[_Pass | None, _Pass | None]:
-    """The student's pass, unless only the teacher is asked about, and that of `teacher_ce`."""
-    own = {term: term for term in spec.terms if term != "teacher_ce"}
-    needs_teacher = spec.maps or any(TERMS[term].needs_teacher for term in own)
-    student = teacher = None
-    if own or spec.maps:
-        student = _Pass(student_logits, teacher_logits if needs_teacher else None, own, spec)
-    if "teacher_ce" in spec.terms and teacher_logits is not None:
-        teacher = _Pass(teacher_logits, None, {"teacher_ce": "ce"}, spec)
-    return student, teacher
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+def _run(
+    part: Part,
+    target: Tensor,
+    class_weight: Tensor | None,
+    compute_grad: bool,
+    scales: dict[str, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scales: gradients of the numerators by the call's names of its terms; then only the sum of
+    the gradients is made."""
+    spec = part.spec
+    hetero = 1
+    if spec.preset == "paper":
+        hetero = 2 if spec.weight_axis == "class" else 3
+    grad_numerators = None
+    if scales is not None:
+        by_term = [scales[part.terms[k]] if k in part.terms else 0.0 for k in KERNEL_TERMS]
+        grad_numerators = torch.tensor(by_term, dtype=torch.float64)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _extension.operators().distillation(
+        part.logits,
+        part.teacher,
+        target,
+        class_weight,
+        sum(1 << KERNEL_TERMS.index(term) for term in part.terms),
+        _KD_DIVERGENCES[spec.kd_divergence],
+        hetero,
+        _MIXES[spec.mix],
+        spec.evaluation == "discrepancy",
+        spec.kd_beta,
+        spec.temperature,
+        spec.tau,
+        spec.ignore_index,
+        spec.align_corners,
+        spec.label_smoothing,
+        spec.maps and part.teacher is not None,
+        compute_grad,
+        grad_numerators,
+    )
+    return result
 
 
 BACKEND = CpuBackend()

@@ -1,0 +1,79 @@
+"""How a compiled backend cuts one call into runs of its kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..spec import TERMS, LossSpec
+
+__all__ = ["KERNEL_TERMS", "Part", "compute_dtype", "split", "unsupported"]
+
+# In the order in which kernels number them.
+KERNEL_TERMS: Final = ("ce", "kd", "hetero", "feature")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One run: the logits that learn, those they learn from, and the terms.
+
+    `terms` goes from the kernel's name of a term to the call's, in the kernel's order, which is the
+    order of saved gradients: `teacher_ce` is the run `ce` over the teacher's logits.
+    """
+
+    logits: Tensor
+    teacher: Tensor | None
+    terms: dict[str, str]
+    spec: LossSpec
+
+    def on_label_grid(self, target: Tensor) -> bool:
+        return self.logits.shape[2:] == target.shape[1:]
+
+    def all_on_label_grid(self, target: Tensor) -> bool:
+        grids = [self.logits] if self.teacher is None else [self.logits, self.teacher]
+        return all(logits.shape[2:] == target.shape[1:] for logits in grids)
+
+    def places(self) -> tuple[int, int, int, int]:
+        """Of each kernel term among the call's terms; -1 where it is not computed."""
+        a, b, c, d = (
+            self.spec.terms.index(self.terms[name]) if name in self.terms else -1
+            for name in KERNEL_TERMS
+        )
+        return a, b, c, d
+
+    def slots(self) -> tuple[int, int, int, int]:
+        """Of each kernel term among those of this run; -1 where it is not computed."""
+        order = list(self.terms)
+        a, b, c, d = (order.index(name) if name in order else -1 for name in KERNEL_TERMS)
+        return a, b, c, d
+
+
+def split(
+    student_logits: Tensor, teacher_logits: Tensor | None, spec: LossSpec
+) -> tuple[Part | None, Part | None]:
+    """The student's run, unless only the teacher is asked about, and that of `teacher_ce`."""
+    own: dict[str, str] = {term: term for term in KERNEL_TERMS if term in spec.terms}
+    needs_teacher = spec.maps or any(TERMS[term].needs_teacher for term in own)
+    student = teacher = None
+    if own or spec.maps:
+        student = Part(student_logits, teacher_logits if needs_teacher else None, own, spec)
+    if "teacher_ce" in spec.terms and teacher_logits is not None:
+        teacher = Part(teacher_logits, None, {"ce": "teacher_ce"}, spec)
+    return student, teacher
+
+
+def unsupported(spec: LossSpec) -> str | None:
+    """What kernels of every term cannot compute."""
+    known = {*KERNEL_TERMS, "teacher_ce"}
+    if not spec.terms or not known.issuperset(spec.terms):
+        return f"it computes {', '.join(sorted(known))}, not {list(spec.terms)}."
+    if len(set(spec.terms)) != len(spec.terms):
+        return f"it computes a term once, not {list(spec.terms)}."
+    return None
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)

@@ -1,0 +1,880 @@
+"""The fused pass: every term of docs/method.md, 2 to 6, from low-resolution logits.
+
+One program walks over a few thousand pixels (`tiles.py`), all classes of them, and per step:
+
+    bounds      of each corner's logits, so that exponentials cannot overflow
+    statistics  what softmax, KL and reliability need to know of a pixel
+    pixel       reliability, mixed_target, discrepancy, values, and coefficients of the gradients
+    gradients   sum_c m_c log m_c, and each term's gradient, added to the logits' corners
+
+Full-resolution logits, probabilities and gradients exist in registers only. Gradients leave
+unscaled, one tensor of the logits' resolution per term (`combine.py` adds them up in backward);
+on the label grid, where those would be the largest tensors of the step, nothing is kept and
+backward runs the pass again with the scales at hand.
+
+Cost per pixel and class for ce + hetero at T = 2, stride 4, 16 pixels per thread, in instructions
+(docs/triton.md has the counts read off the machine code): bounds 2, statistics 19 with 2
+exponentials, gradients 27 with 2 exponentials and a logarithm. Bytes: both low-resolution logits
+read and each term's gradient written once from memory (the loops read them again from the first
+cache), each label read once.
+
+The exact maximum of a pixel is not computed: m = the interpolated maxima of the corners bounds it,
+and is folded into the corners before interpolation, which costs nothing per pixel. Where the bound
+is too far above the maximum (2^-32 of it would be lost), or a logit is huge, infinite or NaN, the
+program raises its flag, and the same pass compiled as CAREFUL, launched behind it over the same
+tiles, repeats that tile with each pixel's exact maximum; programs without a flag return at once.
+
+Deterministic: the tiles depend on shapes only, every sum has one order, nothing is atomic.
+"""
+
+import triton
+import triton.language as tl
+
+from .formulas import (
+    LN_2,
+    LOG2_E,
+    bernoulli_kl,
+    bernoulli_kl_gradient,
+    cross_entropy,
+    cross_entropy_gradient_numerator,
+    discrepancy,
+    fast_log2,
+    feature_gradient_scale,
+    kl,
+    max_or_nan,
+    mixed_target,
+    negative_log_likelihood,
+    power,
+    reliability,
+)
+from .interpolation import CORNERS, DIRECT, GATHER, between, corner_bounds, pixel_bounds
+from .statistics import (
+    _SMALLEST_NORMAL,
+    js_mean,
+    js_sums,
+    mixed_logits,
+    one_model,
+    paper_at_label,
+    paper_class,
+    paper_sums,
+    read,
+    squared_difference,
+    two_models,
+)
+from .tiles import (
+    add_to_corners,
+    offsets,
+    other_taps,
+    over_pixels,
+    over_program,
+    own_columns,
+    pixels_of_step,
+    read_labels,
+)
+
+# What a program leaves in its row of `partials`, [programs, ROW] float64: numerators of ce, kd,
+# hetero and feature, their denominators, and the following.
+ROW = tl.constexpr(16)
+VALID = tl.constexpr(8)
+BAD = tl.constexpr(9)
+FIRST_BAD = tl.constexpr(10)  # flat index in the whole batch, or -1
+FLAG = tl.constexpr(11)
+NO_INDEX = tl.constexpr(1 << 62)
+
+# hetero=
+SOFTMAX_KL = tl.constexpr(1)
+PAPER = tl.constexpr(2)
+PAPER_SPACE = tl.constexpr(3)
+# kd=
+FORWARD = tl.constexpr(1)
+REVERSE = tl.constexpr(2)
+JS = tl.constexpr(3)
+
+_SMALLEST_TOTAL = tl.constexpr(2.0**-32)
+
+
+@triton.jit
+def number(bits, FLOAT: tl.constexpr):
+    """A float64 that came as its bits: arguments are float32, and a new one compiles nothing."""
+    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(FLOAT)
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0.0
+
+
+@triton.jit
+def model_at(
+    pointer,
+    class_stride,
+    classes,
+    taps,
+    fractions,
+    scale,
+    valid,
+    SOURCE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """What the loops take (`statistics.py`), and a number that is finite if its logits are."""
+    fold = taps
+    m = tl.zeros(valid.shape, FLOAT)
+    if SOURCE == CORNERS and not CAREFUL:
+        m00, m01, m10, m11, trace = corner_bounds(pointer, class_stride, classes, taps, FLOAT)
+        if FOLDED:
+            fold = (m00 * scale, m01 * scale, m10 * scale, m11 * scale)
+        else:
+            fy, fx = fractions
+            m = between(between(m00, m10, fy), between(m01, m11, fy), fx)
+    else:
+        m, trace = pixel_bounds(
+            pointer, class_stride, classes, taps, fractions, valid, SOURCE, CAREFUL, FLOAT
+        )
+    return (pointer, class_stride, taps, fractions, fold, m), trace
+
+
+@triton.jit
+def label_logit(
+    model,
+    label,
+    scale,
+    valid,
+    SOURCE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """z_label - m of each pixel. -inf stays -inf: the loss of a masked label is infinite."""
+    plane = model[0] + tl.maximum(label, 0).to(tl.int64) * model[1]
+    z, a = read(model, plane, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
+    if FOLDED:
+        x = a / scale
+    else:
+        x = z - model[5]
+    return x
+
+
+@triton.jit(
+    do_not_specialize=[
+        "classes",
+        "label_h",
+        "label_w",
+        "student_h",
+        "student_w",
+        "teacher_h",
+        "teacher_w",
+        "rows",
+        "columns",
+        "per_row",
+        "student_b",
+        "student_c",
+        "student_y",
+        "teacher_b",
+        "teacher_c",
+        "teacher_y",
+        "target_b",
+        "target_y",
+        "target_x",
+        "gradient_b",
+        "gradient_c",
+        "gradient_y",
+        "gradient_x",
+        "ignore_index",
+        "temperature_bits",
+        "tau_bits",
+        "beta_bits",
+        "smoothing_bits",
+    ]
+)
+def distillation_pass(
+    student,  # [B, C, h, w] logits
+    teacher,  # [B, C, h', w'] logits; not read where TEACHER < 0
+    target,  # [B, H, W] labels
+    class_weight,  # [C], read if WEIGHTED
+    gradient,  # CORNERS: [terms, B, C, chunks * (TI + 1), w] out; DIRECT: [B, C, H, W] out
+    grad_numerators,  # float64: scales of the terms, read if DIRECT
+    maps,  # [2, B, H, W] out, written if MAPS
+    partials,  # [B * programs, ROW] float64 out
+    space_shift,  # [B, C]: the maximum of H_s + dH over an image's pixels, and
+    space_weight,  # [B, C]: 1 / sum exp(H_s + dH - shift); read if PAPER_SPACE and EVALUATION
+    classes,
+    label_h,
+    label_w,
+    student_h,
+    student_w,
+    teacher_h,
+    teacher_w,
+    rows,  # of cells (h + 1), or of labels if DIRECT
+    columns,  # cells of a row times chunks
+    per_row,  # cells of a row
+    student_b,
+    student_c,
+    student_y,
+    student_x,
+    teacher_b,
+    teacher_c,
+    teacher_y,
+    teacher_x,
+    target_b,
+    target_y,
+    target_x,
+    gradient_b,
+    gradient_c,
+    gradient_y,
+    gradient_x,
+    ignore_index,
+    temperature_bits,
+    tau_bits,
+    beta_bits,
+    smoothing_bits,
+    STUDENT: tl.constexpr,  # CORNERS or DIRECT
+    TEACHER: tl.constexpr,  # CORNERS, GATHER, DIRECT, or -1 for none
+    CE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    KD: tl.constexpr,  # 0, FORWARD, REVERSE, JS
+    HETERO: tl.constexpr,  # 0, SOFTMAX_KL, PAPER, PAPER_SPACE: for the term or for the maps
+    HETERO_TERM: tl.constexpr,
+    MIX_LOGITS: tl.constexpr,
+    EVALUATION: tl.constexpr,
+    FEATURE: tl.constexpr,
+    MAPS: tl.constexpr,
+    POWER: tl.constexpr,  # e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
+    GRAD: tl.constexpr,
+    SLOT_CE: tl.constexpr,  # where a term's gradient (CORNERS) or scale (DIRECT) is
+    SLOT_KD: tl.constexpr,
+    SLOT_HETERO: tl.constexpr,
+    SLOT_FEATURE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    SUB_R: tl.constexpr,
+    SUB_C: tl.constexpr,
+    TI: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    INT: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    program = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    partial = partials + (image * tl.num_programs(0) + program) * ROW
+    if CAREFUL:
+        if tl.load(partial + FLAG) == 0.0:
+            return
+
+    # --- what this call needs ------------------------------------------------------------------
+    HALO: tl.constexpr = 1 if GRAD and STUDENT == CORNERS else 0
+    KNOWLEDGE: tl.constexpr = HETERO == SOFTMAX_KL
+    PAIR: tl.constexpr = KD > 0 or KNOWLEDGE
+    SOFT: tl.constexpr = PAIR or HETERO == PAPER
+    NLL: tl.constexpr = CE or KNOWLEDGE
+    READS_Z: tl.constexpr = FEATURE or HETERO == PAPER or HETERO == PAPER_SPACE
+    STUDENT_FOLDED: tl.constexpr = STUDENT == CORNERS and not READS_Z and not CAREFUL
+    TEACHER_FOLDED: tl.constexpr = TEACHER == CORNERS and not READS_Z and not CAREFUL
+    PROBS: tl.constexpr = KNOWLEDGE and HETERO_TERM and not MIX_LOGITS
+    # e of the labels' temperature, for a call that has no other
+    HARD_POWER: tl.constexpr = POWER if SOFT else 1
+
+    temperature = number(temperature_bits, FLOAT)
+    inverse_tau = 1.0 / number(tau_bits, FLOAT)
+    beta = number(beta_bits, FLOAT)
+    smoothing = number(smoothing_bits, FLOAT)
+    scale = LOG2_E / temperature if SOFT else temperature * 0.0 + LOG2_E
+    class_count = tl.cast(classes, FLOAT)
+    gradient_width = tl.cast(student_w, INT)
+
+    chunk, column, exists, own = own_columns(program, columns, per_row, HALO, N, L, INT)
+    lane = tl.arange(0, L)[None, None, None, :] + tl.zeros([1, 1, N, L], tl.int32)
+    left_lane = tl.maximum(lane - 1, 0)
+    from_left = lane > 0
+    chunks = columns // per_row
+    patch_plane = (chunks * (TI + 1)).to(tl.int64) * student_w
+    batch = tl.num_programs(1).to(tl.int64)
+
+    student += image * student_b
+    teacher += image * teacher_b
+    target += image * target_b
+
+    nothing = tl.zeros([1, 1, N, L], FLOAT)
+    ce_sum = nothing
+    weight_of_labels = nothing
+    kd_sum = nothing
+    hetero_sum = nothing
+    hetero_weight = nothing
+    feature_sum = nothing
+    valid_count = tl.zeros([1, 1, N, L], tl.int32)
+    bad_count = valid_count
+    first_bad = tl.zeros([1, 1, N, L], tl.int64) + NO_INDEX
+    trouble = valid_count
+
+    for at in range(TI * SUB_R * SUB_C):
+        t = at // (SUB_R * SUB_C)
+        sub = at % (SUB_R * SUB_C)
+        row = chunk * TI + t
+        row_exists = exists & (row < rows)
+        y, x, inside, top_i, bottom_i, left_j, right_j, fy, fx = pixels_of_step(
+            tl.minimum(row, rows - 1),
+            column,
+            row_exists,
+            sub,
+            label_h,
+            label_w,
+            student_h,
+            student_w,
+            STUDENT,
+            R,
+            S,
+            SUB_C,
+            ALIGN_CORNERS,
+            INT,
+            FLOAT,
+        )
+        label, bad = read_labels(
+            target, y, x, inside, target_y, target_x, classes, ignore_index
+        )
+        valid = label >= 0
+        counted = valid & own
+        one = tl.where(valid, 1.0, 0.0).to(FLOAT)
+        if not CAREFUL:
+            bad = bad & own
+            valid_count += over_pixels(counted.to(tl.int32))
+            bad_count += over_pixels(bad.to(tl.int32))
+            index = (image * label_h + y) * label_w + x
+            index = tl.where(bad, index, NO_INDEX)
+            first_bad = tl.minimum(
+                first_bad, tl.min(tl.min(index, axis=0, keep_dims=True), axis=1, keep_dims=True)
+            )
+
+        # --- bounds ----------------------------------------------------------------------------
+        student_taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
+        student_model, trace = model_at(
+            student,
+            student_c,
+            classes,
+            student_taps,
+            (fy, fx),
+            scale,
+            valid,
+            STUDENT,
+            STUDENT_FOLDED,
+            CAREFUL,
+            FLOAT,
+        )
+        fine = inside & is_finite(trace) | ~inside
+        teacher_model = student_model
+        if TEACHER >= 0:
+            teacher_fractions = (fy, fx)
+            if TEACHER == CORNERS:
+                teacher_taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
+            elif TEACHER == DIRECT:
+                teacher_taps = offsets(y, y, x, x, teacher_y, teacher_x)
+            else:
+                teacher_taps, teacher_fractions = other_taps(
+                    y,
+                    x,
+                    label_h,
+                    label_w,
+                    teacher_h,
+                    teacher_w,
+                    teacher_y,
+                    teacher_x,
+                    ALIGN_CORNERS,
+                    INT,
+                    FLOAT,
+                )
+            teacher_model, trace = model_at(
+                teacher,
+                teacher_c,
+                classes,
+                teacher_taps,
+                teacher_fractions,
+                scale,
+                valid,
+                TEACHER,
+                TEACHER_FOLDED,
+                CAREFUL,
+                FLOAT,
+            )
+            fine = fine & (is_finite(trace) | ~inside)
+
+        # --- statistics ------------------------------------------------------------------------
+        if PAIR:
+            (
+                student_total,
+                teacher_total,
+                student_others,
+                teacher_others,
+                difference,
+                reverse,
+                teacher_cross,
+                student_self,
+                weighted,
+                weight_sum,
+            ) = two_models(
+                student_model,
+                teacher_model,
+                classes,
+                label,
+                valid,
+                scale,
+                temperature,
+                class_weight,
+                STUDENT,
+                TEACHER,
+                STUDENT_FOLDED,
+                TEACHER_FOLDED,
+                2 if KNOWLEDGE else (1 if CE else 0),
+                PROBS,
+                KD == REVERSE,
+                CE and SMOOTHING,
+                WEIGHTED,
+                POWER,
+                CAREFUL,
+                FLOAT,
+            )
+        elif SOFT or CE:
+            student_total, student_others, weighted, weight_sum = one_model(
+                student_model,
+                classes,
+                label,
+                valid,
+                scale,
+                temperature,
+                class_weight,
+                STUDENT,
+                STUDENT_FOLDED,
+                CE,
+                CE and SMOOTHING,
+                WEIGHTED,
+                HARD_POWER,
+                CAREFUL,
+                FLOAT,
+            )
+
+        # --- pixel: totals ---------------------------------------------------------------------
+        if NLL:
+            student_label = label_logit(
+                student_model, label, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
+            )
+            e = tl.exp2(max_or_nan(student_label, -1e30) * LOG2_E)
+            hard_total = student_others + e
+            hard_inverse = 1.0 / hard_total
+            student_nll = negative_log_likelihood(student_others, e, student_label)
+            fine = fine & ((hard_total > _SMALLEST_TOTAL) | ~valid)
+        if KNOWLEDGE:
+            teacher_label = label_logit(
+                teacher_model, label, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
+            )
+            e = tl.exp2(max_or_nan(teacher_label, -1e30) * LOG2_E)
+            teacher_nll = negative_log_likelihood(teacher_others, e, teacher_label)
+            fine = fine & ((teacher_others + e > _SMALLEST_TOTAL) | ~valid)
+        if SOFT:
+            student_inverse = 1.0 / student_total
+            student_log2 = tl.log2(student_total)
+            fine = fine & ((student_total > _SMALLEST_TOTAL) | ~valid)
+        if PAIR:
+            teacher_inverse = 1.0 / teacher_total
+            teacher_log2 = tl.log2(teacher_total)
+            fine = fine & ((teacher_total > _SMALLEST_TOTAL) | ~valid)
+            kl_teacher_student = kl(difference, teacher_inverse, teacher_log2, student_log2)
+
+        # --- pixel: cross entropy, kd, feature -------------------------------------------------
+        if CE:
+            label_weight = one
+            if WEIGHTED:
+                label_weight = tl.load(
+                    class_weight + tl.maximum(label, 0), mask=valid, other=0.0
+                ).to(FLOAT)
+            ce_hard = (1.0 - smoothing) * label_weight
+            ce_soft = smoothing / class_count
+            log_total = nothing
+            if SMOOTHING:
+                log_total = tl.log(hard_total)
+                # a = x log2(e) / T
+                weighted = weighted * (temperature * LN_2) if SOFT else weighted * LN_2
+            loss = cross_entropy(
+                ce_hard,
+                ce_soft,
+                weight_sum,
+                student_nll,
+                log_total,
+                weighted,
+                SMOOTHING,
+            )
+            ce_sum += over_pixels(tl.where(counted, loss, 0.0))
+            if WEIGHTED:
+                weight_of_labels += over_pixels(tl.where(counted, label_weight, 0.0))
+            scale_of_term = 1.0
+            if GRAD and STUDENT == DIRECT:
+                scale_of_term = tl.load(grad_numerators + SLOT_CE).to(FLOAT)
+            ce_hard = tl.where(valid, scale_of_term * ce_hard * hard_inverse, 0.0)
+            ce_soft = tl.where(valid, scale_of_term * ce_soft, 0.0)
+        if KD > 0:
+            scale_of_term = 1.0
+            if GRAD and STUDENT == DIRECT:
+                scale_of_term = tl.load(grad_numerators + SLOT_KD).to(FLOAT)
+            on_student = one * temperature * scale_of_term
+            if KD == FORWARD:
+                value = kl_teacher_student
+                kd_student = on_student * student_inverse
+                kd_other = on_student * teacher_inverse
+            elif KD == REVERSE:
+                mean = reverse * student_inverse
+                value = LN_2 * (mean - student_log2 + teacher_log2)
+                kd_other = -on_student * LN_2 * student_inverse
+                kd_student = kd_other * mean
+            else:
+                js_student, js_teacher = js_sums(
+                    student_model,
+                    teacher_model,
+                    classes,
+                    valid,
+                    scale,
+                    student_inverse,
+                    teacher_inverse,
+                    student_log2,
+                    teacher_log2,
+                    beta,
+                    STUDENT,
+                    TEACHER,
+                    STUDENT_FOLDED,
+                    TEACHER_FOLDED,
+                    APPROXIMATE,
+                    CAREFUL,
+                    FLOAT,
+                )
+                value = LN_2 * (beta * js_teacher + (1.0 - beta) * js_student)
+                kd_other = -on_student * LN_2 * (1.0 - beta)
+                kd_student = kd_other * js_student * student_inverse
+            kd_student = tl.where(valid, kd_student, 0.0)
+            kd_other = tl.where(valid, kd_other, 0.0)
+            value = value * temperature * temperature
+            kd_sum += over_pixels(tl.where(counted, value, 0.0))
+        if FEATURE:
+            squares = squared_difference(
+                student_model,
+                teacher_model,
+                classes,
+                valid,
+                scale,
+                STUDENT,
+                TEACHER,
+                CAREFUL,
+                FLOAT,
+            )
+            feature_sum += over_pixels(tl.where(counted, squares / class_count, 0.0))
+            feature_scale = one * feature_gradient_scale(class_count)
+            if GRAD and STUDENT == DIRECT:
+                feature_scale *= tl.load(grad_numerators + SLOT_FEATURE).to(FLOAT)
+
+        # --- pixel: reliability, mixed_target, discrepancy -------------------------------------
+        scale_of_term = 1.0
+        if GRAD and STUDENT == DIRECT and HETERO_TERM:
+            scale_of_term = tl.load(grad_numerators + SLOT_HETERO).to(FLOAT)
+        if KNOWLEDGE:
+            r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau)
+            d = discrepancy(kl_teacher_student)
+            weight = one
+            if EVALUATION:
+                weight = tl.where(valid, d, 0.0)
+            if HETERO_TERM:
+                hetero_weight += over_pixels(tl.where(counted, weight, 0.0))
+                on_student = scale_of_term * temperature * weight
+                if MIX_LOGITS:
+                    mixed_bound, mixed_total, mixed_difference = mixed_logits(
+                        student_model,
+                        teacher_model,
+                        classes,
+                        valid,
+                        scale,
+                        r_t,
+                        r_s,
+                        STUDENT,
+                        TEACHER,
+                        STUDENT_FOLDED,
+                        TEACHER_FOLDED,
+                        CAREFUL,
+                        FLOAT,
+                    )
+                    fine = fine & ((mixed_total > _SMALLEST_TOTAL) | ~valid)
+                    mixed_inverse = 1.0 / mixed_total
+                    value = kl(mixed_difference, mixed_inverse, tl.log2(mixed_total), student_log2)
+                    value = weight * temperature * temperature * value
+                    hetero_sum += over_pixels(tl.where(counted, value, 0.0))
+                    hetero_student = tl.where(valid, on_student * student_inverse, 0.0)
+                    hetero_other = tl.where(valid, on_student * mixed_inverse, 0.0)
+                else:
+                    teacher_weight = r_t * teacher_inverse
+                    student_weight = r_s * student_inverse
+                    hetero_student = tl.where(valid, on_student * r_t * student_inverse, 0.0)
+                    hetero_other = tl.where(valid, on_student * r_t * teacher_inverse, 0.0)
+                    late_sum = tl.zeros(label.shape, FLOAT)
+            if MAPS:
+                map_reliability = r_t
+                map_discrepancy = d
+        elif HETERO == PAPER:
+            (
+                map_reliability,
+                map_discrepancy,
+                weight_bound,
+                mixed_bound,
+                q_inverse,
+                q,
+                q_a,
+            ) = paper_sums(
+                student_model,
+                teacher_model,
+                classes,
+                label,
+                valid,
+                scale,
+                EVALUATION,
+                STUDENT,
+                TEACHER,
+                CAREFUL,
+                FLOAT,
+            )
+            if HETERO_TERM:
+                value = LN_2 * (student_log2 * q - q_a) * q_inverse
+                hetero_sum += over_pixels(tl.where(counted, value, 0.0))
+                hetero_other = tl.where(valid, scale_of_term / temperature * q_inverse, 0.0)
+                hetero_student = tl.where(valid, hetero_other * q * student_inverse, 0.0)
+        elif HETERO == PAPER_SPACE:
+            if MAPS:
+                map_reliability, map_discrepancy = paper_at_label(
+                    student_model,
+                    teacher_model,
+                    classes,
+                    label,
+                    valid,
+                    STUDENT,
+                    TEACHER,
+                    CAREFUL,
+                    FLOAT,
+                )
+            if HETERO_TERM:
+                # evaluation = none: a mean over pixels and classes, as the weights' own is
+                mean = 1.0 if EVALUATION else 1.0 / class_count
+                hetero_student = one * (scale_of_term * temperature * mean)
+                late_sum = tl.zeros(label.shape, FLOAT)
+        if MAPS:
+            place = maps + (image * label_h + y) * label_w + x
+            visible = inside & own
+            tl.store(place, tl.where(valid, map_reliability, 0.0), mask=visible)
+            place += batch * label_h * label_w
+            tl.store(place, tl.where(valid, map_discrepancy, 0.0), mask=visible)
+
+        # --- gradients, and the values that take a logarithm per class ---------------------------
+        LATE: tl.constexpr = HETERO_TERM and (PROBS or HETERO == PAPER_SPACE)
+        if GRAD or LATE:
+            student_plane = student
+            teacher_plane = teacher
+            gradient_plane = gradient + image * gradient_b
+            if STUDENT == CORNERS:
+                # gradients of cell row i go to rows i and i + 1 of the logits, `row` and the next
+                # of this chunk's TI + 1 rows
+                corner = (chunk * (TI + 1) + t) * gradient_width + (column - 1)
+                own_top = own & row_exists & (column > 0) & (row > 0)
+                own_bottom = own & row_exists & (column > 0) & (row < rows - 1)
+                from_above = row > chunk * TI
+                again = row * 0 + sub > 0
+            for c in range(classes):
+                if PAIR or HETERO > 0 or CE or FEATURE:
+                    z_s, student_a = read(
+                        student_model,
+                        student_plane,
+                        scale,
+                        valid,
+                        STUDENT,
+                        STUDENT_FOLDED,
+                        CAREFUL,
+                        FLOAT,
+                    )
+                if SOFT or CE:
+                    student_e = tl.exp2(student_a)
+                if TEACHER >= 0:
+                    z_t, teacher_a = read(
+                        teacher_model,
+                        teacher_plane,
+                        scale,
+                        valid,
+                        TEACHER,
+                        TEACHER_FOLDED,
+                        CAREFUL,
+                        FLOAT,
+                    )
+                if PAIR:
+                    teacher_e = tl.exp2(teacher_a)
+                is_label = label == c
+                merged = tl.zeros(label.shape, FLOAT)
+                patch = gradient + (image * classes + c) * patch_plane
+
+                if CE and GRAD:
+                    if HARD_POWER == 0:
+                        h = tl.exp2(student_a * temperature)
+                    else:
+                        h = power(student_e, HARD_POWER)
+                    g = ce_hard * cross_entropy_gradient_numerator(is_label, h, student_others)
+                    if SMOOTHING:
+                        w = 1.0
+                        if WEIGHTED:
+                            w = tl.load(class_weight + c).to(FLOAT)
+                        g += ce_soft * (weight_sum * (h * hard_inverse) - w)
+                    if STUDENT == DIRECT:
+                        merged += g
+                    else:
+                        add_to_corners(
+                            g,
+                            fy,
+                            fx,
+                            patch + SLOT_CE * batch * classes * patch_plane + corner,
+                            from_above,
+                            from_left,
+                            left_lane,
+                            own_top,
+                            own_bottom,
+                            gradient_width,
+                            SUB_R * SUB_C == 1,
+                            again,
+                        )
+                if KD > 0 and GRAD:
+                    if KD == FORWARD:
+                        other = teacher_e
+                    elif KD == REVERSE:
+                        other = student_e * (student_a - teacher_a)
+                    else:
+                        p_s, _, log2_m = js_mean(
+                            student_a,
+                            teacher_a,
+                            student_inverse,
+                            teacher_inverse,
+                            beta,
+                            APPROXIMATE,
+                        )
+                        other = p_s * (student_a - student_log2 - log2_m)
+                    g = kd_student * student_e - kd_other * other
+                    if STUDENT == DIRECT:
+                        merged += g
+                    else:
+                        add_to_corners(
+                            g,
+                            fy,
+                            fx,
+                            patch + SLOT_KD * batch * classes * patch_plane + corner,
+                            from_above,
+                            from_left,
+                            left_lane,
+                            own_top,
+                            own_bottom,
+                            gradient_width,
+                            SUB_R * SUB_C == 1,
+                            again,
+                        )
+                if HETERO_TERM:
+                    if PROBS:
+                        m = mixed_target(teacher_weight, teacher_e, student_weight, student_e)
+                        late_sum += m * fast_log2(max_or_nan(m, _SMALLEST_NORMAL), APPROXIMATE)
+                        g = hetero_student * student_e - hetero_other * teacher_e
+                    elif KNOWLEDGE:
+                        a = mixed_target(r_t, teacher_a, r_s, student_a) - mixed_bound
+                        g = hetero_student * student_e - hetero_other * tl.exp2(a)
+                    elif HETERO == PAPER:
+                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label)
+                        other = tl.exp2((z_h - mixed_bound) * scale)
+                        if EVALUATION:
+                            other *= tl.exp2((strength - weight_bound) * LOG2_E)
+                        g = hetero_student * student_e - hetero_other * other
+                    else:
+                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label)
+                        a = z_h / temperature
+                        b = z_s / temperature
+                        w = one
+                        if EVALUATION:
+                            shift = tl.load(space_shift + image * classes + c)
+                            inverse = tl.load(space_weight + image * classes + c)
+                            w = tl.exp2((strength - shift) * LOG2_E) * inverse
+                        late_sum += w * bernoulli_kl(a, b)
+                        g = hetero_student * tl.where(valid, w * bernoulli_kl_gradient(a, b), 0.0)
+                    if GRAD:
+                        if STUDENT == DIRECT:
+                            merged += g
+                        else:
+                            add_to_corners(
+                                g,
+                                fy,
+                                fx,
+                                patch + SLOT_HETERO * batch * classes * patch_plane + corner,
+                                from_above,
+                                from_left,
+                                left_lane,
+                                own_top,
+                                own_bottom,
+                                gradient_width,
+                                SUB_R * SUB_C == 1,
+                                again,
+                            )
+                if FEATURE and GRAD:
+                    g = feature_scale * (z_s - z_t)
+                    if STUDENT == DIRECT:
+                        merged += g
+                    else:
+                        add_to_corners(
+                            g,
+                            fy,
+                            fx,
+                            patch + SLOT_FEATURE * batch * classes * patch_plane + corner,
+                            from_above,
+                            from_left,
+                            left_lane,
+                            own_top,
+                            own_bottom,
+                            gradient_width,
+                            SUB_R * SUB_C == 1,
+                            again,
+                        )
+                if GRAD and STUDENT == DIRECT:
+                    tl.store(
+                        gradient_plane + (y * gradient_y + x * gradient_x),
+                        merged.to(gradient.dtype.element_ty),
+                        mask=inside,
+                    )
+                    gradient_plane += gradient_c
+                student_plane += student_c
+                if TEACHER >= 0:
+                    teacher_plane += teacher_c
+            if LATE:
+                if PROBS:
+                    cross = mixed_target(
+                        teacher_weight, teacher_cross, student_weight, student_self
+                    )
+                    value = LN_2 * (late_sum - cross + student_log2)
+                    value = weight * temperature * temperature * value
+                else:
+                    value = temperature * temperature * mean * late_sum
+                hetero_sum += over_pixels(tl.where(counted, value, 0.0))
+            if GRAD and STUDENT == CORNERS:
+                # the next step reads what this one wrote
+                tl.debug_barrier()
+        if not CAREFUL:
+            trouble += over_pixels((~fine & (inside & exists)).to(tl.int32))
+
+    # --- sums ------------------------------------------------------------------------------------
+    tl.store(partial + 0, over_program(ce_sum))
+    tl.store(partial + 1, over_program(kd_sum))
+    tl.store(partial + 2, over_program(hetero_sum))
+    tl.store(partial + 3, over_program(feature_sum))
+    tl.store(partial + 4, over_program(weight_of_labels))
+    tl.store(partial + 6, over_program(hetero_weight))
+    if not CAREFUL:
+        tl.store(partial + 5, 0.0)
+        tl.store(partial + 7, 0.0)
+        tl.store(partial + VALID, over_program(valid_count))
+        tl.store(partial + BAD, over_program(bad_count))
+        first = tl.min(tl.min(tl.min(tl.min(first_bad, 3), 2), 1), 0)
+        tl.store(partial + FIRST_BAD, tl.where(first == NO_INDEX, -1, first).to(tl.float64))
+        tl.store(partial + FLAG, over_program(trouble))

@@ -1,0 +1,211 @@
+"""Every formula of a pixel, in the names and the order of `reference.py` and `csrc/math`.
+
+A pixel arrives as sums over its classes. For one model with logits z_c, a bound m of them (no
+smaller than their maximum) and a temperature T,
+
+    a_c = (z_c - m) log2(e) / T,   e_c = 2^a_c,   total = sum_c e_c,   softmax_T(z)_c = e_c / total.
+
+`others` is the same sum without the labelled class. Base 2, because that is what the machine has.
+Every argument is a tensor of pixels (any shape, float32 or float64) unless said otherwise.
+
+`tl.exp2` is one instruction on NVIDIA (2 ulp), `tl.log` and `tl.log2` are the library's (1 ulp):
+they are for what is done once per pixel. Once per pixel and class, `fast_log2` and `log1p_unit`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+RELIABILITY_EPS = tl.constexpr(1e-6)
+
+
+# --- elementary --------------------------------------------------------------------------------
+
+
+@triton.jit
+def max_or_nan(a, b):
+    """The larger of two; NaN where either is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def fast_log2(x, APPROXIMATE: tl.constexpr):
+    """log2 of x > 0, at most 2^-22 off in absolute terms for x in [0, 1] when weighted by x.
+
+    APPROXIMATE: NVIDIA's one instruction; 1e-7 beside a sum of m_c log2 m_c that is at most
+    log2 C is what rounding the sum costs anyway. Elsewhere the library's.
+    """
+    if APPROXIMATE and x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def log1p_unit(x):
+    """ln(1 + x) for x in [0, 1], to 3 ulp: relative precision where x is small."""
+    if x.dtype == tl.float64:
+        u = x + 1.0
+        y = tl.log(u) + (x - (u - 1.0)) / u
+    else:
+        p = x * -0.003242799313738942 + 0.0198456309735775
+        p = p * x - 0.05694785714149475
+        p = p * x + 0.10602375864982605
+        p = p * x - 0.1530475914478302
+        p = p * x + 0.19675610959529877
+        p = p * x - 0.24954058229923248
+        p = p * x + 0.33329951763153076
+        p = p * x - 0.4999990165233612
+        y = (p * x) * x + x
+    return y
+
+
+@triton.jit
+def power(x, POWER: tl.constexpr):
+    """x^POWER for POWER in {1, 2, 4}: the exponential at T = 1 from the one at T = POWER."""
+    if POWER == 2:
+        x = x * x
+    elif POWER == 4:
+        x = x * x
+        x = x * x
+    return x
+
+
+# --- section 3: terms --------------------------------------------------------------------------
+
+
+@triton.jit
+def negative_log_likelihood(others, label_e, label_x):
+    """-log softmax(z)_label = log(1 + others / e_label); label_x = z_label - m.
+
+    The textbook log(total) - z_label loses the value's relative precision for a confident pixel,
+    where others / e_label is small: there 1 + it is what is taken the logarithm of, and what that
+    sum rounded away is given back, to first order. Where the label is unlikely, e_label may be 0,
+    and the textbook form has nothing to lose.
+    """
+    ratio = others / label_e
+    confident = ratio < 1.0
+    u = tl.where(confident, 1.0 + ratio, others + label_e)
+    return tl.log(u) + tl.where(confident, ratio - (u - 1.0), -label_x)
+
+
+@triton.jit
+def cross_entropy(hard, soft, weight_sum, nll, log_total, weighted_z, SMOOTHING: tl.constexpr):
+    """Weighted cross entropy. Weights of a pixel: hard = (1 - smoothing) w_label,
+    soft = smoothing / C; weighted_z = sum_c w_c (z_c - m), read with label smoothing only."""
+    loss = hard * nll
+    if SMOOTHING:
+        loss += soft * (weight_sum * log_total - weighted_z)
+    return loss
+
+
+@triton.jit
+def cross_entropy_gradient_numerator(is_label, e, others):
+    """d cross_entropy / d z_c = hard / total * this + (smoothing only) soft (weight_sum p_c - w_c).
+
+    For the labelled class minus the sum of the others: p - 1 of a confident pixel keeps its
+    relative precision, where 1 - p has none left.
+    """
+    return tl.where(is_label, -others, e)
+
+
+@triton.jit
+def kl(weighted_difference, inverse_total_a, log2_total_a, log2_total_b):
+    """KL(a || b), from sum_c e_a,c (a_a,c - a_b,c)."""
+    return LN_2 * (weighted_difference * inverse_total_a - log2_total_a + log2_total_b)
+
+
+# d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)
+# d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (log p_s,c - log p_t,c - KL(p_s || p_t))
+# d (T^2 JS) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = (1 - beta) (log p_s,c - log m_c)
+
+
+@triton.jit
+def feature_gradient_scale(classes):
+    """d (z_s,c - z_t,c)^2 / d z_s,c over z_s,c - z_t,c, for the mean over C classes."""
+    return 2.0 / classes
+
+
+# --- section 4: reliability and mixed target ---------------------------------------------------
+
+
+@triton.jit
+def reliability(teacher_nll, student_nll, inverse_tau):
+    """preset softmax-kl: softmax(-e_t / tau, -e_s / tau) -> (r_t, r_s), each side to full relative
+    precision."""
+    a = (student_nll - teacher_nll) * inverse_tau * LOG2_E
+    x = tl.exp2(max_or_nan(-tl.abs(a), -1e30))
+    larger = 1.0 / (1.0 + x)
+    smaller = x * larger
+    student_is_better = a < 0.0
+    return (
+        tl.where(student_is_better, smaller, larger),
+        tl.where(student_is_better, larger, smaller),
+    )
+
+
+@triton.jit
+def mixed_target(teacher_weight, teacher, student_weight, student):
+    """mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with r."""
+    return teacher_weight * teacher + student_weight * student
+
+
+@triton.jit
+def softplus(x):
+    return max_or_nan(x, 0.0) + log1p_unit(tl.exp2(tl.abs(x) * -LOG2_E))
+
+
+@triton.jit
+def binary_cross_entropy(z, is_label):
+    """preset paper (Eq. 5): BCE(sigmoid(z), y) for y = 1 (the labelled class) or 0."""
+    return softplus(tl.where(is_label, -z, z))
+
+
+@triton.jit
+def class_reliability(teacher_h, student_h):
+    """preset paper (Eq. 6): r_t of one class; one half where both are perfect."""
+    return (student_h + RELIABILITY_EPS) / (teacher_h + student_h + 2 * RELIABILITY_EPS)
+
+
+# --- section 5: discrepancy and the term -------------------------------------------------------
+
+
+@triton.jit
+def discrepancy(kl_teacher_student):
+    """preset softmax-kl: a KL is never negative, its rounding may be. A NaN comes through."""
+    return max_or_nan(kl_teacher_student, 0.0)
+
+
+@triton.jit
+def class_discrepancy(student_h, mixed_h):
+    """preset paper (Eq. 8): the positive reliability gap of one class."""
+    return max_or_nan(student_h - mixed_h, 0.0)
+
+
+# preset softmax-kl: d (T^2 KL(m || p_s)) / d z_c = T (p_s,c - m_c); with mix = probs that is
+# T r_t (p_s,c - p_t,c), because r_s = 1 - r_t.
+# preset paper: with q_c = W_c m_c, d (-sum_c q_c log p_s,c) / d z_c = (p_s,c sum q - q_c) / T.
+
+
+@triton.jit
+def sigmoid(z):
+    x = tl.exp2(tl.abs(z) * -LOG2_E)
+    larger = 1.0 / (1.0 + x)
+    return tl.where(z < 0.0, x * larger, larger)
+
+
+@triton.jit
+def bernoulli_kl(a, b):
+    """weight_axis = space: KL(sigmoid(a) || sigmoid(b)) = p (log sigmoid(a) - log sigmoid(b)) +
+    (1 - p) (the same of -a, -b) = p (a - b) + softplus(b) - softplus(a)."""
+    return sigmoid(a) * (a - b) + (softplus(b) - softplus(a))
+
+
+@triton.jit
+def bernoulli_kl_gradient(a, b):
+    """The derivative of `bernoulli_kl` by b."""
+    return sigmoid(b) - sigmoid(a)

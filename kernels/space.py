@@ -1,0 +1,185 @@
+"""weight_axis = space: the softmax of H_s + dH over the valid pixels of each image and class.
+
+`collect` walks over the tiles of `distillation.py` class by class and leaves each program's
+maximum and sum; `reduce` brings an image's programs together. Two further exponentials per pixel
+and class; a variant that is asked for by name, written for exactness and not for speed: it reads
+every logit the careful way.
+"""
+
+import triton
+import triton.language as tl
+
+from .formulas import LOG2_E, max_or_nan
+from .interpolation import CORNERS, DIRECT, read_logits
+from .statistics import paper_class
+from .tiles import offsets, other_taps, own_columns, pixels_of_step, read_labels
+
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "classes",
+        "label_h",
+        "label_w",
+        "student_h",
+        "student_w",
+        "teacher_h",
+        "teacher_w",
+        "rows",
+        "columns",
+        "per_row",
+        "student_b",
+        "student_c",
+        "student_y",
+        "teacher_b",
+        "teacher_c",
+        "teacher_y",
+        "target_b",
+        "target_y",
+        "target_x",
+        "ignore_index",
+    ]
+)
+def collect(
+    student,  # as in `distillation_pass`
+    teacher,
+    target,
+    found,  # [B, programs, C, 2] out: maximum and sum of exp(H_s + dH - maximum)
+    classes,
+    label_h,
+    label_w,
+    student_h,
+    student_w,
+    teacher_h,
+    teacher_w,
+    rows,
+    columns,
+    per_row,
+    student_b,
+    student_c,
+    student_y,
+    student_x,
+    teacher_b,
+    teacher_c,
+    teacher_y,
+    teacher_x,
+    target_b,
+    target_y,
+    target_x,
+    ignore_index,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    HALO: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    SUB_R: tl.constexpr,
+    SUB_C: tl.constexpr,
+    TI: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    INT: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    program = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    chunk, column, exists, own = own_columns(program, columns, per_row, HALO, N, L, INT)
+    student += image * student_b
+    teacher += image * teacher_b
+    target += image * target_b
+    for c in range(classes):
+        largest = tl.full([1, 1, N, L], LOWEST, FLOAT)
+        total = tl.zeros([1, 1, N, L], FLOAT)
+        for at in range(TI * SUB_R * SUB_C):
+            t = at // (SUB_R * SUB_C)
+            sub = at % (SUB_R * SUB_C)
+            row = chunk * TI + t
+            y, x, inside, top_i, bottom_i, left_j, right_j, fy, fx = pixels_of_step(
+                tl.minimum(row, rows - 1),
+                column,
+                exists & (row < rows),
+                sub,
+                label_h,
+                label_w,
+                student_h,
+                student_w,
+                STUDENT,
+                R,
+                S,
+                SUB_C,
+                ALIGN_CORNERS,
+                INT,
+                FLOAT,
+            )
+            label, _ = read_labels(
+                target, y, x, inside, target_y, target_x, classes, ignore_index
+            )
+            valid = (label >= 0) & own
+            taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
+            z_s = read_logits(
+                student + c * student_c, taps, (fy, fx), taps, 1.0, valid, STUDENT, False, True, FLOAT
+            )
+            if TEACHER == CORNERS:
+                taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
+                fractions = (fy, fx)
+            elif TEACHER == DIRECT:
+                taps = offsets(y, y, x, x, teacher_y, teacher_x)
+                fractions = (fy, fx)
+            else:
+                taps, fractions = other_taps(
+                    y,
+                    x,
+                    label_h,
+                    label_w,
+                    teacher_h,
+                    teacher_w,
+                    teacher_y,
+                    teacher_x,
+                    ALIGN_CORNERS,
+                    INT,
+                    FLOAT,
+                )
+            z_t = read_logits(
+                teacher + c * teacher_c, taps, fractions, taps, 1.0, valid, TEACHER, False, True, FLOAT
+            )
+            strength, _, _, _ = paper_class(z_s, z_t, label == c)
+            strength = tl.where(valid, strength, LOWEST)
+            above = tl.max(tl.max(strength, axis=0, keep_dims=True), axis=1, keep_dims=True)
+            bound = tl.maximum(largest, above)
+            e = tl.where(valid, tl.exp2((strength - bound) * LOG2_E), 0.0)
+            e = tl.sum(tl.sum(e, axis=0, keep_dims=True), axis=1, keep_dims=True)
+            total = total * tl.exp2((largest - bound) * LOG2_E) + e
+            largest = bound
+        bound = tl.max(tl.max(largest, axis=3, keep_dims=True), axis=2, keep_dims=True)
+        total = total * tl.exp2((largest - bound) * LOG2_E)
+        place = found + ((image * tl.num_programs(0) + program) * classes + c) * 2
+        tl.store(place, tl.max(tl.max(tl.max(tl.max(bound, 3), 2), 1), 0))
+        tl.store(place + 1, tl.sum(tl.sum(tl.sum(tl.sum(total, 3), 2), 1), 0))
+
+
+@triton.jit(do_not_specialize=["programs", "classes"])
+def reduce(
+    found,  # [B, programs, C, 2]
+    shift,  # [B, C] out
+    weight,  # [B, C] out: 1 / sum exp(H_s + dH - shift)
+    programs,
+    classes,
+    BLOCK: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < classes
+    largest = tl.full([BLOCK], LOWEST, FLOAT)
+    total = tl.zeros([BLOCK], tl.float64)  # over a million pixels
+    for program in range(programs):
+        place = found + ((image * programs + program) * classes + c) * 2
+        here = tl.load(place, mask=inside, other=LOWEST)
+        part = tl.load(place + 1, mask=inside, other=0.0)
+        bound = max_or_nan(largest, here)
+        total = total * tl.exp2((largest - bound) * LOG2_E).to(tl.float64)
+        total += (part * tl.exp2((here - bound) * LOG2_E)).to(tl.float64)
+        largest = bound
+    tl.store(shift + image * classes + c, largest, mask=inside)
+    tl.store(weight + image * classes + c, (1.0 / total).to(FLOAT), mask=inside)

@@ -1,0 +1,418 @@
+"""Loops over the classes that end in sums per pixel. Shapes: see `interpolation.py`.
+
+A `model` is (plane, class_stride, taps, fractions, fold, m): where class 0 lies, the way to the
+next class, and what `read_logits` and `scaled` take. Each loop reads the logits again instead of
+keeping them: they are low-resolution and in the first cache, and registers are what limits this
+kernel. What a call does not need is compiled away.
+"""
+
+import triton
+import triton.language as tl
+
+from .formulas import (
+    LOG2_E,
+    binary_cross_entropy,
+    class_discrepancy,
+    class_reliability,
+    fast_log2,
+    max_or_nan,
+    mixed_target,
+    power,
+)
+from .interpolation import read_logits, scaled
+
+_SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def read(
+    model,
+    plane,
+    scale,
+    valid,
+    SOURCE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """z and a = (z - m) * scale of the class at `plane`; z is only itself where not FOLDED."""
+    _, _, taps, fractions, fold, m = model
+    z = read_logits(plane, taps, fractions, fold, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
+    return z, scaled(z, m, scale, FOLDED, CAREFUL, FLOAT)
+
+
+@triton.jit
+def one_model(
+    student,
+    classes,
+    label,
+    valid,
+    scale,
+    temperature,
+    class_weight,
+    STUDENT: tl.constexpr,
+    STUDENT_FOLDED: tl.constexpr,
+    HARD: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    POWER: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """total = sum e at T; others = sum without the label at T = 1; weighted = sum w_c a_c and
+    weight_sum = sum w_c (label smoothing)."""
+    total = tl.zeros(label.shape, FLOAT)
+    others = total
+    weighted = total
+    weight_sum = tl.sum(tl.zeros([1], FLOAT))
+    plane = student[0]
+    for c in range(classes):
+        _, a = read(student, plane, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT)
+        e = tl.exp2(a)
+        total += e
+        if HARD:
+            if POWER == 0:
+                h = tl.exp2(a * temperature)
+            else:
+                h = power(e, POWER)
+            others += tl.where(label == c, 0.0, h)
+        if SMOOTHING:
+            if WEIGHTED:
+                w = tl.load(class_weight + c).to(FLOAT)
+                weighted += w * a
+                weight_sum += w
+            else:
+                weighted += a
+                weight_sum += 1.0
+        plane += student[1]
+    return total, others, weighted, weight_sum
+
+
+@triton.jit
+def two_models(
+    student,
+    teacher,
+    classes,
+    label,
+    valid,
+    scale,
+    temperature,
+    class_weight,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    STUDENT_FOLDED: tl.constexpr,
+    TEACHER_FOLDED: tl.constexpr,
+    HARD: tl.constexpr,
+    CROSS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    POWER: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """Both at once. HARD: whose sums at T = 1 are wanted: 0 none, 1 the student's, 2 both.
+
+    difference = sum e_t (a_t - a_s); reverse = sum e_s (a_s - a_t); CROSS: teacher_cross = sum
+    e_t a_s and student_self = sum e_s a_s, which the value of KL(m || p_s) takes besides its
+    logarithms.
+    """
+    student_total = tl.zeros(label.shape, FLOAT)
+    teacher_total = student_total
+    student_others = student_total
+    teacher_others = student_total
+    difference = student_total
+    reverse = student_total
+    teacher_cross = student_total
+    student_self = student_total
+    weighted = student_total
+    weight_sum = tl.sum(tl.zeros([1], FLOAT))
+    student_plane = student[0]
+    teacher_plane = teacher[0]
+    for c in range(classes):
+        _, student_a = read(
+            student, student_plane, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
+        )
+        _, teacher_a = read(
+            teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
+        )
+        student_e = tl.exp2(student_a)
+        teacher_e = tl.exp2(teacher_a)
+        student_total += student_e
+        teacher_total += teacher_e
+        difference += teacher_e * (teacher_a - student_a)
+        if REVERSE:
+            reverse += student_e * (student_a - teacher_a)
+        if CROSS:
+            teacher_cross += teacher_e * student_a
+            student_self += student_e * student_a
+        if HARD > 0:
+            is_label = label == c
+            if POWER == 0:
+                student_h = tl.exp2(student_a * temperature)
+            else:
+                student_h = power(student_e, POWER)
+            student_others += tl.where(is_label, 0.0, student_h)
+            if HARD > 1:
+                if POWER == 0:
+                    teacher_h = tl.exp2(teacher_a * temperature)
+                else:
+                    teacher_h = power(teacher_e, POWER)
+                teacher_others += tl.where(is_label, 0.0, teacher_h)
+        if SMOOTHING:
+            if WEIGHTED:
+                w = tl.load(class_weight + c).to(FLOAT)
+                weighted += w * student_a
+                weight_sum += w
+            else:
+                weighted += student_a
+                weight_sum += 1.0
+        student_plane += student[1]
+        teacher_plane += teacher[1]
+    return (
+        student_total,
+        teacher_total,
+        student_others,
+        teacher_others,
+        difference,
+        reverse,
+        teacher_cross,
+        student_self,
+        weighted,
+        weight_sum,
+    )
+
+
+@triton.jit
+def squared_difference(
+    student,
+    teacher,
+    classes,
+    valid,
+    scale,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """sum_c (z_s,c - z_t,c)^2"""
+    total = tl.zeros(valid.shape, FLOAT)
+    student_plane = student[0]
+    teacher_plane = teacher[0]
+    for _ in range(classes):
+        z_s, _ = read(student, student_plane, scale, valid, STUDENT, False, CAREFUL, FLOAT)
+        z_t, _ = read(teacher, teacher_plane, scale, valid, TEACHER, False, CAREFUL, FLOAT)
+        x = z_s - z_t
+        total += x * x
+        student_plane += student[1]
+        teacher_plane += teacher[1]
+    return total
+
+
+@triton.jit
+def mixed_logits(
+    student,
+    teacher,
+    classes,
+    valid,
+    scale,
+    r_t,
+    r_s,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    STUDENT_FOLDED: tl.constexpr,
+    TEACHER_FOLDED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """mix = logits: of e_h = 2^(a_h - bound), a_h = r_t a_t + r_s a_s: bound, total, and
+    sum_c e_h (a_h - bound - a_s). a_h <= 0, so 0 is a bound; the exact one if CAREFUL."""
+    bound = tl.zeros(valid.shape, FLOAT)
+    if CAREFUL:
+        bound = tl.where(valid, float("-inf"), float("-inf")).to(FLOAT)
+        student_plane = student[0]
+        teacher_plane = teacher[0]
+        for _ in range(classes):
+            _, student_a = read(
+                student, student_plane, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
+            )
+            _, teacher_a = read(
+                teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
+            )
+            bound = max_or_nan(bound, mixed_target(r_t, teacher_a, r_s, student_a))
+            student_plane += student[1]
+            teacher_plane += teacher[1]
+    total = tl.zeros(valid.shape, FLOAT)
+    difference = total
+    student_plane = student[0]
+    teacher_plane = teacher[0]
+    for _ in range(classes):
+        _, student_a = read(
+            student, student_plane, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
+        )
+        _, teacher_a = read(
+            teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
+        )
+        a = mixed_target(r_t, teacher_a, r_s, student_a) - bound
+        e = tl.exp2(a)
+        total += e
+        difference += e * (a - student_a)
+        student_plane += student[1]
+        teacher_plane += teacher[1]
+    return bound, total, difference
+
+
+@triton.jit
+def js_sums(
+    student,
+    teacher,
+    classes,
+    valid,
+    scale,
+    student_inverse,
+    teacher_inverse,
+    student_log2,
+    teacher_log2,
+    beta,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    STUDENT_FOLDED: tl.constexpr,
+    TEACHER_FOLDED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """Jensen-Shannon: sum_c p_c (log2 p_c - log2 m_c) of the student and of the teacher."""
+    of_student = tl.zeros(valid.shape, FLOAT)
+    of_teacher = of_student
+    student_plane = student[0]
+    teacher_plane = teacher[0]
+    for _ in range(classes):
+        _, student_a = read(
+            student, student_plane, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
+        )
+        _, teacher_a = read(
+            teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
+        )
+        p_s, p_t, log2_m = js_mean(
+            student_a, teacher_a, student_inverse, teacher_inverse, beta, APPROXIMATE
+        )
+        of_student += p_s * (student_a - student_log2 - log2_m)
+        of_teacher += p_t * (teacher_a - teacher_log2 - log2_m)
+        student_plane += student[1]
+        teacher_plane += teacher[1]
+    return of_student, of_teacher
+
+
+@triton.jit
+def js_mean(
+    student_a, teacher_a, student_inverse, teacher_inverse, beta, APPROXIMATE: tl.constexpr
+):
+    """p_s, p_t and log2 of m = beta p_t + (1 - beta) p_s, of one class."""
+    p_s = tl.exp2(student_a) * student_inverse
+    p_t = tl.exp2(teacher_a) * teacher_inverse
+    m = mixed_target(beta, p_t, 1.0 - beta, p_s)
+    return p_s, p_t, fast_log2(max_or_nan(m, _SMALLEST_NORMAL), APPROXIMATE)
+
+
+@triton.jit
+def paper_class(z_s, z_t, is_label):
+    """preset paper, one class: H_s + dH, z_h, r_t and dH."""
+    h_s = binary_cross_entropy(z_s, is_label)
+    h_t = binary_cross_entropy(z_t, is_label)
+    r_t = class_reliability(h_t, h_s)
+    z_h = mixed_target(r_t, z_t, 1.0 - r_t, z_s)
+    gap = class_discrepancy(h_s, binary_cross_entropy(z_h, is_label))
+    return h_s + gap, z_h, r_t, gap
+
+
+@triton.jit
+def paper_sums(
+    student,
+    teacher,
+    classes,
+    label,
+    valid,
+    scale,
+    EVALUATION: tl.constexpr,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """preset paper: with q_c = W_c m_c, without their denominators,
+
+    r_t and dH of the label; bounds of H_s + dH and of z_h; the inverse of both denominators'
+    product; sum q_c and sum q_c a_s,c. Running maxima: one loop instead of two, because what is
+    expensive here is the knowledge of a class, not its two exponentials.
+    """
+    lowest = -1e300 if FLOAT == tl.float64 else -2e38
+    reliable = tl.zeros(valid.shape, FLOAT)
+    gap_of_label = reliable
+    weight_total = reliable
+    mixed_total = reliable
+    q = reliable
+    q_a = reliable
+    weight_bound = reliable + lowest
+    mixed_bound = weight_bound
+    student_plane = student[0]
+    teacher_plane = teacher[0]
+    for c in range(classes):
+        z_s, student_a = read(
+            student, student_plane, scale, valid, STUDENT, False, CAREFUL, FLOAT
+        )
+        z_t, _ = read(teacher, teacher_plane, scale, valid, TEACHER, False, CAREFUL, FLOAT)
+        is_label = label == c
+        strength, z_h, r_t, gap = paper_class(z_s, z_t, is_label)
+        reliable = tl.where(is_label, r_t, reliable)
+        gap_of_label = tl.where(is_label, gap, gap_of_label)
+        bound = max_or_nan(mixed_bound, z_h)
+        shrink = tl.exp2((mixed_bound - bound) * scale)
+        x = tl.exp2((z_h - bound) * scale)
+        mixed_bound = bound
+        mixed_total = mixed_total * shrink + x
+        if EVALUATION:
+            bound = max_or_nan(weight_bound, strength)
+            weight_shrink = tl.exp2((weight_bound - bound) * LOG2_E)
+            w = tl.exp2((strength - bound) * LOG2_E)
+            weight_bound = bound
+            weight_total = weight_total * weight_shrink + w
+            shrink *= weight_shrink
+            x *= w
+        q = q * shrink + x
+        q_a = q_a * shrink + x * student_a
+        student_plane += student[1]
+        teacher_plane += teacher[1]
+    inverse = 1.0 / mixed_total
+    if EVALUATION:
+        inverse = inverse / weight_total
+    return reliable, gap_of_label, weight_bound, mixed_bound, inverse, q, q_a
+
+
+@triton.jit
+def paper_at_label(
+    student,
+    teacher,
+    classes,
+    label,
+    valid,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """preset paper, weight_axis = space: r_t and dH of the label, for the maps."""
+    reliable = tl.zeros(valid.shape, FLOAT)
+    gap_of_label = reliable
+    student_plane = student[0]
+    teacher_plane = teacher[0]
+    for c in range(classes):
+        z_s, _ = read(student, student_plane, 1.0, valid, STUDENT, False, CAREFUL, FLOAT)
+        z_t, _ = read(teacher, teacher_plane, 1.0, valid, TEACHER, False, CAREFUL, FLOAT)
+        is_label = label == c
+        _, _, r_t, gap = paper_class(z_s, z_t, is_label)
+        reliable = tl.where(is_label, r_t, reliable)
+        gap_of_label = tl.where(is_label, gap, gap_of_label)
+        student_plane += student[1]
+        teacher_plane += teacher[1]
+    return reliable, gap_of_label

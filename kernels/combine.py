@@ -8,7 +8,7 @@ saved gradient once (and 1 row in TI + 1 once more, where chunks meet), writes t
 import triton
 import triton.language as tl
 
-from .distillation import BAD, FIRST_BAD, NO_INDEX, ROW, VALID
+from .distillation import BAD, ROW, VALID
 
 
 @triton.jit(do_not_specialize=["programs", "images", "classes", "row0", "row1", "row2", "row3"])
@@ -16,7 +16,7 @@ def finish_sums(
     partials,  # [images * programs, ROW] float64
     numerators,  # [K] float64 out; term k is written at `row_k` if that is not negative
     denominators,  # [K] float64 out
-    report,  # int64 [3] out: valid pixels, bad labels, the first of them or -1; not if REPORT off
+    report,  # int64 [2] out: valid pixels and labels out of range; not if REPORT off
     programs,
     images,
     classes,
@@ -31,17 +31,6 @@ def finish_sums(
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0)
-    if column == FIRST_BAD:
-        if REPORT:
-            first = tl.full([BLOCK], NO_INDEX, tl.int64)
-            for start in range(0, images * programs, BLOCK):
-                row = start + tl.arange(0, BLOCK).to(tl.int64)
-                here = row < images * programs
-                index = tl.load(partials + row * ROW + FIRST_BAD, mask=here, other=-1.0)
-                first = tl.minimum(first, tl.where(index < 0.0, NO_INDEX, index.to(tl.int64)))
-            index = tl.min(first, 0)
-            tl.store(report + 2, tl.where(index == NO_INDEX, -1, index))
-        return
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, images * programs, BLOCK):
         row = start + tl.arange(0, BLOCK).to(tl.int64)

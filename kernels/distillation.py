@@ -41,10 +41,13 @@ from .formulas import (
     fast_log2,
     feature_gradient_scale,
     kl,
+    log,
+    log2,
     max_or_nan,
     mixed_target,
     negative_log_likelihood,
     power,
+    reciprocal,
     reliability,
 )
 from .interpolation import CORNERS, DIRECT, GATHER, between, corner_bounds, pixel_bounds
@@ -77,9 +80,7 @@ from .tiles import (
 ROW = tl.constexpr(16)
 VALID = tl.constexpr(8)
 BAD = tl.constexpr(9)
-FIRST_BAD = tl.constexpr(10)  # flat index in the whole batch, or -1
-FLAG = tl.constexpr(11)
-NO_INDEX = tl.constexpr(1 << 62)
+FLAG = tl.constexpr(10)
 
 # hetero=
 SOFTMAX_KL = tl.constexpr(1)
@@ -102,6 +103,12 @@ def number(bits, FLOAT: tl.constexpr):
 @triton.jit
 def is_finite(x):
     return x - x == 0.0
+
+
+@triton.jit
+def worst(x):
+    """The smallest of a thread's pixels, [R, S, N, L] (or fewer) -> [1, 1, N, L]."""
+    return tl.min(tl.min(x, axis=0, keep_dims=True), axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -249,7 +256,7 @@ def distillation_pass(
     SLOT_FEATURE: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     CAREFUL: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    PTX: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     SUB_R: tl.constexpr,
@@ -308,9 +315,8 @@ def distillation_pass(
     hetero_weight = nothing
     feature_sum = nothing
     valid_count = tl.zeros([1, 1, N, L], tl.int32)
-    bad_count = valid_count
-    first_bad = tl.zeros([1, 1, N, L], tl.int64) + NO_INDEX
-    trouble = valid_count
+    label_count = valid_count
+    smallest = nothing + 1.0  # of all totals that a bound can make too small
 
     for at in range(TI * SUB_R * SUB_C):
         t = at // (SUB_R * SUB_C)
@@ -334,21 +340,14 @@ def distillation_pass(
             INT,
             FLOAT,
         )
-        label, bad = read_labels(
+        label, counts = read_labels(
             target, y, x, inside, target_y, target_x, classes, ignore_index
         )
         valid = label >= 0
-        counted = valid & own
         one = tl.where(valid, 1.0, 0.0).to(FLOAT)
         if not CAREFUL:
-            bad = bad & own
-            valid_count += over_pixels(counted.to(tl.int32))
-            bad_count += over_pixels(bad.to(tl.int32))
-            index = (image * label_h + y) * label_w + x
-            index = tl.where(bad, index, NO_INDEX)
-            first_bad = tl.minimum(
-                first_bad, tl.min(tl.min(index, axis=0, keep_dims=True), axis=1, keep_dims=True)
-            )
+            valid_count += over_pixels(valid.to(tl.int32))
+            label_count += over_pixels(counts)
 
         # --- bounds ----------------------------------------------------------------------------
         student_taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
@@ -365,7 +364,7 @@ def distillation_pass(
             CAREFUL,
             FLOAT,
         )
-        fine = inside & is_finite(trace) | ~inside
+        smallest = tl.minimum(smallest, worst(tl.where(inside & ~is_finite(trace), 0.0, 1.0)))
         teacher_model = student_model
         if TEACHER >= 0:
             teacher_fractions = (fy, fx)
@@ -400,7 +399,7 @@ def distillation_pass(
                 CAREFUL,
                 FLOAT,
             )
-            fine = fine & (is_finite(trace) | ~inside)
+            smallest = tl.minimum(smallest, worst(tl.where(inside & ~is_finite(trace), 0.0, 1.0)))
 
         # --- statistics ------------------------------------------------------------------------
         if PAIR:
@@ -457,30 +456,36 @@ def distillation_pass(
             )
 
         # --- pixel: totals ---------------------------------------------------------------------
+        # From here on an invalid pixel holds harmless numbers, and `one` takes it out of the sums.
+        least = one * 0.0 + 1.0
         if NLL:
             student_label = label_logit(
                 student_model, label, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
             )
             e = tl.exp2(max_or_nan(student_label, -1e30) * LOG2_E)
-            hard_total = student_others + e
-            hard_inverse = 1.0 / hard_total
-            student_nll = negative_log_likelihood(student_others, e, student_label)
-            fine = fine & ((hard_total > _SMALLEST_TOTAL) | ~valid)
+            hard_total = tl.where(valid, student_others + e, 1.0)
+            hard_inverse = reciprocal(hard_total, PTX)
+            student_nll = negative_log_likelihood(student_others, e, student_label, PTX)
+            student_nll = tl.where(valid, student_nll, 0.0)
+            least = tl.minimum(least, hard_total)
         if KNOWLEDGE:
             teacher_label = label_logit(
                 teacher_model, label, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
             )
             e = tl.exp2(max_or_nan(teacher_label, -1e30) * LOG2_E)
-            teacher_nll = negative_log_likelihood(teacher_others, e, teacher_label)
-            fine = fine & ((teacher_others + e > _SMALLEST_TOTAL) | ~valid)
+            teacher_nll = negative_log_likelihood(teacher_others, e, teacher_label, PTX)
+            teacher_nll = tl.where(valid, teacher_nll, 0.0)
+            least = tl.minimum(least, tl.where(valid, teacher_others + e, 1.0))
         if SOFT:
-            student_inverse = 1.0 / student_total
-            student_log2 = tl.log2(student_total)
-            fine = fine & ((student_total > _SMALLEST_TOTAL) | ~valid)
+            student_total = tl.where(valid, student_total, 1.0)
+            student_inverse = reciprocal(student_total, PTX)
+            student_log2 = log2(student_total)
+            least = tl.minimum(least, student_total)
         if PAIR:
-            teacher_inverse = 1.0 / teacher_total
-            teacher_log2 = tl.log2(teacher_total)
-            fine = fine & ((teacher_total > _SMALLEST_TOTAL) | ~valid)
+            teacher_total = tl.where(valid, teacher_total, 1.0)
+            teacher_inverse = reciprocal(teacher_total, PTX)
+            teacher_log2 = log2(teacher_total)
+            least = tl.minimum(least, teacher_total)
             kl_teacher_student = kl(difference, teacher_inverse, teacher_log2, student_log2)
 
         # --- pixel: cross entropy, kd, feature -------------------------------------------------
@@ -491,10 +496,10 @@ def distillation_pass(
                     class_weight + tl.maximum(label, 0), mask=valid, other=0.0
                 ).to(FLOAT)
             ce_hard = (1.0 - smoothing) * label_weight
-            ce_soft = smoothing / class_count
+            ce_soft = one * (smoothing / class_count)
             log_total = nothing
             if SMOOTHING:
-                log_total = tl.log(hard_total)
+                log_total = log(hard_total)
                 # a = x log2(e) / T
                 weighted = weighted * (temperature * LN_2) if SOFT else weighted * LN_2
             loss = cross_entropy(
@@ -506,14 +511,14 @@ def distillation_pass(
                 weighted,
                 SMOOTHING,
             )
-            ce_sum += over_pixels(tl.where(counted, loss, 0.0))
+            ce_sum += over_pixels(loss)
             if WEIGHTED:
-                weight_of_labels += over_pixels(tl.where(counted, label_weight, 0.0))
+                weight_of_labels += over_pixels(label_weight)
             scale_of_term = 1.0
             if GRAD and STUDENT == DIRECT:
                 scale_of_term = tl.load(grad_numerators + SLOT_CE).to(FLOAT)
-            ce_hard = tl.where(valid, scale_of_term * ce_hard * hard_inverse, 0.0)
-            ce_soft = tl.where(valid, scale_of_term * ce_soft, 0.0)
+            ce_hard *= scale_of_term * hard_inverse
+            ce_soft = one * (scale_of_term * smoothing / class_count)
         if KD > 0:
             scale_of_term = 1.0
             if GRAD and STUDENT == DIRECT:
@@ -544,17 +549,14 @@ def distillation_pass(
                     TEACHER,
                     STUDENT_FOLDED,
                     TEACHER_FOLDED,
-                    APPROXIMATE,
+                    PTX,
                     CAREFUL,
                     FLOAT,
                 )
                 value = LN_2 * (beta * js_teacher + (1.0 - beta) * js_student)
                 kd_other = -on_student * LN_2 * (1.0 - beta)
                 kd_student = kd_other * js_student * student_inverse
-            kd_student = tl.where(valid, kd_student, 0.0)
-            kd_other = tl.where(valid, kd_other, 0.0)
-            value = value * temperature * temperature
-            kd_sum += over_pixels(tl.where(counted, value, 0.0))
+            kd_sum += over_pixels(one * (temperature * temperature) * value)
         if FEATURE:
             squares = squared_difference(
                 student_model,
@@ -567,7 +569,7 @@ def distillation_pass(
                 CAREFUL,
                 FLOAT,
             )
-            feature_sum += over_pixels(tl.where(counted, squares / class_count, 0.0))
+            feature_sum += over_pixels(tl.where(valid, squares, 0.0) * (1.0 / class_count))
             feature_scale = one * feature_gradient_scale(class_count)
             if GRAD and STUDENT == DIRECT:
                 feature_scale *= tl.load(grad_numerators + SLOT_FEATURE).to(FLOAT)
@@ -577,13 +579,13 @@ def distillation_pass(
         if GRAD and STUDENT == DIRECT and HETERO_TERM:
             scale_of_term = tl.load(grad_numerators + SLOT_HETERO).to(FLOAT)
         if KNOWLEDGE:
-            r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau)
+            r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau, PTX)
             d = discrepancy(kl_teacher_student)
             weight = one
             if EVALUATION:
-                weight = tl.where(valid, d, 0.0)
+                weight = one * d
             if HETERO_TERM:
-                hetero_weight += over_pixels(tl.where(counted, weight, 0.0))
+                hetero_weight += over_pixels(weight)
                 on_student = scale_of_term * temperature * weight
                 if MIX_LOGITS:
                     mixed_bound, mixed_total, mixed_difference = mixed_logits(
@@ -601,18 +603,24 @@ def distillation_pass(
                         CAREFUL,
                         FLOAT,
                     )
-                    fine = fine & ((mixed_total > _SMALLEST_TOTAL) | ~valid)
-                    mixed_inverse = 1.0 / mixed_total
-                    value = kl(mixed_difference, mixed_inverse, tl.log2(mixed_total), student_log2)
-                    value = weight * temperature * temperature * value
-                    hetero_sum += over_pixels(tl.where(counted, value, 0.0))
-                    hetero_student = tl.where(valid, on_student * student_inverse, 0.0)
-                    hetero_other = tl.where(valid, on_student * mixed_inverse, 0.0)
+                    mixed_total = tl.where(valid, mixed_total, 1.0)
+                    least = tl.minimum(least, mixed_total)
+                    mixed_inverse = reciprocal(mixed_total, PTX)
+                    value = kl(mixed_difference, mixed_inverse, log2(mixed_total), student_log2)
+                    hetero_sum += over_pixels(weight * (temperature * temperature) * value)
+                    hetero_student = on_student * student_inverse
+                    hetero_other = on_student * mixed_inverse
                 else:
                     teacher_weight = r_t * teacher_inverse
                     student_weight = r_s * student_inverse
-                    hetero_student = tl.where(valid, on_student * r_t * student_inverse, 0.0)
-                    hetero_other = tl.where(valid, on_student * r_t * teacher_inverse, 0.0)
+                    hetero_student = on_student * r_t * student_inverse
+                    hetero_other = on_student
+                    # the value without sum_c m_c log2 m_c, which the last loop adds
+                    late_weight = weight * (temperature * temperature * LN_2)
+                    cross = mixed_target(
+                        teacher_weight, teacher_cross, student_weight, student_self
+                    )
+                    hetero_sum += over_pixels(late_weight * (student_log2 - cross))
                     late_sum = tl.zeros(label.shape, FLOAT)
             if MAPS:
                 map_reliability = r_t
@@ -636,14 +644,16 @@ def distillation_pass(
                 EVALUATION,
                 STUDENT,
                 TEACHER,
+                PTX,
                 CAREFUL,
                 FLOAT,
             )
             if HETERO_TERM:
+                q_inverse = tl.where(valid, q_inverse, 0.0)
                 value = LN_2 * (student_log2 * q - q_a) * q_inverse
-                hetero_sum += over_pixels(tl.where(counted, value, 0.0))
-                hetero_other = tl.where(valid, scale_of_term / temperature * q_inverse, 0.0)
-                hetero_student = tl.where(valid, hetero_other * q * student_inverse, 0.0)
+                hetero_sum += over_pixels(tl.where(valid, value, 0.0))
+                hetero_other = q_inverse * (scale_of_term / temperature)
+                hetero_student = hetero_other * q * student_inverse
         elif HETERO == PAPER_SPACE:
             if MAPS:
                 map_reliability, map_discrepancy = paper_at_label(
@@ -654,6 +664,7 @@ def distillation_pass(
                     valid,
                     STUDENT,
                     TEACHER,
+                    PTX,
                     CAREFUL,
                     FLOAT,
                 )
@@ -661,6 +672,7 @@ def distillation_pass(
                 # evaluation = none: a mean over pixels and classes, as the weights' own is
                 mean = 1.0 if EVALUATION else 1.0 / class_count
                 hetero_student = one * (scale_of_term * temperature * mean)
+                late_weight = one * (temperature * temperature * mean)
                 late_sum = tl.zeros(label.shape, FLOAT)
         if MAPS:
             place = maps + (image * label_h + y) * label_w + x
@@ -668,6 +680,8 @@ def distillation_pass(
             tl.store(place, tl.where(valid, map_reliability, 0.0), mask=visible)
             place += batch * label_h * label_w
             tl.store(place, tl.where(valid, map_discrepancy, 0.0), mask=visible)
+        if not CAREFUL:
+            smallest = tl.minimum(smallest, worst(least))
 
         # --- gradients, and the values that take a logarithm per class ---------------------------
         LATE: tl.constexpr = HETERO_TERM and (PROBS or HETERO == PAPER_SPACE)
@@ -754,7 +768,7 @@ def distillation_pass(
                             student_inverse,
                             teacher_inverse,
                             beta,
-                            APPROXIMATE,
+                            PTX,
                         )
                         other = p_s * (student_a - student_log2 - log2_m)
                     g = kd_student * student_e - kd_other * other
@@ -777,20 +791,21 @@ def distillation_pass(
                         )
                 if HETERO_TERM:
                     if PROBS:
-                        m = mixed_target(teacher_weight, teacher_e, student_weight, student_e)
-                        late_sum += m * fast_log2(max_or_nan(m, _SMALLEST_NORMAL), APPROXIMATE)
+                        teacher_e *= teacher_weight
+                        m = mixed_target(1.0, teacher_e, student_weight, student_e)
+                        late_sum += m * fast_log2(max_or_nan(m, _SMALLEST_NORMAL), PTX)
                         g = hetero_student * student_e - hetero_other * teacher_e
                     elif KNOWLEDGE:
                         a = mixed_target(r_t, teacher_a, r_s, student_a) - mixed_bound
                         g = hetero_student * student_e - hetero_other * tl.exp2(a)
                     elif HETERO == PAPER:
-                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label)
+                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label, PTX)
                         other = tl.exp2((z_h - mixed_bound) * scale)
                         if EVALUATION:
                             other *= tl.exp2((strength - weight_bound) * LOG2_E)
                         g = hetero_student * student_e - hetero_other * other
                     else:
-                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label)
+                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label, PTX)
                         a = z_h / temperature
                         b = z_s / temperature
                         w = one
@@ -798,8 +813,8 @@ def distillation_pass(
                             shift = tl.load(space_shift + image * classes + c)
                             inverse = tl.load(space_weight + image * classes + c)
                             w = tl.exp2((strength - shift) * LOG2_E) * inverse
-                        late_sum += w * bernoulli_kl(a, b)
-                        g = hetero_student * tl.where(valid, w * bernoulli_kl_gradient(a, b), 0.0)
+                        late_sum += w * bernoulli_kl(a, b, PTX)
+                        g = hetero_student * tl.where(valid, w * bernoulli_kl_gradient(a, b, PTX), 0.0)
                     if GRAD:
                         if STUDENT == DIRECT:
                             merged += g
@@ -848,33 +863,22 @@ def distillation_pass(
                 if TEACHER >= 0:
                     teacher_plane += teacher_c
             if LATE:
-                if PROBS:
-                    cross = mixed_target(
-                        teacher_weight, teacher_cross, student_weight, student_self
-                    )
-                    value = LN_2 * (late_sum - cross + student_log2)
-                    value = weight * temperature * temperature * value
-                else:
-                    value = temperature * temperature * mean * late_sum
-                hetero_sum += over_pixels(tl.where(counted, value, 0.0))
+                hetero_sum += over_pixels(tl.where(valid, late_weight * late_sum, 0.0))
             if GRAD and STUDENT == CORNERS:
                 # the next step reads what this one wrote
                 tl.debug_barrier()
-        if not CAREFUL:
-            trouble += over_pixels((~fine & (inside & exists)).to(tl.int32))
 
     # --- sums ------------------------------------------------------------------------------------
-    tl.store(partial + 0, over_program(ce_sum))
-    tl.store(partial + 1, over_program(kd_sum))
-    tl.store(partial + 2, over_program(hetero_sum))
-    tl.store(partial + 3, over_program(feature_sum))
-    tl.store(partial + 4, over_program(weight_of_labels))
-    tl.store(partial + 6, over_program(hetero_weight))
+    tl.store(partial + 0, over_program(tl.where(own, ce_sum, 0.0)))
+    tl.store(partial + 1, over_program(tl.where(own, kd_sum, 0.0)))
+    tl.store(partial + 2, over_program(tl.where(own, hetero_sum, 0.0)))
+    tl.store(partial + 3, over_program(tl.where(own, feature_sum, 0.0)))
+    tl.store(partial + 4, over_program(tl.where(own, weight_of_labels, 0.0)))
+    tl.store(partial + 6, over_program(tl.where(own, hetero_weight, 0.0)))
     if not CAREFUL:
         tl.store(partial + 5, 0.0)
         tl.store(partial + 7, 0.0)
-        tl.store(partial + VALID, over_program(valid_count))
-        tl.store(partial + BAD, over_program(bad_count))
-        first = tl.min(tl.min(tl.min(tl.min(first_bad, 3), 2), 1), 0)
-        tl.store(partial + FIRST_BAD, tl.where(first == NO_INDEX, -1, first).to(tl.float64))
-        tl.store(partial + FLAG, over_program(trouble))
+        tl.store(partial + VALID, over_program(tl.where(own, valid_count, 0)))
+        tl.store(partial + BAD, over_program(tl.where(own, label_count - valid_count, 0)))
+        found = tl.where(smallest > _SMALLEST_TOTAL, 0.0, 1.0)
+        tl.store(partial + FLAG, over_program(found))

@@ -8,8 +8,8 @@ smaller than their maximum) and a temperature T,
 `others` is the same sum without the labelled class. Base 2, because that is what the machine has.
 Every argument is a tensor of pixels (any shape, float32 or float64) unless said otherwise.
 
-`tl.exp2` is one instruction on NVIDIA (2 ulp), `tl.log` and `tl.log2` are the library's (1 ulp):
-they are for what is done once per pixel. Once per pixel and class, `fast_log2` and `log1p_unit`.
+`tl.exp2` is one instruction on NVIDIA (2 ulp). PTX: whether its other such instructions may be
+named; elsewhere, and in float64, Triton's own operations stand in.
 """
 
 import triton
@@ -30,13 +30,22 @@ def max_or_nan(a, b):
 
 
 @triton.jit
-def fast_log2(x, APPROXIMATE: tl.constexpr):
-    """log2 of x > 0, at most 2^-22 off in absolute terms for x in [0, 1] when weighted by x.
+def reciprocal(x, PTX: tl.constexpr):
+    """1 / x, 1 ulp; of 0 and denormals infinity."""
+    if PTX and x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = 1.0 / x
+    return y
 
-    APPROXIMATE: NVIDIA's one instruction; 1e-7 beside a sum of m_c log2 m_c that is at most
-    log2 C is what rounding the sum costs anyway. Elsewhere the library's.
-    """
-    if APPROXIMATE and x.dtype == tl.float32:
+
+@triton.jit
+def fast_log2(x, PTX: tl.constexpr):
+    """log2 of x in (0, 1], 2^-22 off in absolute terms: for sums of m_c log2 m_c, whose rounding
+    costs as much."""
+    if PTX and x.dtype == tl.float32:
         y = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -46,11 +55,58 @@ def fast_log2(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def split_exponent(x):
+    """x = 2^n (1 + t) of normal float32 x > 0, 1 + t in [sqrt(1/2), sqrt(2)) -> n, t."""
+    bits = x.to(tl.int32, bitcast=True)
+    n = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (n << 23)).to(tl.float32, bitcast=True)
+    return n.to(tl.float32), mantissa - 1.0
+
+
+@triton.jit
+def log1p_near_zero(t):
+    """ln(1 + t) for 1 + t in [sqrt(1/2), sqrt(2))."""
+    p = t * -0.07634497433900833 + 0.1276157796382904
+    p = p * t - 0.13160182535648346
+    p = p * t + 0.14201757311820984
+    p = p * t - 0.16623356938362122
+    p = p * t + 0.20001226663589478
+    p = p * t - 0.2500081956386566
+    p = p * t + 0.3333333134651184
+    square = t * t
+    return t + (square * t * p - 0.5 * square)
+
+
+@triton.jit
+def log(x):
+    """ln x for normal x > 0, 2 ulp; NaN gives NaN. Half the instructions of the library's, which
+    takes denormals and signs too."""
+    if x.dtype == tl.float64:
+        y = tl.log(x)
+    else:
+        n, t = split_exponent(x)
+        # ln 2 in two parts: n * the first is exact; x - x is 0, or NaN
+        y = n * 0.693359375 + (n * -2.12194440e-4 + log1p_near_zero(t)) + (x - x)
+    return y
+
+
+@triton.jit
+def log2(x):
+    """log2 x for normal x > 0, 1e-7 and an ulp; exact for powers of two. NaN gives NaN."""
+    if x.dtype == tl.float64:
+        y = tl.log2(x)
+    else:
+        n, t = split_exponent(x)
+        y = log1p_near_zero(t) * LOG2_E + n + (x - x)
+    return y
+
+
+@triton.jit
 def log1p_unit(x):
     """ln(1 + x) for x in [0, 1], to 3 ulp: relative precision where x is small."""
     if x.dtype == tl.float64:
         u = x + 1.0
-        y = tl.log(u) + (x - (u - 1.0)) / u
+        y = log(u) + (x - (u - 1.0)) / u
     else:
         p = x * -0.003242799313738942 + 0.0198456309735775
         p = p * x - 0.05694785714149475
@@ -79,7 +135,7 @@ def power(x, POWER: tl.constexpr):
 
 
 @triton.jit
-def negative_log_likelihood(others, label_e, label_x):
+def negative_log_likelihood(others, label_e, label_x, PTX: tl.constexpr):
     """-log softmax(z)_label = log(1 + others / e_label); label_x = z_label - m.
 
     The textbook log(total) - z_label loses the value's relative precision for a confident pixel,
@@ -87,10 +143,10 @@ def negative_log_likelihood(others, label_e, label_x):
     sum rounded away is given back, to first order. Where the label is unlikely, e_label may be 0,
     and the textbook form has nothing to lose.
     """
-    ratio = others / label_e
+    ratio = others * reciprocal(label_e, PTX)
     confident = ratio < 1.0
     u = tl.where(confident, 1.0 + ratio, others + label_e)
-    return tl.log(u) + tl.where(confident, ratio - (u - 1.0), -label_x)
+    return log(u) + tl.where(confident, ratio - (u - 1.0), -label_x)
 
 
 @triton.jit
@@ -134,12 +190,12 @@ def feature_gradient_scale(classes):
 
 
 @triton.jit
-def reliability(teacher_nll, student_nll, inverse_tau):
+def reliability(teacher_nll, student_nll, inverse_tau, PTX: tl.constexpr):
     """preset softmax-kl: softmax(-e_t / tau, -e_s / tau) -> (r_t, r_s), each side to full relative
     precision."""
     a = (student_nll - teacher_nll) * inverse_tau * LOG2_E
     x = tl.exp2(max_or_nan(-tl.abs(a), -1e30))
-    larger = 1.0 / (1.0 + x)
+    larger = reciprocal(1.0 + x, PTX)
     smaller = x * larger
     student_is_better = a < 0.0
     return (
@@ -166,9 +222,10 @@ def binary_cross_entropy(z, is_label):
 
 
 @triton.jit
-def class_reliability(teacher_h, student_h):
+def class_reliability(teacher_h, student_h, PTX: tl.constexpr):
     """preset paper (Eq. 6): r_t of one class; one half where both are perfect."""
-    return (student_h + RELIABILITY_EPS) / (teacher_h + student_h + 2 * RELIABILITY_EPS)
+    total = teacher_h + student_h + 2 * RELIABILITY_EPS
+    return (student_h + RELIABILITY_EPS) * reciprocal(total, PTX)
 
 
 # --- section 5: discrepancy and the term -------------------------------------------------------
@@ -192,20 +249,20 @@ def class_discrepancy(student_h, mixed_h):
 
 
 @triton.jit
-def sigmoid(z):
+def sigmoid(z, PTX: tl.constexpr):
     x = tl.exp2(tl.abs(z) * -LOG2_E)
-    larger = 1.0 / (1.0 + x)
+    larger = reciprocal(1.0 + x, PTX)
     return tl.where(z < 0.0, x * larger, larger)
 
 
 @triton.jit
-def bernoulli_kl(a, b):
+def bernoulli_kl(a, b, PTX: tl.constexpr):
     """weight_axis = space: KL(sigmoid(a) || sigmoid(b)) = p (log sigmoid(a) - log sigmoid(b)) +
     (1 - p) (the same of -a, -b) = p (a - b) + softplus(b) - softplus(a)."""
-    return sigmoid(a) * (a - b) + (softplus(b) - softplus(a))
+    return sigmoid(a, PTX) * (a - b) + (softplus(b) - softplus(a))
 
 
 @triton.jit
-def bernoulli_kl_gradient(a, b):
+def bernoulli_kl_gradient(a, b, PTX: tl.constexpr):
     """The derivative of `bernoulli_kl` by b."""
-    return sigmoid(b) - sigmoid(a)
+    return sigmoid(b, PTX) - sigmoid(a, PTX)

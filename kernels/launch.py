@@ -180,6 +180,7 @@ def _space_statistics(
         *geometry.positional,
         run.spec.ignore_index,
         HALO=halo,
+        PTX=_has_ptx(run.logits),
         **geometry.tiles,
     )
     block = 64
@@ -187,6 +188,10 @@ def _space_statistics(
         found, shift, weight, programs, classes, BLOCK=block, FLOAT=geometry.tiles["FLOAT"]
     )
     return shift, weight
+
+
+def _has_ptx(logits: Tensor) -> bool:
+    return logits.device.type == "cuda" and torch.version.hip is None
 
 
 def _power(temperature: float) -> int:
@@ -259,7 +264,7 @@ def _launch(
         "SLOT_KD": slots[1],
         "SLOT_HETERO": slots[2],
         "SLOT_FEATURE": slots[3],
-        "APPROXIMATE": run.logits.device.type == "cuda" and torch.version.hip is None,
+        "PTX": _has_ptx(run.logits),
     }
     for careful in (False, True):
         distillation_pass[geometry.grid](
@@ -281,7 +286,7 @@ def forward(
     maps: Tensor | None,
     compute_grad: bool,
 ) -> Tensor | None:
-    """Writes the run's sums into [K] float64 tensors, the label report (int64 [3]) and the maps
+    """Writes the run's sums into [K] float64 tensors, the label report (int64 [2]) and the maps
     ([2, B, H, W]); returns the gradients to save, [terms, B, C, rows, w], where there are any."""
     saved = None
     with _device_of(run.logits):
@@ -290,7 +295,7 @@ def forward(
             saved = run.logits.new_empty(patch_terms(run, target), dtype=dtype)
         partials, programs = _launch(run, target, class_weight, saved, None, maps)
         spec = run.spec
-        finish_sums[(11,)](
+        finish_sums[(10,)](
             partials,
             numerators,
             denominators,

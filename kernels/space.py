@@ -72,6 +72,7 @@ def collect(
     TEACHER: tl.constexpr,
     HALO: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
+    PTX: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     SUB_R: tl.constexpr,
@@ -143,7 +144,7 @@ def collect(
             z_t = read_logits(
                 teacher + c * teacher_c, taps, fractions, taps, 1.0, valid, TEACHER, False, True, FLOAT
             )
-            strength, _, _, _ = paper_class(z_s, z_t, label == c)
+            strength, _, _, _ = paper_class(z_s, z_t, label == c, PTX)
             strength = tl.where(valid, strength, LOWEST)
             above = tl.max(tl.max(strength, axis=0, keep_dims=True), axis=1, keep_dims=True)
             bound = tl.maximum(largest, above)

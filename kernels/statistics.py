@@ -278,7 +278,7 @@ def js_sums(
     TEACHER: tl.constexpr,
     STUDENT_FOLDED: tl.constexpr,
     TEACHER_FOLDED: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    PTX: tl.constexpr,
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
@@ -295,7 +295,7 @@ def js_sums(
             teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
         )
         p_s, p_t, log2_m = js_mean(
-            student_a, teacher_a, student_inverse, teacher_inverse, beta, APPROXIMATE
+            student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX
         )
         of_student += p_s * (student_a - student_log2 - log2_m)
         of_teacher += p_t * (teacher_a - teacher_log2 - log2_m)
@@ -306,21 +306,21 @@ def js_sums(
 
 @triton.jit
 def js_mean(
-    student_a, teacher_a, student_inverse, teacher_inverse, beta, APPROXIMATE: tl.constexpr
+    student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX: tl.constexpr
 ):
     """p_s, p_t and log2 of m = beta p_t + (1 - beta) p_s, of one class."""
     p_s = tl.exp2(student_a) * student_inverse
     p_t = tl.exp2(teacher_a) * teacher_inverse
     m = mixed_target(beta, p_t, 1.0 - beta, p_s)
-    return p_s, p_t, fast_log2(max_or_nan(m, _SMALLEST_NORMAL), APPROXIMATE)
+    return p_s, p_t, fast_log2(max_or_nan(m, _SMALLEST_NORMAL), PTX)
 
 
 @triton.jit
-def paper_class(z_s, z_t, is_label):
+def paper_class(z_s, z_t, is_label, PTX: tl.constexpr):
     """preset paper, one class: H_s + dH, z_h, r_t and dH."""
     h_s = binary_cross_entropy(z_s, is_label)
     h_t = binary_cross_entropy(z_t, is_label)
-    r_t = class_reliability(h_t, h_s)
+    r_t = class_reliability(h_t, h_s, PTX)
     z_h = mixed_target(r_t, z_t, 1.0 - r_t, z_s)
     gap = class_discrepancy(h_s, binary_cross_entropy(z_h, is_label))
     return h_s + gap, z_h, r_t, gap
@@ -337,6 +337,7 @@ def paper_sums(
     EVALUATION: tl.constexpr,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
+    PTX: tl.constexpr,
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
@@ -363,7 +364,7 @@ def paper_sums(
         )
         z_t, _ = read(teacher, teacher_plane, scale, valid, TEACHER, False, CAREFUL, FLOAT)
         is_label = label == c
-        strength, z_h, r_t, gap = paper_class(z_s, z_t, is_label)
+        strength, z_h, r_t, gap = paper_class(z_s, z_t, is_label, PTX)
         reliable = tl.where(is_label, r_t, reliable)
         gap_of_label = tl.where(is_label, gap, gap_of_label)
         bound = max_or_nan(mixed_bound, z_h)
@@ -398,6 +399,7 @@ def paper_at_label(
     valid,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
+    PTX: tl.constexpr,
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
@@ -410,7 +412,7 @@ def paper_at_label(
         z_s, _ = read(student, student_plane, 1.0, valid, STUDENT, False, CAREFUL, FLOAT)
         z_t, _ = read(teacher, teacher_plane, 1.0, valid, TEACHER, False, CAREFUL, FLOAT)
         is_label = label == c
-        _, _, r_t, gap = paper_class(z_s, z_t, is_label)
+        _, _, r_t, gap = paper_class(z_s, z_t, is_label, PTX)
         reliable = tl.where(is_label, r_t, reliable)
         gap_of_label = tl.where(is_label, gap, gap_of_label)
         student_plane += student[1]

@@ -138,14 +138,13 @@ def other_taps(
 
 
 @triton.jit
-def read_labels(
-    pointer, y, x, inside, stride_h, stride_w, classes, ignore_index
-):
-    """int32 labels [R, S, N, L], -1 where there is nothing to learn; and which are out of range."""
+def read_labels(pointer, y, x, inside, stride_h, stride_w, classes, ignore_index):
+    """int32 labels [R, S, N, L], -1 where there is nothing to learn; and which are no `ignore_index`,
+    1 or 0: of these, the ones that are -1 are out of range."""
     raw = tl.load(pointer + (y * stride_h + x * stride_w), mask=inside, other=0).to(tl.int64)
     counts = inside & (raw != ignore_index)
-    bad = counts & ((raw < 0) | (raw >= classes))
-    return tl.where(counts & ~bad, raw, -1).to(tl.int32), bad
+    in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
+    return tl.where(counts & in_range, raw.to(tl.int32), -1), counts.to(tl.int32)
 
 
 @triton.jit

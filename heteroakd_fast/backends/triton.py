@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from ..labels import check_synchronously, raise_bad_label
+from ..labels import check_synchronously, label_report, raise_bad_label
 from ..spec import LossSpec
 from . import ForwardResult
 from ._parts import Part, compute_dtype, split, unsupported
@@ -81,7 +81,7 @@ class TritonBackend:
     ) -> ForwardResult:
         numerators = student_logits.new_empty(len(spec.terms), dtype=torch.float64)
         denominators = torch.empty_like(numerators)
-        report = student_logits.new_empty(3, dtype=torch.int64)
+        report = student_logits.new_empty(2, dtype=torch.int64)
         dtype = compute_dtype(student_logits)
         maps = student_logits.new_empty((2, *target.shape) if spec.maps else 0, dtype=dtype)
         if target.numel() == 0 or student_logits.numel() == 0:
@@ -186,8 +186,13 @@ def _run(part: Part) -> launch.Run:
 
 
 def _check_labels(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """report: valid pixels and labels out of range; where these lie is looked for when there are
+    some."""
     if report.device.type == "cpu" or check_synchronously():
-        raise_bad_label(report, target, num_classes, ignore_index)
+        if int(report[1]) > 0:
+            raise_bad_label(
+                label_report(target, num_classes, ignore_index), target, num_classes, ignore_index
+            )
     else:
         torch._assert_async(
             report[1] == 0, "target: a label is outside [0, C) and is not ignore_index"

@@ -1,8 +1,8 @@
 """What the programs of a pass left, brought together; in one order, whatever runs first.
 
-`finish_sums`: a program per column of `partials`, which it reads once. `combine_gradients`: sum over the terms
-of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads each
-saved gradient once (and 1 row in TI + 1 once more, where chunks meet), writes the result once.
+`finish_sums`: a program per column of `partials`, which it reads once. `combine_gradients`: sum over
+the terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
+each saved gradient once and writes the result once: 4 (K (TI + 1) / TI + 1) bytes per logit.
 """
 
 import triton
@@ -136,9 +136,7 @@ def combine_gradients(
 
 
 @triton.jit
-def read_term(
-    top, above, inside, has_above, scales, SLOT: tl.constexpr, FLOAT: tl.constexpr
-):
+def read_term(top, above, inside, has_above, scales, SLOT: tl.constexpr, FLOAT: tl.constexpr):
     g = tl.load(top, mask=inside, other=0.0)
     g += tl.load(above, mask=has_above, other=0.0)
     return tl.load(scales + SLOT).to(FLOAT) * g

@@ -1,17 +1,35 @@
 """How many pixels a thread, rows a program, warps a program take: a small static table.
 
-Shapes alone decide, never a measurement made while training: every rank and every run gets the
-same tiles, hence the same order of every sum.
+Shapes and terms decide, never a measurement made while training: every rank and every run gets the
+same tiles, hence the same order of every sum. A measured table (`tune.py`) may stand in its place:
+a file named by HETEROAKD_TRITON_CONFIG, read once, the same for all ranks that name it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tiling", "rows_per_chunk", "tiling"]
+__all__ = ["MANY_CLASSES", "Launch", "Tiling", "key_of", "launch_config", "most_pixels", "tiling"]
+
+#: From here on the labelled class's logit is read once per pixel instead of picked in the loop.
+MANY_CLASSES: Final = 64
+
+
+class Launch(NamedTuple):
+    """What can be tuned."""
+
+    pixels: int
+    """per thread, at most"""
+    rows: int
+    """of cells that a program walks down: TI"""
+    warps: int
 
 
 class Tiling(NamedTuple):
@@ -25,26 +43,78 @@ class Tiling(NamedTuple):
     N: int
 
 
+# By what a call keeps per pixel, in registers. Read off machine code for sm_90 (docs/triton.md): 16
+# pixels spend 15 % fewer instructions per pixel and class than 8, and fit in 255 registers if little
+# is kept. Two rows per program: the edge between programs costs half a row of saved gradients per
+# row; more rows save little of it, and leave a longer tail where the last programs run alone.
+_STATIC: Final = {
+    "light": Launch(pixels=16, rows=2, warps=2),
+    "heavy": Launch(pixels=8, rows=2, warps=2),
+    "double": Launch(pixels=4, rows=2, warps=2),
+    "label-grid": Launch(pixels=4, rows=2, warps=4),
+}
+
+
+def key_of(logits: Tensor, teacher: Tensor | None, target: Tensor, heavy: bool) -> str:
+    """The row of the table for a run; heavy: whether its terms keep much per pixel."""
+    if logits.shape[2:] == target.shape[1:]:
+        return "label-grid"
+    if logits.dtype == torch.float64:
+        return "double"
+    other_grid = teacher is not None and teacher.shape[2:] != logits.shape[2:]
+    return "heavy" if heavy or other_grid else "light"
+
+
+@cache
+def _measured() -> dict[str, Any]:
+    path = os.environ.get("HETEROAKD_TRITON_CONFIG")
+    if not path:
+        return {}
+    try:
+        table: dict[str, Any] = json.loads(Path(path).read_text())["launches"]
+        for row in table.values():
+            Launch(**row)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RuntimeError(
+            f"HETEROAKD_TRITON_CONFIG: {path} is not a table of launches ({error}). "
+            f"Write one with `python -m heteroakd_fast.kernels.tune`, or unset the variable."
+        ) from error
+    return table
+
+
+def launch_config(key: str, classes: int, device_name: str) -> Launch:
+    """The measured row for this device, kind and number of classes, else the static one."""
+    table = _measured()
+    for name in (f"{device_name}/{key}/{classes}", f"{device_name}/{key}"):
+        if name in table:
+            return Launch(**table[name])
+    return _STATIC[key]
+
+
 def most_pixels(logits: int, labels: int, align_corners: bool) -> int:
     """The most pixels that a cell has along an axis."""
-    if logits == 1 or labels == 1:
-        return labels if align_corners else -(-labels // 2) if logits == 1 else 1
     if align_corners:
-        return -(-(labels - 1) // (logits - 1))
+        return labels if logits == 1 or labels == 1 else -(-(labels - 1) // (logits - 1))
     return -(-labels // logits)
 
 
-def tiling(logits: Tensor, target: Tensor, align_corners: bool) -> Tiling:
-    """The tiles for logits [B, C, h, w] and labels [B, H, W]."""
-    h, w = logits.shape[2:]
-    label_h, label_w = target.shape[1:]
-    pixels = 4 if logits.dtype == torch.float64 else 16
-    if (h, w) == (label_h, label_w):
-        return Tiling(R=1, S=4, SUB_R=1, SUB_C=1, TI=4, N=4)
-    high = most_pixels(h, label_h, align_corners)
-    wide = most_pixels(w, label_w, align_corners)
-    r, s = _pixels_per_thread(high, wide, pixels)
-    return Tiling(R=r, S=s, SUB_R=-(-high // r), SUB_C=-(-wide // s), TI=4, N=4)
+def tiling(
+    logits_size: tuple[int, int],
+    label_size: tuple[int, int],
+    align_corners: bool,
+    launch: Launch,
+) -> Tiling:
+    """The tiles for logits and labels of these sizes."""
+    if logits_size == label_size:
+        return Tiling(R=1, S=launch.pixels, SUB_R=1, SUB_C=1, TI=launch.rows, N=launch.warps)
+    high, wide = (
+        most_pixels(n, labels, align_corners)
+        for n, labels in zip(logits_size, label_size, strict=True)
+    )
+    r, s = _pixels_per_thread(high, wide, launch.pixels)
+    return Tiling(
+        R=r, S=s, SUB_R=-(-high // r), SUB_C=-(-wide // s), TI=launch.rows, N=launch.warps
+    )
 
 
 def _pixels_per_thread(high: int, wide: int, limit: int) -> tuple[int, int]:
@@ -57,12 +127,3 @@ def _pixels_per_thread(high: int, wide: int, limit: int) -> tuple[int, int]:
         return -(-high // r) * -(-wide // s) * (r * s + 6), -s
 
     return min(sizes, key=cost)
-
-
-def rows_per_chunk(rows: int, logits_h: int) -> int:
-    """TI of a saved gradient with `rows` = chunks (TI + 1) rows over logits of height h."""
-    for ti in (4,):
-        chunks = -(-(logits_h + 1) // ti)
-        if chunks * (ti + 1) == rows:
-            return ti
-    raise ValueError(f"saved gradient: {rows} rows are no chunks of {logits_h} rows of logits")

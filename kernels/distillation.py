@@ -50,7 +50,7 @@ from .formulas import (
     reciprocal,
     reliability,
 )
-from .interpolation import CORNERS, DIRECT, GATHER, between, corner_bounds, pixel_bounds
+from .interpolation import CORNERS, DIRECT, between, corner_bounds, pixel_bounds
 from .statistics import (
     _SMALLEST_NORMAL,
     js_mean,
@@ -238,6 +238,7 @@ def distillation_pass(
     smoothing_bits,
     STUDENT: tl.constexpr,  # CORNERS or DIRECT
     TEACHER: tl.constexpr,  # CORNERS, GATHER, DIRECT, or -1 for none
+    SAME_TAPS: tl.constexpr,  # both are CORNERS, and their rows and columns equally far apart
     CE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -257,6 +258,7 @@ def distillation_pass(
     ALIGN_CORNERS: tl.constexpr,
     CAREFUL: tl.constexpr,
     PTX: tl.constexpr,
+    PICK_LABEL: tl.constexpr,  # of few classes: a selection per class instead of loads per pixel
     R: tl.constexpr,
     S: tl.constexpr,
     SUB_R: tl.constexpr,
@@ -340,9 +342,7 @@ def distillation_pass(
             INT,
             FLOAT,
         )
-        label, counts = read_labels(
-            target, y, x, inside, target_y, target_x, classes, ignore_index
-        )
+        label, counts = read_labels(target, y, x, inside, target_y, target_x, classes, ignore_index)
         valid = label >= 0
         one = tl.where(valid, 1.0, 0.0).to(FLOAT)
         if not CAREFUL:
@@ -368,7 +368,9 @@ def distillation_pass(
         teacher_model = student_model
         if TEACHER >= 0:
             teacher_fractions = (fy, fx)
-            if TEACHER == CORNERS:
+            if SAME_TAPS:
+                teacher_taps = student_taps
+            elif TEACHER == CORNERS:
                 teacher_taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
             elif TEACHER == DIRECT:
                 teacher_taps = offsets(y, y, x, x, teacher_y, teacher_x)
@@ -408,6 +410,8 @@ def distillation_pass(
                 teacher_total,
                 student_others,
                 teacher_others,
+                student_label,
+                teacher_label,
                 difference,
                 reverse,
                 teacher_cross,
@@ -428,6 +432,7 @@ def distillation_pass(
                 STUDENT_FOLDED,
                 TEACHER_FOLDED,
                 2 if KNOWLEDGE else (1 if CE else 0),
+                PICK_LABEL,
                 PROBS,
                 KD == REVERSE,
                 CE and SMOOTHING,
@@ -437,7 +442,7 @@ def distillation_pass(
                 FLOAT,
             )
         elif SOFT or CE:
-            student_total, student_others, weighted, weight_sum = one_model(
+            student_total, student_others, student_label, weighted, weight_sum = one_model(
                 student_model,
                 classes,
                 label,
@@ -448,6 +453,7 @@ def distillation_pass(
                 STUDENT,
                 STUDENT_FOLDED,
                 CE,
+                PICK_LABEL,
                 CE and SMOOTHING,
                 WEIGHTED,
                 HARD_POWER,
@@ -459,9 +465,12 @@ def distillation_pass(
         # From here on an invalid pixel holds harmless numbers, and `one` takes it out of the sums.
         least = one * 0.0 + 1.0
         if NLL:
-            student_label = label_logit(
-                student_model, label, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
-            )
+            if PICK_LABEL and not CAREFUL:
+                student_label = student_label / scale
+            else:
+                student_label = label_logit(
+                    student_model, label, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
+                )
             e = tl.exp2(max_or_nan(student_label, -1e30) * LOG2_E)
             hard_total = tl.where(valid, student_others + e, 1.0)
             hard_inverse = reciprocal(hard_total, PTX)
@@ -469,9 +478,12 @@ def distillation_pass(
             student_nll = tl.where(valid, student_nll, 0.0)
             least = tl.minimum(least, hard_total)
         if KNOWLEDGE:
-            teacher_label = label_logit(
-                teacher_model, label, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
-            )
+            if PICK_LABEL and not CAREFUL:
+                teacher_label = teacher_label / scale
+            else:
+                teacher_label = label_logit(
+                    teacher_model, label, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
+                )
             e = tl.exp2(max_or_nan(teacher_label, -1e30) * LOG2_E)
             teacher_nll = negative_log_likelihood(teacher_others, e, teacher_label, PTX)
             teacher_nll = tl.where(valid, teacher_nll, 0.0)
@@ -616,11 +628,13 @@ def distillation_pass(
                     hetero_student = on_student * r_t * student_inverse
                     hetero_other = on_student
                     # the value without sum_c m_c log2 m_c, which the last loop adds
-                    late_weight = weight * (temperature * temperature * LN_2)
                     cross = mixed_target(
                         teacher_weight, teacher_cross, student_weight, student_self
                     )
-                    hetero_sum += over_pixels(late_weight * (student_log2 - cross))
+                    value = weight * (student_log2 - cross)
+                    hetero_sum += over_pixels(value) * (temperature * temperature * LN_2)
+                    # weights of what comes late; where a gradient is scaled, no value is read
+                    late_scale = temperature * LN_2
                     late_sum = tl.zeros(label.shape, FLOAT)
             if MAPS:
                 map_reliability = r_t
@@ -672,7 +686,7 @@ def distillation_pass(
                 # evaluation = none: a mean over pixels and classes, as the weights' own is
                 mean = 1.0 if EVALUATION else 1.0 / class_count
                 hetero_student = one * (scale_of_term * temperature * mean)
-                late_weight = one * (temperature * temperature * mean)
+                late_scale = temperature
                 late_sum = tl.zeros(label.shape, FLOAT)
         if MAPS:
             place = maps + (image * label_h + y) * label_w + x
@@ -814,7 +828,9 @@ def distillation_pass(
                             inverse = tl.load(space_weight + image * classes + c)
                             w = tl.exp2((strength - shift) * LOG2_E) * inverse
                         late_sum += w * bernoulli_kl(a, b, PTX)
-                        g = hetero_student * tl.where(valid, w * bernoulli_kl_gradient(a, b, PTX), 0.0)
+                        g = hetero_student * tl.where(
+                            valid, w * bernoulli_kl_gradient(a, b, PTX), 0.0
+                        )
                     if GRAD:
                         if STUDENT == DIRECT:
                             merged += g
@@ -863,7 +879,9 @@ def distillation_pass(
                 if TEACHER >= 0:
                     teacher_plane += teacher_c
             if LATE:
-                hetero_sum += over_pixels(tl.where(valid, late_weight * late_sum, 0.0))
+                late_weight = hetero_other if PROBS else hetero_student
+                late = tl.where(valid, late_weight * late_sum, 0.0)
+                hetero_sum += over_pixels(late) * late_scale
             if GRAD and STUDENT == CORNERS:
                 # the next step reads what this one wrote
                 tl.debug_barrier()

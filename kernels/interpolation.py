@@ -197,9 +197,7 @@ def pixel_bounds(
     trace = tl.zeros(valid.shape, FLOAT)
     much = 1e100 if FLOAT == tl.float64 else 1e8
     for _ in range(classes):
-        z = read_logits(
-            plane, taps, fractions, taps, 1.0, valid, SOURCE, False, CAREFUL, FLOAT
-        )
+        z = read_logits(plane, taps, fractions, taps, 1.0, valid, SOURCE, False, CAREFUL, FLOAT)
         m = max_or_nan(m, z)
         if not CAREFUL:
             trace += z * much

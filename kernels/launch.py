@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from .distillation import ROW, distillation_pass
 from .interpolation import CORNERS, DIRECT, GATHER
 from .space import collect, reduce
 
-__all__ = ["Run", "backward", "forward", "interpreted", "patch_shape", "patch_terms"]
+__all__ = ["Run", "backward", "forward", "interpreted", "patch_shape"]
 
 _NO_TEACHER = -1
 _LANES = 32
@@ -53,18 +54,36 @@ def interpreted() -> bool:
     return not isinstance(distillation_pass, triton.JITFunction)
 
 
-def patch_shape(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[int, int]:
-    """Rows and columns that the gradient of one class and term takes: chunks of TI rows of cells
-    and one row more for each chunk."""
-    tiling = config.tiling(logits, target, spec.align_corners)
-    chunks = -(-(logits.shape[2] + 1) // tiling.TI)
-    return chunks * (tiling.TI + 1), logits.shape[3]
+def _heavy(run: Run) -> bool:
+    """Whether a thread keeps more per pixel than sixteen of them leave room for."""
+    spec = run.spec
+    hetero = "hetero" in run.terms or spec.maps
+    return "feature" in run.terms or (
+        hetero and (spec.preset == "paper" or spec.mix == "logits" or spec.maps)
+    )
 
 
-def patch_terms(run: Run, target: Tensor) -> tuple[int, ...]:
-    """Shape of what a run saves for backward."""
-    batch, classes = run.logits.shape[:2]
-    return (len(run.terms), batch, classes, *patch_shape(run.logits, target, run.spec))
+def _tiling(run: Run, target: Tensor) -> config.Tiling:
+    key = config.key_of(run.logits, run.teacher, target, _heavy(run))
+    launch = config.launch_config(key, run.logits.shape[1], _device_name(run.logits.device))
+    h, w = run.logits.shape[2:]
+    label_h, label_w = target.shape[1:]
+    return config.tiling((h, w), (label_h, label_w), run.spec.align_corners, launch)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def patch_shape(run: Run, target: Tensor) -> tuple[int, ...]:
+    """Shape of what a run saves for backward: of each term, image and class TI + 1 rows for every
+    TI rows of cells, because the last cell's bottom belongs to the next chunk's first logits."""
+    batch, classes, h, w = run.logits.shape
+    ti = _tiling(run, target).TI
+    return len(run.terms), batch, classes, -(-(h + 1) // ti), ti + 1, w
 
 
 def _bits(value: float) -> int:
@@ -114,7 +133,7 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
     teacher = logits if run.teacher is None else run.teacher
     source = int(DIRECT) if logits.shape[2:] == target.shape[1:] else int(CORNERS)
     teacher_source = _NO_TEACHER if run.teacher is None else _source(teacher, logits, target)
-    tiling = config.tiling(logits, target, run.spec.align_corners)
+    tiling = _tiling(run, target)
     batch, classes, h, w = logits.shape
     label_h, label_w = target.shape[1:]
     if source == int(DIRECT):
@@ -248,6 +267,8 @@ def _launch(
         _bits(spec.label_smoothing),
     ]
     options = {
+        "SAME_TAPS": geometry.tiles["TEACHER"] == int(CORNERS)
+        and geometry.student.stride()[2:] == geometry.teacher.stride()[2:],
         "CE": "ce" in run.terms,
         "SMOOTHING": spec.label_smoothing != 0.0,
         "WEIGHTED": class_weight is not None,
@@ -265,6 +286,7 @@ def _launch(
         "SLOT_HETERO": slots[2],
         "SLOT_FEATURE": slots[3],
         "PTX": _has_ptx(run.logits),
+        "PICK_LABEL": run.logits.shape[1] < config.MANY_CLASSES,
     }
     for careful in (False, True):
         distillation_pass[geometry.grid](
@@ -292,7 +314,7 @@ def forward(
     with _device_of(run.logits):
         if compute_grad and run.logits.shape[2:] != target.shape[1:]:
             dtype = torch.promote_types(run.logits.dtype, torch.float32)
-            saved = run.logits.new_empty(patch_terms(run, target), dtype=dtype)
+            saved = run.logits.new_empty(patch_shape(run, target), dtype=dtype)
         partials, programs = _launch(run, target, class_weight, saved, None, maps)
         spec = run.spec
         finish_sums[(10,)](
@@ -339,11 +361,11 @@ def backward(
             classes,
             h,
             w,
-            saved.shape[3],
+            saved.shape[3] * saved.shape[4],
             saved.stride(0),
             *out.stride(),
             **{f"SLOT{k}": _place_of_saved(run, k) for k in range(4)},
-            TI=config.rows_per_chunk(saved.shape[3], h),
+            TI=saved.shape[4] - 1,
             BLOCK_C=block_c,
             BLOCK=block,
             FLOAT=tl.float64 if saved.dtype == torch.float64 else tl.float32,

@@ -113,13 +113,20 @@ def collect(
                 INT,
                 FLOAT,
             )
-            label, _ = read_labels(
-                target, y, x, inside, target_y, target_x, classes, ignore_index
-            )
+            label, _ = read_labels(target, y, x, inside, target_y, target_x, classes, ignore_index)
             valid = (label >= 0) & own
             taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
             z_s = read_logits(
-                student + c * student_c, taps, (fy, fx), taps, 1.0, valid, STUDENT, False, True, FLOAT
+                student + c * student_c,
+                taps,
+                (fy, fx),
+                taps,
+                1.0,
+                valid,
+                STUDENT,
+                False,
+                True,
+                FLOAT,
             )
             if TEACHER == CORNERS:
                 taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
@@ -142,7 +149,16 @@ def collect(
                     FLOAT,
                 )
             z_t = read_logits(
-                teacher + c * teacher_c, taps, fractions, taps, 1.0, valid, TEACHER, False, True, FLOAT
+                teacher + c * teacher_c,
+                taps,
+                fractions,
+                taps,
+                1.0,
+                valid,
+                TEACHER,
+                False,
+                True,
+                FLOAT,
             )
             strength, _, _, _ = paper_class(z_s, z_t, label == c, PTX)
             strength = tl.where(valid, strength, LOWEST)

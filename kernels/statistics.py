@@ -53,16 +53,18 @@ def one_model(
     STUDENT: tl.constexpr,
     STUDENT_FOLDED: tl.constexpr,
     HARD: tl.constexpr,
+    PICK_LABEL: tl.constexpr,
     SMOOTHING: tl.constexpr,
     WEIGHTED: tl.constexpr,
     POWER: tl.constexpr,
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """total = sum e at T; others = sum without the label at T = 1; weighted = sum w_c a_c and
+    """total = sum e at T; others = sum without the label at T = 1; a of the label; weighted = sum w_c a_c and
     weight_sum = sum w_c (label smoothing)."""
     total = tl.zeros(label.shape, FLOAT)
     others = total
+    label_a = total
     weighted = total
     weight_sum = tl.sum(tl.zeros([1], FLOAT))
     plane = student[0]
@@ -75,7 +77,10 @@ def one_model(
                 h = tl.exp2(a * temperature)
             else:
                 h = power(e, POWER)
-            others += tl.where(label == c, 0.0, h)
+            is_label = label == c
+            others += tl.where(is_label, 0.0, h)
+            if PICK_LABEL:
+                label_a = tl.where(is_label, a, label_a)
         if SMOOTHING:
             if WEIGHTED:
                 w = tl.load(class_weight + c).to(FLOAT)
@@ -85,7 +90,7 @@ def one_model(
                 weighted += a
                 weight_sum += 1.0
         plane += student[1]
-    return total, others, weighted, weight_sum
+    return total, others, label_a, weighted, weight_sum
 
 
 @triton.jit
@@ -103,6 +108,7 @@ def two_models(
     STUDENT_FOLDED: tl.constexpr,
     TEACHER_FOLDED: tl.constexpr,
     HARD: tl.constexpr,
+    PICK_LABEL: tl.constexpr,
     CROSS: tl.constexpr,
     REVERSE: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -111,7 +117,8 @@ def two_models(
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """Both at once. HARD: whose sums at T = 1 are wanted: 0 none, 1 the student's, 2 both.
+    """Both at once. HARD: whose sums at T = 1 are wanted: 0 none, 1 the student's, 2 both;
+    PICK_LABEL: and the label's a with them.
 
     difference = sum e_t (a_t - a_s); reverse = sum e_s (a_s - a_t); CROSS: teacher_cross = sum
     e_t a_s and student_self = sum e_s a_s, which the value of KL(m || p_s) takes besides its
@@ -121,6 +128,8 @@ def two_models(
     teacher_total = student_total
     student_others = student_total
     teacher_others = student_total
+    student_label = student_total
+    teacher_label = student_total
     difference = student_total
     reverse = student_total
     teacher_cross = student_total
@@ -153,12 +162,16 @@ def two_models(
             else:
                 student_h = power(student_e, POWER)
             student_others += tl.where(is_label, 0.0, student_h)
+            if PICK_LABEL:
+                student_label = tl.where(is_label, student_a, student_label)
             if HARD > 1:
                 if POWER == 0:
                     teacher_h = tl.exp2(teacher_a * temperature)
                 else:
                     teacher_h = power(teacher_e, POWER)
                 teacher_others += tl.where(is_label, 0.0, teacher_h)
+                if PICK_LABEL:
+                    teacher_label = tl.where(is_label, teacher_a, teacher_label)
         if SMOOTHING:
             if WEIGHTED:
                 w = tl.load(class_weight + c).to(FLOAT)
@@ -174,6 +187,8 @@ def two_models(
         teacher_total,
         student_others,
         teacher_others,
+        student_label,
+        teacher_label,
         difference,
         reverse,
         teacher_cross,
@@ -305,9 +320,7 @@ def js_sums(
 
 
 @triton.jit
-def js_mean(
-    student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX: tl.constexpr
-):
+def js_mean(student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX: tl.constexpr):
     """p_s, p_t and log2 of m = beta p_t + (1 - beta) p_s, of one class."""
     p_s = tl.exp2(student_a) * student_inverse
     p_t = tl.exp2(teacher_a) * teacher_inverse
@@ -359,9 +372,7 @@ def paper_sums(
     student_plane = student[0]
     teacher_plane = teacher[0]
     for c in range(classes):
-        z_s, student_a = read(
-            student, student_plane, scale, valid, STUDENT, False, CAREFUL, FLOAT
-        )
+        z_s, student_a = read(student, student_plane, scale, valid, STUDENT, False, CAREFUL, FLOAT)
         z_t, _ = read(teacher, teacher_plane, scale, valid, TEACHER, False, CAREFUL, FLOAT)
         is_label = label == c
         strength, z_h, r_t, gap = paper_class(z_s, z_t, is_label, PTX)

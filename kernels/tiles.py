@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from .interpolation import (
-    CORNERS,
     DIRECT,
     axis,
     cell_start,
@@ -139,8 +138,8 @@ def other_taps(
 
 @triton.jit
 def read_labels(pointer, y, x, inside, stride_h, stride_w, classes, ignore_index):
-    """int32 labels [R, S, N, L], -1 where there is nothing to learn; and which are no `ignore_index`,
-    1 or 0: of these, the ones that are -1 are out of range."""
+    """int32 labels [R, S, N, L], -1 where there is nothing to learn; and 1 where there is a label
+    other than `ignore_index`: of these, the ones that are -1 are out of range."""
     raw = tl.load(pointer + (y * stride_h + x * stride_w), mask=inside, other=0).to(tl.int64)
     counts = inside & (raw != ignore_index)
     in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)

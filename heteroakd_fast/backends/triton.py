@@ -129,7 +129,7 @@ class TritonBackend:
         from heteroakd_fast.kernels import launch
 
         return [
-            (launch.patch_terms(_run(part), target), compute_dtype(part.logits))
+            (launch.patch_shape(_run(part), target), compute_dtype(part.logits))
             for part, wanted in zip(
                 split(student_logits, teacher_logits, spec),
                 (student_grad, teacher_grad),
@@ -166,7 +166,9 @@ class TritonBackend:
             elif part is None or logits.numel() == 0:  # no term of this call reads them
                 grads.append(torch.zeros_like(logits))
             elif target is not None and part.on_label_grid(target):
-                grads.append(launch.backward(_run(part), target, class_weight, grad_numerators, None))
+                grads.append(
+                    launch.backward(_run(part), target, class_weight, grad_numerators, None)
+                )
             else:
                 kept = next(remaining)
                 grads.append(launch.backward(_run(part), None, None, grad_numerators, kept))

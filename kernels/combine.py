@@ -1,7 +1,7 @@
 """What the programs of a pass left, brought together; in one order, whatever runs first.
 
-`finish_sums`: a program per column of `partials`, which it reads once. `combine_gradients`: sum over
-the terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
+`finish_sums`: a program per column of `partials`, which it reads once. `combine_gradients`: the sum
+over terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
 each saved gradient once and writes the result once: 4 (K (TI + 1) / TI + 1) bytes per logit.
 """
 

@@ -364,7 +364,7 @@ def distillation_pass(
             CAREFUL,
             FLOAT,
         )
-        smallest = tl.minimum(smallest, worst(tl.where(inside & ~is_finite(trace), 0.0, 1.0)))
+        smallest = tl.minimum(smallest, worst(tl.where(is_finite(trace), 1.0, 0.0)))
         teacher_model = student_model
         if TEACHER >= 0:
             teacher_fractions = (fy, fx)
@@ -401,7 +401,7 @@ def distillation_pass(
                 CAREFUL,
                 FLOAT,
             )
-            smallest = tl.minimum(smallest, worst(tl.where(inside & ~is_finite(trace), 0.0, 1.0)))
+            smallest = tl.minimum(smallest, worst(tl.where(is_finite(trace), 1.0, 0.0)))
 
         # --- statistics ------------------------------------------------------------------------
         if PAIR:
@@ -707,8 +707,7 @@ def distillation_pass(
                 # gradients of cell row i go to rows i and i + 1 of the logits, `row` and the next
                 # of this chunk's TI + 1 rows
                 corner = (chunk * (TI + 1) + t) * gradient_width + (column - 1)
-                own_top = own & row_exists & (column > 0) & (row > 0)
-                own_bottom = own & row_exists & (column > 0) & (row < rows - 1)
+                written = own & (column > 0)
                 from_above = row > chunk * TI
                 again = row * 0 + sub > 0
             for c in range(classes):
@@ -764,8 +763,7 @@ def distillation_pass(
                             from_above,
                             from_left,
                             left_lane,
-                            own_top,
-                            own_bottom,
+                            written,
                             gradient_width,
                             SUB_R * SUB_C == 1,
                             again,
@@ -797,8 +795,7 @@ def distillation_pass(
                             from_above,
                             from_left,
                             left_lane,
-                            own_top,
-                            own_bottom,
+                            written,
                             gradient_width,
                             SUB_R * SUB_C == 1,
                             again,
@@ -843,8 +840,7 @@ def distillation_pass(
                                 from_above,
                                 from_left,
                                 left_lane,
-                                own_top,
-                                own_bottom,
+                                written,
                                 gradient_width,
                                 SUB_R * SUB_C == 1,
                                 again,
@@ -862,8 +858,7 @@ def distillation_pass(
                             from_above,
                             from_left,
                             left_lane,
-                            own_top,
-                            own_bottom,
+                            written,
                             gradient_width,
                             SUB_R * SUB_C == 1,
                             again,

@@ -167,8 +167,7 @@ def add_to_corners(
     from_above,
     from_left,
     left_lane,
-    own_top,
-    own_bottom,
+    written,
     row_stride,
     SINGLE: tl.constexpr,
     again,
@@ -190,9 +189,9 @@ def add_to_corners(
     top = top_left + tl.where(from_left, tl.gather(top_right, left_lane, 3), 0.0)
     bottom = bottom_left + tl.where(from_left, tl.gather(bottom_right, left_lane, 3), 0.0)
     if SINGLE:  # a single step per cell: nothing lies in the bottom row yet
-        top += tl.load(top_row, mask=own_top & from_above, other=0.0)
+        top += tl.load(top_row, mask=written & from_above, other=0.0)
     else:
-        top += tl.load(top_row, mask=own_top & (from_above | again), other=0.0)
-        bottom += tl.load(top_row + row_stride, mask=own_bottom & again, other=0.0)
-    tl.store(top_row, top, mask=own_top)
-    tl.store(top_row + row_stride, bottom, mask=own_bottom)
+        top += tl.load(top_row, mask=written & (from_above | again), other=0.0)
+        bottom += tl.load(top_row + row_stride, mask=written & again, other=0.0)
+    tl.store(top_row, top, mask=written)
+    tl.store(top_row + row_stride, bottom, mask=written)

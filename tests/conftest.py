@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import hypothesis
+import interpreter
 import pytest
 import torch
+
+interpreter.set_up()
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci")

@@ -175,19 +175,9 @@ def label_logit(
         "rows",
         "columns",
         "per_row",
-        "student_b",
-        "student_c",
-        "student_y",
-        "teacher_b",
-        "teacher_c",
-        "teacher_y",
         "target_b",
         "target_y",
         "target_x",
-        "gradient_b",
-        "gradient_c",
-        "gradient_y",
-        "gradient_x",
         "ignore_index",
         "temperature_bits",
         "tau_bits",
@@ -238,6 +228,7 @@ def distillation_pass(
     smoothing_bits,
     STUDENT: tl.constexpr,  # CORNERS or DIRECT
     TEACHER: tl.constexpr,  # CORNERS, GATHER, DIRECT, or -1 for none
+    WHOLE: tl.constexpr,  # DIRECT: rows of labels divide into cells, so that loads are 16 bytes wide
     SAME_TAPS: tl.constexpr,  # both are CORNERS, and their rows and columns equally far apart
     CE: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -335,6 +326,7 @@ def distillation_pass(
             student_h,
             student_w,
             STUDENT,
+            WHOLE,
             R,
             S,
             SUB_C,

@@ -267,6 +267,7 @@ def _launch(
         _bits(spec.label_smoothing),
     ]
     options = {
+        "WHOLE": direct and target.shape[2] % geometry.tiles["S"] == 0,
         "SAME_TAPS": geometry.tiles["TEACHER"] == int(CORNERS)
         and geometry.student.stride()[2:] == geometry.teacher.stride()[2:],
         "CE": "ce" in run.terms,

@@ -106,6 +106,7 @@ def collect(
                 student_h,
                 student_w,
                 STUDENT,
+                False,
                 R,
                 S,
                 SUB_C,

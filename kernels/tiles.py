@@ -54,6 +54,7 @@ def pixels_of_step(
     student_h,
     student_w,
     STUDENT: tl.constexpr,
+    WHOLE: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     SUB_C: tl.constexpr,
@@ -71,9 +72,11 @@ def pixels_of_step(
     if STUDENT == DIRECT:
         y = row + r
         x = column * S + s
-        inside = exists & (y < label_h) & (x < label_w)
+        inside = exists & (y < label_h)
         y = tl.minimum(y, label_h - 1)
-        x = tl.minimum(x, label_w - 1)
+        if not WHOLE:  # limits would hide from the compiler that columns follow each other
+            inside = inside & (x < label_w)
+            x = tl.minimum(x, label_w - 1)
         fy = tl.zeros(y.shape, FLOAT)
         fx = tl.zeros(x.shape, FLOAT)
         top = y

@@ -209,10 +209,14 @@ def select(requested: str | None, spec: LossSpec, device_type: str) -> str:
     return _choose(name, spec, device_type)
 
 
-@torch.compiler.assume_constant_result
 def _choose_while_tracing(name: str, structure: dict[str, Any], device_type: str) -> str:
     """The tracer can hand over plain constants, and must not look inside."""
     return _choose(name, LossSpec.from_options(structure), device_type)
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the whole tracer, and Triton
+# with it, in every process that imports this package.
+_choose_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(name: str, spec: LossSpec, device_type: str) -> str:

@@ -1,0 +1,1110 @@
+"""1x1 projection and loss in one kernel, at the features' resolution: Z never reaches memory.
+
+    projected_pass     z = W f + b of P pixels and all C classes, a tile of products in registers;
+                       then the terms of docs/method.md, 3 to 5, on that tile. Forward: sums.
+                       Backward, with the terms' scales known: the same again, and g = dL/dz.
+    features_gradient  dL/df = W^T g
+    weight_gradient    dL/dW = sum over pixels of g f^T, and dL/db = the sum of g: partial sums, and
+    add_splits         their sum in one order. The cut depends on shapes only; nothing is atomic.
+
+Terms: ce, teacher_ce, kd (forward), feature, and hetero in its preset `softmax-kl`; their formulas
+are those of `formulas.py`.
+
+A tile has CP columns, the next power of two from C on, at least 16. Columns that are no class have
+the logit `ABSENT` below the maximum: e is 0 and differences of two of them are 0, nothing is NaN.
+Ignored pixels may hold anything: a pixel has a row of its own in every product but that of
+`weight_gradient`, which reads their features as 0.
+
+Products: two factors of 16 bits are multiplied as they are, with a float32 sum, which is exact up
+to the sum. A factor of 16 bits beside one of float32 (g always is) is exact in tf32, so that on
+NVIDIA three passes of the tensor cores (`tf32x3`) are as good as float32 there. `precision` decides
+about the rest: "ieee" multiplies float32 in float32, off the tensor cores.
+
+Cost per pixel, with e bytes per feature, F_s = e D_s, F_t = e D_t, and C classes (of CP columns in
+flops). Bytes here:
+
+    forward              F_s + F_t
+    backward, g          F_s + F_t + 4 C     (teacher_ce: its own 4 C too)
+    dL/df                4 C + F_s
+    dL/dW                4 C + F_s           in all 4 F_s + 2 F_t + 12 C
+
+with Z written (float32) and a fused loss reading it twice, once per direction:
+
+    Z_s, Z_t             F_s + F_t + 8 C
+    loss, forward        8 C
+    loss, backward       12 C
+    dL/df, dL/dW         2 F_s + 8 C         in all 3 F_s + F_t + 36 C
+
+So fusing saves 24 C bytes and pays e (D_s + D_t) for reading the features again. Even are, for
+D_s = D_t = 256: C = 43 in 16 bits, 85 in float32. C = 150, D = 256, 16 bits: 4.9 against 7.4 kB per
+pixel, a third less; C = 19: 3.3 kB against 2.7, a fifth more; small C and large D lose, whatever
+else. A projection that first copies 16-bit features to float32 (`projector.py`) adds at least
+8 (D_s + D_t) to the other side, and then fusing wins for every C. What fusing always saves is
+memory: no Z (8 C per pixel) and no copy (4 D) live from forward to backward, only g in backward.
+
+Flops: 2 CP (D_s + D_t) in forward and again in backward, 2 CP D_s for each gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from heteroakd_fast.spec import LossSpec
+
+from .combine import finish_sums
+from .distillation import BAD, ROW, VALID, number
+from .formulas import (
+    LOG2_E,
+    cross_entropy,
+    cross_entropy_gradient_numerator,
+    discrepancy,
+    fast_log2,
+    feature_gradient_scale,
+    kl,
+    log,
+    log2,
+    max_or_nan,
+    mixed_target,
+    negative_log_likelihood,
+    power,
+    reciprocal,
+    reliability,
+)
+from .launch import _bits, _device_of, _has_ptx, _power, interpreted
+from .statistics import _SMALLEST_NORMAL
+
+__all__ = ["MOST_CLASSES", "PRECISIONS", "Gradients", "Side", "backward", "forward"]
+
+# What z - max is in columns that are no class. Times log2(e) / T it stays in float32's range.
+ABSENT = tl.constexpr(-1e30)
+
+
+# --- products ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """total + a b. WIDEN: Triton's interpreter has no arithmetic for bfloat16."""
+    if WIDEN or a.dtype != b.dtype:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def pixel_offsets(pixel, width, stride_y, stride_x, FLAT: tl.constexpr):
+    """FLAT: rows follow each other without a gap."""
+    if FLAT:
+        offset = pixel * stride_x
+    else:
+        offset = (pixel // width) * stride_y + (pixel % width) * stride_x
+    return offset
+
+
+@triton.jit
+def labels_of(target, pixel, inside, width, stride_y, stride_x, classes, ignore_index):
+    """int32 labels [P], -1 where there is nothing to learn; and where there is a label other than
+    `ignore_index`: of these, the ones that are -1 are out of range."""
+    place = (pixel // width) * stride_y + (pixel % width) * stride_x
+    raw = tl.load(target + place, mask=inside, other=0).to(tl.int64)
+    counts = inside & (raw != ignore_index)
+    in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
+    return tl.where(counts & in_range, raw.to(tl.int32), -1), counts
+
+
+@triton.jit
+def projected(
+    features,  # pointers [P] to the pixels' first feature
+    stride_d,
+    depth,
+    weight,  # [C, D], dense
+    bias,  # [C] float32, read if BIAS
+    inside,
+    c,
+    is_class,
+    BIAS: tl.constexpr,
+    P: tl.constexpr,
+    CP: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """z [P, CP]; nothing of worth in columns that are no class."""
+    z = tl.zeros([P, CP], tl.float32)
+    row = tl.cast(c, tl.int64) * depth
+    for start in range(0, depth, BD):
+        d = start + tl.arange(0, BD)
+        exists = d < depth
+        f = tl.load(
+            features[:, None] + tl.cast(d, tl.int64)[None, :] * stride_d,
+            mask=inside[:, None] & exists[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight + row[None, :] + d[:, None],
+            mask=is_class[None, :] & exists[:, None],
+            other=0.0,
+        )
+        z = product(f, w, z, PRECISION, WIDEN)
+    if BIAS:
+        z += tl.load(bias + c, mask=is_class, other=0.0)[None, :]
+    return z
+
+
+# --- a tile of logits ----------------------------------------------------------------------------
+
+
+@triton.jit
+def centred(z, is_class):
+    """z - its pixel's maximum, which comes off where the subtraction is still exact."""
+    bound = tl.max(tl.where(is_class[None, :], z, float("-inf")), 1)
+    return tl.where(is_class[None, :], z - bound[:, None], ABSENT)
+
+
+@triton.jit
+def label_sums(h, x, is_label, PTX: tl.constexpr):
+    """Of e at T = 1: the sum without the label, and the negative log likelihood and 1 / total."""
+    others = tl.sum(tl.where(is_label, 0.0, h), 1)
+    label_x = tl.sum(tl.where(is_label, x, 0.0), 1)
+    e = tl.exp2(max_or_nan(label_x, -1e30) * LOG2_E)
+    nll = negative_log_likelihood(others, e, label_x, PTX)
+    return others, nll, reciprocal(others + e, PTX)
+
+
+@triton.jit
+def cross_entropy_sum(
+    x, nll, inverse_total, valid, label_weight, w, smoothing, class_count, SMOOTHING: tl.constexpr
+):
+    """The sum over pixels, float64."""
+    weight_sum = 0.0
+    log_total = nll
+    weighted = nll
+    if SMOOTHING:
+        weight_sum = tl.sum(w, 0)
+        log_total = -log(inverse_total)
+        weighted = tl.sum(w[None, :] * x, 1)
+    value = cross_entropy(
+        (1.0 - smoothing) * label_weight,
+        smoothing / class_count,
+        weight_sum,
+        nll,
+        log_total,
+        weighted,
+        SMOOTHING,
+    )
+    return over_pixels(value, valid)
+
+
+@triton.jit
+def cross_entropy_gradient(
+    h,
+    is_label,
+    others,
+    inverse_total,
+    label_weight,
+    w,
+    scale,
+    smoothing,
+    class_count,
+    SMOOTHING: tl.constexpr,
+):
+    hard = scale * (1.0 - smoothing) * label_weight * inverse_total
+    g = hard[:, None] * cross_entropy_gradient_numerator(is_label, h, others[:, None])
+    if SMOOTHING:
+        soft = scale * (smoothing / class_count)
+        p = h * inverse_total[:, None]
+        g += soft * (tl.sum(w, 0) * p - w[None, :])
+    return g
+
+
+@triton.jit
+def over_pixels(value, valid):
+    """The sum over the program's valid pixels: `where`, so that an ignored NaN stays out."""
+    return tl.sum(tl.where(valid, value.to(tl.float64), 0.0), 0)
+
+
+@triton.jit
+def scale_of(scales, SLOT: tl.constexpr):
+    """What the gradient of a term's numerator is multiplied with; SLOT < 0: no such term."""
+    scale = 0.0
+    if SLOT >= 0:
+        scale = tl.load(scales + SLOT).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def write_gradient(gradient, g, valid, inside, image, pixels, pixel, c, classes, GC: tl.constexpr):
+    """Rows of GC columns, all written; 0 where no class or no valid pixel is."""
+    g = tl.where(valid[:, None] & (c < classes)[None, :], g, 0.0)
+    place = gradient + (image * pixels + pixel)[:, None] * GC + c[None, :]
+    tl.store(place, g, mask=inside[:, None] & (c < GC)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "classes",
+        "tiles",
+        "width",
+        "target_b",
+        "target_y",
+        "target_x",
+        "ignore_index",
+        "temperature_bits",
+        "tau_bits",
+        "smoothing_bits",
+    ]
+)
+def projected_pass(
+    student,  # [B, D_s, h, w] features, any strides; read if STUDENT
+    student_weight,  # [C, D_s], dense
+    student_bias,  # [C] float32
+    teacher,  # [B, D_t, h, w]; read if TEACHER
+    teacher_weight,
+    teacher_bias,
+    target,  # [B, h, w] labels
+    class_weight,  # [C] float32, read if WEIGHTED
+    scales,  # float64: of the terms, read if GRAD
+    student_gradient,  # [B, h w, GC] float32 out, written if GRAD and STUDENT
+    teacher_gradient,  # the same of teacher_ce
+    partials,  # [2, programs, ROW] float64 out if not GRAD: the second for teacher_ce
+    classes,
+    pixels,  # h w
+    tiles,  # of an image
+    width,
+    student_depth,
+    teacher_depth,
+    student_b,
+    student_d,
+    student_y,
+    student_x,
+    teacher_b,
+    teacher_d,
+    teacher_y,
+    teacher_x,
+    target_b,
+    target_y,
+    target_x,
+    ignore_index,
+    temperature_bits,
+    tau_bits,
+    smoothing_bits,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_FLAT: tl.constexpr,
+    TEACHER_FLAT: tl.constexpr,
+    CE: tl.constexpr,  # the place of the term, -1 without; so are the next four
+    TEACHER_CE: tl.constexpr,
+    KD: tl.constexpr,
+    HETERO: tl.constexpr,
+    FEATURE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIX_LOGITS: tl.constexpr,
+    EVALUATION: tl.constexpr,
+    POWER: tl.constexpr,  # e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
+    GRAD: tl.constexpr,
+    PTX: tl.constexpr,
+    WIDEN: tl.constexpr,
+    STUDENT_PRECISION: tl.constexpr,
+    TEACHER_PRECISION: tl.constexpr,
+    P: tl.constexpr,
+    CP: tl.constexpr,
+    GC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    image = program // tiles
+    pixel = (program % tiles) * P + tl.arange(0, P)
+    inside = pixel < pixels
+    c = tl.arange(0, CP)
+    is_class = c < classes
+    temperature = number(temperature_bits, tl.float32)
+    inverse_tau = 1.0 / number(tau_bits, tl.float32)
+    smoothing = number(smoothing_bits, tl.float32)
+    scale = LOG2_E / temperature
+    class_count = tl.cast(classes, tl.float32)
+
+    # --- projection ----------------------------------------------------------------------------
+    if STUDENT:
+        place = pixel_offsets(pixel, width, student_y, student_x, STUDENT_FLAT)
+        student_z = projected(
+            student + image * student_b + place,
+            student_d,
+            student_depth,
+            student_weight,
+            student_bias,
+            inside,
+            c,
+            is_class,
+            STUDENT_BIAS,
+            P,
+            CP,
+            BD,
+            STUDENT_PRECISION,
+            WIDEN,
+        )
+    if TEACHER:
+        place = pixel_offsets(pixel, width, teacher_y, teacher_x, TEACHER_FLAT)
+        teacher_z = projected(
+            teacher + image * teacher_b + place,
+            teacher_d,
+            teacher_depth,
+            teacher_weight,
+            teacher_bias,
+            inside,
+            c,
+            is_class,
+            TEACHER_BIAS,
+            P,
+            CP,
+            BD,
+            TEACHER_PRECISION,
+            WIDEN,
+        )
+
+    # --- labels --------------------------------------------------------------------------------
+    label, counts = labels_of(
+        target + image * target_b, pixel, inside, width, target_y, target_x, classes, ignore_index
+    )
+    valid = label >= 0
+    is_label = label[:, None] == c[None, :]
+    w = tl.where(is_class, 1.0, 0.0)
+    label_weight = tl.where(valid, 1.0, 0.0)
+    if WEIGHTED:
+        w = tl.load(class_weight + c, mask=is_class, other=0.0)
+        label_weight = tl.load(class_weight + tl.maximum(label, 0), mask=valid, other=0.0)
+    nothing = tl.sum(tl.zeros([P], tl.float64), 0)
+    ce_sum = nothing
+    teacher_ce_sum = nothing
+    kd_sum = nothing
+    hetero_sum = nothing
+    hetero_weight = nothing
+    feature_sum = nothing
+    if STUDENT:
+        student_x_c = centred(student_z, is_class)
+        student_g = tl.zeros([P, CP], tl.float32)
+    if TEACHER:
+        teacher_x_c = centred(teacher_z, is_class)
+
+    # --- feature -------------------------------------------------------------------------------
+    if FEATURE >= 0:
+        difference = tl.where(is_class[None, :], student_z - teacher_z, 0.0)
+        if GRAD:
+            student_g += difference * (
+                scale_of(scales, FEATURE) * feature_gradient_scale(class_count)
+            )
+        else:
+            feature_sum = over_pixels(tl.sum(difference * difference, 1) / class_count, valid)
+
+    # --- cross entropies -----------------------------------------------------------------------
+    PAIR: tl.constexpr = KD >= 0 or HETERO >= 0
+    if TEACHER_CE >= 0 or HETERO >= 0:
+        h = tl.exp2(teacher_x_c * LOG2_E)
+        others, teacher_nll, inverse_total = label_sums(h, teacher_x_c, is_label, PTX)
+        if TEACHER_CE >= 0:
+            if GRAD:
+                g = cross_entropy_gradient(
+                    h,
+                    is_label,
+                    others,
+                    inverse_total,
+                    label_weight,
+                    w,
+                    scale_of(scales, TEACHER_CE),
+                    smoothing,
+                    class_count,
+                    SMOOTHING,
+                )
+                write_gradient(
+                    teacher_gradient, g, valid, inside, image, pixels, pixel, c, classes, GC
+                )
+            else:
+                teacher_ce_sum = cross_entropy_sum(
+                    teacher_x_c,
+                    teacher_nll,
+                    inverse_total,
+                    valid,
+                    label_weight,
+                    w,
+                    smoothing,
+                    class_count,
+                    SMOOTHING,
+                )
+    if CE >= 0 or HETERO >= 0:
+        h = tl.exp2(student_x_c * LOG2_E)
+        others, student_nll, inverse_total = label_sums(h, student_x_c, is_label, PTX)
+        if CE >= 0:
+            if GRAD:
+                student_g += cross_entropy_gradient(
+                    h,
+                    is_label,
+                    others,
+                    inverse_total,
+                    label_weight,
+                    w,
+                    scale_of(scales, CE),
+                    smoothing,
+                    class_count,
+                    SMOOTHING,
+                )
+            else:
+                ce_sum = cross_entropy_sum(
+                    student_x_c,
+                    student_nll,
+                    inverse_total,
+                    valid,
+                    label_weight,
+                    w,
+                    smoothing,
+                    class_count,
+                    SMOOTHING,
+                )
+
+    # --- kd, and what hetero knows of it ---------------------------------------------------------
+    if PAIR:
+        student_a = student_x_c * scale
+        teacher_a = teacher_x_c * scale
+        student_p = tl.exp2(student_a)
+        teacher_p = tl.exp2(teacher_a)
+        student_total = tl.sum(student_p, 1)
+        teacher_total = tl.sum(teacher_p, 1)
+        student_inverse = reciprocal(student_total, PTX)
+        teacher_inverse = reciprocal(teacher_total, PTX)
+        student_log2 = log2(student_total)
+        kl_teacher_student = kl(
+            tl.sum(teacher_p * (teacher_a - student_a), 1),
+            teacher_inverse,
+            log2(teacher_total),
+            student_log2,
+        )
+        student_p *= student_inverse[:, None]
+        teacher_p *= teacher_inverse[:, None]
+    if KD >= 0:
+        if GRAD:
+            student_g += (scale_of(scales, KD) * temperature) * (student_p - teacher_p)
+        else:
+            kd_sum = over_pixels(temperature * temperature * kl_teacher_student, valid)
+
+    # --- reliability, mixed_target, discrepancy, hetero ------------------------------------------
+    if HETERO >= 0:
+        r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau, PTX)
+        weight = label_weight * 0.0 + 1.0
+        if EVALUATION:
+            weight = discrepancy(kl_teacher_student)
+        if MIX_LOGITS:
+            mixed_a = mixed_target(r_t[:, None], teacher_a, r_s[:, None], student_a)
+            mixed_a -= tl.max(mixed_a, 1)[:, None]
+            mixed = tl.exp2(mixed_a)
+            mixed_total = tl.sum(mixed, 1)
+            mixed_inverse = reciprocal(mixed_total, PTX)
+            if not GRAD:
+                value = kl(
+                    tl.sum(mixed * (mixed_a - student_a), 1),
+                    mixed_inverse,
+                    log2(mixed_total),
+                    student_log2,
+                )
+            push = student_p - mixed * mixed_inverse[:, None]
+        else:
+            if not GRAD:
+                mixed = mixed_target(r_t[:, None], teacher_p, r_s[:, None], student_p)
+                mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
+                value = kl(tl.sum(mixed * (mixed_log2 - student_a), 1), 1.0, 0.0, student_log2)
+            push = r_t[:, None] * (student_p - teacher_p)
+        if GRAD:
+            student_g += (scale_of(scales, HETERO) * temperature * weight)[:, None] * push
+        else:
+            hetero_sum = over_pixels(weight * (temperature * temperature) * value, valid)
+            hetero_weight = over_pixels(weight, valid)
+
+    # --- results -------------------------------------------------------------------------------
+    if GRAD:
+        if STUDENT:
+            write_gradient(
+                student_gradient, student_g, valid, inside, image, pixels, pixel, c, classes, GC
+            )
+    else:
+        weight_of_labels = over_pixels(label_weight, valid)
+        bad = tl.sum((counts & (label < 0)).to(tl.int32), 0)
+        count = tl.sum(valid.to(tl.int32), 0)
+        row = partials + program * ROW
+        tl.store(row + 0, ce_sum)
+        tl.store(row + 1, kd_sum)
+        tl.store(row + 2, hetero_sum)
+        tl.store(row + 3, feature_sum)
+        tl.store(row + 4, weight_of_labels)
+        tl.store(row + 5, 0.0)
+        tl.store(row + 6, hetero_weight)
+        tl.store(row + 7, 0.0)
+        tl.store(row + VALID, count)
+        tl.store(row + BAD, bad)
+        if TEACHER_CE >= 0:
+            row += tl.num_programs(0).to(tl.int64) * ROW
+            tl.store(row + 0, teacher_ce_sum)
+            for k in tl.static_range(1, 8):
+                tl.store(row + k, weight_of_labels if k == 4 else 0.0)
+            tl.store(row + VALID, count)
+            tl.store(row + BAD, bad)
+
+
+# --- gradients of the projection -----------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["classes", "tiles", "width"])
+def features_gradient(
+    gradient,  # [B, h w, GC] float32
+    weight,  # [C, D], dense
+    out,  # [B, D, h, w], any strides
+    classes,
+    pixels,
+    tiles,
+    width,
+    depth,
+    out_b,
+    out_d,
+    out_y,
+    out_x,
+    FLAT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    P: tl.constexpr,
+    CP: tl.constexpr,
+    GC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    image = program // tiles
+    pixel = (program % tiles) * P + tl.arange(0, P)
+    inside = pixel < pixels
+    c = tl.arange(0, CP)
+    is_class = c < classes
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    exists = d < depth
+    g = tl.load(
+        gradient + (image * pixels + pixel)[:, None] * GC + c[None, :],
+        mask=inside[:, None] & is_class[None, :],
+        other=0.0,
+    )
+    w = tl.load(
+        weight + tl.cast(c, tl.int64)[:, None] * depth + d[None, :],
+        mask=is_class[:, None] & exists[None, :],
+        other=0.0,
+    )
+    f = product(g, w, tl.zeros([P, BD], tl.float32), PRECISION, WIDEN)
+    place = pixel_offsets(pixel, width, out_y, out_x, FLAT)
+    tl.store(
+        out + image * out_b + place[:, None] + tl.cast(d, tl.int64)[None, :] * out_d,
+        f.to(out.dtype.element_ty),
+        mask=inside[:, None] & exists[None, :],
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "classes",
+        "tiles",
+        "all_tiles",
+        "per_split",
+        "width",
+        "target_b",
+        "target_y",
+        "target_x",
+        "ignore_index",
+    ]
+)
+def weight_gradient(
+    gradient,  # [B, h w, GC] float32
+    features,  # [B, D, h, w], any strides
+    target,  # [B, h, w] labels
+    partials,  # [splits, C, D + 1] float32 out; the last column for the bias
+    classes,
+    pixels,
+    tiles,  # of an image
+    all_tiles,  # of all images
+    per_split,
+    width,
+    depth,
+    features_b,
+    features_d,
+    features_y,
+    features_x,
+    target_b,
+    target_y,
+    target_x,
+    ignore_index,
+    FLAT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    P: tl.constexpr,
+    CP: tl.constexpr,
+    GC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    split = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    exists = d < depth
+    c = tl.arange(0, CP)
+    is_class = c < classes
+    total = tl.zeros([CP, BD], tl.float32)
+    bias = tl.zeros([CP], tl.float32)
+    first = split * per_split
+    for tile in range(first, tl.minimum(first + per_split, tl.cast(all_tiles, tl.int64))):
+        image = tile // tiles
+        pixel = (tile % tiles) * P + tl.arange(0, P)
+        inside = pixel < pixels
+        g = tl.load(
+            gradient + (image * pixels + pixel)[None, :] * GC + c[:, None],
+            mask=inside[None, :] & is_class[:, None],
+            other=0.0,
+        )
+        place = pixel_offsets(pixel, width, features_y, features_x, FLAT)
+        f = tl.load(
+            features
+            + image * features_b
+            + place[:, None]
+            + tl.cast(d, tl.int64)[None, :] * features_d,
+            mask=inside[:, None] & exists[None, :],
+            other=0.0,
+        )
+        # 0 times what an ignored pixel holds may be NaN
+        label, _ = labels_of(
+            target + image * target_b,
+            pixel,
+            inside,
+            width,
+            target_y,
+            target_x,
+            classes,
+            ignore_index,
+        )
+        f = tl.where((label >= 0)[:, None], f, 0.0)
+        total = product(g, f, total, PRECISION, WIDEN)
+        bias += tl.sum(g, 1)
+    row = (split * classes + c) * (depth + 1)
+    tl.store(partials + row[:, None] + d[None, :], total, mask=is_class[:, None] & exists[None, :])
+    tl.store(partials + row + depth, bias, mask=is_class & (tl.program_id(0) == 0))
+
+
+@triton.jit(do_not_specialize=["classes", "depth", "splits"])
+def add_splits(
+    partials,  # [splits, C, D + 1] float32
+    weight,  # [C, D] out, dense
+    bias,  # [C] out, written if BIAS
+    classes,
+    depth,
+    splits,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entries = tl.cast(classes, tl.int64) * (depth + 1)
+    inside = entry < entries
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partials + split * entries + entry, mask=inside, other=0.0)
+    c = entry // (depth + 1)
+    d = entry % (depth + 1)
+    tl.store(weight + c * depth + d, total.to(weight.dtype.element_ty), mask=inside & (d < depth))
+    if BIAS:
+        tl.store(bias + c, total.to(bias.dtype.element_ty), mask=inside & (d == depth))
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+MOST_CLASSES = 256
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+class Side(NamedTuple):
+    """One model: features [B, D, h, w], weight [C, D] or [C, D, 1, 1], bias [C] or None."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of one side; None where not asked for."""
+
+    features: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class _Tile(NamedTuple):
+    P: int
+    BD: int
+    warps: int
+    stages: int
+
+
+def _pass_tile(columns: int, sixteen_bits: bool) -> _Tile:
+    """Pixels and depth of a step of `projected_pass`: two tiles of z and the epilogue's stay in
+    registers. Read off machine code for sm_90."""
+    if sixteen_bits:
+        return {16: _Tile(128, 64, 4, 3), 32: _Tile(128, 64, 4, 3), 64: _Tile(64, 64, 4, 3)}.get(
+            columns, _Tile(64, 64, 8, 3)
+        )
+    return {16: _Tile(128, 32, 4, 2), 32: _Tile(64, 32, 4, 2), 64: _Tile(64, 32, 4, 2)}.get(
+        columns, _Tile(32, 32, 8, 2)
+    )
+
+
+def _features_tile(columns: int) -> _Tile:
+    return _Tile(64, 64, 4, 1) if columns <= 64 else _Tile(64, 32, 8, 1)
+
+
+def _weight_tile(columns: int) -> _Tile:
+    return _Tile(32, 64, 4, 2) if columns <= 64 else _Tile(32, 64, 8, 2)
+
+
+# Programs of `weight_gradient`, about: enough for the largest GPUs, and the same on all of them.
+_PROGRAMS = 256
+
+
+def _columns(classes: int) -> int:
+    return max(16, triton.next_power_of_2(classes))
+
+
+def _row(classes: int) -> int:
+    """Floats of a pixel's row of g: whole sectors of memory."""
+    return -(-classes // 8) * 8
+
+
+def _is_flat(features: Tensor) -> bool:
+    return features.stride(2) == features.shape[3] * features.stride(3)
+
+
+def _weight_of(side: Side) -> Tensor:
+    """[C, D] in the features' dtype if it has that, else float32: no number is rounded."""
+    weight = side.weight.detach().flatten(1)
+    if weight.dtype != side.features.dtype:
+        weight = weight.float()
+    return weight.contiguous()
+
+
+def _precision(side: Side, precision: str, both: bool) -> str:
+    """both: whether the two factors have the features' dtype, else one of them is float32."""
+    device = side.features.device
+    if side.features.dtype == torch.float32 or both or precision != "ieee":
+        return precision
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+class _Labels(NamedTuple):
+    target: Tensor
+    ignore_index: int
+
+
+def _side_arguments(side: Side | None, unused: Tensor) -> tuple[list[Any], int, tuple[int, ...]]:
+    """Pointers, depth and strides."""
+    if side is None:
+        return [unused, unused, unused], 1, (0, 0, 0, 0)
+    bias = unused if side.bias is None else side.bias.detach().float().contiguous()
+    features = side.features
+    return [features, _weight_of(side), bias], features.shape[1], features.stride()
+
+
+def _options(side: Side | None, name: str, precision: str) -> dict[str, Any]:
+    if side is None:
+        return {name: False, f"{name}_BIAS": False, f"{name}_FLAT": True} | {
+            f"{name}_PRECISION": precision
+        }
+    return {
+        name: True,
+        f"{name}_BIAS": side.bias is not None,
+        f"{name}_FLAT": _is_flat(side.features),
+        f"{name}_PRECISION": _precision(
+            side, precision, side.weight.dtype == side.features.dtype
+        ),
+    }
+
+
+def _run_pass(
+    student: Side | None,
+    teacher: Side | None,
+    labels: _Labels,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    places: dict[str, int],
+    precision: str,
+    scales: Tensor | None,
+    student_gradient: Tensor | None,
+    teacher_gradient: Tensor | None,
+) -> Tensor:
+    """Launches `projected_pass`; returns its partial sums, [2, programs, ROW]."""
+    some = student if student is not None else teacher
+    assert some is not None
+    target = labels.target
+    batch, height, width = target.shape
+    classes = some.weight.shape[0]
+    columns = _columns(classes)
+    sides = [side for side in (student, teacher) if side is not None]
+    narrow = all(side.features.dtype != torch.float32 for side in sides)
+    tile = _pass_tile(columns, narrow)
+    tiles = -(-height * width // tile.P)
+    grad = scales is not None
+    partials = some.features.new_empty(
+        (0,) if grad else (2, batch * tiles, int(ROW)), dtype=torch.float64
+    )
+    unused = partials
+    student_pointers, student_depth, student_strides = _side_arguments(student, unused)
+    teacher_pointers, teacher_depth, teacher_strides = _side_arguments(teacher, unused)
+    if class_weight is not None:
+        class_weight = class_weight.float().contiguous()
+    projected_pass[(batch * tiles,)](
+        *student_pointers,
+        *teacher_pointers,
+        target,
+        unused if class_weight is None else class_weight,
+        unused if scales is None else scales,
+        unused if student_gradient is None else student_gradient,
+        unused if teacher_gradient is None else teacher_gradient,
+        partials,
+        classes,
+        height * width,
+        tiles,
+        width,
+        student_depth,
+        teacher_depth,
+        *student_strides,
+        *teacher_strides,
+        *target.stride(),
+        labels.ignore_index,
+        _bits(spec.temperature),
+        _bits(spec.tau),
+        _bits(spec.label_smoothing),
+        **_options(student, "STUDENT", precision),
+        **_options(teacher, "TEACHER", precision),
+        **{name.upper(): places.get(name, -1) for name in _TERMS},
+        SMOOTHING=spec.label_smoothing != 0.0,
+        WEIGHTED=class_weight is not None,
+        MIX_LOGITS=spec.mix == "logits",
+        EVALUATION=spec.evaluation == "discrepancy",
+        POWER=_power(spec.temperature),
+        GRAD=grad,
+        PTX=_has_ptx(some.features),
+        WIDEN=interpreted(),
+        P=tile.P,
+        CP=columns,
+        GC=_row(classes),
+        BD=tile.BD,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return partials
+
+
+_TERMS = ("ce", "teacher_ce", "kd", "hetero", "feature")
+_OF_PAIR = ("kd", "hetero", "feature")
+
+
+def _needed(
+    student: Side, teacher: Side | None, places: dict[str, int]
+) -> tuple[Side | None, Side | None]:
+    """The sides that these terms read."""
+    reads_student = any(name != "teacher_ce" for name in places)
+    reads_teacher = any(name != "ce" for name in places)
+    return student if reads_student else None, teacher if reads_teacher else None
+
+
+def forward(
+    student: Side,
+    teacher: Side | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    precision: str,
+    numerators: Tensor,
+    denominators: Tensor,
+    report: Tensor,
+) -> None:
+    """Writes the terms' sums into [K] float64 tensors, and valid and bad labels into int64 [2]."""
+    places = {name: k for k, name in enumerate(spec.terms)}
+    with _device_of(target):
+        partials = _run_pass(
+            *_needed(student, teacher, places),
+            _Labels(target, spec.ignore_index),
+            class_weight,
+            spec,
+            places,
+            precision,
+            None,
+            None,
+            None,
+        )
+        runs = [tuple(places.get(name, -1) for name in ("ce", "kd", "hetero", "feature"))]
+        if "teacher_ce" in places:
+            runs.append((places["teacher_ce"], -1, -1, -1))
+        for k, rows in enumerate(runs):
+            finish_sums[(10,)](
+                partials[k],
+                numerators,
+                denominators,
+                report,
+                partials.shape[1],
+                1,
+                student.weight.shape[0],
+                *rows,
+                WEIGHTED=class_weight is not None,
+                KNOWLEDGE=spec.evaluation == "discrepancy",
+                PER_IMAGE=False,
+                REPORT=k == 0,
+                BLOCK=1024,
+            )
+
+
+def backward(
+    student: Side,
+    teacher: Side | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    precision: str,
+    grad_numerators: Tensor,
+    student_wants: tuple[bool, bool, bool],
+    teacher_wants: tuple[bool, bool],
+) -> tuple[Gradients, Gradients]:
+    """Gradients of student features, weight, bias and of teacher weight, bias; those asked for."""
+    places = {
+        name: k
+        for k, name in enumerate(spec.terms)
+        if any(teacher_wants if name == "teacher_ce" else student_wants)
+    }
+    nothing = Gradients(None, None, None)
+    if not places:
+        return nothing, nothing
+    labels = _Labels(target, spec.ignore_index)
+    classes = student.weight.shape[0]
+    shape = (target.shape[0], target.shape[1] * target.shape[2], _row(classes))
+    with _device_of(target):
+        student_g, teacher_g = (
+            student.features.new_empty(shape, dtype=torch.float32) if wanted else None
+            for wanted in (any(name != "teacher_ce" for name in places), "teacher_ce" in places)
+        )
+        _run_pass(
+            *_needed(student, teacher, places),
+            labels,
+            class_weight,
+            spec,
+            places,
+            precision,
+            grad_numerators,
+            student_g,
+            teacher_g,
+        )
+        of_student = of_teacher = nothing
+        if student_g is not None:
+            of_student = _gradients(student, student_g, labels, precision, *student_wants)
+        if teacher_g is not None:
+            assert teacher is not None
+            of_teacher = _gradients(teacher, teacher_g, labels, precision, False, *teacher_wants)
+    return of_student, of_teacher
+
+
+def _gradients(
+    side: Side,
+    g: Tensor,
+    labels: _Labels,
+    precision: str,
+    of_features: bool,
+    of_weight: bool,
+    of_bias: bool,
+) -> Gradients:
+    precision = _precision(side, precision, both=False)
+    features = _features_gradient(side, g, precision) if of_features else None
+    weight = bias = None
+    if of_weight or of_bias:
+        weight, bias = _weight_gradient(side, g, labels, precision)
+    return Gradients(features, weight if of_weight else None, bias if of_bias else None)
+
+
+def _features_gradient(side: Side, g: Tensor, precision: str) -> Tensor:
+    out = torch.empty_like(side.features)
+    batch, depth, height, width = out.shape
+    classes = side.weight.shape[0]
+    columns = _columns(classes)
+    tile = _features_tile(columns)
+    tiles = -(-height * width // tile.P)
+    features_gradient[(batch * tiles, -(-depth // tile.BD))](
+        g,
+        _weight_of(side),
+        out,
+        classes,
+        height * width,
+        tiles,
+        width,
+        depth,
+        *out.stride(),
+        FLAT=_is_flat(out),
+        WIDEN=interpreted(),
+        PRECISION=precision,
+        P=tile.P,
+        CP=columns,
+        GC=g.shape[2],
+        BD=tile.BD,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def _weight_gradient(
+    side: Side, g: Tensor, labels: _Labels, precision: str
+) -> tuple[Tensor, Tensor | None]:
+    batch, depth, height, width = side.features.shape
+    target = labels.target
+    classes = side.weight.shape[0]
+    columns = _columns(classes)
+    tile = _weight_tile(columns)
+    tiles = -(-height * width // tile.P)
+    blocks = -(-depth // tile.BD)
+    per_split = -(-batch * tiles // max(1, _PROGRAMS // blocks))
+    splits = -(-batch * tiles // per_split)
+    partials = g.new_empty((splits, classes, depth + 1))
+    weight_gradient[(blocks, splits)](
+        g,
+        side.features,
+        target,
+        partials,
+        classes,
+        height * width,
+        tiles,
+        batch * tiles,
+        per_split,
+        width,
+        depth,
+        *side.features.stride(),
+        *target.stride(),
+        labels.ignore_index,
+        FLAT=_is_flat(side.features),
+        WIDEN=interpreted(),
+        PRECISION=precision,
+        P=tile.P,
+        CP=columns,
+        GC=g.shape[2],
+        BD=tile.BD,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    weight = torch.empty_like(side.weight, memory_format=torch.contiguous_format)
+    bias = None if side.bias is None else torch.empty_like(side.bias)
+    block = 256
+    add_splits[(-(-classes * (depth + 1) // block),)](
+        partials,
+        weight,
+        partials if bias is None else bias,
+        classes,
+        depth,
+        splits,
+        BIAS=bias is not None,
+        BLOCK=block,
+    )
+    return weight, bias

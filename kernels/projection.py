@@ -167,6 +167,16 @@ def centred(z, is_class):
 
 
 @triton.jit
+def at_temperature_one(x, scale, POWER: tl.constexpr):
+    """e of the labels' temperature; where that is a power of the other one, without exponential."""
+    if POWER == 0:
+        h = tl.exp2(x * LOG2_E)
+    else:
+        h = power(tl.exp2(x * scale), POWER)
+    return h
+
+
+@triton.jit
 def label_sums(h, x, is_label, PTX: tl.constexpr):
     """Of e at T = 1: the sum without the label, and the negative log likelihood and 1 / total."""
     others = tl.sum(tl.where(is_label, 0.0, h), 1)
@@ -388,10 +398,10 @@ def projected_pass(
     hetero_weight = nothing
     feature_sum = nothing
     if STUDENT:
-        student_x_c = centred(student_z, is_class)
+        student_centred = centred(student_z, is_class)
         student_g = tl.zeros([P, CP], tl.float32)
     if TEACHER:
-        teacher_x_c = centred(teacher_z, is_class)
+        teacher_centred = centred(teacher_z, is_class)
 
     # --- feature -------------------------------------------------------------------------------
     if FEATURE >= 0:
@@ -406,8 +416,8 @@ def projected_pass(
     # --- cross entropies -----------------------------------------------------------------------
     PAIR: tl.constexpr = KD >= 0 or HETERO >= 0
     if TEACHER_CE >= 0 or HETERO >= 0:
-        h = tl.exp2(teacher_x_c * LOG2_E)
-        others, teacher_nll, inverse_total = label_sums(h, teacher_x_c, is_label, PTX)
+        h = at_temperature_one(teacher_centred, scale, POWER)
+        others, teacher_nll, inverse_total = label_sums(h, teacher_centred, is_label, PTX)
         if TEACHER_CE >= 0:
             if GRAD:
                 g = cross_entropy_gradient(
@@ -427,7 +437,7 @@ def projected_pass(
                 )
             else:
                 teacher_ce_sum = cross_entropy_sum(
-                    teacher_x_c,
+                    teacher_centred,
                     teacher_nll,
                     inverse_total,
                     valid,
@@ -438,8 +448,8 @@ def projected_pass(
                     SMOOTHING,
                 )
     if CE >= 0 or HETERO >= 0:
-        h = tl.exp2(student_x_c * LOG2_E)
-        others, student_nll, inverse_total = label_sums(h, student_x_c, is_label, PTX)
+        h = at_temperature_one(student_centred, scale, POWER)
+        others, student_nll, inverse_total = label_sums(h, student_centred, is_label, PTX)
         if CE >= 0:
             if GRAD:
                 student_g += cross_entropy_gradient(
@@ -456,7 +466,7 @@ def projected_pass(
                 )
             else:
                 ce_sum = cross_entropy_sum(
-                    student_x_c,
+                    student_centred,
                     student_nll,
                     inverse_total,
                     valid,
@@ -469,8 +479,8 @@ def projected_pass(
 
     # --- kd, and what hetero knows of it ---------------------------------------------------------
     if PAIR:
-        student_a = student_x_c * scale
-        teacher_a = teacher_x_c * scale
+        student_a = student_centred * scale
+        teacher_a = teacher_centred * scale
         student_p = tl.exp2(student_a)
         teacher_p = tl.exp2(teacher_a)
         student_total = tl.sum(student_p, 1)
@@ -495,7 +505,7 @@ def projected_pass(
     # --- reliability, mixed_target, discrepancy, hetero ------------------------------------------
     if HETERO >= 0:
         r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau, PTX)
-        weight = label_weight * 0.0 + 1.0
+        weight = tl.where(valid, 1.0, 0.0)
         if EVALUATION:
             weight = discrepancy(kl_teacher_student)
         if MIX_LOGITS:
@@ -689,7 +699,8 @@ def weight_gradient(
         bias += tl.sum(g, 1)
     row = (split * classes + c) * (depth + 1)
     tl.store(partials + row[:, None] + d[None, :], total, mask=is_class[:, None] & exists[None, :])
-    tl.store(partials + row + depth, bias, mask=is_class & (tl.program_id(0) == 0))
+    if tl.program_id(0) == 0:
+        tl.store(partials + row + depth, bias, mask=is_class)
 
 
 @triton.jit(do_not_specialize=["classes", "depth", "splits"])
@@ -770,7 +781,8 @@ _PROGRAMS = 256
 
 
 def _columns(classes: int) -> int:
-    return max(16, triton.next_power_of_2(classes))
+    columns: int = max(16, triton.next_power_of_2(classes))
+    return columns
 
 
 def _row(classes: int) -> int:
@@ -821,9 +833,7 @@ def _options(side: Side | None, name: str, precision: str) -> dict[str, Any]:
         name: True,
         f"{name}_BIAS": side.bias is not None,
         f"{name}_FLAT": _is_flat(side.features),
-        f"{name}_PRECISION": _precision(
-            side, precision, side.weight.dtype == side.features.dtype
-        ),
+        f"{name}_PRECISION": _precision(side, precision, side.weight.dtype == side.features.dtype),
     }
 
 
@@ -888,7 +898,7 @@ def _run_pass(
         WEIGHTED=class_weight is not None,
         MIX_LOGITS=spec.mix == "logits",
         EVALUATION=spec.evaluation == "discrepancy",
-        POWER=_power(spec.temperature),
+        POWER=_power(spec.temperature) if any(name in places for name in _OF_PAIR) else 0,
         GRAD=grad,
         PTX=_has_ptx(some.features),
         WIDEN=interpreted(),

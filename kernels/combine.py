@@ -1,8 +1,8 @@
 """What the programs of a pass left, brought together; in one order, whatever runs first.
 
 `finish_sums`: a program per column of `partials`, which it reads once. `combine_gradients`: the sum
-over terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
-each saved gradient once and writes the result once: 4 (K (TI + 1) / TI + 1) bytes per logit.
+over terms of scale_k times the gradient of term k, in the dtype and the strides of the logits;
+reads each saved gradient and writes the result once: 4 (K (TI + 1) / TI + 1) bytes per logit.
 """
 
 import triton
@@ -103,18 +103,20 @@ def combine_gradients(
     TI: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
+    INT: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
     image = tl.program_id(2).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # places in a plane; 64-bit divisions would cost more than the memory
+    place = tl.cast(tl.program_id(0), INT) * BLOCK + tl.arange(0, BLOCK)[None, :]
     i = place // width
     j = place % width
     inside = (c < classes) & (i < height)
     # logits row i is the top of cell row i + 1 (counted from 0) and the bottom of the one above
     chunk = (i + 1) // TI
     t = (i + 1) % TI
-    source = saved + (image * classes + c) * rows * width
+    source = saved + (image * classes + c) * (tl.cast(rows, tl.int64) * width)
     top = source + (chunk * (TI + 1) + t) * width + j
     # where a chunk begins, the bottom of the last chunk's last cell is a row of its own
     above = source + ((chunk - 1) * (TI + 1) + TI) * width + j

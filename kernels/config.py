@@ -45,8 +45,9 @@ class Tiling(NamedTuple):
 
 # By what a call keeps per pixel, in registers. Read off machine code for sm_90 (docs/triton.md): 16
 # pixels spend 15 % fewer instructions per pixel and class than 8, and fit in 255 registers if few
-# numbers are kept. Two rows per program: the edge between programs costs half a row of saved gradients per
-# row; more rows save little of it, and leave a longer tail where the last programs run alone.
+# numbers are kept. Two rows per program: the edge between programs costs half a row of saved
+# gradients per row; more rows save little of it, and leave a longer tail where the last programs
+# run alone.
 _STATIC: Final = {
     "light": Launch(pixels=16, rows=2, warps=2),
     "heavy": Launch(pixels=8, rows=2, warps=2),

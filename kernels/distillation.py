@@ -228,7 +228,7 @@ def distillation_pass(
     smoothing_bits,
     STUDENT: tl.constexpr,  # CORNERS or DIRECT
     TEACHER: tl.constexpr,  # CORNERS, GATHER, DIRECT, or -1 for none
-    WHOLE: tl.constexpr,  # DIRECT: rows of labels divide into cells, so that loads are 16 bytes wide
+    WHOLE: tl.constexpr,  # DIRECT: rows of labels divide into cells, and loads are 16 bytes wide
     SAME_TAPS: tl.constexpr,  # both are CORNERS, and their rows and columns equally far apart
     CE: tl.constexpr,
     SMOOTHING: tl.constexpr,

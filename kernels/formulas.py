@@ -206,7 +206,8 @@ def reliability(teacher_nll, student_nll, inverse_tau, PTX: tl.constexpr):
 
 @triton.jit
 def mixed_target(teacher_weight, teacher, student_weight, student):
-    """mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with r."""
+    """mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with
+    r."""
     return teacher_weight * teacher + student_weight * student
 
 

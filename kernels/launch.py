@@ -29,7 +29,6 @@ from .space import collect, reduce
 __all__ = ["Run", "backward", "forward", "interpreted", "patch_shape"]
 
 _NO_TEACHER = -1
-_LANES = 32
 _INT32 = 2**31 - 1
 
 
@@ -84,6 +83,14 @@ def patch_shape(run: Run, target: Tensor) -> tuple[int, ...]:
     batch, classes, h, w = run.logits.shape
     ti = _tiling(run, target).TI
     return len(run.terms), batch, classes, -(-(h + 1) // ti), ti + 1, w
+
+
+@cache
+def _lanes(device: torch.device) -> int:
+    """Threads of a warp, as Triton counts them: each takes one cell."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+    return 32
 
 
 def _bits(value: float) -> int:
@@ -142,7 +149,8 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
         rows, per_row = h + 1, w + 1
     columns = -(-rows // tiling.TI) * per_row
     halo = int(gradients and source == int(CORNERS))
-    programs = -(-columns // (tiling.N * (_LANES - halo)))
+    lanes = _lanes(logits.device)
+    programs = -(-columns // (tiling.N * (lanes - halo)))
     logits, teacher = _reads_rows(logits, source), _reads_rows(teacher, teacher_source)
     largest = max(
         _extent(logits, (2, 3)),
@@ -174,10 +182,13 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
         "TEACHER": teacher_source,
         "ALIGN_CORNERS": run.spec.align_corners,
         **tiling._asdict(),
-        "L": _LANES,
+        "L": lanes,
         "INT": tl.int64 if largest > _INT32 else tl.int32,
         "FLOAT": tl.float64 if logits.dtype == torch.float64 else tl.float32,
         "num_warps": tiling.N,
+        # products and sums become multiply-adds: the oracle's accuracy does not depend on it, the
+        # number of instructions does
+        "enable_fp_fusion": True,
     }
     return _Geometry((programs, batch), positional, tiles, logits, teacher)
 
@@ -369,6 +380,9 @@ def backward(
             TI=saved.shape[4] - 1,
             BLOCK_C=block_c,
             BLOCK=block,
+            INT=tl.int64
+            if max(saved[0, 0, 0].numel(), _extent(out, (2, 3))) > _INT32
+            else tl.int32,
             FLOAT=tl.float64 if saved.dtype == torch.float64 else tl.float32,
         )
     return out

@@ -85,6 +85,11 @@ def patch_shape(run: Run, target: Tensor) -> tuple[int, ...]:
     return len(run.terms), batch, classes, -(-(h + 1) // ti), ti + 1, w
 
 
+def _integer(largest: int) -> tl.dtype:
+    """For offsets up to `largest`; those of planes and images are 64 bits wide in any case."""
+    return tl.int64 if largest > _INT32 else tl.int32
+
+
 @cache
 def _lanes(device: torch.device) -> int:
     """Threads of a warp, as Triton counts them: each takes one cell."""
@@ -183,7 +188,7 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
         "ALIGN_CORNERS": run.spec.align_corners,
         **tiling._asdict(),
         "L": lanes,
-        "INT": tl.int64 if largest > _INT32 else tl.int32,
+        "INT": _integer(largest),
         "FLOAT": tl.float64 if logits.dtype == torch.float64 else tl.float32,
         "num_warps": tiling.N,
         # products and sums become multiply-adds: the oracle's accuracy does not depend on it, the
@@ -380,9 +385,7 @@ def backward(
             TI=saved.shape[4] - 1,
             BLOCK_C=block_c,
             BLOCK=block,
-            INT=tl.int64
-            if max(saved[0, 0, 0].numel(), _extent(out, (2, 3))) > _INT32
-            else tl.int32,
+            INT=_integer(max(saved[0, 0, 0].numel(), _extent(out, (2, 3)))),
             FLOAT=tl.float64 if saved.dtype == torch.float64 else tl.float32,
         )
     return out

@@ -60,8 +60,8 @@ def one_model(
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """total = sum e at T; others = sum without the label at T = 1; a of the label; weighted = sum w_c a_c and
-    weight_sum = sum w_c (label smoothing)."""
+    """total = sum e at T; others = sum without the label at T = 1; a of the label; weighted = sum
+    w_c a_c and weight_sum = sum w_c (label smoothing)."""
     total = tl.zeros(label.shape, FLOAT)
     others = total
     label_a = total

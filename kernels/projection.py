@@ -161,9 +161,9 @@ def projected(
 
 @triton.jit
 def centred(z, is_class):
-    """z - its pixel's maximum, which comes off where the subtraction is still exact."""
+    """z - its pixel's maximum, taken off where the subtraction is still exact; the maximum."""
     bound = tl.max(tl.where(is_class[None, :], z, float("-inf")), 1)
-    return tl.where(is_class[None, :], z - bound[:, None], ABSENT)
+    return tl.where(is_class[None, :], z - bound[:, None], ABSENT), bound
 
 
 @triton.jit
@@ -178,17 +178,17 @@ def at_temperature_one(x, scale, POWER: tl.constexpr):
 
 @triton.jit
 def label_sums(h, x, is_label, PTX: tl.constexpr):
-    """Of e at T = 1: the sum without the label, and the negative log likelihood and 1 / total."""
+    """Of e at T = 1: the sum without the label, the whole sum; and the negative log likelihood."""
     others = tl.sum(tl.where(is_label, 0.0, h), 1)
     label_x = tl.sum(tl.where(is_label, x, 0.0), 1)
     e = tl.exp2(max_or_nan(label_x, -1e30) * LOG2_E)
     nll = negative_log_likelihood(others, e, label_x, PTX)
-    return others, nll, reciprocal(others + e, PTX)
+    return others, others + e, nll
 
 
 @triton.jit
 def cross_entropy_sum(
-    x, nll, inverse_total, valid, label_weight, w, smoothing, class_count, SMOOTHING: tl.constexpr
+    x, nll, total, valid, label_weight, w, smoothing, class_count, SMOOTHING: tl.constexpr
 ):
     """The sum over pixels, float64."""
     weight_sum = 0.0
@@ -196,7 +196,7 @@ def cross_entropy_sum(
     weighted = nll
     if SMOOTHING:
         weight_sum = tl.sum(w, 0)
-        log_total = -log(inverse_total)
+        log_total = log(total)
         weighted = tl.sum(w[None, :] * x, 1)
     value = cross_entropy(
         (1.0 - smoothing) * label_weight,
@@ -211,24 +211,33 @@ def cross_entropy_sum(
 
 
 @triton.jit
+def softmax(x, scale, log2_total):
+    """2^(x scale) / total. Again from x where a gradient is made, because an e that was kept since
+    the sums would take a tile of registers; `label_sums` and this share no exponential."""
+    return tl.exp2(x * scale - log2_total[:, None])
+
+
+@triton.jit
 def cross_entropy_gradient(
-    h,
+    x,
     is_label,
     others,
-    inverse_total,
+    total,
     label_weight,
     w,
     scale,
     smoothing,
     class_count,
+    PTX: tl.constexpr,
     SMOOTHING: tl.constexpr,
 ):
-    hard = scale * (1.0 - smoothing) * label_weight * inverse_total
-    g = hard[:, None] * cross_entropy_gradient_numerator(is_label, h, others[:, None])
+    p = softmax(x, LOG2_E, log2(total))
+    hard = scale * (1.0 - smoothing) * label_weight
+    g = hard[:, None] * cross_entropy_gradient_numerator(
+        is_label, p, (others * reciprocal(total, PTX))[:, None]
+    )
     if SMOOTHING:
-        soft = scale * (smoothing / class_count)
-        p = h * inverse_total[:, None]
-        g += soft * (tl.sum(w, 0) * p - w[None, :])
+        g += scale * (smoothing / class_count) * (tl.sum(w, 0) * p - w[None, :])
     return g
 
 
@@ -398,149 +407,150 @@ def projected_pass(
     hetero_weight = nothing
     feature_sum = nothing
     if STUDENT:
-        student_centred = centred(student_z, is_class)
-        student_g = tl.zeros([P, CP], tl.float32)
+        student_x, student_bound = centred(student_z, is_class)
     if TEACHER:
-        teacher_centred = centred(teacher_z, is_class)
+        teacher_x, teacher_bound = centred(teacher_z, is_class)
 
-    # --- feature -------------------------------------------------------------------------------
-    if FEATURE >= 0:
-        difference = tl.where(is_class[None, :], student_z - teacher_z, 0.0)
-        if GRAD:
-            student_g += difference * (
-                scale_of(scales, FEATURE) * feature_gradient_scale(class_count)
-            )
-        else:
-            feature_sum = over_pixels(tl.sum(difference * difference, 1) / class_count, valid)
-
-    # --- cross entropies -----------------------------------------------------------------------
+    # --- likelihoods and softened distributions --------------------------------------------------
     PAIR: tl.constexpr = KD >= 0 or HETERO >= 0
-    if TEACHER_CE >= 0 or HETERO >= 0:
-        h = at_temperature_one(teacher_centred, scale, POWER)
-        others, teacher_nll, inverse_total = label_sums(h, teacher_centred, is_label, PTX)
-        if TEACHER_CE >= 0:
-            if GRAD:
-                g = cross_entropy_gradient(
-                    h,
-                    is_label,
-                    others,
-                    inverse_total,
-                    label_weight,
-                    w,
-                    scale_of(scales, TEACHER_CE),
-                    smoothing,
-                    class_count,
-                    SMOOTHING,
-                )
-                write_gradient(
-                    teacher_gradient, g, valid, inside, image, pixels, pixel, c, classes, GC
-                )
-            else:
-                teacher_ce_sum = cross_entropy_sum(
-                    teacher_centred,
-                    teacher_nll,
-                    inverse_total,
-                    valid,
-                    label_weight,
-                    w,
-                    smoothing,
-                    class_count,
-                    SMOOTHING,
-                )
     if CE >= 0 or HETERO >= 0:
-        h = at_temperature_one(student_centred, scale, POWER)
-        others, student_nll, inverse_total = label_sums(h, student_centred, is_label, PTX)
-        if CE >= 0:
-            if GRAD:
-                student_g += cross_entropy_gradient(
-                    h,
-                    is_label,
-                    others,
-                    inverse_total,
-                    label_weight,
-                    w,
-                    scale_of(scales, CE),
-                    smoothing,
-                    class_count,
-                    SMOOTHING,
-                )
-            else:
-                ce_sum = cross_entropy_sum(
-                    student_centred,
-                    student_nll,
-                    inverse_total,
-                    valid,
-                    label_weight,
-                    w,
-                    smoothing,
-                    class_count,
-                    SMOOTHING,
-                )
-
-    # --- kd, and what hetero knows of it ---------------------------------------------------------
+        e = at_temperature_one(student_x, scale, POWER)
+        student_others, student_hard, student_nll = label_sums(e, student_x, is_label, PTX)
+    if TEACHER_CE >= 0 or HETERO >= 0:
+        e = at_temperature_one(teacher_x, scale, POWER)
+        teacher_others, teacher_hard, teacher_nll = label_sums(e, teacher_x, is_label, PTX)
     if PAIR:
-        student_a = student_centred * scale
-        teacher_a = teacher_centred * scale
-        student_p = tl.exp2(student_a)
-        teacher_p = tl.exp2(teacher_a)
-        student_total = tl.sum(student_p, 1)
-        teacher_total = tl.sum(teacher_p, 1)
-        student_inverse = reciprocal(student_total, PTX)
-        teacher_inverse = reciprocal(teacher_total, PTX)
-        student_log2 = log2(student_total)
+        student_log2 = log2(tl.sum(tl.exp2(student_x * scale), 1))
+        e = tl.exp2(teacher_x * scale)
+        teacher_total = tl.sum(e, 1)
+        teacher_log2 = log2(teacher_total)
         kl_teacher_student = kl(
-            tl.sum(teacher_p * (teacher_a - student_a), 1),
-            teacher_inverse,
-            log2(teacher_total),
+            tl.sum(e * ((teacher_x - student_x) * scale), 1),
+            reciprocal(teacher_total, PTX),
+            teacher_log2,
             student_log2,
         )
-        student_p *= student_inverse[:, None]
-        teacher_p *= teacher_inverse[:, None]
-    if KD >= 0:
-        if GRAD:
-            student_g += (scale_of(scales, KD) * temperature) * (student_p - teacher_p)
-        else:
-            kd_sum = over_pixels(temperature * temperature * kl_teacher_student, valid)
 
-    # --- reliability, mixed_target, discrepancy, hetero ------------------------------------------
+    # --- reliability, discrepancy ----------------------------------------------------------------
     if HETERO >= 0:
         r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau, PTX)
         weight = tl.where(valid, 1.0, 0.0)
         if EVALUATION:
             weight = discrepancy(kl_teacher_student)
         if MIX_LOGITS:
-            mixed_a = mixed_target(r_t[:, None], teacher_a, r_s[:, None], student_a)
-            mixed_a -= tl.max(mixed_a, 1)[:, None]
+            mixed_a = mixed_target(r_t[:, None], teacher_x * scale, r_s[:, None], student_x * scale)
+            mixed_bound = tl.max(mixed_a, 1)
+            mixed_a -= mixed_bound[:, None]
             mixed = tl.exp2(mixed_a)
             mixed_total = tl.sum(mixed, 1)
-            mixed_inverse = reciprocal(mixed_total, PTX)
-            if not GRAD:
+
+    # --- values ----------------------------------------------------------------------------------
+    if not GRAD:
+        if CE >= 0:
+            ce_sum = cross_entropy_sum(
+                student_x,
+                student_nll,
+                student_hard,
+                valid,
+                label_weight,
+                w,
+                smoothing,
+                class_count,
+                SMOOTHING,
+            )
+        if TEACHER_CE >= 0:
+            teacher_ce_sum = cross_entropy_sum(
+                teacher_x,
+                teacher_nll,
+                teacher_hard,
+                valid,
+                label_weight,
+                w,
+                smoothing,
+                class_count,
+                SMOOTHING,
+            )
+        if KD >= 0:
+            kd_sum = over_pixels(temperature * temperature * kl_teacher_student, valid)
+        if FEATURE >= 0:
+            difference = (student_x - teacher_x) + (student_bound - teacher_bound)[:, None]
+            squares = tl.where(is_class[None, :], difference * difference, 0.0)
+            feature_sum = over_pixels(tl.sum(squares, 1) / class_count, valid)
+        if HETERO >= 0:
+            if MIX_LOGITS:
                 value = kl(
-                    tl.sum(mixed * (mixed_a - student_a), 1),
-                    mixed_inverse,
+                    tl.sum(mixed * (mixed_a - student_x * scale), 1),
+                    reciprocal(mixed_total, PTX),
                     log2(mixed_total),
                     student_log2,
                 )
-            push = student_p - mixed * mixed_inverse[:, None]
-        else:
-            if not GRAD:
-                mixed = mixed_target(r_t[:, None], teacher_p, r_s[:, None], student_p)
+            else:
+                mixed = mixed_target(
+                    r_t[:, None],
+                    softmax(teacher_x, scale, teacher_log2),
+                    r_s[:, None],
+                    softmax(student_x, scale, student_log2),
+                )
                 mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
-                value = kl(tl.sum(mixed * (mixed_log2 - student_a), 1), 1.0, 0.0, student_log2)
-            push = r_t[:, None] * (student_p - teacher_p)
-        if GRAD:
-            student_g += (scale_of(scales, HETERO) * temperature * weight)[:, None] * push
-        else:
+                # of b only e is without its total, of a neither is
+                cross = tl.sum(mixed * (mixed_log2 - student_x * scale), 1)
+                value = kl(cross, 1.0, 0.0, student_log2)
             hetero_sum = over_pixels(weight * (temperature * temperature) * value, valid)
             hetero_weight = over_pixels(weight, valid)
 
-    # --- results -------------------------------------------------------------------------------
-    if GRAD:
-        if STUDENT:
-            write_gradient(
-                student_gradient, student_g, valid, inside, image, pixels, pixel, c, classes, GC
+    # --- gradients -------------------------------------------------------------------------------
+    if GRAD and TEACHER_CE >= 0:
+        g = cross_entropy_gradient(
+            teacher_x,
+            is_label,
+            teacher_others,
+            teacher_hard,
+            label_weight,
+            w,
+            scale_of(scales, TEACHER_CE),
+            smoothing,
+            class_count,
+            PTX,
+            SMOOTHING,
+        )
+        write_gradient(teacher_gradient, g, valid, inside, image, pixels, pixel, c, classes, GC)
+    if GRAD and STUDENT:
+        g = tl.zeros([P, CP], tl.float32)
+        if CE >= 0:
+            g += cross_entropy_gradient(
+                student_x,
+                is_label,
+                student_others,
+                student_hard,
+                label_weight,
+                w,
+                scale_of(scales, CE),
+                smoothing,
+                class_count,
+                PTX,
+                SMOOTHING,
             )
-    else:
+        if PAIR:
+            # of kd, and with it of hetero where the mixture is one of probabilities
+            push = tl.where(valid, scale_of(scales, KD) * temperature, 0.0)
+            if HETERO >= 0:
+                on_student = scale_of(scales, HETERO) * temperature * weight
+                if MIX_LOGITS:
+                    mixed_p = softmax(mixed_a, 1.0, log2(mixed_total))
+                    p = softmax(student_x, scale, student_log2)
+                    g += on_student[:, None] * (p - mixed_p)
+                else:
+                    push += on_student * r_t
+            if KD >= 0 or not MIX_LOGITS:
+                p = softmax(student_x, scale, student_log2)
+                g += push[:, None] * (p - softmax(teacher_x, scale, teacher_log2))
+        if FEATURE >= 0:
+            difference = (student_x - teacher_x) + (student_bound - teacher_bound)[:, None]
+            g += difference * (scale_of(scales, FEATURE) * feature_gradient_scale(class_count))
+        write_gradient(student_gradient, g, valid, inside, image, pixels, pixel, c, classes, GC)
+
+    # --- results -------------------------------------------------------------------------------
+    if not GRAD:
         weight_of_labels = over_pixels(label_weight, valid)
         bad = tl.sum((counts & (label < 0)).to(tl.int32), 0)
         count = tl.sum(valid.to(tl.int32), 0)
@@ -585,7 +595,7 @@ def features_gradient(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     P: tl.constexpr,
-    CP: tl.constexpr,
+    BC: tl.constexpr,
     GC: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -593,21 +603,23 @@ def features_gradient(
     image = program // tiles
     pixel = (program % tiles) * P + tl.arange(0, P)
     inside = pixel < pixels
-    c = tl.arange(0, CP)
-    is_class = c < classes
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     exists = d < depth
-    g = tl.load(
-        gradient + (image * pixels + pixel)[:, None] * GC + c[None, :],
-        mask=inside[:, None] & is_class[None, :],
-        other=0.0,
-    )
-    w = tl.load(
-        weight + tl.cast(c, tl.int64)[:, None] * depth + d[None, :],
-        mask=is_class[:, None] & exists[None, :],
-        other=0.0,
-    )
-    f = product(g, w, tl.zeros([P, BD], tl.float32), PRECISION, WIDEN)
+    f = tl.zeros([P, BD], tl.float32)
+    for start in range(0, classes, BC):
+        c = start + tl.arange(0, BC)
+        is_class = c < classes
+        g = tl.load(
+            gradient + (image * pixels + pixel)[:, None] * GC + c[None, :],
+            mask=inside[:, None] & is_class[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight + tl.cast(c, tl.int64)[:, None] * depth + d[None, :],
+            mask=is_class[:, None] & exists[None, :],
+            other=0.0,
+        )
+        f = product(g, w, f, PRECISION, WIDEN)
     place = pixel_offsets(pixel, width, out_y, out_x, FLAT)
     tl.store(
         out + image * out_b + place[:, None] + tl.cast(d, tl.int64)[None, :] * out_d,
@@ -653,17 +665,17 @@ def weight_gradient(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     P: tl.constexpr,
-    CP: tl.constexpr,
+    BC: tl.constexpr,
     GC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     exists = d < depth
-    c = tl.arange(0, CP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     is_class = c < classes
-    total = tl.zeros([CP, BD], tl.float32)
-    bias = tl.zeros([CP], tl.float32)
+    total = tl.zeros([BC, BD], tl.float32)
+    bias = tl.zeros([BC], tl.float32)
     first = split * per_split
     for tile in range(first, tl.minimum(first + per_split, tl.cast(all_tiles, tl.int64))):
         image = tile // tiles
@@ -751,29 +763,34 @@ class Gradients(NamedTuple):
 
 class _Tile(NamedTuple):
     P: int
+    """pixels"""
     BD: int
+    """features"""
+    BC: int
+    """classes; all of them in `projected_pass`"""
     warps: int
     stages: int
 
 
-def _pass_tile(columns: int, sixteen_bits: bool) -> _Tile:
-    """Pixels and depth of a step of `projected_pass`: two tiles of z and the epilogue's stay in
-    registers. Read off machine code for sm_90."""
+def _pass_tile(classes: int, sixteen_bits: bool) -> _Tile:
+    """Pixels of a program of `projected_pass` so that two tiles of z and what the epilogue makes of
+    them stay in registers, by machine code for sm_90; features per step."""
+    columns = _columns(classes)
+    few = columns <= 64
     if sixteen_bits:
-        return {16: _Tile(128, 64, 4, 3), 32: _Tile(128, 64, 4, 3), 64: _Tile(64, 64, 4, 3)}.get(
-            columns, _Tile(64, 64, 8, 3)
-        )
-    return {16: _Tile(128, 32, 4, 2), 32: _Tile(64, 32, 4, 2), 64: _Tile(64, 32, 4, 2)}.get(
-        columns, _Tile(32, 32, 8, 2)
-    )
+        pixels = 64 if columns <= 128 else 32
+        return _Tile(pixels, 64 if few else 32, columns, 4 if few else 8, 3)
+    pixels = {16: 64, 32: 64, 64: 32, 128: 32, 256: 16}[columns]
+    return _Tile(pixels, 32, columns, 4 if few else 8, 2)
 
 
-def _features_tile(columns: int) -> _Tile:
-    return _Tile(64, 64, 4, 1) if columns <= 64 else _Tile(64, 32, 8, 1)
+def _features_tile(classes: int) -> _Tile:
+    return _Tile(64, 64, 32 if classes > 16 else 16, 4, 2)
 
 
-def _weight_tile(columns: int) -> _Tile:
-    return _Tile(32, 64, 4, 2) if columns <= 64 else _Tile(32, 64, 8, 2)
+def _weight_tile(classes: int) -> _Tile:
+    columns = _columns(classes)
+    return _Tile(32, 64, min(64, columns), 4 if columns <= 32 else 8, 2)
 
 
 # Programs of `weight_gradient`, about: enough for the largest GPUs, and the same on all of them.
@@ -855,10 +872,9 @@ def _run_pass(
     target = labels.target
     batch, height, width = target.shape
     classes = some.weight.shape[0]
-    columns = _columns(classes)
     sides = [side for side in (student, teacher) if side is not None]
     narrow = all(side.features.dtype != torch.float32 for side in sides)
-    tile = _pass_tile(columns, narrow)
+    tile = _pass_tile(classes, narrow)
     tiles = -(-height * width // tile.P)
     grad = scales is not None
     partials = some.features.new_empty(
@@ -903,7 +919,7 @@ def _run_pass(
         PTX=_has_ptx(some.features),
         WIDEN=interpreted(),
         P=tile.P,
-        CP=columns,
+        CP=tile.BC,
         GC=_row(classes),
         BD=tile.BD,
         num_warps=tile.warps,
@@ -1040,8 +1056,7 @@ def _features_gradient(side: Side, g: Tensor, precision: str) -> Tensor:
     out = torch.empty_like(side.features)
     batch, depth, height, width = out.shape
     classes = side.weight.shape[0]
-    columns = _columns(classes)
-    tile = _features_tile(columns)
+    tile = _features_tile(classes)
     tiles = -(-height * width // tile.P)
     features_gradient[(batch * tiles, -(-depth // tile.BD))](
         g,
@@ -1057,7 +1072,7 @@ def _features_gradient(side: Side, g: Tensor, precision: str) -> Tensor:
         WIDEN=interpreted(),
         PRECISION=precision,
         P=tile.P,
-        CP=columns,
+        BC=tile.BC,
         GC=g.shape[2],
         BD=tile.BD,
         num_warps=tile.warps,
@@ -1072,14 +1087,13 @@ def _weight_gradient(
     batch, depth, height, width = side.features.shape
     target = labels.target
     classes = side.weight.shape[0]
-    columns = _columns(classes)
-    tile = _weight_tile(columns)
+    tile = _weight_tile(classes)
     tiles = -(-height * width // tile.P)
-    blocks = -(-depth // tile.BD)
-    per_split = -(-batch * tiles // max(1, _PROGRAMS // blocks))
+    blocks = -(-depth // tile.BD), -(-classes // tile.BC)
+    per_split = -(-batch * tiles // max(1, _PROGRAMS // (blocks[0] * blocks[1])))
     splits = -(-batch * tiles // per_split)
     partials = g.new_empty((splits, classes, depth + 1))
-    weight_gradient[(blocks, splits)](
+    weight_gradient[(*blocks, splits)](
         g,
         side.features,
         target,
@@ -1098,7 +1112,7 @@ def _weight_gradient(
         WIDEN=interpreted(),
         PRECISION=precision,
         P=tile.P,
-        CP=columns,
+        BC=tile.BC,
         GC=g.shape[2],
         BD=tile.BD,
         num_warps=tile.warps,

@@ -42,7 +42,11 @@ else. A projection that first copies 16-bit features to float32 (`projector.py`)
 8 (D_s + D_t) to the other side, and then fusing wins for every C. What fusing always saves is
 memory: no Z (8 C per pixel) and no copy (4 D) live from forward to backward, only g in backward.
 
-Flops: 2 CP (D_s + D_t) in forward and again in backward, 2 CP D_s for each gradient.
+Flops: 2 CP (D_s + D_t) in forward and again in backward; for each gradient 2 C D_s, with C rounded
+up to 32 (features) or 64 (weight). C = 150 pays for 256 columns. W is read once per program, from
+the second cache: e C (D_s + D_t) / P bytes per pixel. Of many classes fewer pixels fit in a program
+(P = 32 for 256 columns of 16 bits), and that is then several times what comes from memory: C = 150
+gains less than the bytes above say. Nothing here has been timed.
 """
 
 from __future__ import annotations
@@ -107,10 +111,12 @@ def pixel_offsets(pixel, width, stride_y, stride_x, FLAT: tl.constexpr):
 
 
 @triton.jit
-def labels_of(target, pixel, inside, width, stride_y, stride_x, classes, ignore_index):
+def labels_of(
+    target, pixel, inside, width, stride_y, stride_x, classes, ignore_index, FLAT: tl.constexpr
+):
     """int32 labels [P], -1 where there is nothing to learn; and where there is a label other than
     `ignore_index`: of these, the ones that are -1 are out of range."""
-    place = (pixel // width) * stride_y + (pixel % width) * stride_x
+    place = pixel_offsets(pixel, width, stride_y, stride_x, FLAT)
     raw = tl.load(target + place, mask=inside, other=0).to(tl.int64)
     counts = inside & (raw != ignore_index)
     in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
@@ -318,6 +324,7 @@ def projected_pass(
     TEACHER_BIAS: tl.constexpr,
     STUDENT_FLAT: tl.constexpr,
     TEACHER_FLAT: tl.constexpr,
+    LABELS_FLAT: tl.constexpr,
     CE: tl.constexpr,  # the place of the term, -1 without; so are the next four
     TEACHER_CE: tl.constexpr,
     KD: tl.constexpr,
@@ -390,7 +397,15 @@ def projected_pass(
 
     # --- labels --------------------------------------------------------------------------------
     label, counts = labels_of(
-        target + image * target_b, pixel, inside, width, target_y, target_x, classes, ignore_index
+        target + image * target_b,
+        pixel,
+        inside,
+        width,
+        target_y,
+        target_x,
+        classes,
+        ignore_index,
+        LABELS_FLAT,
     )
     valid = label >= 0
     is_label = label[:, None] == c[None, :]
@@ -611,7 +626,7 @@ def features_gradient(
         is_class = c < classes
         g = tl.load(
             gradient + (image * pixels + pixel)[:, None] * GC + c[None, :],
-            mask=inside[:, None] & is_class[None, :],
+            mask=inside[:, None] & (c < GC)[None, :],
             other=0.0,
         )
         w = tl.load(
@@ -662,6 +677,7 @@ def weight_gradient(
     target_x,
     ignore_index,
     FLAT: tl.constexpr,
+    LABELS_FLAT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     P: tl.constexpr,
@@ -683,7 +699,7 @@ def weight_gradient(
         inside = pixel < pixels
         g = tl.load(
             gradient + (image * pixels + pixel)[None, :] * GC + c[:, None],
-            mask=inside[None, :] & is_class[:, None],
+            mask=inside[None, :] & (c < GC)[:, None],
             other=0.0,
         )
         place = pixel_offsets(pixel, width, features_y, features_x, FLAT)
@@ -705,6 +721,7 @@ def weight_gradient(
             target_x,
             classes,
             ignore_index,
+            LABELS_FLAT,
         )
         f = tl.where((label >= 0)[:, None], f, 0.0)
         total = product(g, f, total, PRECISION, WIDEN)
@@ -789,8 +806,7 @@ def _features_tile(classes: int) -> _Tile:
 
 
 def _weight_tile(classes: int) -> _Tile:
-    columns = _columns(classes)
-    return _Tile(32, 64, min(64, columns), 4 if columns <= 32 else 8, 2)
+    return _Tile(32, 64, min(64, _columns(classes)), 8, 2)
 
 
 # Programs of `weight_gradient`, about: enough for the largest GPUs, and the same on all of them.
@@ -807,8 +823,9 @@ def _row(classes: int) -> int:
     return -(-classes // 8) * 8
 
 
-def _is_flat(features: Tensor) -> bool:
-    return features.stride(2) == features.shape[3] * features.stride(3)
+def _is_flat(grid: Tensor) -> bool:
+    """Whether a pixel's place is its number times the last stride."""
+    return grid.shape[-2] == 1 or grid.stride(-2) == grid.shape[-1] * grid.stride(-1)
 
 
 def _weight_of(side: Side) -> Tensor:
@@ -910,6 +927,7 @@ def _run_pass(
         **_options(student, "STUDENT", precision),
         **_options(teacher, "TEACHER", precision),
         **{name.upper(): places.get(name, -1) for name in _TERMS},
+        LABELS_FLAT=_is_flat(target),
         SMOOTHING=spec.label_smoothing != 0.0,
         WEIGHTED=class_weight is not None,
         MIX_LOGITS=spec.mix == "logits",
@@ -1093,7 +1111,7 @@ def _weight_gradient(
     per_split = -(-batch * tiles // max(1, _PROGRAMS // (blocks[0] * blocks[1])))
     splits = -(-batch * tiles // per_split)
     partials = g.new_empty((splits, classes, depth + 1))
-    weight_gradient[(*blocks, splits)](
+    weight_gradient[(blocks[0], blocks[1], splits)](
         g,
         side.features,
         target,
@@ -1109,6 +1127,7 @@ def _weight_gradient(
         *target.stride(),
         labels.ignore_index,
         FLAT=_is_flat(side.features),
+        LABELS_FLAT=_is_flat(target),
         WIDEN=interpreted(),
         PRECISION=precision,
         P=tile.P,

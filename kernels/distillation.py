@@ -53,6 +53,7 @@ from .formulas import (
 from .interpolation import CORNERS, DIRECT, between, corner_bounds, pixel_bounds
 from .statistics import (
     _SMALLEST_NORMAL,
+    SMALLEST_TOTAL,
     js_mean,
     js_sums,
     mixed_logits,
@@ -63,6 +64,7 @@ from .statistics import (
     read,
     squared_difference,
     two_models,
+    usual_totals,
 )
 from .tiles import (
     add_to_corners,
@@ -91,8 +93,6 @@ FORWARD = tl.constexpr(1)
 REVERSE = tl.constexpr(2)
 JS = tl.constexpr(3)
 
-_SMALLEST_TOTAL = tl.constexpr(2.0**-32)
-
 
 @triton.jit
 def number(bits, FLOAT: tl.constexpr):
@@ -119,6 +119,7 @@ def model_at(
     taps,
     fractions,
     scale,
+    temperature,
     valid,
     SOURCE: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -128,38 +129,58 @@ def model_at(
     """What the loops take (`statistics.py`), and a number that is finite if its logits are."""
     fold = taps
     m = tl.zeros(valid.shape, FLOAT)
-    if SOURCE == CORNERS and not CAREFUL:
-        m00, m01, m10, m11, trace = corner_bounds(pointer, class_stride, classes, taps, FLOAT)
+    exact_m = m
+    troubled = m > 0.0
+    if SOURCE == CORNERS:
+        m00, m01, m10, m11, trace = corner_bounds(
+            pointer, class_stride, classes, taps, CAREFUL, FLOAT
+        )
         if FOLDED:
             fold = (m00 * scale, m01 * scale, m10 * scale, m11 * scale)
         else:
             fy, fx = fractions
             m = between(between(m00, m10, fy), between(m01, m11, fy), fx)
+        if CAREFUL:
+            exact_m, _ = pixel_bounds(
+                pointer, class_stride, classes, taps, fractions, valid, SOURCE, True, FLOAT
+            )
+            model = (pointer, class_stride, taps, fractions, fold, m, exact_m, troubled)
+            least = usual_totals(
+                model, classes, valid, scale, temperature, SOURCE, FOLDED, CAREFUL, FLOAT
+            )
+            troubled = valid & (~is_finite(trace) | ~(least > SMALLEST_TOTAL))
     else:
         m, trace = pixel_bounds(
             pointer, class_stride, classes, taps, fractions, valid, SOURCE, CAREFUL, FLOAT
         )
-    return (pointer, class_stride, taps, fractions, fold, m), trace
+        exact_m = m
+    return (pointer, class_stride, taps, fractions, fold, m, exact_m, troubled), trace
 
 
 @triton.jit
 def label_logit(
     model,
     label,
+    picked,
     scale,
     valid,
     SOURCE: tl.constexpr,
     FOLDED: tl.constexpr,
+    PICKED: tl.constexpr,
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """z_label - m of each pixel. -inf stays -inf: the loss of a masked label is infinite."""
-    plane = model[0] + tl.maximum(label, 0).to(tl.int64) * model[1]
-    z, a = read(model, plane, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
-    if FOLDED:
-        x = a / scale
-    else:
-        x = z - model[5]
+    """z_label - m of each pixel; PICKED: from its `a`, which a loop has found. CAREFUL: -inf stays
+    -inf, because the loss of a label on a masked class is infinite."""
+    x = picked / scale
+    if CAREFUL or not PICKED:
+        plane = model[0] + tl.maximum(label, 0).to(tl.int64) * model[1]
+        z, a = read(model, plane, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
+        if not PICKED:
+            x = a / scale
+        if CAREFUL:
+            exact = z - model[6]
+            x = tl.where(model[7] | ~(exact > -1e30), exact, x)
     return x
 
 
@@ -274,8 +295,8 @@ def distillation_pass(
     SOFT: tl.constexpr = PAIR or HETERO == PAPER
     NLL: tl.constexpr = CE or KNOWLEDGE
     READS_Z: tl.constexpr = FEATURE or HETERO == PAPER or HETERO == PAPER_SPACE
-    STUDENT_FOLDED: tl.constexpr = STUDENT == CORNERS and not READS_Z and not CAREFUL
-    TEACHER_FOLDED: tl.constexpr = TEACHER == CORNERS and not READS_Z and not CAREFUL
+    STUDENT_FOLDED: tl.constexpr = STUDENT == CORNERS and not READS_Z
+    TEACHER_FOLDED: tl.constexpr = TEACHER == CORNERS and not READS_Z
     PROBS: tl.constexpr = KNOWLEDGE and HETERO_TERM and not MIX_LOGITS
     # e of the labels' temperature, for a call that has no other
     HARD_POWER: tl.constexpr = POWER if SOFT else 1
@@ -285,6 +306,9 @@ def distillation_pass(
     beta = number(beta_bits, FLOAT)
     smoothing = number(smoothing_bits, FLOAT)
     scale = LOG2_E / temperature if SOFT else temperature * 0.0 + LOG2_E
+    hard_exponent = (
+        temperature if SOFT else temperature * 0.0 + 1.0
+    )  # e at T = 1 is e to this power
     class_count = tl.cast(classes, FLOAT)
     gradient_width = tl.cast(student_w, INT)
 
@@ -350,6 +374,7 @@ def distillation_pass(
             student_taps,
             (fy, fx),
             scale,
+            hard_exponent,
             valid,
             STUDENT,
             STUDENT_FOLDED,
@@ -387,6 +412,7 @@ def distillation_pass(
                 teacher_taps,
                 teacher_fractions,
                 scale,
+                hard_exponent,
                 valid,
                 TEACHER,
                 TEACHER_FOLDED,
@@ -457,12 +483,18 @@ def distillation_pass(
         # From here on an invalid pixel holds harmless numbers, and `one` takes it out of the sums.
         least = one * 0.0 + 1.0
         if NLL:
-            if PICK_LABEL and not CAREFUL:
-                student_label = student_label / scale
-            else:
-                student_label = label_logit(
-                    student_model, label, scale, valid, STUDENT, STUDENT_FOLDED, CAREFUL, FLOAT
-                )
+            student_label = label_logit(
+                student_model,
+                label,
+                student_label,
+                scale,
+                valid,
+                STUDENT,
+                STUDENT_FOLDED,
+                PICK_LABEL,
+                CAREFUL,
+                FLOAT,
+            )
             e = tl.exp2(max_or_nan(student_label, -1e30) * LOG2_E)
             hard_total = tl.where(valid, student_others + e, 1.0)
             hard_inverse = reciprocal(hard_total, PTX)
@@ -470,12 +502,18 @@ def distillation_pass(
             student_nll = tl.where(valid, student_nll, 0.0)
             least = tl.minimum(least, hard_total)
         if KNOWLEDGE:
-            if PICK_LABEL and not CAREFUL:
-                teacher_label = teacher_label / scale
-            else:
-                teacher_label = label_logit(
-                    teacher_model, label, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
-                )
+            teacher_label = label_logit(
+                teacher_model,
+                label,
+                teacher_label,
+                scale,
+                valid,
+                TEACHER,
+                TEACHER_FOLDED,
+                PICK_LABEL,
+                CAREFUL,
+                FLOAT,
+            )
             e = tl.exp2(max_or_nan(teacher_label, -1e30) * LOG2_E)
             teacher_nll = negative_log_likelihood(teacher_others, e, teacher_label, PTX)
             teacher_nll = tl.where(valid, teacher_nll, 0.0)
@@ -885,5 +923,5 @@ def distillation_pass(
         tl.store(partial + 7, 0.0)
         tl.store(partial + VALID, over_program(tl.where(own, valid_count, 0)))
         tl.store(partial + BAD, over_program(tl.where(own, label_count - valid_count, 0)))
-        found = tl.where(smallest > _SMALLEST_TOTAL, 0.0, 1.0)
+        found = tl.where(smallest > SMALLEST_TOTAL, 0.0, 1.0)
         tl.store(partial + FLAG, over_program(found))

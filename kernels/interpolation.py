@@ -98,6 +98,13 @@ def between_huge(a, b, f):
 
 
 @triton.jit
+def harmless(z):
+    """0 in the place of what is huge, infinite or NaN."""
+    huge = 1e90 if z.dtype == tl.float64 else 1e30
+    return tl.where(tl.abs(z) < huge, z, 0.0)
+
+
+@triton.jit
 def read_logits(
     plane,
     taps,
@@ -107,6 +114,7 @@ def read_logits(
     valid,
     SOURCE: tl.constexpr,
     FOLDED: tl.constexpr,
+    HARMLESS: tl.constexpr,
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
@@ -116,7 +124,8 @@ def read_logits(
     offsets, [1, 1, N, L] for CORNERS, else [R, S, N, L]; fractions: by row [R, 1, N, L] and by
     column [1, S, N, L]. FOLDED: (z - m) * scale with a bound m that is itself interpolated: its
     corners, times scale, are `fold`. That way neither the bound nor the subtraction is one per
-    pixel. CAREFUL: nothing of an invalid pixel comes through.
+    pixel. CAREFUL: exact for any corners, and nothing of an invalid pixel comes through. HARMLESS:
+    the arithmetic of neither, on corners that are made harmless first.
     """
     o00, o01, o10, o11 = taps
     if SOURCE == DIRECT:
@@ -126,6 +135,11 @@ def read_logits(
         z01 = tl.load(plane + o01).to(FLOAT)
         z10 = tl.load(plane + o10).to(FLOAT)
         z11 = tl.load(plane + o11).to(FLOAT)
+        if HARMLESS:
+            z00 = harmless(z00)
+            z01 = harmless(z01)
+            z10 = harmless(z10)
+            z11 = harmless(z11)
         if FOLDED:
             f00, f01, f10, f11 = fold
             z00 = z00 * scale - f00
@@ -143,20 +157,14 @@ def read_logits(
 
 
 @triton.jit
-def scaled(z, m, scale, FOLDED: tl.constexpr, CAREFUL: tl.constexpr, FLOAT: tl.constexpr):
-    """a = (z - m) * scale of what `read_logits` returned; finite for huge and infinite logits."""
-    if FOLDED:
-        a = z
-    elif CAREFUL:
-        largest = 1e300 if FLOAT == tl.float64 else 2e38
-        a = max_or_nan(z - m, -largest / tl.maximum(scale, 1.4427)) * scale
-    else:
-        a = (z - m) * scale
-    return a
+def exactly_scaled(z, m, scale, FLOAT: tl.constexpr):
+    """a = (z - m) * scale with the exact maximum m; finite for huge and infinite logits."""
+    largest = 1e300 if FLOAT == tl.float64 else 2e38
+    return max_or_nan(z - m, -largest / tl.maximum(scale, 1.4427)) * scale
 
 
 @triton.jit
-def corner_bounds(plane, class_stride, classes, taps, FLOAT: tl.constexpr):
+def corner_bounds(plane, class_stride, classes, taps, HARMLESS: tl.constexpr, FLOAT: tl.constexpr):
     """Maximum over the classes at each corner, and a number that is finite if all logits are
     finite and none is huge (three instructions a logit, and each serves R S pixels)."""
     o00, o01, o10, o11 = taps
@@ -171,11 +179,16 @@ def corner_bounds(plane, class_stride, classes, taps, FLOAT: tl.constexpr):
         z01 = tl.load(plane + o01).to(FLOAT)
         z10 = tl.load(plane + o10).to(FLOAT)
         z11 = tl.load(plane + o11).to(FLOAT)
+        trace = z00 * much + (z01 * much + (z10 * much + (z11 * much + trace)))
+        if HARMLESS:
+            z00 = harmless(z00)
+            z01 = harmless(z01)
+            z10 = harmless(z10)
+            z11 = harmless(z11)
         m00 = tl.maximum(m00, z00)
         m01 = tl.maximum(m01, z01)
         m10 = tl.maximum(m10, z10)
         m11 = tl.maximum(m11, z11)
-        trace = z00 * much + (z01 * much + (z10 * much + (z11 * much + trace)))
         plane += class_stride
     return m00, m01, m10, m11, trace
 
@@ -197,7 +210,9 @@ def pixel_bounds(
     trace = tl.zeros(valid.shape, FLOAT)
     much = 1e100 if FLOAT == tl.float64 else 1e8
     for _ in range(classes):
-        z = read_logits(plane, taps, fractions, taps, 1.0, valid, SOURCE, False, CAREFUL, FLOAT)
+        z = read_logits(
+            plane, taps, fractions, taps, 1.0, valid, SOURCE, False, False, CAREFUL, FLOAT
+        )
         m = max_or_nan(m, z)
         if not CAREFUL:
             trace += z * much

@@ -118,13 +118,14 @@ def collect(
             valid = (label >= 0) & own
             taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
             z_s = read_logits(
-                student + c * student_c,
+                student + tl.cast(c, tl.int64) * student_c,
                 taps,
                 (fy, fx),
                 taps,
                 1.0,
                 valid,
                 STUDENT,
+                False,
                 False,
                 True,
                 FLOAT,
@@ -150,13 +151,14 @@ def collect(
                     FLOAT,
                 )
             z_t = read_logits(
-                teacher + c * teacher_c,
+                teacher + tl.cast(c, tl.int64) * teacher_c,
                 taps,
                 fractions,
                 taps,
                 1.0,
                 valid,
                 TEACHER,
+                False,
                 False,
                 True,
                 FLOAT,

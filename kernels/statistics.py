@@ -1,7 +1,8 @@
 """Loops over the classes that end in sums per pixel. Shapes: see `interpolation.py`.
 
-A `model` is (plane, class_stride, taps, fractions, fold, m): where class 0 lies, the way to the
-next class, and what `read_logits` and `scaled` take. Each loop reads the logits again instead of
+A `model` is (plane, class_stride, taps, fractions, fold, m, exact_m, troubled): where class 0 lies,
+the way to the next class, what `read_logits` takes, the bound, and for the careful pass the exact
+maximum and the pixels that need it. Each loop reads the logits again instead of
 keeping them: they are low-resolution and in the first cache, and registers are what limits this
 kernel. What a call does not need is compiled away.
 """
@@ -19,8 +20,10 @@ from .formulas import (
     mixed_target,
     power,
 )
-from .interpolation import read_logits, scaled
+from .interpolation import CORNERS, exactly_scaled, read_logits
 
+# A bound may lie so far above the maximum that totals are no smaller than this.
+SMALLEST_TOTAL = tl.constexpr(2.0**-32)
 _SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -35,10 +38,54 @@ def read(
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """z and a = (z - m) * scale of the class at `plane`; z is only itself where not FOLDED."""
-    _, _, taps, fractions, fold, m = model
-    z = read_logits(plane, taps, fractions, fold, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
-    return z, scaled(z, m, scale, FOLDED, CAREFUL, FLOAT)
+    """z and a = (z - m) * scale of the class at `plane`; FOLDED: no z, unless CAREFUL."""
+    _, _, taps, fractions, fold, m, exact_m, troubled = model
+    if CAREFUL and SOURCE == CORNERS:
+        # an ordinary pixel gets the bits that it has beside other neighbours
+        z = read_logits(
+            plane, taps, fractions, fold, scale, valid, SOURCE, FOLDED, True, False, FLOAT
+        )
+        a = z if FOLDED else (z - m) * scale
+        exact_z = read_logits(
+            plane, taps, fractions, fold, scale, valid, SOURCE, False, False, True, FLOAT
+        )
+        a = tl.where(troubled, exactly_scaled(exact_z, exact_m, scale, FLOAT), a)
+        z = exact_z if FOLDED else tl.where(troubled, exact_z, z)
+    else:
+        z = read_logits(
+            plane, taps, fractions, fold, scale, valid, SOURCE, FOLDED, False, CAREFUL, FLOAT
+        )
+        if FOLDED:
+            a = z
+        elif CAREFUL:
+            a = exactly_scaled(z, exact_m, scale, FLOAT)
+        else:
+            a = (z - m) * scale
+    return z, a
+
+
+@triton.jit
+def usual_totals(
+    model,
+    classes,
+    valid,
+    scale,
+    temperature,
+    SOURCE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """The smaller of both temperatures' sums of e over the model's bound."""
+    total = tl.zeros(valid.shape, FLOAT)
+    hard = total
+    plane = model[0]
+    for _ in range(classes):
+        _, a = read(model, plane, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
+        total += tl.exp2(a)
+        hard += tl.exp2(a * temperature)
+        plane += model[1]
+    return tl.minimum(total, hard)
 
 
 @triton.jit
@@ -241,10 +288,12 @@ def mixed_logits(
     FLOAT: tl.constexpr,
 ):
     """mix = logits: of e_h = 2^(a_h - bound), a_h = r_t a_t + r_s a_s: bound, total, and
-    sum_c e_h (a_h - bound - a_s). a_h <= 0, so 0 is a bound; the exact one if CAREFUL."""
+    sum_c e_h (a_h - bound - a_s). a_h <= 0, so 0 is a bound; if CAREFUL, the exact one where 0 is
+    too far above."""
     bound = tl.zeros(valid.shape, FLOAT)
     if CAREFUL:
-        bound = tl.where(valid, float("-inf"), float("-inf")).to(FLOAT)
+        total = bound
+        exact = tl.where(valid, float("-inf"), float("-inf")).to(FLOAT)
         student_plane = student[0]
         teacher_plane = teacher[0]
         for _ in range(classes):
@@ -254,9 +303,12 @@ def mixed_logits(
             _, teacher_a = read(
                 teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
             )
-            bound = max_or_nan(bound, mixed_target(r_t, teacher_a, r_s, student_a))
+            a = mixed_target(r_t, teacher_a, r_s, student_a)
+            total += tl.exp2(a)
+            exact = max_or_nan(exact, a)
             student_plane += student[1]
             teacher_plane += teacher[1]
+        bound = tl.where(total > SMALLEST_TOTAL, bound, exact)
     total = tl.zeros(valid.shape, FLOAT)
     difference = total
     student_plane = student[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,6 +15,32 @@ interpreter.set_up()
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci")
+
+
+#: Of each test of the contract, every how manieth combination runs on interpreted kernels.
+INTERPRETED_SHARE = 8
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An interpreted kernel takes a second where a compiled one takes a millisecond: of each test
+    that runs on every backend, a sample of the combinations runs on it. All of them do where there
+    is a GPU, and with HETEROAKD_TEST_INTERPRETED=all. (test_triton_kernels.py is complete.)"""
+    if not interpreter.INTERPRETED or os.environ.get("HETEROAKD_TEST_INTERPRETED") == "all":
+        return
+    seen: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        if item.callspec.params.get("backend") != "triton":
+            continue
+        function = f"{item.module.__name__}.{item.originalname}"
+        if seen[function] % INTERPRETED_SHARE:
+            left_out.append(item)
+        seen[function] += 1
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(autouse=True)

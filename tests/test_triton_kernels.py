@@ -33,7 +33,7 @@ if backends.available()["triton"] is not None:
 
 import triton
 import triton.language as tl
-from heteroakd_fast.kernels import config, distillation, formulas, launch
+from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F32 = torch.float32
@@ -142,10 +142,11 @@ def test_same_bits_again() -> None:
 
 @pytest.fixture
 def always_careful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every program raises its flag."""
+    """Every program raises its flag, and every pixel takes the exact way there."""
     if not INTERPRETED:
         pytest.skip("a constant of a compiled kernel")
-    monkeypatch.setattr(distillation, "_SMALLEST_TOTAL", tl.constexpr(math.inf))
+    for module in (distillation, statistics):
+        monkeypatch.setattr(module, "SMALLEST_TOTAL", tl.constexpr(math.inf))
 
 
 @pytest.mark.usefixtures("always_careful")

@@ -179,9 +179,7 @@ def projected_sums(
     teacher's weight and bias through `teacher_ce`.
     """
     if teacher is not None:
-        teacher = teacher._replace(features=teacher.features.detach())
-        if "teacher_ce" not in spec.terms:
-            teacher = Projection(*(None if x is None else x.detach() for x in teacher))  # type: ignore[arg-type]
+        teacher = _teacher_that_learns(teacher, "teacher_ce" in spec.terms)
     ops._refuse_forward_mode(*student, *(teacher or ()))
     if backend == "reference":
         return _reference_sums(student, teacher, target, class_weight, spec)
@@ -205,6 +203,14 @@ def projected_sums(
 
 
 _NOBODY: Final = (None, None, None)
+
+
+def _teacher_that_learns(teacher: Projection, learns: bool) -> Projection:
+    """Without gradient to the features, nor to anything else unless a term asks for it."""
+    features, weight, bias = teacher
+    if not learns:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return Projection(features.detach(), weight, bias)
 
 
 def _reference_sums(
@@ -455,6 +461,11 @@ def _projected_sums_impl(
     student, teacher = _sides(inputs)
     target, class_weight = inputs[6:]
     assert target is not None
+    wide = any(x is not None and x.dtype == torch.float64 for x in inputs[:6])
+    many = student.weight.shape[0] > _MOST_CLASSES
+    reason = _refusal(spec.structure(), student.features.device.type, wide, many)
+    if reason is not None:
+        raise backends.BackendUnavailableError(f"projected_sums: {reason}")
     numerators = student.features.new_zeros(len(spec.terms), dtype=torch.float64)
     denominators = torch.zeros_like(numerators)
     report = student.features.new_zeros(2, dtype=torch.int64)

@@ -82,7 +82,7 @@ from .formulas import (
 from .launch import _bits, _device_of, _has_ptx, _power, interpreted
 from .statistics import _SMALLEST_NORMAL
 
-__all__ = ["MOST_CLASSES", "PRECISIONS", "Gradients", "Side", "backward", "forward"]
+__all__ = ["Gradients", "Side", "backward", "forward"]
 
 # What z - max is in columns that are no class. Times log2(e) / T it stays in float32's range.
 ABSENT = tl.constexpr(-1e30)
@@ -757,9 +757,6 @@ def add_splits(
 
 
 # --- launches ------------------------------------------------------------------------------------
-
-MOST_CLASSES = 256
-PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 class Side(NamedTuple):

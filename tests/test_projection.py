@@ -404,6 +404,14 @@ def test_opcheck() -> None:
     )
 
 
+@kernels
+def test_the_operator_refuses_what_it_would_compute_wrongly() -> None:
+    arguments, options = operator_arguments(make(), kd_weight=1.0)
+    options["kd_divergence"] = "js"
+    with pytest.raises(BackendUnavailableError, match="kd_divergence 'forward'"):
+        torch.ops.heteroakd_fast.projected_sums(*arguments, **options)
+
+
 @pytest.mark.parametrize("by", BOTH)
 def test_compiles_without_a_break(by: str) -> None:
     case = make(grid=(4, 5), depth=(6, 7))

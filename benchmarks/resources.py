@@ -11,8 +11,9 @@ source (and to the call of the function that has it) that most of its instructio
 assembler unrolls some loops and keeps the rolled loop for what remains; the unroll factor is the
 ratio of their global loads. How often a loop runs is its `range(...)` with the launch's arguments.
 
-Times follow from the counts and from the rates of a unit (`UNITS`, per clock and multiprocessor):
-no implementation with this code is faster, on paper. Nothing here is a measurement.
+Times follow from the counts and from the rates of a unit (`UNITS`, per clock and multiprocessor),
+as if nothing ever waited: bounds on paper, in which branches that are not taken count as well.
+Nothing here is a measurement.
 
 To add a case, write a function that performs launches (of any module of `kernels/`) and give it a
 name in `CASES`.
@@ -157,13 +158,14 @@ CASES: Final[dict[str, tuple[str, Callable[[], None]]]] = {
 
 #: The method's own exponentials and logarithms per pixel and class, whatever the code: one
 #: exponential per model (another at a temperature other than 1, 2, 4, where both are needed), and
-#: what a term adds (the counts of floor.py).
+#: what a term adds (the counts of floor.py): a logarithm for the mixture of hetero or js; an
+#: exponential for that of logits; for the paper's preset three softplus and two weights.
 PAPER_FLOOR: Final[dict[str, float]] = {
     "ce": 1,
     "t1.7": 5,
     "mix-logits": 3,
     "paper": 9,
-    "paper-space": 9,
+    "paper-space": 10,
     "kd-js": 3,
     "kd-reverse": 2,
 }
@@ -855,7 +857,7 @@ def executions(kernel: Kernel, launch: Launch) -> list[float]:
         groups[loop.name, loop.parent].append(at)
     # parents stand before the loops inside them
     for (_, parent), members in sorted(groups.items(), key=lambda item: item[0][1]):
-        left = _trips(kernel.loops[members[0]].iterable, launch)
+        left = _trips(kernel.loops[members[0]].iterable, launch) or 1.0
         around = 1.0 if parent < 0 else times[parent]
         for at in sorted(members, key=lambda i: -kernel.loops[i].unroll):
             unroll = kernel.loops[at].unroll
@@ -865,14 +867,15 @@ def executions(kernel: Kernel, launch: Launch) -> list[float]:
     return times
 
 
-def _trips(iterable: str, launch: Launch) -> float:
-    """The length of a `range(...)` over the launch's arguments; 1 where it needs other numbers."""
+def _trips(iterable: str, launch: Launch) -> float | None:
+    """The length of a `range(...)` over the launch's arguments; None where it needs other numbers,
+    and such a loop is counted once."""
     if not iterable.startswith("range("):
-        return 1.0
+        return None
     try:
         return float(len(eval(iterable, {"__builtins__": {}, "range": range}, launch.values())))
     except (NameError, TypeError):
-        return 1.0
+        return None
 
 
 @dataclass
@@ -891,6 +894,8 @@ class Cost:
     instructions: dict[str, float]
     """executed by all warps together, by column"""
     unit_us: dict[str, float]
+    complete: bool
+    """whether the length of every loop is known"""
     memory_us: float
     bytes: int
 
@@ -928,6 +933,7 @@ def cost_of(kernel: Kernel, launch: Launch) -> Cost:
         imbalance=imbalance,
         instructions=dict(columns),
         unit_us=unit_us,
+        complete=all(_trips(loop.iterable, launch) is not None for loop in kernel.loops),
         memory_us=1e6 * launch.bytes / BANDWIDTH["peak"],
         bytes=launch.bytes,
     )
@@ -952,9 +958,13 @@ def elements(launch: Launch) -> float | None:
     return None
 
 
-def method_bytes(launches: Sequence[Launch]) -> int:
-    """What any implementation moves: logits and labels read once, the gradient written once."""
-    first = next(x for x in launches if x.function.__name__ == "distillation_pass")
+def method_bytes(launches: Sequence[Launch]) -> int | None:
+    """What any implementation moves: logits and labels read once, the gradient written once; None
+    for launches of other kernels."""
+    passes = [x for x in launches if x.function.__name__ == "distillation_pass"]
+    if not passes:
+        return None
+    first = passes[0]
     names = dict(zip(first.function.arg_names, first.arguments, strict=False))
     moved = {id(names[x]): names[x] for x in ("student", "teacher", "target")}
     total = sum(x.numel() * x.element_size() for x in moved.values())
@@ -1219,7 +1229,8 @@ the machine code is read.
   {units} lanes per clock and multiprocessor, {multiprocessors} multiprocessors at an assumed
   {clock:.3f} GHz (H100 SXM), halo lanes, ragged edges and the busiest multiprocessor's share
   counted; *memory*: every tensor of the launch moved once at {peak:.2f} TB/s (copies have been seen
-  to reach about {copies:.1f}). A kernel's bound is the larger of the two. Launches are not counted.
+  to reach about {copies:.1f}). A kernel's bound is the larger of the two. Launches and tensor cores
+  are not counted; ">": nor are the repetitions of a loop of unknown length.
 - *Warps* of a multiprocessor: how many fit (registers, shared memory), and how many the launch has.
 - *Paper floor*, whatever the code: the method's own exponentials and logarithms once per pixel and
   class (16 per clock and multiprocessor), and its bytes: logits and labels read once, the gradient
@@ -1278,6 +1289,7 @@ def _case_table(rows: Sequence[Row]) -> str:
         heaviest = max(costs, key=lambda x: x.bound_us)
         work = max(elements(x.launch) or 0.0 for x in members)
         special = PAPER_FLOOR.get(case, _USUAL_FLOOR) * work
+        moved = method_bytes(launches_of(case))
         cells.append(
             [
                 case,
@@ -1285,8 +1297,8 @@ def _case_table(rows: Sequence[Row]) -> str:
                 f"{total:.3f}",
                 heaviest.binding,
                 f"{sum(x.memory_us for x in costs) / 1e3:.3f}",
-                f"{1e3 * special / (16 * MULTIPROCESSORS * CLOCK):.3f}",
-                f"{1e3 * method_bytes(launches_of(case)) / BANDWIDTH['peak']:.3f}",
+                f"{1e3 * special / (16 * MULTIPROCESSORS * CLOCK):.3f}" if moved else "",
+                f"{1e3 * moved / BANDWIDTH['peak']:.3f}" if moved else "",
             ]
         )
     return _table(header, cells)
@@ -1322,7 +1334,7 @@ def _kernel_table(rows: Sequence[Row]) -> str:
                 f"{cost.imbalance:.2f}",
                 f"{executed / work:.1f}" if work else "",
                 f"{special / work:.2f}" if work else "",
-                f"{max(cost.unit_us.values()):.1f}",
+                ("" if cost.complete else "> ") + f"{max(cost.unit_us.values()):.1f}",
                 cost.binding,
                 f"{cost.memory_us:.1f}",
             ]

@@ -252,13 +252,18 @@ class HeteroAKDLoss(nn.Module):
             )
         projected = None
         if any(on_projected.values()) or return_maps:
-            student_z = _project(self.student_projector, student_features, "student")
-            teacher_z = _project(self.teacher_projector, teacher_features, "teacher")
-            if not self.weights["projector"]:
-                teacher_z = teacher_z.detach()
-            projected = functional.run(
-                student_z, teacher_z, target, on_projected, return_maps=return_maps, **options
-            )
+            student_features = _checked(self.student_projector, student_features, "student")
+            teacher_features = _checked(self.teacher_projector, teacher_features, "teacher")
+            if self.options["resolution"] == "logits" and not return_maps:
+                projected = self._fused(student_features, teacher_features, target, on_projected)
+            if projected is None:
+                student_z: Tensor = self.student_projector(student_features)
+                teacher_z: Tensor = self.teacher_projector(teacher_features)
+                if not self.weights["projector"]:
+                    teacher_z = teacher_z.detach()
+                projected = functional.run(
+                    student_z, teacher_z, target, on_projected, return_maps=return_maps, **options
+                )
             passes.append(projected)
         if not passes:
             raise ValueError("weights: every term has weight 0; nothing to compute")
@@ -278,6 +283,41 @@ class HeteroAKDLoss(nn.Module):
             **reported,
         )
 
+    def _fused(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        target: Tensor,
+        weights: dict[str, float],
+    ) -> functional.WeightedPass | None:
+        """Projection and loss in one kernel, where one exists for this call: nothing is
+        interpolated at the features' own resolution, so the logits need not be stored."""
+        assert self.student_projector is not None
+        assert self.teacher_projector is not None
+        if self.student_projector.bn is not None:
+            return None
+        from . import projected  # its operators are defined when they are first needed
+
+        options = dict(self.options)
+        backend = options.pop("backend")
+        del options["resolution"], options["align_corners"]
+        student, teacher = (
+            projected.Projection(features, projector.conv.weight, projector.conv.bias)
+            for features, projector in (
+                (student_features, self.student_projector),
+                (teacher_features, self.teacher_projector),
+            )
+        )
+        return projected.fused_pass(
+            student,
+            teacher,
+            target,
+            weights,
+            class_weight=self.class_weight,
+            backend=backend,
+            **options,
+        )
+
     def _check_classes(self, student_logits: Tensor) -> None:
         functional.check_tensor(
             student_logits, "student_logits", 4, "[B, C, h, w]", functional.LOGITS_DTYPES
@@ -289,7 +329,8 @@ class HeteroAKDLoss(nn.Module):
             )
 
 
-def _project(projector: Projector, features: Tensor | None, side: str) -> Tensor:
+def _checked(projector: Projector, features: Tensor | None, side: str) -> Tensor:
+    """The features, as a projector can take them."""
     name = f"{side}_features"
     if features is None:
         raise ValueError(
@@ -311,8 +352,7 @@ def _project(projector: Projector, features: Tensor | None, side: str) -> Tensor
         features = features.detach()
     if not torch.compiler.is_compiling() and features.is_inference():
         features = features.clone()  # a convolution saves its input, which inference forbids
-    z: Tensor = projector(features)
-    return z
+    return features
 
 
 def _positive_int(value: object, name: str, largest: int | None = None) -> int:

@@ -10,6 +10,7 @@ store the projected logits, and `reference`, which is `reference.project` and
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import backends, functional, ops, reference
 from .backends.triton import _check_labels
 from .functional import Normalizer, WeightedPass
+from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
 from .projector import _no_autocast
 from .spec import TERMS, LossSpec
@@ -25,10 +27,17 @@ from .spec import TERMS, LossSpec
 if TYPE_CHECKING:
     from heteroakd_fast.kernels import projection
 
-__all__ = ["PRECISIONS", "Projection", "projected_distillation_loss", "projected_sums"]
+__all__ = [
+    "PRECISIONS",
+    "Projection",
+    "fused_pass",
+    "projected_distillation_loss",
+    "projected_sums",
+]
 
 PRECISIONS: Final = ("ieee", "tf32x3", "tf32")
 _BACKENDS: Final = (backends.AUTO, "triton", "reference")
+_IF_POSSIBLE: Final = "triton if possible"  # not a name that callers have
 _MOST_CLASSES: Final = 256
 _OF_STUDENT: Final = ("ce", "kd", "hetero", "feature")
 
@@ -159,6 +168,53 @@ def projected_distillation_loss(
     )
     loss, (terms,) = functional.combine([one], normalizer, process_group)
     return DistillationOutput(loss=loss, valid=sums.valid, maps=one.maps, **terms)
+
+
+def fused_pass(
+    student: Projection,
+    teacher: Projection,
+    target: Tensor,
+    weights: Mapping[str, float],
+    *,
+    class_weight: Tensor | None,
+    backend: str | None,
+    **options: Any,
+) -> WeightedPass | None:
+    """The pass of `HeteroAKDLoss` over a projected pair at the features' resolution, or None where
+    no kernel does all of it at once.
+
+    target: [B, H, W] at any size; taken to the features' grid by nearest neighbour. options: fields
+    of `LossSpec`, already checked.
+    """
+    asked = {name: weight for name, weight in weights.items() if weight != 0.0}
+    spec = LossSpec(terms=tuple(name for name in TERMS if name in asked), **options)
+    if student.features.shape[2:] != teacher.features.shape[2:] or not asked:
+        return None
+    if not _fuses(backend, student, teacher, spec):
+        return None
+    functional.check_tensor(target, "target", 3, "[B, H, W]", functional._LABEL_DTYPES)
+    if target.device.type == "cpu" or check_synchronously():
+        ops.valid_count(target, student.weight.shape[0], spec.ignore_index)
+    labels = nearest_labels(target, (student.features.shape[2], student.features.shape[3]))
+    if not {"ce", "teacher_ce"} & set(spec.terms):
+        class_weight = None
+    _check(student, teacher, labels, class_weight, spec)
+    sums = projected_sums(student, teacher, labels, class_weight, spec, "ieee", "triton")
+    return WeightedPass(
+        sums,
+        asked,
+        spec,
+        weighted_ce=class_weight is not None,
+        dtype=_compute_dtype(student),
+    )
+
+
+def _fuses(requested: str | None, student: Projection, teacher: Projection, spec: LossSpec) -> bool:
+    """Whether the kernels that this call would take anyway can project too."""
+    plain = backends.select(requested, spec, student.features.device.type)
+    if plain != "triton":
+        return False
+    return _select(_IF_POSSIBLE, student, teacher, spec) == "triton"
 
 
 # --- one pass ------------------------------------------------------------------------------------
@@ -356,7 +412,7 @@ def _select(
     requested: str | None, student: Projection, teacher: Projection | None, spec: LossSpec
 ) -> str:
     """The backend's name; one that was named runs or says why not."""
-    if requested is not None:
+    if requested not in (None, _IF_POSSIBLE):
         functional.check_choice(requested, "backend", _BACKENDS)
     name = requested if requested is not None else backends._requests[-1].name
     wide = any(
@@ -370,12 +426,15 @@ def _select(
     return _choose(name, spec.structure(), device_type, wide, many)
 
 
-@torch.compiler.assume_constant_result
 def _choose_while_tracing(
     name: str, structure: dict[str, Any], device_type: str, wide: bool, many: bool
 ) -> str:
     """The tracer can hand over plain constants, and must not look inside."""
     return _choose(name, structure, device_type, wide, many)
+
+
+# As in `backends`: the decorator that does this would import the tracer with this module.
+_choose_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(name: str, structure: dict[str, Any], device_type: str, wide: bool, many: bool) -> str:
@@ -384,13 +443,13 @@ def _choose(name: str, structure: dict[str, Any], device_type: str, wide: bool, 
     # The interpreter computes on the CPU too, for tests; nobody should get it unasked.
     if name == backends.AUTO and "triton" not in backends.PREFERENCE.get(device_type, ()):
         return "reference"
-    if name not in _BACKENDS:
+    if name not in (*_BACKENDS, _IF_POSSIBLE):
         reason: str | None = "it has no fused projection."
     else:
         reason = backends.available()["triton"] or _refusal(structure, device_type, wide, many)
     if reason is None:
         return "triton"
-    if name == backends.AUTO:
+    if name in (backends.AUTO, _IF_POSSIBLE):
         return "reference"
     raise backends.BackendUnavailableError(
         f"backend: {name!r} was asked for and cannot run this projection: {reason} "

@@ -113,9 +113,11 @@ def tiling(
         for n, labels in zip(logits_size, label_size, strict=True)
     )
     r, s = _pixels_per_thread(high, wide, launch.pixels)
-    return Tiling(
-        R=r, S=s, SUB_R=-(-high // r), SUB_C=-(-wide // s), TI=launch.rows, N=launch.warps
-    )
+    sub_r, sub_c = -(-high // r), -(-wide // s)
+    # Cells of many steps are few: a program that walked down several would leave warps idle, and
+    # what their edges save is little beside so many pixels.
+    rows = 1 if sub_r * sub_c >= 4 else launch.rows
+    return Tiling(R=r, S=s, SUB_R=sub_r, SUB_C=sub_c, TI=rows, N=launch.warps)
 
 
 def _pixels_per_thread(high: int, wide: int, limit: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from common import TERM_CASES, assert_accurate
 from interpreter import INTERPRETED
 from torch import Tensor
 
+import heteroakd_fast as hf
 from heteroakd_fast import BackendUnavailableError, backends, functional, projected, reference
 from heteroakd_fast.projected import Projection, projected_distillation_loss
 from heteroakd_fast.spec import TERMS, LossSpec
@@ -538,3 +539,58 @@ def test_labels_out_of_range(by: str) -> None:
     target[1, 2, 3] = 5
     with pytest.raises(ValueError, match=r"target: label 5 at \(b=1, y=2, x=3\)"):
         projected_distillation_loss(*case._replace(target=target), backend=by)
+
+
+# --- HeteroAKDLoss -------------------------------------------------------------------------------
+
+
+def _loss_of_features(backend: str, **options: Any) -> tuple[dict[str, float], list[Tensor]]:
+    torch.manual_seed(0)
+    loss = hf.HeteroAKDLoss(
+        5, student_channels=6, teacher_channels=9, backend=backend, temperature=2.0, **options
+    ).to(DEVICE)
+    features = torch.randn(2, 6, 4, 5).to(DEVICE).requires_grad_()
+    target = torch.randint(0, 5, (2, 16, 20))
+    target[0, :4] = 255
+    output = loss(
+        torch.randn(2, 5, 8, 10).to(DEVICE),
+        target.to(DEVICE),
+        teacher_logits=torch.randn(2, 5, 8, 10).to(DEVICE),
+        student_features=features,
+        teacher_features=torch.randn(2, 9, 4, 5).to(DEVICE),
+    )
+    output.loss.backward()
+    named = {k: float(v) for k, v in output._asdict().items() if isinstance(v, Tensor)}
+    learnt = [features, *loss.parameters()]
+    return named, [x.grad for x in learnt if x.grad is not None]
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({"resolution": "logits", "feature_weight": 0.3}, True),
+        ({"resolution": "logits", "projector_weight": 0.0}, True),
+        ({"resolution": "logits", "projector": "conv-bn-relu"}, False),
+        ({"resolution": "logits", "preset": "paper", "projector": "linear"}, False),
+        ({"resolution": "label"}, False),
+    ],
+)
+def test_loss_module_fuses_where_it_can(
+    options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = projected.projected_sums
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(projected, "projected_sums", spy)
+    terms, grads = _loss_of_features("triton", **options)
+    assert bool(calls) == fused
+    expected_terms, expected_grads = _loss_of_features("reference", **options)
+    assert terms == pytest.approx(expected_terms, rel=1e-5)
+    assert len(grads) == len(expected_grads)
+    for got, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)

@@ -730,6 +730,11 @@ class Kernel:
     def inner_spills(self) -> int:
         return sum(loop.spills for loop in self.loops if loop.innermost)
 
+    @property
+    def inner_barriers(self) -> int:
+        """A tensor that changes its layout in a loop goes through shared memory."""
+        return sum(loop.kinds.get("BAR", 0) for loop in self.loops if loop.innermost)
+
 
 def _tool(name: str, *arguments: str) -> str:
     import triton
@@ -844,6 +849,13 @@ def _set_unroll(same: list[LoopCount]) -> None:
     for loop, weight in zip(same, weights, strict=True):
         loop.unroll = float(round(weight / least))
         loop.remainder = len(same) > 1 and weight == least
+    # Older line information does not say which call a loop comes from: the second loop with the
+    # same factor is another one.
+    known: Counter[float] = Counter()
+    for loop in same:
+        known[loop.unroll] += 1
+        if known[loop.unroll] > 1:
+            loop.name += f" (copy {known[loop.unroll]})"
 
 
 # --- how often, how long ------------------------------------------------------------------------
@@ -1099,10 +1111,9 @@ def check(rows: Sequence[Row], ceilings: Mapping[str, Any], triton_version: str)
             **ceilings["defaults"],
             **ceilings["kernels"].get(f"sm_{row.arch}", {}).get(f"{row.case} | {row.name}", {}),
         }
-        found: dict[str, float] = {
-            "registers": row.kernel.registers,
-            "spills in an innermost loop": row.kernel.inner_spills,
-        }
+        found: dict[str, float] = {"registers": row.kernel.registers}
+        if same_compiler or not row.launch.keywords.get("CAREFUL"):
+            found["spills in an innermost loop"] = row.kernel.inner_spills
         if same_compiler:
             found |= {"spills": row.kernel.spills, "shared": row.kernel.shared}
         for what, value in found.items():
@@ -1171,6 +1182,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "spill_loads": kernel.spill_loads,
             "spill_stores": kernel.spill_stores,
             "spills_in_innermost_loops": kernel.inner_spills,
+            "barriers_in_innermost_loops": kernel.inner_barriers,
             "shared_bytes": kernel.shared,
             "code_bytes": kernel.code_bytes,
             "tiles": {k: v for k, v in row.launch.values().items() if k in _TILES},
@@ -1260,10 +1272,10 @@ def as_markdown(
         "## What a step consists of\n\nInstructions per pixel outside the loops over classes, by "
         "the function that the kernel calls; sm_90, the ten largest.\n\n" + _step_tables(main),
         "## Other architectures, and careful twins\n\nRegisters, and spills (LDL + STL; * inside "
-        "an innermost loop).\n\n" + _arch_table(rows),
+        "an innermost loop); +: barriers inside one.\n\n" + _arch_table(rows),
     ]
     if others:
-        parts.append("## Other versions of Triton\n\n" + _version_table(rows, others))
+        parts.append("## Other versions of Triton\n\nThe same.\n\n" + _version_table(rows, others))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -1375,7 +1387,7 @@ def _step_tables(rows: Sequence[Row]) -> str:
 
 
 def _spilled(kernel: Kernel) -> str:
-    mark = "*" if kernel.inner_spills else ""
+    mark = ("*" if kernel.inner_spills else "") + (" +" if kernel.inner_barriers else "")
     return f"{kernel.registers}, {kernel.spills}{mark}"
 
 
@@ -1413,6 +1425,7 @@ def _version_table(rows: Sequence[Row], others: Mapping[str, list[dict[str, Any]
 
 def _other_spilled(entry: Mapping[str, Any]) -> str:
     mark = "*" if entry["spills_in_innermost_loops"] else ""
+    mark += " +" if entry.get("barriers_in_innermost_loops") else ""
     return f"{entry['registers']}, {entry['spill_loads'] + entry['spill_stores']}{mark}"
 
 

@@ -121,7 +121,9 @@ def main(arguments: list[str]) -> None:
         environment.run("-m", "ruff", "check", ".")
         environment.run("-m", "ruff", "format", "--check", ".")
         environment.run("-m", "mypy")
-    environment.run("-m", "pytest", *rest)
+    # Several workers: kernels that are interpreted, not compiled, take one core each.
+    workers = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+    environment.run("-m", "pytest", *(rest or workers))
     if not rest:
         environment.run("-m", "benchmarks", "gate")
         # Benchmark reports say whether the tests passed on the sources they ran on.

@@ -33,7 +33,7 @@ if backends.available()["triton"] is not None:
 
 import triton
 import triton.language as tl
-from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics
+from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics, tune
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F32 = torch.float32
@@ -300,12 +300,28 @@ def test_measured_table(
 
 
 @pytest.mark.parametrize(("pixels", "rows"), [(2, 1), (8, 3), (8, 4)])
-def test_other_launches_compute_the_same(
-    pixels: int, rows: int, monkeypatch: pytest.MonkeyPatch
+def test_other_launches_compute_the_same(pixels: int, rows: int) -> None:
+    with config.forced(config.Launch(pixels=pixels, rows=rows, warps=1)):
+        check(make_batch(classes=3, dtype=torch.float64), **TERM_CASES["all"])
+
+
+def test_tuning_takes_the_fastest_and_needs_a_gpu(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = config.Launch(pixels=pixels, rows=rows, warps=1)
-    monkeypatch.setattr(config, "launch_config", lambda *_: launched)
-    check(make_batch(classes=3, dtype=torch.float64), **TERM_CASES["all"])
+    speeds = {config.Launch(8, 2, 1): 3.0, config.Launch(16, 1, 2): 2.0}
+
+    def timer(step: Any) -> float:
+        step()
+        return speeds.get(config.launch_config("light", 19, ""), 9.0)
+
+    best, medians = tune.fastest(lambda: None, timer, tune.candidates())
+    assert best == config.Launch(16, 1, 2)
+    assert medians[best] == 2.0
+    assert config.launch_config("light", 19, "") == config._STATIC["light"]
+    if INTERPRETED:
+        arguments = ["--logits", "1x3x4x4", "--labels", "8x8", "--output", str(tmp_path / "x.json")]
+        assert tune.main(arguments) == 2
+        assert "no GPU" in capsys.readouterr().err
 
 
 # --- these tests can fail ----------------------------------------------------------------------

@@ -69,6 +69,7 @@ from .statistics import (
 from .tiles import (
     add_to_corners,
     offsets,
+    on_label_grid,
     other_taps,
     over_pixels,
     over_program,
@@ -172,12 +173,13 @@ def label_logit(
 ):
     """z_label - m of each pixel; PICKED: from its `a`, which a loop has found. CAREFUL: -inf stays
     -inf, because the loss of a label on a masked class is infinite."""
-    x = picked / scale
+    to_logits = 1.0 / scale
+    x = picked * to_logits
     if CAREFUL or not PICKED:
         plane = model[0] + tl.maximum(label, 0).to(tl.int64) * model[1]
         z, a = read(model, plane, scale, valid, SOURCE, FOLDED, CAREFUL, FLOAT)
         if not PICKED:
-            x = a / scale
+            x = a * to_logits
         if CAREFUL:
             exact = z - model[6]
             x = tl.where(model[7] | ~(exact > -1e30), exact, x)
@@ -319,6 +321,7 @@ def distillation_pass(
     chunks = columns // per_row
     patch_plane = (chunks * (TI + 1)).to(tl.int64) * student_w
     batch = tl.num_programs(1).to(tl.int64)
+    term_stride = batch * classes * patch_plane
 
     student += image * student_b
     teacher += image * teacher_b
@@ -366,7 +369,10 @@ def distillation_pass(
             label_count += over_pixels(counts)
 
         # --- bounds ----------------------------------------------------------------------------
-        student_taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
+        if STUDENT == DIRECT:
+            student_taps = on_label_grid(y, x, student_y, student_x)
+        else:
+            student_taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
         student_model, trace = model_at(
             student,
             student_c,
@@ -390,7 +396,7 @@ def distillation_pass(
             elif TEACHER == CORNERS:
                 teacher_taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
             elif TEACHER == DIRECT:
-                teacher_taps = offsets(y, y, x, x, teacher_y, teacher_x)
+                teacher_taps = on_label_grid(y, x, teacher_y, teacher_x)
             else:
                 teacher_taps, teacher_fractions = other_taps(
                     y,
@@ -734,12 +740,16 @@ def distillation_pass(
             teacher_plane = teacher
             gradient_plane = gradient + image * gradient_b
             if STUDENT == CORNERS:
+                gradient_plane = gradient + image * classes * patch_plane
                 # gradients of cell row i go to rows i and i + 1 of the logits, `row` and the next
                 # of this chunk's TI + 1 rows
                 corner = (chunk * (TI + 1) + t) * gradient_width + (column - 1)
+                corner = tl.max_contiguous(corner, [1, 1, 2, 4])
                 written = own & (column > 0)
                 from_above = row > chunk * TI
                 again = row * 0 + sub > 0
+            else:
+                gradient_place, _, _, _ = on_label_grid(y, x, gradient_y, gradient_x)
             for c in range(classes):
                 if PAIR or HETERO > 0 or CE or FEATURE:
                     z_s, student_a = read(
@@ -769,8 +779,6 @@ def distillation_pass(
                     teacher_e = tl.exp2(teacher_a)
                 is_label = label == c
                 merged = tl.zeros(label.shape, FLOAT)
-                patch = gradient + (image * classes + c) * patch_plane
-
                 if CE and GRAD:
                     if HARD_POWER == 0:
                         h = tl.exp2(student_a * temperature)
@@ -789,7 +797,7 @@ def distillation_pass(
                             g,
                             fy,
                             fx,
-                            patch + SLOT_CE * batch * classes * patch_plane + corner,
+                            gradient_plane + SLOT_CE * term_stride + corner,
                             from_above,
                             from_left,
                             left_lane,
@@ -821,7 +829,7 @@ def distillation_pass(
                             g,
                             fy,
                             fx,
-                            patch + SLOT_KD * batch * classes * patch_plane + corner,
+                            gradient_plane + SLOT_KD * term_stride + corner,
                             from_above,
                             from_left,
                             left_lane,
@@ -866,7 +874,7 @@ def distillation_pass(
                                 g,
                                 fy,
                                 fx,
-                                patch + SLOT_HETERO * batch * classes * patch_plane + corner,
+                                gradient_plane + SLOT_HETERO * term_stride + corner,
                                 from_above,
                                 from_left,
                                 left_lane,
@@ -884,7 +892,7 @@ def distillation_pass(
                             g,
                             fy,
                             fx,
-                            patch + SLOT_FEATURE * batch * classes * patch_plane + corner,
+                            gradient_plane + SLOT_FEATURE * term_stride + corner,
                             from_above,
                             from_left,
                             left_lane,
@@ -895,11 +903,13 @@ def distillation_pass(
                         )
                 if GRAD and STUDENT == DIRECT:
                     tl.store(
-                        gradient_plane + (y * gradient_y + x * gradient_x),
+                        gradient_plane + gradient_place,
                         merged.to(gradient.dtype.element_ty),
                         mask=inside,
                     )
                     gradient_plane += gradient_c
+                elif GRAD:
+                    gradient_plane += patch_plane
                 student_plane += student_c
                 if TEACHER >= 0:
                     teacher_plane += teacher_c

@@ -156,7 +156,8 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
     halo = int(gradients and source == int(CORNERS))
     lanes = _lanes(logits.device)
     programs = -(-columns // (tiling.N * (lanes - halo)))
-    logits, teacher = _reads_rows(logits, source), _reads_rows(teacher, teacher_source)
+    logits = _reads_rows(logits, source)
+    teacher = logits if run.teacher is None else _reads_rows(teacher, teacher_source)
     largest = max(
         _extent(logits, (2, 3)),
         _extent(teacher, (2, 3)),

@@ -12,7 +12,7 @@ import triton.language as tl
 from .formulas import LOG2_E, max_or_nan
 from .interpolation import CORNERS, DIRECT, read_logits
 from .statistics import paper_class
-from .tiles import offsets, other_taps, own_columns, pixels_of_step, read_labels
+from .tiles import offsets, on_label_grid, other_taps, own_columns, pixels_of_step, read_labels
 
 LOWEST = tl.constexpr(-1e30)
 
@@ -134,7 +134,7 @@ def collect(
                 taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
                 fractions = (fy, fx)
             elif TEACHER == DIRECT:
-                taps = offsets(y, y, x, x, teacher_y, teacher_x)
+                taps = on_label_grid(y, x, teacher_y, teacher_x)
                 fractions = (fy, fx)
             else:
                 taps, fractions = other_taps(

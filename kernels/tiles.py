@@ -108,13 +108,25 @@ def pixels_of_step(
 
 @triton.jit
 def offsets(top, bottom, left, right, stride_h, stride_w):
-    """The four taps in a plane, in the order of `read_logits`."""
+    """The four taps in a plane, in the order of `read_logits`.
+
+    The hint tells the compiler that neighbours along the last axes lie together: older Tritons
+    would otherwise load the other way round and turn every tensor over in shared memory. A hint
+    about order alone: where no alignment is known, no load becomes wider by it.
+    """
     return (
-        top * stride_h + left * stride_w,
-        top * stride_h + right * stride_w,
-        bottom * stride_h + left * stride_w,
-        bottom * stride_h + right * stride_w,
+        tl.max_contiguous(top * stride_h + left * stride_w, [1, 1, 2, 4]),
+        tl.max_contiguous(top * stride_h + right * stride_w, [1, 1, 2, 4]),
+        tl.max_contiguous(bottom * stride_h + left * stride_w, [1, 1, 2, 4]),
+        tl.max_contiguous(bottom * stride_h + right * stride_w, [1, 1, 2, 4]),
     )
+
+
+@triton.jit
+def on_label_grid(y, x, stride_h, stride_w):
+    """The one tap of a pixel; the pixels of a thread follow each other, then those of a lane."""
+    offset = tl.max_contiguous(y * stride_h + x * stride_w, [1, x.shape[1], 1, 2])
+    return offset, offset, offset, offset
 
 
 @triton.jit
@@ -143,7 +155,8 @@ def other_taps(
 def read_labels(pointer, y, x, inside, stride_h, stride_w, classes, ignore_index):
     """int32 labels [R, S, N, L], -1 where there is nothing to learn; and 1 where there is a label
     other than `ignore_index`: of these, the ones that are -1 are out of range."""
-    raw = tl.load(pointer + (y * stride_h + x * stride_w), mask=inside, other=0).to(tl.int64)
+    place = tl.max_contiguous(y * stride_h + x * stride_w, [1, 1, 2, 4])
+    raw = tl.load(pointer + place, mask=inside, other=0).to(tl.int64)
     counts = inside & (raw != ignore_index)
     in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
     return tl.where(counts & in_range, raw.to(tl.int32), -1), counts.to(tl.int32)

@@ -1,6 +1,6 @@
-"""Triton kernels of `heteroakd_fast`, installed as `heteroakd_fast.kernels`.
+"""Triton kernels of `heteroakd_fast`, installed as `heteroakd_fast.kernels`; docs/triton.md.
 
-One file per kernel family, laid out like `heteroakd_fast/reference.py` and `csrc/math`:
-reliability, mixed_target, discrepancy and the terms under the same names in the same order.
-This version has none yet; `heteroakd_fast.backends.triton` says so when asked.
+One file per subject, laid out like `heteroakd_fast/reference.py` and `csrc/math`: reliability,
+mixed_target, discrepancy and the terms under the same names in the same order. Nothing is imported
+here: `config` and `tune` are of use without Triton.
 """

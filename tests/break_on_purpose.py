@@ -35,6 +35,21 @@ REFERENCE, FUNCTIONAL, OPS, LOSSES, LABELS, SPEC, CPU, REGISTRY, PROJECTOR, EXTE
         "_extension",
     )
 )
+PARTS, PROJECTED = f"{PACKAGE}/backends/_parts.py", f"{PACKAGE}/projected.py"
+T_FORMULAS, T_TILES, T_TAPS, T_STATISTICS, T_PASS, T_SPACE, T_COMBINE, T_LAUNCH, T_PROJECTION = (
+    f"kernels/{name}.py"
+    for name in (
+        "formulas",
+        "tiles",
+        "interpolation",
+        "statistics",
+        "distillation",
+        "space",
+        "combine",
+        "launch",
+        "projection",
+    )
+)
 BAND, TERMS, CHAIN, STATISTICS, PAPER, GRADIENTS, ROWS, GEOMETRY, STRIDED = (
     f"csrc/cpu/{name}.h"
     for name in (
@@ -67,7 +82,28 @@ INPUTS, OUTPUTS, SYSTEMS, ORACLE, CPU_CE = (
     f"tests/test_{name}.py" for name in ("inputs", "outputs", "systems", "reference", "cpu_kernels")
 )
 
+TRITON = "tests/test_triton_kernels.py"
+PROJECTING = "tests/test_projection.py"
+
 DEFECTS = [
+    # Triton kernels
+    Defect("triton: reliability the wrong way round", T_FORMULAS, "a = (student_nll - teacher_nll) * inverse_tau", "a = (teacher_nll - student_nll) * inverse_tau", f"{TRITON} -k every_term"),
+    Defect("triton: textbook gradient of the label", T_FORMULAS, "return tl.where(is_label, -others, e)", "return e", f"{TRITON} -k every_term"),
+    Defect("triton: discrepancy may be negative", T_FORMULAS, "return max_or_nan(kl_teacher_student, 0.0)", "return kl_teacher_student - 0.01", f"{TRITON} -k every_term"),
+    Defect("triton: logarithm drops NaN", T_FORMULAS, "y = log1p_near_zero(t) * LOG2_E + n + (x - x)", "y = log1p_near_zero(t) * LOG2_E + n", f"{TRITON} -k logarithms"),
+    Defect("triton: edge pixels lose gradient", T_TAPS, "tl.where(cell < 0, 1.0, tl.where", "tl.where(cell < 0, inside, tl.where", f"{TRITON} -k every_geometry"),
+    Defect("triton: neighbour's half lost between lanes", T_TILES, "tl.where(from_left, tl.gather(bottom_right, left_lane, 3), 0.0)", "0.0", f"{TRITON} -k every_geometry"),
+    Defect("triton: halo counted twice", T_PASS, "over_program(tl.where(own, ce_sum, 0.0))", "over_program(ce_sum)", f"{TRITON} -k every_geometry"),
+    Defect("triton: rows of a chunk overwritten", T_TILES, "top += tl.load(top_row, mask=written & from_above, other=0.0)", "top += 0.0", f"{TRITON} -k every_geometry"),
+    Defect("triton: chunks not joined", T_COMBINE, "g += tl.load(above, mask=has_above, other=0.0)", "g += 0.0", f"{TRITON} -k every_geometry"),
+    Defect("triton: flag never raised", T_PASS, "found = tl.where(smallest > SMALLEST_TOTAL, 0.0, 1.0)", "found = tl.where(smallest > -1.0, 0.0, 0.0)", f"{TRITON} -k confident"),
+    Defect("triton: huge logits not traced", T_TAPS, "trace = z00 * much + (z01 * much + (z10 * much + (z11 * much + trace)))", "trace = z00 * 0.0", f"{TRITON} -k ignored_pixel"),
+    Defect("triton: careful pass reads ignored pixels", T_TAPS, "    if CAREFUL:\n        z = tl.where(valid, z, 0.0)\n", "", f"{TRITON} -k ignored_pixel"),
+    Defect("triton: offsets of 32 bits at best", T_LAUNCH, "return tl.int64 if largest > _INT32 else tl.int32", "return tl.int8", f"{TRITON} -k 64_bit"),
+    Defect("triton: scales of terms swapped", T_LAUNCH, "return run.places[run.slots.index(k)] if k < len(run.terms) else -1", "return k if k < len(run.terms) else -1", f"{TRITON} -k every_term"),
+    Defect("triton: space weights of other pixels too", T_SPACE, "valid = (label >= 0) & own", "valid = own", f"{TRITON} -k every_term"),
+    Defect("triton: labels out of range pass", f"{PACKAGE}/backends/triton.py", "if int(report[1]) > 0:", "if int(report[1]) > 10**9:", f"{INPUTS} -k label"),
+    Defect("loss module fuses what it must not", LOSSES, "if self.student_projector.bn is not None:", "if False:", f"{PROJECTING} -k module"),
     # formulas
     Defect("kd without T^2", REFERENCE, "_total(temperature**2 * per_pixel", "_total(per_pixel", f"{ORACLE} -k kd_is_torchs"),
     Defect("kd directions swapped", REFERENCE, 'if divergence == "forward":', 'if divergence == "reverse":', f"{ORACLE} -k kd_is_torchs"),
@@ -125,12 +161,12 @@ DEFECTS = [
     Defect("teacher features not detached", LOSSES, 'if side == "teacher":', "if False:", f"{OUTPUTS} -k module_on_features"),
     # the CPU backend
     Defect("writes to the caller's logits", CPU, "            by_term = sums.tolist()", "            student_logits.detach().zero_()\n            by_term = sums.tolist()", f"{INPUTS} -k never_written"),
-    Defect("ignore_index cut to 8 bits (kernel)", CPU, "            spec.ignore_index,\n            spec.align", "            spec.ignore_index % 256,\n            spec.align", f"{INPUTS} -k any_integer"),
+    Defect("ignore_index cut to 8 bits (kernel)", CPU, "            spec.ignore_index,\n        spec.align", "        spec.ignore_index % 256,\n        spec.align", f"{INPUTS} -k any_integer"),
     Defect("labels not checked (kernel)", CPU, "            raise_bad_label(", "            (lambda *a: None)(", f"{INPUTS} -k labels_out_of_range"),
     Defect("grad_output ignored", CPU, "factors = [scales[name] for", "factors = [1.0 for", f"{OUTPUTS} -k any_grad_output"),
     Defect("full-resolution logits stored", CPU, "        fractions: dict[", "        full = torch.nn.functional.interpolate(student_logits.detach(), target.shape[1:])\n        fractions: dict[", f"{CPU_CE} -k peak_memory"),
     Defect("inputs kept for backward", CPU, "        return (student_grad and student is not None and", "        return True or (student_grad and student is not None and", f"{OUTPUTS} -k overwritten"),
-    Defect("gradients in the wrong order", CPU, "self.terms = dict(sorted(terms.items(), key=lambda item: _TERMS.index(item[1])))", "self.terms = dict(reversed(terms.items()))", f"{OUTPUTS} -k 'any_grad_output and all'"),
+    Defect("gradients in the wrong order", PARTS, "own: dict[str, str] = {term: term for term in KERNEL_TERMS if term in spec.terms}", "own: dict[str, str] = {term: term for term in reversed(KERNEL_TERMS) if term in spec.terms}", f"{CPU_CE} -k every_call"),
     # the kernels: rows and labels
     Defect("bfloat16 read as float16", ROWS, "bfloat16_to_float(reinterpret_cast<const uint16_t*>(view.data)[offset])", "half_to_float(reinterpret_cast<const uint16_t*>(view.data)[offset])", f"{INPUTS} -k every_dtype"),
     Defect("channel stride assumed dense", ROWS, "read_dense<T>(view, offset + c * view.stride[1], count, out + c * step);", "read_dense<T>(view, offset + c * view.stride[2] * 4, count, out + c * step);", f"{INPUTS} -k strides_do_not"),
@@ -217,6 +253,8 @@ def main(words: list[str]) -> int:
         copy = Path(directory) / "copy"
         ignore = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache")
         shutil.copytree(ROOT, copy, ignore=ignore)
+        # where an installed package has it; an editable one would lend its own
+        (copy / PACKAGE / "kernels").symlink_to("../kernels")
         if not build(copy):
             raise SystemExit("the unbroken copy does not build")
         files = " ".join(sorted({defect.tests.split()[0] for defect in chosen}))

@@ -161,7 +161,7 @@ DEFECTS = [
     Defect("teacher features not detached", LOSSES, 'if side == "teacher":', "if False:", f"{OUTPUTS} -k module_on_features"),
     # the CPU backend
     Defect("writes to the caller's logits", CPU, "            by_term = sums.tolist()", "            student_logits.detach().zero_()\n            by_term = sums.tolist()", f"{INPUTS} -k never_written"),
-    Defect("ignore_index cut to 8 bits (kernel)", CPU, "            spec.ignore_index,\n        spec.align", "        spec.ignore_index % 256,\n        spec.align", f"{INPUTS} -k any_integer"),
+    Defect("ignore_index cut to 8 bits (kernel)", CPU, "        spec.ignore_index,\n        spec.align", "        spec.ignore_index % 256,\n        spec.align", f"{INPUTS} -k any_integer"),
     Defect("labels not checked (kernel)", CPU, "            raise_bad_label(", "            (lambda *a: None)(", f"{INPUTS} -k labels_out_of_range"),
     Defect("grad_output ignored", CPU, "factors = [scales[name] for", "factors = [1.0 for", f"{OUTPUTS} -k any_grad_output"),
     Defect("full-resolution logits stored", CPU, "        fractions: dict[", "        full = torch.nn.functional.interpolate(student_logits.detach(), target.shape[1:])\n        fractions: dict[", f"{CPU_CE} -k peak_memory"),

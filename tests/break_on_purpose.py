@@ -97,7 +97,7 @@ DEFECTS = [
     Defect("triton: rows of a chunk overwritten", T_TILES, "top += tl.load(top_row, mask=written & from_above, other=0.0)", "top += 0.0", f"{TRITON} -k every_geometry"),
     Defect("triton: chunks not joined", T_COMBINE, "g += tl.load(above, mask=has_above, other=0.0)", "g += 0.0", f"{TRITON} -k every_geometry"),
     Defect("triton: flag never raised", T_PASS, "found = tl.where(smallest > SMALLEST_TOTAL, 0.0, 1.0)", "found = tl.where(smallest > -1.0, 0.0, 0.0)", f"{TRITON} -k confident"),
-    Defect("triton: huge logits not traced", T_TAPS, "trace = z00 * much + (z01 * much + (z10 * much + (z11 * much + trace)))", "trace = z00 * 0.0", f"{TRITON} -k ignored_pixel"),
+    Defect("triton: huge logits not traced", T_TAPS, "trace = z00 * much + (z01 * much + (z10 * much + (z11 * much + trace)))", "trace = trace * 0.0", f"{TRITON} -k ignored_pixel"),
     Defect("triton: careful pass reads ignored pixels", T_TAPS, "    if CAREFUL:\n        z = tl.where(valid, z, 0.0)\n", "", f"{TRITON} -k ignored_pixel"),
     Defect("triton: offsets of 32 bits at best", T_LAUNCH, "return tl.int64 if largest > _INT32 else tl.int32", "return tl.int8", f"{TRITON} -k 64_bit"),
     Defect("triton: scales of terms swapped", T_LAUNCH, "return run.places[run.slots.index(k)] if k < len(run.terms) else -1", "return k if k < len(run.terms) else -1", f"{TRITON} -k every_term"),

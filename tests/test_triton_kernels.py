@@ -206,6 +206,16 @@ def test_nothing_of_an_ignored_pixel_comes_through(case: str) -> None:
     check(Batch(student, teacher, target), **TERM_CASES[case])
 
 
+@pytest.mark.parametrize("case", ["ce", "kd-js", "hetero-mix-logits", "hetero-paper", "all"])
+def test_nothing_of_an_ignored_pixel_comes_through_on_the_label_grid(case: str) -> None:
+    batch = make_batch(classes=3, dtype=F32, **GEOMETRIES["label-grid"])
+    ignored = (batch.target == 255)[:, None]
+    assert ignored.any()
+    student = batch.student.masked_fill(ignored, math.nan)
+    teacher = batch.teacher.masked_fill(ignored, -math.inf)
+    check(batch._replace(student=student, teacher=teacher), **TERM_CASES[case])
+
+
 def test_nan_of_a_valid_pixel_shows() -> None:
     batch = make_batch(classes=3, dtype=F32, grid=(4, 6), teacher_grid=None, size=(16, 24))
     student = batch.student.clone()

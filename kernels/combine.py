@@ -72,6 +72,7 @@ def finish_sums(
 
 @triton.jit(
     do_not_specialize=[
+        "blocks",
         "classes",
         "height",
         "width",
@@ -87,6 +88,7 @@ def combine_gradients(
     saved,  # [K, B, C, chunks * (TI + 1), w]
     scales,  # float64; term k's at `slot_k`
     out,  # [B, C, h, w], any strides
+    blocks,  # per image
     classes,
     height,
     width,
@@ -106,10 +108,10 @@ def combine_gradients(
     INT: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    image = tl.program_id(2).to(tl.int64)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
     # places in a plane; 64-bit divisions would cost more than the memory
-    place = tl.cast(tl.program_id(0), INT) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    place = tl.cast(tl.program_id(0) % blocks, INT) * BLOCK + tl.arange(0, BLOCK)[None, :]
     i = place // width
     j = place % width
     inside = (c < classes) & (i < height)

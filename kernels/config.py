@@ -26,6 +26,7 @@ __all__ = [
     "key_of",
     "launch_config",
     "most_pixels",
+    "rows_of_program",
     "tiling",
 ]
 
@@ -38,9 +39,8 @@ class Launch(NamedTuple):
 
     pixels: int
     """per thread, at most"""
-    rows: int
-    """of cells that a program walks down: TI"""
     warps: int
+    """per program"""
 
 
 class Tiling(NamedTuple):
@@ -56,14 +56,12 @@ class Tiling(NamedTuple):
 
 # By what a call keeps per pixel, in registers. Read off machine code for sm_90 (docs/triton.md): 16
 # pixels spend 15 % fewer instructions per pixel and class than 8, and fit in 255 registers if few
-# numbers are kept. Two rows per program: the edge between programs costs half a row of saved
-# gradients per row; more rows save little of it, and leave a longer tail where the last programs
-# run alone.
+# numbers are kept.
 _STATIC: Final = {
-    "light": Launch(pixels=16, rows=2, warps=2),
-    "heavy": Launch(pixels=8, rows=2, warps=2),
-    "double": Launch(pixels=4, rows=2, warps=2),
-    "label-grid": Launch(pixels=4, rows=2, warps=4),
+    "light": Launch(pixels=16, warps=2),
+    "heavy": Launch(pixels=8, warps=2),
+    "double": Launch(pixels=4, warps=2),
+    "label-grid": Launch(pixels=4, warps=4),
 }
 
 
@@ -77,6 +75,10 @@ def key_of(logits: Tensor, teacher: Tensor | None, target: Tensor, heavy: bool) 
     return "heavy" if heavy or other_grid else "light"
 
 
+_PIXELS: Final = (1, 2, 4, 8, 16)
+_WARPS: Final = (1, 2, 4, 8)
+
+
 @cache
 def _measured() -> dict[str, Any]:
     path = os.environ.get("HETEROAKD_TRITON_CONFIG")
@@ -84,8 +86,10 @@ def _measured() -> dict[str, Any]:
         return {}
     try:
         table: dict[str, Any] = json.loads(Path(path).read_text())["launches"]
-        for row in table.values():
-            Launch(**row)
+        for name, row in table.items():
+            launch = Launch(**row)
+            if launch.pixels not in _PIXELS or launch.warps not in _WARPS:
+                raise ValueError(f"{name}: pixels one of {_PIXELS}, warps one of {_WARPS}: {row}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RuntimeError(
             f"HETEROAKD_TRITON_CONFIG: {path} is not a table of launches ({error}). "
@@ -132,18 +136,31 @@ def tiling(
     launch: Launch,
 ) -> Tiling:
     """The tiles for logits and labels of these sizes."""
+    rows = rows_of_program(logits_size, label_size, align_corners)
     if logits_size == label_size:
-        return Tiling(R=1, S=launch.pixels, SUB_R=1, SUB_C=1, TI=launch.rows, N=launch.warps)
+        return Tiling(R=1, S=launch.pixels, SUB_R=1, SUB_C=1, TI=rows, N=launch.warps)
     high, wide = (
         most_pixels(n, labels, align_corners)
         for n, labels in zip(logits_size, label_size, strict=True)
     )
     r, s = _pixels_per_thread(high, wide, launch.pixels)
-    sub_r, sub_c = -(-high // r), -(-wide // s)
-    # Cells of many steps are few: a program that walked down several would leave warps idle, and
-    # what their edges save is little beside so many pixels.
-    rows = 1 if sub_r * sub_c >= 4 else launch.rows
-    return Tiling(R=r, S=s, SUB_R=sub_r, SUB_C=sub_c, TI=rows, N=launch.warps)
+    return Tiling(R=r, S=s, SUB_R=-(-high // r), SUB_C=-(-wide // s), TI=rows, N=launch.warps)
+
+
+def rows_of_program(
+    logits_size: tuple[int, int], label_size: tuple[int, int], align_corners: bool
+) -> int:
+    """Rows of cells that a program walks down: TI.
+
+    Two: the edge between programs costs half a row of saved gradients per row; more rows save
+    little of it, and leave a longer tail where the last programs run alone. One where cells are
+    large: they are few then, and warps would be idle. Never tuned: saved gradients have its shape.
+    """
+    high, wide = (
+        most_pixels(n, labels, align_corners)
+        for n, labels in zip(logits_size, label_size, strict=True)
+    )
+    return 1 if high * wide >= 64 else 2
 
 
 def _pixels_per_thread(high: int, wide: int, limit: int) -> tuple[int, int]:

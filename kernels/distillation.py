@@ -13,8 +13,8 @@ on the label grid, where those would be the largest tensors of the step, nothing
 backward runs the pass again with the scales at hand.
 
 Cost per pixel and class for ce + hetero at T = 2, stride 4, 16 pixels per thread, in instructions
-(docs/triton.md has the counts read off the machine code): bounds 2, statistics 19 with 2
-exponentials, gradients 27 with 2 exponentials and a logarithm. Bytes: both low-resolution logits
+(docs/triton.md has the counts read off the machine code): bounds 2, statistics 23 with 2
+exponentials, gradients 28 with 2 exponentials and a logarithm. Bytes: both low-resolution logits
 read and each term's gradient written once from memory (the loops read them again from the first
 cache), each label read once.
 
@@ -85,6 +85,8 @@ VALID = tl.constexpr(8)
 BAD = tl.constexpr(9)
 FLAG = tl.constexpr(10)
 
+BITS_MASK = tl.constexpr(0x5A5A5A5A5A5A5A5A)
+
 # hetero=
 SOFTMAX_KL = tl.constexpr(1)
 PAPER = tl.constexpr(2)
@@ -97,8 +99,10 @@ JS = tl.constexpr(3)
 
 @triton.jit
 def number(bits, FLOAT: tl.constexpr):
-    """A float64 that came as its bits: arguments are float32, and a new one compiles nothing."""
-    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(FLOAT)
+    """A float64 that came as its bits: arguments are float32, and a new value compiles nothing.
+    (The mask keeps 0.0 from coming as a 32-bit integer.)"""
+    bits = tl.cast(bits, tl.int64) ^ BITS_MASK
+    return tl.cast(bits, tl.float64, bitcast=True).to(FLOAT)
 
 
 @triton.jit
@@ -188,6 +192,7 @@ def label_logit(
 
 @triton.jit(
     do_not_specialize=[
+        "programs",
         "classes",
         "label_h",
         "label_w",
@@ -219,6 +224,7 @@ def distillation_pass(
     partials,  # [B * programs, ROW] float64 out
     space_shift,  # [B, C]: the maximum of H_s + dH over an image's pixels, and
     space_weight,  # [B, C]: 1 / sum exp(H_s + dH - shift); read if PAPER_SPACE and EVALUATION
+    programs,  # per image
     classes,
     label_h,
     label_w,
@@ -283,9 +289,10 @@ def distillation_pass(
     INT: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
-    partial = partials + (image * tl.num_programs(0) + program) * ROW
+    # one axis of the grid: the others end at 65535
+    program = tl.program_id(0) % programs
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    partial = partials + (image * programs + program) * ROW
     if CAREFUL:
         if tl.load(partial + FLAG) == 0.0:
             return
@@ -320,7 +327,7 @@ def distillation_pass(
     from_left = lane > 0
     chunks = columns // per_row
     patch_plane = (chunks * (TI + 1)).to(tl.int64) * student_w
-    batch = tl.num_programs(1).to(tl.int64)
+    batch = (tl.num_programs(0) // programs).to(tl.int64)
     term_stride = batch * classes * patch_plane
 
     student += image * student_b

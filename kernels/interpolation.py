@@ -67,8 +67,11 @@ def divide(n, unit, FLOAT: tl.constexpr):
 
 @triton.jit
 def fraction_in_cell(position, cell, in_size, step, origin, unit, FLOAT: tl.constexpr):
-    """The weight of the upper tap, for positions inside `cell`."""
+    """The weight of the upper tap. Positions beyond the cell (of pixels that do not exist, where a
+    thread has more than its cell) get that of its border: what is bounded at the corners must stay
+    bounded wherever it is computed, or infinity times a weight of 0 would be NaN."""
     inside = divide(position * step + origin - cell * unit, unit, FLOAT)
+    inside = tl.minimum(tl.maximum(inside, 0.0), 1.0)
     return tl.where(cell < 0, 1.0, tl.where(cell >= in_size - 1, 0.0, inside)).to(FLOAT)
 
 

@@ -22,7 +22,7 @@ from heteroakd_fast.spec import LossSpec
 
 from . import config
 from .combine import combine_gradients, finish_sums
-from .distillation import ROW, distillation_pass
+from .distillation import BITS_MASK, ROW, distillation_pass
 from .interpolation import CORNERS, DIRECT, GATHER
 from .space import collect, reduce
 
@@ -78,10 +78,11 @@ def _device_name(device: torch.device) -> str:
 
 
 def patch_shape(run: Run, target: Tensor) -> tuple[int, ...]:
-    """Shape of what a run saves for backward: of each term, image and class TI + 1 rows for every
+    """Shape of what a run saves for backward; decided by the shapes alone, because compiled graphs
+    outlive tables of launches. Of each term, image and class TI + 1 rows for every
     TI rows of cells, because the last cell's bottom belongs to the next chunk's first logits."""
     batch, classes, h, w = run.logits.shape
-    ti = _tiling(run, target).TI
+    ti = config.rows_of_program((h, w), (target.shape[1], target.shape[2]), run.spec.align_corners)
     return len(run.terms), batch, classes, -(-(h + 1) // ti), ti + 1, w
 
 
@@ -100,7 +101,7 @@ def _lanes(device: torch.device) -> int:
 
 def _bits(value: float) -> int:
     bits: int = struct.unpack("q", struct.pack("d", value))[0]
-    return bits
+    return bits ^ int(BITS_MASK)
 
 
 def _source(logits: Tensor, cells: Tensor, target: Tensor) -> int:
@@ -133,7 +134,9 @@ def _device_of(tensor: Tensor) -> Iterator[None]:
 class _Geometry(NamedTuple):
     """Arguments that the kernels over tiles share."""
 
-    grid: tuple[int, int]
+    programs: int
+    """per image"""
+    grid: tuple[int]
     positional: list[Any]
     tiles: dict[str, Any]
     student: Tensor
@@ -169,6 +172,7 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
         label_h * label_w,
     )
     positional = [
+        programs,
         classes,
         label_h,
         label_w,
@@ -196,7 +200,7 @@ def _geometry(run: Run, target: Tensor, gradients: bool) -> _Geometry:
         # number of instructions does
         "enable_fp_fusion": True,
     }
-    return _Geometry((programs, batch), positional, tiles, logits, teacher)
+    return _Geometry(programs, (programs * batch,), positional, tiles, logits, teacher)
 
 
 def _space_statistics(
@@ -204,7 +208,7 @@ def _space_statistics(
 ) -> tuple[Tensor, Tensor]:
     batch, classes = run.logits.shape[:2]
     dtype = torch.promote_types(run.logits.dtype, torch.float32)
-    programs = geometry.grid[0]
+    programs = geometry.programs
     found = run.logits.new_empty((batch, programs, classes, 2), dtype=dtype)
     shift = run.logits.new_empty((batch, classes), dtype=dtype)
     weight = torch.empty_like(shift)
@@ -220,7 +224,7 @@ def _space_statistics(
         **geometry.tiles,
     )
     block = 64
-    reduce[(-(-classes // block), batch)](
+    reduce[(batch, -(-classes // block))](
         found, shift, weight, programs, classes, BLOCK=block, FLOAT=geometry.tiles["FLOAT"]
     )
     return shift, weight
@@ -246,8 +250,8 @@ def _launch(
     spec = run.spec
     geometry = _geometry(run, target, gradient is not None)
     direct = geometry.tiles["STUDENT"] == int(DIRECT)
-    programs, batch = geometry.grid
-    partials = run.logits.new_empty((batch * programs, int(ROW)), dtype=torch.float64)
+    programs = geometry.programs
+    partials = run.logits.new_empty((geometry.grid[0], int(ROW)), dtype=torch.float64)
     wants_hetero = "hetero" in run.terms or maps is not None
     hetero = 0
     if wants_hetero:
@@ -372,10 +376,12 @@ def backward(
         batch, classes, h, w = run.logits.shape
         channels_last = out.stride(1) == 1 and classes > 1
         block_c, block = (32, 32) if channels_last else (1, 512)
-        combine_gradients[(-(-(h * w) // block), -(-classes // block_c), batch)](
+        blocks = -(-(h * w) // block)
+        combine_gradients[(blocks * batch, -(-classes // block_c))](
             saved,
             grad_numerators,
             out,
+            blocks,
             classes,
             h,
             w,

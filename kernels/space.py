@@ -19,6 +19,7 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit(
     do_not_specialize=[
+        "programs",
         "classes",
         "label_h",
         "label_w",
@@ -46,6 +47,7 @@ def collect(
     teacher,
     target,
     found,  # [B, programs, C, 2] out: maximum and sum of exp(H_s + dH - maximum)
+    programs,
     classes,
     label_h,
     label_w,
@@ -83,8 +85,8 @@ def collect(
     INT: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0) % programs
+    image = (tl.program_id(0) // programs).to(tl.int64)
     chunk, column, exists, own = own_columns(program, columns, per_row, HALO, N, L, INT)
     student += image * student_b
     teacher += image * teacher_b
@@ -173,7 +175,7 @@ def collect(
             largest = bound
         bound = tl.max(tl.max(largest, axis=3, keep_dims=True), axis=2, keep_dims=True)
         total = total * tl.exp2((largest - bound) * LOG2_E)
-        place = found + ((image * tl.num_programs(0) + program) * classes + c) * 2
+        place = found + ((image * programs + program) * classes + c) * 2
         tl.store(place, tl.max(tl.max(tl.max(tl.max(bound, 3), 2), 1), 0))
         tl.store(place + 1, tl.sum(tl.sum(tl.sum(tl.sum(total, 3), 2), 1), 0))
 
@@ -188,8 +190,8 @@ def reduce(
     BLOCK: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    image = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < classes
     largest = tl.full([BLOCK], LOWEST, FLOAT)
     total = tl.zeros([BLOCK], tl.float64)  # over a million pixels

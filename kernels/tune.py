@@ -4,8 +4,8 @@
         --output launches.json
     HETEROAKD_TRITON_CONFIG=launches.json python train.py
 
-Opt-in, and never part of training: rows decide the order of sums, so that all ranks need the same
-file. Other rows of an existing file stay.
+Opt-in, and never part of training: a launch decides the order of sums, so that all ranks need the
+same file. Other rows of an existing file stay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def candidates() -> list[config.Launch]:
-    return [config.Launch(*row) for row in product((4, 8, 16), (1, 2, 4), (1, 2, 4))]
+    return [config.Launch(*row) for row in product((4, 8, 16), (1, 2, 4))]
 
 
 def fastest(
@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if len(options.logits) != 4 or len(options.labels) != 2:
         parser.error("--logits takes BxCxhxw and --labels HxW, e.g. 8x19x128x256 and 512x1024")
+    if options.logits[2:] == options.labels:
+        parser.error("--labels: the logits have that size, and nothing there is tuned")
     if not torch.cuda.is_available():
         print("no GPU is visible to torch: there is nothing to measure", file=sys.stderr)
         return 2

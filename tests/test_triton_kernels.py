@@ -27,6 +27,7 @@ from interpreter import INTERPRETED
 from test_gpu import arrange, arrange_labels
 
 from heteroakd_fast import backends
+from heteroakd_fast.spec import LossSpec
 
 if backends.available()["triton"] is not None:
     pytest.skip(f"triton: {backends.available()['triton']}", allow_module_level=True)
@@ -107,6 +108,28 @@ def test_numbers_of_classes(classes: int) -> None:
         ),
         **HETERO,
     )
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "align_corners"),
+    [
+        ((12, 12), (3, 3), False),
+        ((8, 8), (4, 4), True),
+        ((3, 4), (15, 20), False),
+        ((3, 4), (12, 16), True),
+        ((4, 6), (13, 17), False),
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [{"hetero_weight": 1.0, "temperature": 0.5}, {"kd_weight": 1.0}]
+)
+def test_steep_logits_where_threads_have_more_pixels_than_cells(
+    grid: Any, size: Any, align_corners: bool, options: dict[str, Any]
+) -> None:
+    """Pixels that do not exist are computed with the others, and must stay finite to be nothing."""
+    batch = make_batch(batch=1, classes=3, dtype=F32, grid=grid, teacher_grid=None, size=size)
+    batch = Batch(20 * batch.student, 20 * batch.teacher, batch.target)
+    check(batch, align_corners=align_corners, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -281,7 +304,7 @@ def test_logarithms_keep_their_bounds() -> None:
 
 def test_threads_take_what_wastes_least() -> None:
     def pixels(high: int, wide: int, most: int = 16) -> tuple[int, int, int, int]:
-        launched = config.Launch(pixels=most, rows=2, warps=2)
+        launched = config.Launch(pixels=most, warps=2)
         return config.tiling((10, 10), (10 * high, 10 * wide), False, launched)[:4]
 
     assert pixels(4, 4) == (4, 4, 1, 1)
@@ -296,36 +319,46 @@ def test_measured_table(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     path = tmp_path / "launches.json"
-    row = {"pixels": 4, "rows": 3, "warps": 1}
+    row = {"pixels": 4, "warps": 1}
     path.write_text(json.dumps({"launches": {"cpu/light": row}}))
     monkeypatch.setenv("HETEROAKD_TRITON_CONFIG", str(path))
     request.addfinalizer(config._measured.cache_clear)
     config._measured.cache_clear()
-    assert config.launch_config("light", 19, "cpu") == config.Launch(4, 3, 1)
+    assert config.launch_config("light", 19, "cpu") == config.Launch(4, 1)
     assert config.launch_config("heavy", 19, "cpu") == config._STATIC["heavy"]
-    path.write_text(json.dumps({"launches": {"cpu/light": {"pixel": 4}}}))
-    config._measured.cache_clear()
-    with pytest.raises(RuntimeError, match="HETEROAKD_TRITON_CONFIG"):
-        config.launch_config("light", 19, "cpu")
+    wrong: list[Any] = [
+        {"pixel": 4},
+        {**row, "pixels": 3},
+        {**row, "warps": 0},
+        {**row, "warps": "2"},
+    ]
+    for text in [*(json.dumps({"launches": {"x": one}}) for one in wrong), "[]", "nonsense"]:
+        path.write_text(text)
+        config._measured.cache_clear()
+        with pytest.raises(RuntimeError, match="HETEROAKD_TRITON_CONFIG"):
+            config.launch_config("light", 19, "cpu")
 
 
 @pytest.mark.parametrize(("pixels", "rows"), [(2, 1), (8, 3), (8, 4)])
-def test_other_launches_compute_the_same(pixels: int, rows: int) -> None:
-    with config.forced(config.Launch(pixels=pixels, rows=rows, warps=1)):
+def test_other_launches_compute_the_same(
+    pixels: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "rows_of_program", lambda *_: rows)
+    with config.forced(config.Launch(pixels=pixels, warps=1)):
         check(make_batch(classes=3, dtype=torch.float64), **TERM_CASES["all"])
 
 
 def test_tuning_takes_the_fastest_and_needs_a_gpu(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    speeds = {config.Launch(8, 2, 1): 3.0, config.Launch(16, 1, 2): 2.0}
+    speeds = {config.Launch(8, 1): 3.0, config.Launch(16, 2): 2.0}
 
     def timer(step: Any) -> float:
         step()
         return speeds.get(config.launch_config("light", 19, ""), 9.0)
 
     best, medians = tune.fastest(lambda: None, timer, tune.candidates())
-    assert best == config.Launch(16, 1, 2)
+    assert best == config.Launch(16, 2)
     assert medians[best] == 2.0
     assert config.launch_config("light", 19, "") == config._STATIC["light"]
     if INTERPRETED:
@@ -385,3 +418,37 @@ def test_a_broken_kernel_is_noticed(
     monkeypatch.setattr(broken, name, replacement)
     with pytest.raises(AssertionError):
         check(batch, **TERM_CASES[case])
+
+
+# --- the operator, called directly ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "message"),
+    [
+        ({"teacher": (2, 2, 3, 3)}, {}, "teacher_logits: got shape"),
+        ({"teacher": None}, {}, "teacher_logits: got None"),
+        ({"target": (1, 6, 6)}, {}, "target: got shape"),
+        ({"weight": (4,)}, {}, "class_weight: got shape"),
+        ({}, {"kd_divergence": "x"}, "kd_divergence: got 'x'"),
+        ({}, {"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_operator_refuses_what_would_be_read_out_of_bounds(
+    changed: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    shapes: dict[str, Any] = {"teacher": (2, 3, 3, 3), "target": (2, 6, 6), "weight": (3,)}
+    shapes |= changed
+    teacher = None if shapes["teacher"] is None else torch.zeros(shapes["teacher"], device=DEVICE)
+    spec = LossSpec(terms=("ce", "kd"))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.heteroakd_fast.distillation_sums(
+            torch.zeros(2, 3, 3, 3, device=DEVICE),
+            teacher,
+            torch.zeros(shapes["target"], dtype=torch.int64, device=DEVICE),
+            torch.ones(shapes["weight"], device=DEVICE),
+            **{**spec.options(), **options},
+            student_grad=False,
+            teacher_grad=False,
+            backend="triton",
+        )

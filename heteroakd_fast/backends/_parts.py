@@ -8,9 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..spec import TERMS, LossSpec
+from ..spec import EVALUATIONS, KD_DIVERGENCES, MIXES, PRESETS, TERMS, WEIGHT_AXES, LossSpec
 
-__all__ = ["KERNEL_TERMS", "Part", "compute_dtype", "split", "unsupported"]
+__all__ = ["KERNEL_TERMS", "Part", "check_call", "compute_dtype", "split", "unsupported"]
 
 # In the order in which kernels number them.
 KERNEL_TERMS: Final = ("ce", "kd", "hetero", "feature")
@@ -73,6 +73,62 @@ def unsupported(spec: LossSpec) -> str | None:
     if len(set(spec.terms)) != len(spec.terms):
         return f"it computes a term once, not {list(spec.terms)}."
     return None
+
+
+_CHOICES: Final = {
+    "preset": PRESETS,
+    "mix": MIXES,
+    "evaluation": EVALUATIONS,
+    "weight_axis": WEIGHT_AXES,
+    "kd_divergence": KD_DIVERGENCES,
+}
+_LABELS: Final = (torch.int64, torch.int32, torch.uint8)
+
+
+def check_call(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+) -> None:
+    """What a kernel would read out of bounds, or not notice, where the operator is called directly;
+    `functional` has said it in better words before.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    shape = student_logits.shape
+    if len(shape) != 4 or target.dim() != 3 or target.shape[0] != shape[0]:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)} for student_logits {tuple(shape)}, expected "
+            "[B, H, W] for [B, C, h, w]"
+        )
+    if target.dtype not in _LABELS:
+        raise ValueError(f"target: got {target.dtype}, expected int64, int32 or uint8")
+    needs_teacher = spec.maps or any(TERMS[term].needs_teacher for term in spec.terms)
+    if needs_teacher and teacher_logits is None:
+        raise ValueError(f"teacher_logits: got None, {list(spec.terms)} need them")
+    if teacher_logits is not None and (
+        teacher_logits.dim() != 4 or teacher_logits.shape[:2] != shape[:2]
+    ):
+        raise ValueError(
+            f"teacher_logits: got shape {tuple(teacher_logits.shape)} for student_logits "
+            f"{tuple(shape)}, expected the same B and C"
+        )
+    if class_weight is not None and class_weight.shape != shape[1:2]:
+        raise ValueError(f"class_weight: got shape {tuple(class_weight.shape)}, expected [C]")
+    tensors = (teacher_logits, target, class_weight)
+    if any(x is not None and x.device != student_logits.device for x in tensors):
+        raise ValueError(f"student_logits: on {student_logits.device}, other arguments are not")
+    for name, choices in _CHOICES.items():
+        if getattr(spec, name) not in choices:
+            raise ValueError(f"{name}: got {getattr(spec, name)!r}, expected one of {choices}")
+    if not (spec.temperature > 0.0 and spec.tau > 0.0 and 0.0 <= spec.label_smoothing <= 1.0):
+        raise ValueError(
+            f"temperature, tau, label_smoothing: got {spec.temperature}, {spec.tau}, "
+            f"{spec.label_smoothing}, expected > 0, > 0 and in [0, 1]"
+        )
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..labels import check_synchronously, label_report, raise_bad_label
 from ..spec import LossSpec
 from . import ForwardResult
-from ._parts import Part, compute_dtype, split, unsupported
+from ._parts import Part, check_call, compute_dtype, split, unsupported
 
 if TYPE_CHECKING:
     from heteroakd_fast.kernels import launch
@@ -79,6 +79,7 @@ class TritonBackend:
         student_grad: bool,
         teacher_grad: bool,
     ) -> ForwardResult:
+        check_call(student_logits, teacher_logits, target, class_weight, spec)
         numerators = student_logits.new_empty(len(spec.terms), dtype=torch.float64)
         denominators = torch.empty_like(numerators)
         report = student_logits.new_empty(2, dtype=torch.int64)

@@ -960,13 +960,19 @@ def resident_warps(kernel: Kernel, warps: int) -> int:
     return min(64 // warps, 32, by_registers, by_shared) * warps
 
 
+def images(launch: Launch) -> int:
+    """The first axis of the grid counts the programs of all images."""
+    values = launch.values()
+    return int(launch.grid[0]) // int(values["blocks" if "blocks" in values else "programs"])
+
+
 def elements(launch: Launch) -> float | None:
     """Pixels times classes of a pass, logits of a sum of gradients."""
     values = launch.values()
     if "label_h" in values:
-        return float(values["label_h"] * values["label_w"] * values["classes"] * launch.grid[1])
+        return float(values["label_h"] * values["label_w"] * values["classes"] * images(launch))
     if "height" in values:
-        return float(values["height"] * values["width"] * values["classes"] * launch.grid[2])
+        return float(values["height"] * values["width"] * values["classes"] * images(launch))
     return None
 
 

@@ -134,10 +134,19 @@ def read_logits(
     if SOURCE == DIRECT:
         z = tl.load(plane + o00).to(FLOAT)
     else:
-        z00 = tl.load(plane + o00).to(FLOAT)
-        z01 = tl.load(plane + o01).to(FLOAT)
-        z10 = tl.load(plane + o10).to(FLOAT)
-        z11 = tl.load(plane + o11).to(FLOAT)
+        p00 = plane + o00
+        p01 = plane + o01
+        p10 = plane + o10
+        p11 = plane + o11
+        if len(plane.shape) > 0:  # each pixel's own class: lanes last all the same (`offsets`)
+            p00 = tl.max_contiguous(p00, [1, 1, 2, 4])
+            p01 = tl.max_contiguous(p01, [1, 1, 2, 4])
+            p10 = tl.max_contiguous(p10, [1, 1, 2, 4])
+            p11 = tl.max_contiguous(p11, [1, 1, 2, 4])
+        z00 = tl.load(p00).to(FLOAT)
+        z01 = tl.load(p01).to(FLOAT)
+        z10 = tl.load(p10).to(FLOAT)
+        z11 = tl.load(p11).to(FLOAT)
         if HARMLESS:
             z00 = harmless(z00)
             z01 = harmless(z01)

@@ -159,10 +159,13 @@ def _run_environment(context: Context) -> Result:
     return Result("failed" if ran.code == 0 else judge(ran), {"output": ran.tail})
 
 
-def _pytest_commands(name: str, select: str) -> Callable[[Context], list[list[str]]]:
+def _pytest_commands(name: str, tests: Sequence[str]) -> Callable[[Context], list[list[str]]]:
     def commands(context: Context) -> list[list[str]]:
-        command = _python("-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-k", select)
+        command = _python("-m", "pytest", *tests)
         command += ["-q", "-p", "no:cacheprovider", "--maxfail=50", "--durations=10"]
+        if importlib.util.find_spec("xdist") is not None:
+            # most of the time goes into compiling kernels, one process each
+            command += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "worksteal"]
         command += [f"--junitxml={context.output / f'{name}.xml'}"]
         if importlib.util.find_spec("hypothesis") is None:
             # conftest.py imports it, and these tests do not need it: a bare machine runs them
@@ -173,8 +176,8 @@ def _pytest_commands(name: str, select: str) -> Callable[[Context], list[list[st
     return commands
 
 
-def _run_pytest(name: str, select: str) -> Callable[[Context], Result]:
-    commands = _pytest_commands(name, select)
+def _run_pytest(name: str, tests: Sequence[str]) -> Callable[[Context], Result]:
+    commands = _pytest_commands(name, tests)
 
     def run(context: Context) -> Result:
         if importlib.util.find_spec("pytest") is None:
@@ -295,15 +298,20 @@ def _run_benchmarks(context: Context) -> Result:
     return Result(status, details)
 
 
-def _tests(name: str, limit: float, select: str) -> Stage:
-    return Stage(name, limit, _pytest_commands(name, select), _run_pytest(name, select))
+def _tests(name: str, limit: float, *tests: str) -> Stage:
+    return Stage(name, limit, _pytest_commands(name, tests), _run_pytest(name, tests))
+
+
+_ON_GPU: Final = ("tests/test_gpu.py", "-m", "gpu", "-k")
+_KERNELS: Final = ("tests/test_triton_kernels.py", "tests/test_projection.py")
 
 
 STAGES: Final = (
     Stage("environment", 60, _environment_commands, _run_environment),
-    _tests("correctness", 180, "not determinism and not graph"),
-    _tests("determinism", 60, "determinism"),
-    _tests("graphs", 60, "graph"),
+    _tests("correctness", 240, *_ON_GPU, "not determinism and not graph"),
+    _tests("kernels", 120, *_KERNELS),
+    _tests("determinism", 60, *_ON_GPU, "determinism"),
+    _tests("graphs", 60, *_ON_GPU, "graph"),
     Stage("sanitizer", 120, _sanitizer_commands, _run_sanitizer),
     Stage("benchmarks", float("inf"), _benchmark_commands, _run_benchmarks),
 )

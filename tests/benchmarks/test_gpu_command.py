@@ -37,7 +37,15 @@ def run(tmp_path: Path, *stages: gpu.Stage, seconds: float = 60.0) -> tuple[gpu.
 def test_dry_run_lists_every_stage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    names = "environment correctness kernels determinism graphs sanitizer benchmarks".split()
+    names = [
+        "environment",
+        "correctness",
+        "kernels",
+        "determinism",
+        "graphs",
+        "sanitizer",
+        "benchmarks",
+    ]
     assert [stage.name for stage in gpu.STAGES] == names
     positions = [text.index(f"{name} (at most") for name in names]
     assert positions == sorted(positions)

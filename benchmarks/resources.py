@@ -1240,7 +1240,8 @@ measurement**. Kernels are compiled for each case's real launch arguments with T
 the machine code is read.
 
 - *Registers* of a thread; *stack* in bytes; *spills*: loads and stores of local memory (LDL / STL)
-  in the whole code; those inside an innermost loop stand apart, and none is allowed.
+  in the whole code; those inside an innermost loop stand apart: `*` marks the kernels
+  that have some, each of them listed by name in the ceilings.
 - *Instructions* are of a thread, per pixel and class, unless it says per pixel. A predicated
   instruction counts; so does a branch that may not be taken.
 - *Time* is what the busiest unit needs at its full rate, if nothing ever waited for anything:

@@ -315,9 +315,8 @@ def distillation_pass(
     beta = number(beta_bits, FLOAT)
     smoothing = number(smoothing_bits, FLOAT)
     scale = LOG2_E / temperature if SOFT else temperature * 0.0 + LOG2_E
-    hard_exponent = (
-        temperature if SOFT else temperature * 0.0 + 1.0
-    )  # e at T = 1 is e to this power
+    # e at T = 1 is e to this power
+    hard_exponent = temperature if SOFT else temperature * 0.0 + 1.0
     class_count = tl.cast(classes, FLOAT)
     gradient_width = tl.cast(student_w, INT)
 

@@ -81,6 +81,7 @@ from .formulas import (
 )
 from .launch import _bits, _device_of, _has_ptx, _power, interpreted
 from .statistics import _SMALLEST_NORMAL
+from .tiles import checked_labels
 
 __all__ = ["Gradients", "Side", "backward", "forward"]
 
@@ -114,13 +115,10 @@ def pixel_offsets(pixel, width, stride_y, stride_x, FLAT: tl.constexpr):
 def labels_of(
     target, pixel, inside, width, stride_y, stride_x, classes, ignore_index, FLAT: tl.constexpr
 ):
-    """int32 labels [P], -1 where there is nothing to learn; and where there is a label other than
-    `ignore_index`: of these, the ones that are -1 are out of range."""
+    """`checked_labels` [P]."""
     place = pixel_offsets(pixel, width, stride_y, stride_x, FLAT)
     raw = tl.load(target + place, mask=inside, other=0).to(tl.int64)
-    counts = inside & (raw != ignore_index)
-    in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
-    return tl.where(counts & in_range, raw.to(tl.int32), -1), counts
+    return checked_labels(raw, inside, classes, ignore_index)
 
 
 @triton.jit

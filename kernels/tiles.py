@@ -152,14 +152,21 @@ def other_taps(
 
 
 @triton.jit
-def read_labels(pointer, y, x, inside, stride_h, stride_w, classes, ignore_index):
-    """int32 labels [R, S, N, L], -1 where there is nothing to learn; and 1 where there is a label
-    other than `ignore_index`: of these, the ones that are -1 are out of range."""
-    place = tl.max_contiguous(y * stride_h + x * stride_w, [1, 1, 2, 4])
-    raw = tl.load(pointer + place, mask=inside, other=0).to(tl.int64)
+def checked_labels(raw, inside, classes, ignore_index):
+    """int32 labels, -1 where there is nothing to learn; and where there is a label other than
+    `ignore_index`: of these, the ones that are -1 are out of range. Of int64 of any shape."""
     counts = inside & (raw != ignore_index)
     in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
-    return tl.where(counts & in_range, raw.to(tl.int32), -1), counts.to(tl.int32)
+    return tl.where(counts & in_range, raw.to(tl.int32), -1), counts
+
+
+@triton.jit
+def read_labels(pointer, y, x, inside, stride_h, stride_w, classes, ignore_index):
+    """`checked_labels` [R, S, N, L], the second as 1 or 0."""
+    place = tl.max_contiguous(y * stride_h + x * stride_w, [1, 1, 2, 4])
+    raw = tl.load(pointer + place, mask=inside, other=0).to(tl.int64)
+    label, counts = checked_labels(raw, inside, classes, ignore_index)
+    return label, counts.to(tl.int32)
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 // Integer atomics: sums and minima of integers do not depend on their order, so the result is
 // deterministic. Memory bound: 1, 4 or 8 bytes per pixel.
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -65,21 +64,20 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Label>
-void launch(const Tensor& target, int64_t num_classes, int64_t ignore_index,
-            unsigned long long* report, cudaStream_t stream) {
+void report_labels(const Tensor& target, int64_t num_classes, int64_t ignore_index,
+                   unsigned long long* report, cudaStream_t stream) {
   const int64_t count = target.numel();
   const int64_t blocks = (count + kThreads - 1) / kThreads;
   const auto grid = static_cast<unsigned int>(blocks < 1024 ? blocks : 1024);
-  label_report_kernel<Label><<<grid, kThreads, 0, stream>>>(
-      static_cast<const Label*>(target.const_data_ptr()),
-      Strides{target.stride(0), target.stride(1), target.stride(2)}, target.size(1),
-      target.size(2), count, num_classes, ignore_index, report);
-  check(cudaGetLastError(), "label_report: launch");
+  launch(label_report_kernel<Label>, grid, kThreads, 0, stream, "label_report",
+         static_cast<const Label*>(target.const_data_ptr()),
+         Strides{target.stride(0), target.stride(1), target.stride(2)}, target.size(1),
+         target.size(2), count, num_classes, ignore_index, report);
 }
 
 Tensor label_report(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
   STD_TORCH_CHECK(target.dim() == 3, "label_report: expected target [B, H, W]");
-  const torch::stable::accelerator::DeviceGuard guard(target.get_device_index());
+  const OnDevice device(target.get_device_index());
   const cudaStream_t stream = current_stream(target.get_device_index());
   Tensor out = torch::stable::new_empty(target, {3}, ScalarType::Long);
   auto* report = static_cast<unsigned long long*>(out.mutable_data_ptr());
@@ -89,13 +87,13 @@ Tensor label_report(const Tensor& target, int64_t num_classes, int64_t ignore_in
   if (target.numel() == 0) return out;
   switch (target.scalar_type()) {
     case ScalarType::Byte:
-      launch<uint8_t>(target, num_classes, ignore_index, report, stream);
+      report_labels<uint8_t>(target, num_classes, ignore_index, report, stream);
       break;
     case ScalarType::Int:
-      launch<int32_t>(target, num_classes, ignore_index, report, stream);
+      report_labels<int32_t>(target, num_classes, ignore_index, report, stream);
       break;
     case ScalarType::Long:
-      launch<int64_t>(target, num_classes, ignore_index, report, stream);
+      report_labels<int64_t>(target, num_classes, ignore_index, report, stream);
       break;
     default:
       STD_TORCH_CHECK(false, "target: expected uint8, int32 or int64");
@@ -105,7 +103,7 @@ Tensor label_report(const Tensor& target, int64_t num_classes, int64_t ignore_in
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(heteroakd_fast_c, CUDA, m) {
+HAKD_REGISTER(m) {
   m.impl("label_report", TORCH_BOX(&label_report));
 }
 

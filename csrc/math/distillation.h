@@ -22,7 +22,7 @@ namespace heteroakd {
 // Where the label is unlikely, e_label may be 0, and the textbook form has nothing to lose.
 template <typename F>
 HAKD_FN F negative_log_likelihood(F others, F label_e, F label_z_minus_m) {
-  const F ratio = others / label_e;
+  const F ratio = quotient(others, label_e);
   const auto confident = less(ratio, F(1));
   const F u = select(confident, F(1) + ratio, others + label_e);
   return log(u) + select(confident, ratio - (u - F(1)), F(0) - label_z_minus_m);
@@ -82,7 +82,7 @@ template <typename F>
 HAKD_FN Reliability<F> reliability(F teacher_e, F student_e, F inverse_tau) {
   const F a = (student_e - teacher_e) * inverse_tau * F(kLog2E);
   const F x = exp2(max(F(-1e30), F(0) - abs(a)));
-  const F larger = F(1) / (F(1) + x);
+  const F larger = reciprocal(F(1) + x);
   const F smaller = x * larger;
   const auto student_is_better = less(a, F(0));
   return {select(student_is_better, smaller, larger), select(student_is_better, larger, smaller)};
@@ -109,7 +109,7 @@ HAKD_FN F binary_cross_entropy(F z, M is_label) {
 template <typename F>
 HAKD_FN F class_reliability(F teacher_h, F student_h) {
   constexpr double eps = 1e-6;
-  return (student_h + F(eps)) / (teacher_h + student_h + F(2 * eps));
+  return quotient(student_h + F(eps), teacher_h + student_h + F(2 * eps));
 }
 
 // --- section 5: discrepancy and the term --------------------------------------------------------
@@ -134,7 +134,7 @@ HAKD_FN F class_discrepancy(F student_h, F mixed_h) {
 template <typename F>
 HAKD_FN F sigmoid(F z) {
   const F x = exp2(abs(z) * F(-kLog2E));
-  const F larger = F(1) / (F(1) + x);
+  const F larger = reciprocal(F(1) + x);
   return select(less(z, F(0)), x * larger, larger);
 }
 

@@ -17,6 +17,16 @@ namespace heteroakd {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Where dividing is not an operation of its own (CUDA), more special overloads take their place.
+template <typename F>
+HAKD_FN F reciprocal(F x) {
+  return F(1) / x;
+}
+template <typename F>
+HAKD_FN F quotient(F a, F b) {
+  return a / b;
+}
+
 // 2^x for x <= 127, at most 2 ulp; 0 or denormal below -126. NaN gives NaN; x must not be infinite.
 template <typename F>
 HAKD_FN F exp2_polynomial(F x) {

@@ -29,6 +29,11 @@ class Part:
     terms: dict[str, str]
     spec: LossSpec
 
+    @property
+    def maps(self) -> bool:
+        """Whether the maps of the call come from this run."""
+        return self.spec.maps and self.teacher is not None
+
     def on_label_grid(self, target: Tensor) -> bool:
         return self.logits.shape[2:] == target.shape[1:]
 

@@ -1,0 +1,10 @@
+#include "cells.cuh"
+
+namespace heteroakd::cuda {
+
+const Kernel& cells_ce_hetero() {
+  static constexpr Kernel kKernel = cells<Fixed<true, false, true>>("cells: ce, hetero");
+  return kKernel;
+}
+
+}  // namespace heteroakd::cuda

@@ -1,0 +1,10 @@
+#include "cells.cuh"
+
+namespace heteroakd::cuda {
+
+const Kernel& cells_ce_kd() {
+  static constexpr Kernel kKernel = cells<Fixed<true, true, false>>("cells: ce, kd");
+  return kKernel;
+}
+
+}  // namespace heteroakd::cuda

@@ -1,0 +1,10 @@
+#include "cells.cuh"
+
+namespace heteroakd::cuda {
+
+const Kernel& cells_ce_kd_hetero() {
+  static constexpr Kernel kKernel = cells<Fixed<true, true, true>>("cells: ce, kd, hetero");
+  return kKernel;
+}
+
+}  // namespace heteroakd::cuda

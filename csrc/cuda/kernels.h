@@ -1,0 +1,74 @@
+// The kernels as the operators see them: which there are, and how each is launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "pass.h"
+
+namespace heteroakd::cuda {
+
+// A way to run a pass. Results do not depend on it but for rounding.
+struct Kernel {
+  const char* name;
+  int32_t threads;         // of a block
+  int32_t pixels;          // neighbours that a lane has on the label grid
+  int32_t staged_models;   // whose logits lie in shared memory; 0: nothing does
+  void (*launch)(const Pass&, dim3 grid, int64_t shared_bytes, cudaStream_t);
+};
+
+// By terms, of the preset softmax-kl with mix = probs, forward kd, without label smoothing. float.
+const Kernel& cells_ce();
+const Kernel& cells_ce_kd();
+const Kernel& cells_ce_hetero();
+const Kernel& cells_ce_kd_hetero();
+// The same terms, all logits on the label grid; null where there are too many classes.
+const Kernel* labels_grid(int64_t classes, bool teacher);
+// Any terms, float or double.
+const Kernel& segments(bool wide);
+// H_s + dH over each image, where weight_axis = space.
+const Kernel& space_statistics(bool wide);
+
+// Bytes of shared memory that a warp needs besides the staged logits, and for each staged class.
+int64_t staging_bytes(int32_t models);
+int64_t staging_bytes_per_class(int32_t models);
+
+// sums.cu
+struct Finish {
+  const double* partials;  // [images * rows, kPartials]
+  int64_t rows;            // per image
+  int32_t images, classes;
+  bool weighted;   // ce's denominator is the sum of the labels' weights
+  bool knowledge;  // hetero's is the sum of the pixels' weights
+  bool per_image;  // hetero's is the number of images that have pixels, times classes
+  int32_t place[kTerms];
+  double* numerators;
+  double* denominators;
+  int64_t* report;  // valid pixels and labels out of range, or null
+};
+void launch_finish_sums(const Finish&, cudaStream_t);
+
+struct Combine {
+  const void* saved;  // [slots, B, C, chunks, kChunkRows + 1, width], float or double
+  bool wide;
+  int32_t slots;
+  int32_t place[kTerms];  // of each slot's scale
+  const double* scales;
+  int32_t batch, classes;
+  int64_t chunks;
+  Logits out;
+};
+void launch_combine_gradients(const Combine&, cudaStream_t);
+
+struct SpaceReduce {
+  const void* found;  // [B, rows, C, 2]
+  bool wide;
+  int64_t rows;
+  int32_t batch, classes;
+  void* shift;   // [B, C]
+  void* weight;  // [B, C]
+};
+void launch_reduce_space(const SpaceReduce&, cudaStream_t);
+
+}  // namespace heteroakd::cuda

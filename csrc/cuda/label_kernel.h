@@ -1,0 +1,325 @@
+// The usual terms (ce, forward kd, hetero of the preset softmax-kl) with all logits on the label grid.
+//
+// Memory bound: each logit is read once and, backward, each gradient written once. So a thread
+// fetches all classes of its S pixels into shared memory first, every copy in flight at once, and
+// the loops over classes work there, where nobody else looks: no barrier. S = 4 (16 bytes a load)
+// where few classes leave room for enough warps, else 1.
+//
+//     maxima       exact, per pixel
+//     statistics   and z becomes what the last loop needs: e_s and e_t backward, a_s and e_t forward
+//     pixel        reliability, discrepancy, values, coefficients of the gradients
+//     late         forward: sum_c m_c (log2 m_c - log2 p_s,c)
+//     gradients    backward, when the terms' scales are known: all terms in two coefficients and
+//                  the label's own, g_c = student e_s,c - other e_t,c + ce_c
+//
+// Cost per pixel and class for ce + hetero in fp32: forward 8 bytes and about 40 instructions with 3
+// special functions, backward 12 bytes and 42 with 2 (19 classes; docs/cuda.md). On an H100 memory
+// takes 1.8 and 2.7 times as long as issuing them.
+#pragma once
+
+#include "copy.h"
+#include "runtime.h"
+#include "segment_pass.h"
+#include "warp_sums.h"
+
+namespace heteroakd::cuda {
+
+constexpr int kLabelThreads = 64;
+
+// S floats of a thread in shared memory.
+template <int S>
+struct Pixels;
+template <>
+struct Pixels<1> {
+  float v[1];
+};
+template <>
+struct alignas(16) Pixels<4> {
+  float v[4];
+};
+
+template <class Set, int S, bool kGrad>
+class LabelPass {
+  static constexpr int kModels = Set::kTeacher ? 2 : 1;
+
+ public:
+  // memory: [C][kModels][threads] of Pixels<S>, of which this thread's.
+  HAKD_DEVICE LabelPass(const Pass& pass, const Numbers<float>& numbers, int32_t image, int32_t y,
+                        int32_t x, bool exists, Pixels<S>* memory)
+      : p(pass), n(numbers), memory_(memory), image_(image), y_(y), x_(x) {
+    wide_ = exists ? p.label_width - x : 0;
+    wide_ = wide_ < S ? wide_ : S;
+  }
+
+  HAKD_DEVICE void run(Sums<float>& sums) {
+    fetch(0, p.student);
+    if (Set::kTeacher) fetch(1, p.teacher);
+    int32_t label[1][S];
+    load_labels(p, image_, y_, x_, wide_ > 0 ? 1 : 0, wide_, label, sums.valid, sums.bad);
+    copies_arrived();
+    bool every = true;
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      label_[i] = label[0][i];
+      every = every && label_[i] >= 0;
+    }
+    // Nothing of an invalid pixel may come through, and there may be anything.
+    if (!every) blank();
+
+    float student_m[S], teacher_m[S], student_label[S], teacher_label[S];
+    maxima(0, student_m);
+    label_logits(0, student_m, student_label);
+    if (Set::kTeacher) {
+      maxima(1, teacher_m);
+      label_logits(1, teacher_m, teacher_label);
+    }
+    Statistics<float> s[S];
+    switch (power()) {
+      case 1: statistics<1>(student_m, teacher_m, s); break;
+      case 2: statistics<2>(student_m, teacher_m, s); break;
+      default: statistics<0>(student_m, teacher_m, s);
+    }
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      bool valid = label_[i] >= 0;
+      const Totals<float> t = totals_of<Set, false>(
+          p, s[i], student_label[i], knowledge<Set>(p) ? teacher_label[i] : 0.0f, valid);
+      const CrossEntropyCoefficients<float> ce = cross_entropy_pixel<Set>(
+          p, n, s[i], t, 0.0f, valid ? label_[i] : 0, valid, sums);
+      ce_hard_[i] = ce.hard;
+      ce_label_[i] = ce.label;
+      student_[i] = other_[i] = 0.0f;
+      if (Set::kd(p) != KdDivergence::kNone) {
+        const PairCoefficients<float> kd = kd_forward_pixel(n, t, valid, sums);
+        student_[i] = kd.student;
+        other_[i] = kd.other;
+      }
+      if (!knowledge<Set>(p)) continue;
+      const HeteroCoefficients<float> k = hetero_probs_pixel(p, n, t, valid, sums);
+      student_[i] += k.student;
+      other_[i] = fma(k.other, k.teacher_weight, other_[i]);
+      weight_[i] = k.other;
+      teacher_weight_[i] = k.teacher_weight;
+      student_weight_[i] = k.student_weight;
+      late_[i] = t.student_log2;
+      if (!kGrad && p.maps && i < wide_) write_maps(p, image_, y_, x_ + i, valid, k.r_t, k.d);
+    }
+    if (kGrad) {
+      switch (power()) {
+        case 1: gradients<1>(); break;
+        case 2: gradients<2>(); break;
+        default: gradients<0>();
+      }
+    } else if (knowledge<Set>(p) && p.hetero_term) {
+      find_late();
+      const float factor = static_cast<float>(kLn2) * n.temperature;
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        sums.of_term[kHetero] += label_[i] >= 0 ? weight_[i] * factor * late_[i] : 0.0f;
+      }
+    }
+  }
+
+ private:
+  HAKD_DEVICE int32_t power() const {
+    if (!soft<Set>(p)) return 1;
+    return p.power == 1 || p.power == 2 ? p.power : 0;
+  }
+
+  HAKD_DEVICE Pixels<S>& at(int32_t c, int m) const {
+    return memory_[(c * kModels + m) * kLabelThreads];
+  }
+
+  HAKD_DEVICE void fetch(int m, const Logits& model) const {
+    if (wide_ <= 0) {
+#pragma unroll 4
+      for (int32_t c = 0; c < p.classes; ++c) at(c, m) = {};
+      return;
+    }
+    int64_t place = image_ * model.batch_stride + y_ * model.row_stride + x_ * model.column_stride;
+    if (model.dtype == Dtype::kFloat && (S == 1 || model.vectors)) {
+#pragma unroll 4
+      for (int32_t c = 0; c < p.classes; ++c) {
+        start_copy<static_cast<int>(sizeof(Pixels<S>))>(&at(c, m),
+                                                        static_cast<const float*>(model.data) + place);
+        place += model.class_stride;
+      }
+    } else if (S == 4 && model.vectors) {
+#pragma unroll 4
+      for (int32_t c = 0; c < p.classes; ++c) {
+        *reinterpret_cast<float4*>(&at(c, m)) = load_four(model.data, model.dtype, place);
+        place += model.class_stride;
+      }
+    } else {
+#pragma unroll 4
+      for (int32_t c = 0; c < p.classes; ++c) {
+        Pixels<S> z;
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+          const int64_t next = i < wide_ ? i : 0;
+          z.v[i] = load_narrow(model.data, model.dtype, place + next * model.column_stride);
+        }
+        at(c, m) = z;
+        place += model.class_stride;
+      }
+    }
+  }
+
+  HAKD_DEVICE void blank() const {
+    for (int32_t c = 0; c < p.classes * kModels; ++c) {
+      Pixels<S>& z = memory_[c * kLabelThreads];
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        if (label_[i] < 0) z.v[i] = 0.0f;
+      }
+    }
+  }
+
+  HAKD_DEVICE void maxima(int m, float (&found)[S]) const {
+#pragma unroll
+    for (int i = 0; i < S; ++i) found[i] = -INFINITY;
+#pragma unroll 4
+    for (int32_t c = 0; c < p.classes; ++c) {
+      const Pixels<S> z = at(c, m);
+#pragma unroll
+      for (int i = 0; i < S; ++i) found[i] = max_or_nan(found[i], z.v[i]);
+    }
+  }
+
+  HAKD_DEVICE void label_logits(int m, const float (&maximum)[S], float (&found)[S]) const {
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      found[i] = label_[i] < 0 ? 0.0f : at(label_[i], m).v[i] - maximum[i];
+    }
+  }
+
+  // e at T = 1 from a and e at T.
+  template <int kPower>
+  HAKD_DEVICE float hard(float a, float e) const {
+    if (kPower == 0) return exp2(a * n.hard_exponent);
+    return kPower == 2 ? e * e : e;
+  }
+
+  template <int kPower>
+  HAKD_DEVICE void statistics(const float (&student_m)[S], const float (&teacher_m)[S],
+                              Statistics<float> (&s)[S]) const {
+#pragma unroll
+    for (int i = 0; i < S; ++i) s[i] = no_statistics<float>();
+    const float least = -2e38f / max(n.scale, 1.4427f);
+#pragma unroll 2
+    for (int32_t c = 0; c < p.classes; ++c) {
+      Pixels<S> student = at(c, 0);
+      Pixels<S> teacher;
+      if (Set::kTeacher) teacher = at(c, 1);
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        const bool is_label = label_[i] == c;
+        const float a_s = max_or_nan(least, student.v[i] - student_m[i]) * n.scale;
+        const float e_s = exp2(a_s);
+        s[i].student_total += e_s;
+        const float h_s = hard<kPower>(a_s, e_s);
+        if (!is_label) s[i].student_others += h_s;
+        // The general power is found anew from a.
+        student.v[i] = kGrad && kPower != 0 ? e_s : a_s;
+        if (!Set::kTeacher) continue;
+        const float a_t = max_or_nan(least, teacher.v[i] - teacher_m[i]) * n.scale;
+        const float e_t = exp2(a_t);
+        s[i].teacher_total += e_t;
+        s[i].difference = fma(e_t, a_t - a_s, s[i].difference);
+        if (knowledge<Set>(p)) {
+          const float h_t = hard<kPower>(a_t, e_t);
+          if (!is_label) s[i].teacher_others += h_t;
+        }
+        teacher.v[i] = e_t;
+      }
+      at(c, 0) = student;
+      if (Set::kTeacher) at(c, 1) = teacher;
+    }
+  }
+
+  HAKD_DEVICE void find_late() {
+#pragma unroll 2
+    for (int32_t c = 0; c < p.classes; ++c) {
+      const Pixels<S> student = at(c, 0);  // a_s
+      const Pixels<S> teacher = at(c, 1);  // e_t
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        const float weighted = teacher_weight_[i] * teacher.v[i];
+        const float m = mixed_target(1.0f, weighted, student_weight_[i], exp2(student.v[i]));
+        const float log2_m = fast_log2(max_or_nan(m, static_cast<float>(kSmallestNormal)));
+        late_[i] = fma(m, log2_m - student.v[i], late_[i]);
+      }
+    }
+  }
+
+  template <int kPower>
+  HAKD_DEVICE void gradients() const {
+    const Logits& out = p.gradient;
+    int64_t place = image_ * out.batch_stride + y_ * out.row_stride + x_ * out.column_stride;
+#pragma unroll 2
+    for (int32_t c = 0; c < p.classes; ++c) {
+      const Pixels<S> student = at(c, 0);  // e_s, or a_s of a general power
+      Pixels<S> teacher;
+      if (Set::kTeacher) teacher = at(c, 1);
+      float g[S];
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        const float e_s = kPower == 0 ? exp2(student.v[i]) : student.v[i];
+        g[i] = label_[i] == c ? ce_label_[i] : ce_hard_[i] * hard<kPower>(student.v[i], e_s);
+        if (Set::kTeacher) {
+          g[i] += fnma(other_[i], teacher.v[i], student_[i] * e_s);
+        }
+        if (label_[i] < 0) g[i] = 0.0f;
+      }
+      store(place, g);
+      place += out.class_stride;
+    }
+  }
+
+  HAKD_DEVICE void store(int64_t place, const float (&g)[S]) const {
+    void* data = const_cast<void*>(p.gradient.data);
+    if constexpr (S == 4) {
+      if (p.gradient.vectors) {
+        if (wide_ > 0) store_four(data, p.gradient.dtype, place, g);
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      if (i >= wide_) continue;
+      store_logit(data, p.gradient.dtype, place + i * p.gradient.column_stride, g[i]);
+    }
+  }
+
+  const Pass& p;
+  const Numbers<float>& n;
+  Pixels<S>* memory_;
+  int32_t image_, y_, x_, wide_;
+  int32_t label_[S];
+  float ce_hard_[S], ce_label_[S], student_[S], other_[S];
+  float weight_[S], teacher_weight_[S], student_weight_[S], late_[S];
+};
+
+template <class Set, int S, bool kGrad>
+__global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_constant__ Pass p) {
+  HAKD_SHARED_MEMORY(float4, shared_memory);
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
+  constexpr int kWarps = kLabelThreads / kWarpSize;
+  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
+  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
+  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane, false);
+  const Numbers<float> n = numbers_of<Set, float>(p);
+  auto* memory = reinterpret_cast<Pixels<S>*>(shared_memory) + threadIdx.x;
+  Sums<float> sums = no_sums<float>();
+  const int32_t x = (column.cell + 1) * S;
+#pragma unroll 1
+  for (int32_t t = 0; t < kChunkRows; ++t) {
+    const int32_t y = column.chunk * kChunkRows + t;
+    const bool exists = column.exists && y < p.label_height;
+    LabelPass<Set, S, kGrad>(p, n, image, y, x, exists, memory).run(sums);
+  }
+  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, column.own, lane);
+}
+
+}  // namespace heteroakd::cuda

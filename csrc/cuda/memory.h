@@ -1,0 +1,93 @@
+// Loads and stores of any dtype. Offsets are 64 bits wide; the dtype is a value, not a template
+// argument: the branch is uniform, and an instance per pair of dtypes would be sixteen of each.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cells.h"
+#include "elementary.h"
+
+namespace heteroakd::cuda {
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+HAKD_DEVICE float bfloat16_from_bits(uint32_t bits) { return from_bits(bits << 16); }
+HAKD_DEVICE float half_from_bits(uint16_t bits) {
+  return static_cast<float>(Half(bits, Half::from_bits()));
+}
+
+// One logit of at most 32 bits.
+HAKD_DEVICE float load_narrow(const void* data, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::kFloat) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == Dtype::kBFloat16 ? bfloat16_from_bits(bits) : half_from_bits(bits);
+}
+
+// One logit, in the type of the arithmetic: the student's, whatever the teacher's.
+template <typename T>
+HAKD_DEVICE T load_logit(const void* data, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::kDouble) return static_cast<T>(static_cast<const double*>(data)[index]);
+  if (dtype == Dtype::kFloat) return static_cast<T>(static_cast<const float*>(data)[index]);
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return static_cast<T>(dtype == Dtype::kBFloat16 ? bfloat16_from_bits(bits)
+                                                  : half_from_bits(bits));
+}
+
+template <typename T>
+HAKD_DEVICE void store_logit(void* data, Dtype dtype, int64_t index, T value) {
+  switch (dtype) {
+    case Dtype::kDouble: static_cast<double*>(data)[index] = static_cast<double>(value); break;
+    case Dtype::kFloat: static_cast<float*>(data)[index] = static_cast<float>(value); break;
+    case Dtype::kHalf: static_cast<Half*>(data)[index] = Half(static_cast<float>(value)); break;
+    case Dtype::kBFloat16:
+      static_cast<BFloat16*>(data)[index] = BFloat16(static_cast<float>(value));
+      break;
+  }
+}
+
+// Labels of R x S pixels, of which high x wide exist: the index of a class, -1 where there is nothing
+// to learn. Counts those, and labels that are neither a class nor to be ignored.
+template <typename Raw, int R, int S>
+HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int32_t high, int32_t wide,
+                                int32_t (&label)[R][S], int32_t& valid, int32_t& bad) {
+  const Raw* row = static_cast<const Raw*>(p.target.data) + first;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const Raw* at = row;
+#pragma unroll
+    for (int s = 0; s < S; ++s) {
+      label[r][s] = -1;
+      if (r < high && s < wide) {
+        const auto raw = static_cast<int64_t>(*at);
+        const LabelKind kind = label_kind(raw, p.classes, p.ignore_index);
+        if (kind == LabelKind::kClass) {
+          label[r][s] = static_cast<int32_t>(raw);
+          valid += 1;
+        }
+        if (kind == LabelKind::kOutOfRange) bad += 1;
+      }
+      at += p.target.column_stride;
+    }
+    row += p.target.row_stride;
+  }
+}
+
+template <int R, int S>
+HAKD_DEVICE void load_labels(const Pass& p, int32_t image, int32_t y, int32_t x, int32_t high,
+                             int32_t wide, int32_t (&label)[R][S], int32_t& valid, int32_t& bad) {
+  const int64_t first = image * p.target.batch_stride + y * p.target.row_stride +
+                        x * p.target.column_stride;
+  switch (p.target.dtype) {
+    case LabelDtype::kUint8:
+      load_labels_as<uint8_t>(p, first, high, wide, label, valid, bad);
+      break;
+    case LabelDtype::kInt32:
+      load_labels_as<int32_t>(p, first, high, wide, label, valid, bad);
+      break;
+    default: load_labels_as<int64_t>(p, first, high, wide, label, valid, bad);
+  }
+}
+
+}  // namespace heteroakd::cuda

@@ -1,0 +1,103 @@
+// What one pass is, as plain data: the border between the operators (operators.cu) and the kernels,
+// which get it by value.
+//
+// Pixels, cells and who owns them: see cells.h.
+#pragma once
+
+#include <cstdint>
+
+namespace heteroakd::cuda {
+
+enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
+enum class LabelDtype : int32_t { kUint8, kInt32, kInt64 };
+enum class KdDivergence : int32_t { kNone, kForward, kReverse, kJs };
+enum class Hetero : int32_t { kNone, kSoftmaxKl, kPaper, kPaperSpace };
+enum class Mix : int32_t { kProbs, kLogits };
+
+// How the logits of a model lie under the pixels.
+enum class Source : int32_t {
+  kNone,
+  kCells,    // on the grid of cells: four corners serve all pixels of a thread
+  kGather,   // on another grid: four taps per pixel
+  kLabels,   // on the label grid: one tap per pixel
+};
+
+// The terms that the kernels know; `teacher_ce` is `ce` of a pass over the teacher's logits.
+enum Term : int32_t { kCe, kKd, kHetero, kFeature, kTerms };
+
+// Rows of cells that a warp walks down. The edge between two such chunks costs half a row of saved
+// gradients; more rows save little of that and leave a longer tail.
+constexpr int kChunkRows = 2;
+constexpr int kWarpSize = 32;
+
+// A block's row of `partials`, float64: numerators of the terms, then
+enum Partial : int32_t {
+  kWeightOfLabels = kTerms,  // denominator of ce with class weights
+  kHeteroWeight,             // denominator of hetero in the preset softmax-kl
+  kValid,
+  kBad,
+  kPartials
+};
+
+// Logits [B, C, height, width], strides in elements.
+struct Logits {
+  const void* data;
+  int64_t batch_stride, class_stride, row_stride, column_stride;
+  int32_t height, width;
+  Dtype dtype;
+  Source source;
+  bool vectors;  // four neighbours of a row can be moved at once, wherever the first is 4 k
+};
+
+// Labels [B, H, W], strides in elements.
+struct Labels {
+  const void* data;
+  int64_t batch_stride, row_stride, column_stride;
+  LabelDtype dtype;
+};
+
+struct Pass {
+  int32_t batch, classes, label_height, label_width;
+  Logits student, teacher;
+  Labels target;
+  int64_t ignore_index;
+  bool align_corners;
+
+  // How the cells of an image are cut: `columns` of cells, numbered through its chunks.
+  int32_t rows;        // of cells: height + 1; of labels where the student lies on their grid
+  int32_t per_row;     // cells of a row
+  int32_t columns;     // per_row times chunks
+  int32_t programs;    // blocks per image
+  int32_t rows_per_cell, columns_per_cell;  // most pixels of a cell along each axis
+  bool halo;           // the first lane of a warp repeats the cell before it
+
+  // what to compute
+  bool ce, feature, hetero_term, evaluation, maps, gradients;
+  KdDivergence kd;
+  Hetero hetero;  // also set for the maps alone
+  Mix mix;
+  int32_t power;  // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
+  double temperature, tau, kd_beta, smoothing;
+  const void* class_weight;  // [C] of the arithmetic's type, or null
+
+  // shared memory of a warp (staging.h): classes that lie there at a time, and its bytes
+  int32_t staged_classes;
+  int32_t warp_bytes;
+
+  // results
+  double* partials;  // [B * programs, kPartials]
+  void* maps_out;    // [2, B, H, W] of the arithmetic's type
+  int32_t slot[kTerms];  // which saved gradient a term adds to, -1: none
+  void* saved;       // [slots, B, C, chunks, kChunkRows + 1, width] of the arithmetic's type
+  // on the label grid: the gradient itself, in the dtype of the logits, and the terms' scales
+  Logits gradient;
+  const double* grad_numerators;
+  int32_t place[kTerms];  // of a term among grad_numerators, -1: none
+
+  // weight_axis = space
+  void* space_found;         // [B, programs, C, 2]: maximum and sum of H_s + dH, while collected
+  const void* space_shift;   // [B, C]: the maximum over an image's pixels
+  const void* space_weight;  // [B, C]: 1 / sum exp(H_s + dH - shift)
+};
+
+}  // namespace heteroakd::cuda

@@ -1,0 +1,253 @@
+// What is done once per pixel, between the loops over classes: sums over classes become values and
+// the coefficients of the gradients. The formulas are in ../math/distillation.h; here they stand in
+// the order of `kernels/distillation.py`: totals, cross entropy, kd, reliability, discrepancy, hetero.
+#pragma once
+
+#include "elementary.h"
+#include "memory.h"
+
+namespace heteroakd::cuda {
+
+// A bound may lie so far above the maximum that totals are no smaller than this.
+constexpr float kSmallestTotal = 2.3283064365386963e-10f;  // 2^-32
+
+// Which terms a kernel is compiled for. `Any` asks the call.
+struct Any {
+  HAKD_DEVICE static bool ce(const Pass& p) { return p.ce; }
+  HAKD_DEVICE static bool smoothing(const Pass& p) { return p.ce && p.smoothing != 0.0; }
+  HAKD_DEVICE static KdDivergence kd(const Pass& p) { return p.kd; }
+  HAKD_DEVICE static Hetero hetero(const Pass& p) { return p.hetero; }
+  HAKD_DEVICE static Mix mix(const Pass& p) { return p.mix; }
+  HAKD_DEVICE static bool feature(const Pass& p) { return p.feature; }
+  HAKD_DEVICE static bool teacher(const Pass& p) { return p.teacher.source != Source::kNone; }
+};
+
+// ce, forward kd, and hetero of the preset softmax-kl with mix = probs; a call may have fewer.
+template <bool kCe_, bool kKd_, bool kHetero_>
+struct Fixed {
+  HAKD_DEVICE static constexpr bool ce(const Pass&) { return kCe_; }
+  HAKD_DEVICE static constexpr bool smoothing(const Pass&) { return false; }
+  HAKD_DEVICE static constexpr KdDivergence kd(const Pass&) {
+    return kKd_ ? KdDivergence::kForward : KdDivergence::kNone;
+  }
+  HAKD_DEVICE static constexpr Hetero hetero(const Pass&) {
+    return kHetero_ ? Hetero::kSoftmaxKl : Hetero::kNone;
+  }
+  HAKD_DEVICE static constexpr Mix mix(const Pass&) { return Mix::kProbs; }
+  HAKD_DEVICE static constexpr bool feature(const Pass&) { return false; }
+  HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kKd_ || kHetero_; }
+  static constexpr bool kTeacher = kKd_ || kHetero_;
+};
+
+// What a set implies; names as in `kernels/distillation.py`.
+template <class Set>
+HAKD_DEVICE bool knowledge(const Pass& p) {
+  return Set::hetero(p) == Hetero::kSoftmaxKl;
+}
+template <class Set>
+HAKD_DEVICE bool pair(const Pass& p) {
+  return Set::kd(p) != KdDivergence::kNone || knowledge<Set>(p);
+}
+template <class Set>
+HAKD_DEVICE bool soft(const Pass& p) {
+  return pair<Set>(p) || Set::hetero(p) == Hetero::kPaper;
+}
+
+// Numbers of the call, in the type of the arithmetic.
+template <typename F>
+struct Numbers {
+  F temperature, inverse_tau, scale;  // scale: log2(e) / T, or log2(e) where no T is used
+  F to_logits;                        // 1 / scale
+  F hard_exponent;                    // e at T = 1 is e to this power
+  F term_scale[kTerms];               // of a term's gradient
+};
+
+template <class Set, typename F>
+HAKD_DEVICE Numbers<F> numbers_of(const Pass& p) {
+  Numbers<F> n;
+  const bool softened = soft<Set>(p);
+  n.temperature = static_cast<F>(p.temperature);
+  n.inverse_tau = F(1) / static_cast<F>(p.tau);
+  n.scale = softened ? F(kLog2E) / n.temperature : F(kLog2E);
+  n.to_logits = F(1) / n.scale;
+  n.hard_exponent = softened ? n.temperature : F(1);
+  for (int k = 0; k < kTerms; ++k) {
+    n.term_scale[k] = F(1);
+    if (p.grad_numerators != nullptr) {
+      n.term_scale[k] = p.place[k] >= 0 ? static_cast<F>(p.grad_numerators[p.place[k]]) : F(0);
+    }
+  }
+  return n;
+}
+
+// Sums over the classes of a pixel. a, e: see ../math/distillation.h.
+template <typename F>
+struct Statistics {
+  F student_total, teacher_total;    // sum e at T
+  F student_others, teacher_others;  // sum e at T = 1, without the label
+  F difference;                      // sum e_t (a_t - a_s)
+  F reverse;                         // sum e_s (a_s - a_t)
+  F weighted;                        // sum w_c a_s (label smoothing)
+};
+
+template <typename F>
+HAKD_DEVICE Statistics<F> no_statistics() {
+  return {F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
+}
+
+template <typename F>
+struct Totals {
+  F hard_total, hard_inverse, student_nll, teacher_nll;
+  F student_inverse, teacher_inverse, student_log2, teacher_log2;
+  F kl_teacher_student;
+};
+
+// student_label, teacher_label: z_label - m. Of an invalid pixel harmless numbers. kBounded: m is only
+// a bound of the logits, and a pixel for which it is too far above is made invalid here.
+template <class Set, bool kBounded, typename F>
+HAKD_DEVICE Totals<F> totals_of(const Pass& p, const Statistics<F>& s, F student_label,
+                                F teacher_label, bool& valid) {
+  const bool hard = Set::ce(p) || knowledge<Set>(p);
+  F student_e = F(0), teacher_e = F(0);
+  if (hard) student_e = exp2(max(F(-1e30), student_label) * F(kLog2E));
+  if (knowledge<Set>(p)) teacher_e = exp2(max(F(-1e30), teacher_label) * F(kLog2E));
+  if (kBounded) {
+    F least = F(1);
+    if (hard) least = min_number(least, s.student_others + student_e);
+    if (knowledge<Set>(p)) least = min_number(least, s.teacher_others + teacher_e);
+    if (soft<Set>(p)) least = min_number(least, s.student_total);
+    if (pair<Set>(p)) least = min_number(least, s.teacher_total);
+    valid = valid && least > F(kSmallestTotal);
+  }
+  Totals<F> t;
+  if (hard) {
+    t.hard_total = valid ? s.student_others + student_e : F(1);
+    t.hard_inverse = reciprocal(t.hard_total);
+    t.student_nll = negative_log_likelihood(s.student_others, student_e, student_label);
+    t.student_nll = valid ? t.student_nll : F(0);
+  }
+  if (knowledge<Set>(p)) {
+    t.teacher_nll = negative_log_likelihood(s.teacher_others, teacher_e, teacher_label);
+    t.teacher_nll = valid ? t.teacher_nll : F(0);
+  }
+  if (soft<Set>(p)) {
+    const F total = valid ? s.student_total : F(1);
+    t.student_inverse = reciprocal(total);
+    t.student_log2 = log2(total);
+  }
+  if (pair<Set>(p)) {
+    const F total = valid ? s.teacher_total : F(1);
+    t.teacher_inverse = reciprocal(total);
+    t.teacher_log2 = log2(total);
+    t.kl_teacher_student = kl(s.difference, t.teacher_inverse, t.teacher_log2, t.student_log2);
+  }
+  return t;
+}
+
+// Of the pixels of a thread.
+template <typename F>
+struct Sums {
+  F of_term[kTerms];
+  F weight_of_labels, hetero_weight;
+  int32_t valid, bad;
+};
+
+template <typename F>
+HAKD_DEVICE Sums<F> no_sums() {
+  return {{F(0), F(0), F(0), F(0)}, F(0), F(0), 0, 0};
+}
+
+template <typename F>
+HAKD_DEVICE F class_weight(const Pass& p, int32_t c) {
+  return p.class_weight == nullptr ? F(1) : static_cast<const F*>(p.class_weight)[c];
+}
+
+// Coefficients of a term's gradient; 0 where not valid.
+template <typename F>
+struct CrossEntropyCoefficients {
+  F hard;    // g_c = hard e_c at T = 1
+  F label;   // and of the label this
+  F soft, weight_sum, inverse;  // label smoothing: + soft (weight_sum e_c inverse - w_c)
+};
+
+template <class Set, typename F>
+HAKD_DEVICE CrossEntropyCoefficients<F> cross_entropy_pixel(const Pass& p, const Numbers<F>& n,
+                                                            const Statistics<F>& s,
+                                                            const Totals<F>& t, F weight_sum,
+                                                            int32_t label, bool valid,
+                                                            Sums<F>& sums) {
+  const bool smoothed = Set::smoothing(p);
+  const F smoothing = smoothed ? static_cast<F>(p.smoothing) : F(0);
+  const F label_weight = valid ? class_weight<F>(p, label) : F(0);
+  CrossEntropyWeights<F> w;
+  w.hard = (F(1) - smoothing) * label_weight;
+  w.soft = valid ? smoothing / static_cast<F>(p.classes) : F(0);
+  w.weight_sum = weight_sum;
+  F loss;
+  if (smoothed) {
+    loss = cross_entropy<true>(w, t.student_nll, log(t.hard_total), s.weighted * n.to_logits);
+  } else {
+    loss = cross_entropy<false>(w, t.student_nll, F(0), F(0));
+  }
+  sums.of_term[kCe] += valid ? loss : F(0);
+  sums.weight_of_labels += label_weight;
+  CrossEntropyCoefficients<F> k;
+  k.hard = n.term_scale[kCe] * w.hard * t.hard_inverse;
+  k.label = valid ? cross_entropy_gradient_numerator(true, F(0), s.student_others) * k.hard : F(0);
+  k.soft = n.term_scale[kCe] * w.soft;
+  k.weight_sum = weight_sum;
+  k.inverse = t.hard_inverse;
+  return k;
+}
+
+// g_c = student e_s,c - other * (what the divergence has in the place of e_t,c)
+template <typename F>
+struct PairCoefficients {
+  F student, other;
+};
+
+template <typename F>
+HAKD_DEVICE PairCoefficients<F> kd_forward_pixel(const Numbers<F>& n, const Totals<F>& t,
+                                                 bool valid, Sums<F>& sums) {
+  const F square = n.temperature * n.temperature;
+  sums.of_term[kKd] += valid ? square * t.kl_teacher_student : F(0);
+  const F on_student = valid ? n.temperature * n.term_scale[kKd] : F(0);
+  return {on_student * t.student_inverse, on_student * t.teacher_inverse};
+}
+
+// preset softmax-kl, mix = probs: m_c = teacher_weight e_t,c + student_weight e_s,c,
+// g_c = student e_s,c - other teacher_weight e_t,c; value = other T ln 2 sum_c m_c (log2 m_c -
+// log2 p_s,c) where gradients are not scaled.
+template <typename F>
+struct HeteroCoefficients {
+  F student, other, teacher_weight, student_weight;
+  F r_t, d;
+};
+
+template <typename F>
+HAKD_DEVICE HeteroCoefficients<F> hetero_probs_pixel(const Pass& p, const Numbers<F>& n,
+                                                     const Totals<F>& t, bool valid,
+                                                     Sums<F>& sums) {
+  const Reliability<F> r = reliability(t.teacher_nll, t.student_nll, n.inverse_tau);
+  const F d = discrepancy(t.kl_teacher_student);
+  const F weight = valid ? (p.evaluation ? d : F(1)) : F(0);
+  if (p.hetero_term) sums.hetero_weight += weight;
+  const F on_student = n.term_scale[kHetero] * n.temperature * weight;
+  return {on_student * r.teacher * t.student_inverse,
+          on_student,
+          r.teacher * t.teacher_inverse,
+          r.student * t.student_inverse,
+          r.teacher,
+          d};
+}
+
+template <typename F>
+HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, bool valid, F r_t,
+                            F d) {
+  const int64_t plane = static_cast<int64_t>(p.label_height) * p.label_width;
+  F* out = static_cast<F*>(p.maps_out) + image * plane + static_cast<int64_t>(y) * p.label_width + x;
+  out[0] = valid ? r_t : F(0);
+  out[p.batch * plane] = valid ? d : F(0);
+}
+
+}  // namespace heteroakd::cuda

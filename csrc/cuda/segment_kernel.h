@@ -1,0 +1,164 @@
+// The pass by segments: any terms, any grids, each pixel with its exact maximum (segment_pass.h).
+//
+// Student on cells: a lane walks over the pixels of its column of cells, S neighbours at a time.
+// Student on the label grid: a lane has S pixels of a row, then S of the row below. The loops over
+// classes read the logits two to four times, from the caches after the first.
+#pragma once
+
+#include "segment_pass.h"
+#include "warp_sums.h"
+
+namespace heteroakd::cuda {
+
+constexpr int kSegmentThreads = 128;
+
+// Labels of a segment whose first `wide` pixels exist (and are inside).
+template <typename F, int S>
+HAKD_DEVICE void read_labels(const Pass& p, int32_t image, int32_t wide, Segment<F, S>& at,
+                             Sums<F>& sums) {
+  int32_t label[1][S];
+  load_labels(p, image, at.y, at.x, wide > 0 ? 1 : 0, wide, label, sums.valid, sums.bad);
+#pragma unroll
+  for (int s = 0; s < S; ++s) {
+    at.label[s] = label[0][s];
+    at.inside[s] = s < wide;
+  }
+}
+
+template <typename F, int S>
+HAKD_DEVICE bool any_valid(const Segment<F, S>& at) {
+  bool any = false;
+#pragma unroll
+  for (int s = 0; s < S; ++s) any |= at.label[s] >= 0;
+  return __any_sync(kAllLanes, any);
+}
+
+// Calls f(segment, wide, cell_y, cell_x, rows), of which `wide` pixels exist, for every segment of a lane's column of cells, the same
+// number of times in every lane.
+template <typename F, int S, typename Function>
+HAKD_DEVICE void for_each_segment(const Pass& p, int32_t image, const Column& column,
+                                  const Function& f) {
+  if (p.student.source == Source::kLabels) {
+    const RowWriter<F> none = {};
+    for (int32_t t = 0; t < kChunkRows; ++t) {
+      Segment<F, S> at;
+      at.y = column.chunk * kChunkRows + t;
+      at.x = (column.cell + 1) * S;
+      at.fraction_y = F(0);
+#pragma unroll
+      for (int s = 0; s < S; ++s) at.fraction_x[s] = F(0);
+      const bool exists = column.exists && at.y < p.label_height;
+      f(at, exists ? p.label_width - at.x : 0, 0, 0, none);
+    }
+    return;
+  }
+  const Axis axis_y = axis_of(p.student.height, p.label_height, p.align_corners);
+  const Axis axis_x = axis_of(p.student.width, p.label_width, p.align_corners);
+  const int32_t j = column.cell;
+  const int32_t x_begin = cell_start(axis_x, j);
+  const int32_t x_end = cell_start(axis_x, j + 1);
+  const int32_t segments = (p.columns_per_cell + S - 1) / S;
+  for (int32_t t = 0; t < kChunkRows; ++t) {
+    const int32_t i = column.chunk * kChunkRows + t - 1;
+    const bool exists = column.exists && i < p.student.height;
+    const int32_t y_begin = cell_start(axis_y, i);
+    const int32_t y_end = cell_start(axis_y, i + 1);
+    RowWriter<F> rows = row_writer<F>(p, image, column, t);
+    for (int32_t step = 0; step < p.rows_per_cell * segments; ++step) {
+      Segment<F, S> at;
+      at.y = y_begin + step / segments;
+      at.x = x_begin + step % segments * S;
+      at.fraction_y = fraction_in_cell<F>(axis_y, at.y, i);
+#pragma unroll
+      for (int s = 0; s < S; ++s) at.fraction_x[s] = fraction_in_cell<F>(axis_x, at.x + s, j);
+      f(at, exists && at.y < y_end ? x_end - at.x : 0, i < p.student.height ? i : p.student.height - 1, j, rows);
+      rows.again = true;
+    }
+  }
+}
+
+template <typename F, class Set, int S>
+__global__ void __launch_bounds__(kSegmentThreads)
+    segment_kernel(const __grid_constant__ Pass p) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
+  constexpr int kWarps = kSegmentThreads / kWarpSize;
+  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
+  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
+  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
+                                  p.halo && lane == 0);
+  const Numbers<F> n = numbers_of<Set, F>(p);
+  Sums<F> sums = no_sums<F>();
+  for_each_segment<F, S>(
+      p, image, column,
+      [&](Segment<F, S>& at, int32_t wide, int32_t i, int32_t j, const RowWriter<F>& rows) {
+        read_labels(p, image, wide, at, sums);
+        if (!column.own) {  // of a halo: only the gradients are wanted
+#pragma unroll
+          for (int s = 0; s < S; ++s) at.inside[s] = false;
+        }
+        // Nothing to learn here: what must be written is zeros.
+        const bool writes = p.maps || (p.gradients && !rows.again);
+        if (!writes && !any_valid(at)) return;
+        SegmentPass<F, Set, S>(p, n, image, at, i, j).run(rows, sums);
+      });
+  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, column.own, lane);
+}
+
+// weight_axis = space: the softmax of H_s + dH over the valid pixels of each image and class. A warp
+// leaves its maximum and its sum; sums.cu brings an image's warps together. Two exponentials more per
+// pixel and class; a variant that is asked for by name, written for exactness and not for speed.
+constexpr double kLowest = -1e30;
+
+template <typename F, int S>
+__global__ void __launch_bounds__(kSegmentThreads)
+    space_kernel(const __grid_constant__ Pass p) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
+  constexpr int kWarps = kSegmentThreads / kWarpSize;
+  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
+  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
+  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
+                                  p.halo && lane == 0);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  for (int32_t c = 0; c < p.classes; ++c) {
+    F largest = F(kLowest);
+    F total = F(0);
+    for_each_segment<F, S>(
+        p, image, column,
+        [&](Segment<F, S>& at, int32_t wide, int32_t i, int32_t j, const RowWriter<F>&) {
+          Sums<F> unused = no_sums<F>();
+          read_labels(p, image, wide, at, unused);
+          const Under<F, S> student = under(p, p.student, image, at, i, j);
+          const Under<F, S> teacher = under(p, p.teacher, image, at, i, j);
+          F z_s[S], z_t[S];
+          read(p.student, student, c, true, at.label, z_s);
+          read(p.teacher, teacher, c, true, at.label, z_t);
+#pragma unroll
+          for (int s = 0; s < S; ++s) {
+            if (!column.own || at.label[s] < 0) continue;
+            const F strength = paper_class(z_s[s], z_t[s], at.label[s] == c).strength;
+            const F bound = max_or_nan(largest, strength);
+            total = fma(total, exp2((largest - bound) * F(kLog2E)),
+                        exp2((strength - bound) * F(kLog2E)));
+            largest = bound;
+          }
+        });
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      const F other = __shfl_down_sync(kAllLanes, largest, offset);
+      const F other_total = __shfl_down_sync(kAllLanes, total, offset);
+      const F bound = max_or_nan(largest, other);
+      total = total * exp2((largest - bound) * F(kLog2E)) +
+              other_total * exp2((other - bound) * F(kLog2E));
+      largest = bound;
+    }
+    if (lane == 0) {
+      F* out = static_cast<F*>(p.space_found) + (row * p.classes + c) * 2;
+      out[0] = largest;
+      out[1] = total;
+    }
+  }
+}
+
+}  // namespace heteroakd::cuda

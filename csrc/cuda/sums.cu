@@ -1,0 +1,171 @@
+// What the warps of a pass left, brought together; in one order, whatever ran first.
+//
+// finish_sums: a block per column of `partials`, which it reads once. combine_gradients: the sum over
+// terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
+// each saved gradient and writes the result once: 4 (K (kChunkRows + 1) / kChunkRows + 1) bytes per
+// logit, memory bound. reduce_space: the softmax's denominators of weight_axis = space.
+#include "kernels.h"
+#include "memory.h"
+#include "runtime.h"
+
+namespace heteroakd::cuda {
+namespace {
+
+constexpr int kSumThreads = 256;
+constexpr int kCombineThreads = 256;
+constexpr int kSpaceThreads = 64;
+
+// The sum over a block of kSumThreads, in the first thread. memory: a double per thread.
+HAKD_DEVICE double over_block(double x, double* memory) {
+  __syncthreads();  // whoever still reads what was there
+  memory[threadIdx.x] = x;
+  for (int half = kSumThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) memory[threadIdx.x] += memory[threadIdx.x + half];
+  }
+  return memory[0];
+}
+
+HAKD_DEVICE double column_sum(const double* column, int64_t rows) {
+  double sum = 0.0;
+  for (int64_t row = threadIdx.x; row < rows; row += kSumThreads) sum += column[row * kPartials];
+  return sum;
+}
+
+__global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_constant__ Finish f) {
+  HAKD_SHARED_MEMORY(double, memory);
+  const auto column = static_cast<int32_t>(blockIdx.x);
+  const double* first = f.partials + column;
+  const double total = over_block(column_sum(first, f.rows * f.images), memory);
+  double images_with_pixels = 0.0;
+  if (column == kHeteroWeight && f.per_image) {
+    for (int64_t image = 0; image < f.images; ++image) {
+      const double* valid = f.partials + image * f.rows * kPartials + kValid;
+      const double pixels = over_block(column_sum(valid, f.rows), memory);
+      images_with_pixels += pixels > 0.0 ? 1.0 : 0.0;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  const auto set = [&](double* out, int32_t place, double value) {
+    if (place >= 0) out[place] = value;
+  };
+  if (column < kTerms) set(f.numerators, f.place[column], total);
+  if (column == kWeightOfLabels && f.weighted) set(f.denominators, f.place[kCe], total);
+  if (column == kHeteroWeight && f.knowledge) set(f.denominators, f.place[kHetero], total);
+  if (column == kHeteroWeight && f.per_image) {
+    set(f.denominators, f.place[kHetero], images_with_pixels * f.classes);
+  }
+  if (column == kValid) {
+    if (!f.weighted) set(f.denominators, f.place[kCe], total);
+    if (!f.knowledge && !f.per_image) set(f.denominators, f.place[kHetero], total);
+    set(f.denominators, f.place[kKd], total);
+    set(f.denominators, f.place[kFeature], total);
+    if (f.report != nullptr) f.report[0] = static_cast<int64_t>(total);
+  }
+  if (column == kBad && f.report != nullptr) f.report[1] = static_cast<int64_t>(total);
+}
+
+// Four logits of a row of a plane per thread, so that what depends on the place is found once.
+constexpr int kCombined = 4;
+
+template <typename F>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_gradients_kernel(const __grid_constant__ Combine k) {
+  const int64_t width = k.out.width;
+  const int64_t plane = k.chunks * (kChunkRows + 1) * width;
+  const int64_t slot = plane * k.classes * k.batch;
+  const int64_t per_row = (width + kCombined - 1) / kCombined;
+  const int64_t per_plane = per_row * k.out.height;
+  const int64_t count = per_plane * k.classes * k.batch;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kCombineThreads;
+  F scale[kTerms];
+#pragma unroll
+  for (int s = 0; s < kTerms; ++s) {
+    scale[s] = s < k.slots ? static_cast<F>(k.scales[k.place[s]]) : F(0);
+  }
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x; at < count;
+       at += step) {
+    const int64_t channel = divide(at, per_plane);  // image * C + c
+    const int64_t in_plane = at - channel * per_plane;
+    const int64_t i = divide(in_plane, per_row);
+    const int64_t j = (in_plane - i * per_row) * kCombined;
+    // logits row i is the top of cell row i + 1 (counted from 0) and the bottom of the one above
+    const int64_t chunk = (i + 1) / kChunkRows;
+    const int64_t t = (i + 1) % kChunkRows;
+    const F* top = static_cast<const F*>(k.saved) + channel * plane +
+                   (chunk * (kChunkRows + 1) + t) * width + j;
+    // where a chunk begins, the bottom of the last chunk's last cell is a row of its own
+    const F* above = t == 0 && chunk > 0 ? top - width : nullptr;
+    F total[kCombined];
+#pragma unroll
+    for (int x = 0; x < kCombined; ++x) total[x] = F(0);
+#pragma unroll
+    for (int s = 0; s < kTerms; ++s) {
+      if (s >= k.slots) continue;
+#pragma unroll
+      for (int x = 0; x < kCombined; ++x) {
+        if (j + x >= width) continue;
+        F g = top[s * slot + x];
+        if (above != nullptr) g += above[s * slot + x];
+        total[x] += scale[s] * g;
+      }
+    }
+    const int64_t image = channel / k.classes;
+    const int64_t place = image * k.out.batch_stride +
+                          (channel - image * k.classes) * k.out.class_stride +
+                          i * k.out.row_stride + j * k.out.column_stride;
+#pragma unroll
+    for (int x = 0; x < kCombined; ++x) {
+      if (j + x >= width) continue;
+      store_logit(const_cast<void*>(k.out.data), k.out.dtype, place + x * k.out.column_stride,
+                  total[x]);
+    }
+  }
+}
+
+template <typename F>
+__global__ void __launch_bounds__(kSpaceThreads)
+    reduce_space_kernel(const __grid_constant__ SpaceReduce r) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kSpaceThreads + threadIdx.x;
+  if (at >= static_cast<int64_t>(r.batch) * r.classes) return;
+  const int64_t image = at / r.classes;
+  const F* found = static_cast<const F*>(r.found) + (image * r.rows * r.classes + at % r.classes) * 2;
+  F largest = F(-1e30);
+  double total = 0.0;  // over a million pixels
+  for (int64_t row = 0; row < r.rows; ++row) {
+    const F here = found[row * r.classes * 2];
+    const F part = found[row * r.classes * 2 + 1];
+    const F bound = max_or_nan(largest, here);
+    total = total * static_cast<double>(exp2((largest - bound) * F(kLog2E))) +
+            static_cast<double>(part * exp2((here - bound) * F(kLog2E)));
+    largest = bound;
+  }
+  static_cast<F*>(r.shift)[at] = largest;
+  static_cast<F*>(r.weight)[at] = static_cast<F>(1.0 / total);
+}
+
+}  // namespace
+
+void launch_finish_sums(const Finish& f, cudaStream_t stream) {
+  launch(finish_sums_kernel, dim3(kPartials), dim3(kSumThreads), kSumThreads * sizeof(double),
+         stream, "finish_sums", f);
+}
+
+void launch_combine_gradients(const Combine& k, cudaStream_t stream) {
+  const int64_t count = (static_cast<int64_t>(k.out.width) + kCombined - 1) / kCombined *
+                        k.out.height * k.classes * k.batch;
+  if (count == 0) return;
+  const int64_t blocks = (count + kCombineThreads - 1) / kCombineThreads;
+  const dim3 grid(static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20));
+  launch(k.wide ? combine_gradients_kernel<double> : combine_gradients_kernel<float>, grid,
+         dim3(kCombineThreads), 0, stream, "combine_gradients", k);
+}
+
+void launch_reduce_space(const SpaceReduce& r, cudaStream_t stream) {
+  const int64_t blocks = (static_cast<int64_t>(r.batch) * r.classes + kSpaceThreads - 1) /
+                         kSpaceThreads;
+  launch(r.wide ? reduce_space_kernel<double> : reduce_space_kernel<float>,
+         dim3(static_cast<unsigned>(blocks)), dim3(kSpaceThreads), 0, stream, "reduce_space", r);
+}
+
+}  // namespace heteroakd::cuda

@@ -1,0 +1,40 @@
+// The sums of a warp leave it as one row of `partials`; sums.cu brings the rows together.
+#pragma once
+
+#include "pixel.h"
+
+namespace heteroakd::cuda {
+
+// The sum over a warp's lanes, in one order; in the first lane.
+template <typename N>
+HAKD_DEVICE N over_warp(N x) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_down_sync(kAllLanes, x, offset);
+  }
+  return x;
+}
+
+// Every warp of the grid writes its row. own: whether the lane's pixels are its own, not a halo's.
+template <typename F>
+HAKD_DEVICE void write_sums(const Pass& p, int64_t row, const Sums<F>& sums, bool own,
+                            int32_t lane) {
+  const auto take = [&](F x) { return over_warp(own ? static_cast<double>(x) : 0.0); };
+  double of_term[kTerms];
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) of_term[k] = take(sums.of_term[k]);
+  const double weight_of_labels = take(sums.weight_of_labels);
+  const double hetero_weight = take(sums.hetero_weight);
+  const int32_t valid = over_warp(own ? sums.valid : 0);
+  const int32_t bad = over_warp(own ? sums.bad : 0);
+  if (lane != 0) return;
+  double* out = p.partials + row * kPartials;
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) out[k] = of_term[k];
+  out[kWeightOfLabels] = weight_of_labels;
+  out[kHeteroWeight] = hetero_weight;
+  out[kValid] = valid;
+  out[kBad] = bad;
+}
+
+}  // namespace heteroakd::cuda

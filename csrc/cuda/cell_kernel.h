@@ -71,7 +71,7 @@ class CellPass {
 
   HAKD_DEVICE void run(Sums<float>& sums) {
     staging_.begin(p, image_);
-    if (whole_) staging_.bring(p, image_, 0, p.classes, 0, kRows);
+    if (whole_) staging_.template bring<kRows>(p, image_, 0, p.classes, 0);
     const Axis axis_y = axis_of(p.student.height, p.label_height, p.align_corners);
     const Axis axis_x = axis_of(p.student.width, p.label_width, p.align_corners);
     const int32_t j = own_.cell;
@@ -147,7 +147,7 @@ class CellPass {
     for (int32_t begin = 0; begin < p.classes; begin += p.staged_classes) {
       const int32_t end =
           begin + p.staged_classes < p.classes ? begin + p.staged_classes : p.classes;
-      if (!whole_) staging_.bring(p, image_, begin, end, t, 2);
+      if (!whole_) staging_.template bring<2>(p, image_, begin, end, t);
       f(corner(t), begin, end);
     }
   }

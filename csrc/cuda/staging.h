@@ -13,8 +13,8 @@
 // (or infinite, or NaN) raises the flag of its place, and the pixels around are done with care
 // (pixels.h). Logits of 16 bits are widened here, once.
 //
-// Cost per logit and model: a load and a maximum, then a load, a multiply-add, a minimum, a maximum
-// and a store, and the addresses. Each is used by 4 cells of up to 16 pixels.
+// Cost per logit and model: a load, a maximum and a minimum, then a load, a multiply-add, a maximum and
+// a store, and two additions for each address. Each is used by 4 cells of up to 16 pixels.
 #pragma once
 
 #include "adjoint.h"
@@ -43,119 +43,143 @@ struct Region {
         logits(memory + (kModels + 1) * kPlane) {}
 };
 
-// Where the logits that a lane stages lie in a plane: its column, and the warp's last one, whose
-// rows the first lanes take.
-struct Places {
-  int64_t own[kRows];
-  int64_t last;
-  int32_t last_row;  // which of them, or -1
-};
-
 HAKD_DEVICE int32_t clamp(int32_t i, int32_t size) { return i < 0 ? 0 : i >= size ? size - 1 : i; }
 
-HAKD_DEVICE Places places_of(const Logits& model, const Column& own, const Column& last,
-                             int32_t lane) {
-  Places places;
-  for (int k = 0; k < kRows; ++k) {
-    const int32_t row = clamp(own.chunk * kChunkRows + k - 1, model.height);
-    places.own[k] = row * model.row_stride + clamp(own.cell, model.width) * model.column_stride;
-  }
-  places.last_row = lane < kRows ? lane : -1;
-  const int32_t row = clamp(last.chunk * kChunkRows + lane - 1, model.height);
-  places.last = row * model.row_stride + clamp(last.cell, model.width) * model.column_stride;
-  return places;
+// Where the logit of a column stands, in row k of its chunk.
+HAKD_DEVICE int64_t place_of(const Logits& model, const Column& column, int32_t k) {
+  return clamp(column.chunk * kChunkRows + k - 1, model.height) * model.row_stride +
+         clamp(column.cell, model.width) * model.column_stride;
 }
 
-// Walks through the classes of the logits that a lane stages. E: float, or uint16_t for both dtypes
-// of 16 bits.
+// E: float, or uint16_t for both dtypes of 16 bits.
+HAKD_DEVICE float widen(float z, bool) { return z; }
+HAKD_DEVICE float widen(uint16_t bits, bool is_half) {
+  return is_half ? half_from_bits(bits) : bfloat16_from_bits(bits);
+}
+
+// One model's logits of one image, and what a lane has to do with them.
 template <typename E>
-struct ClassCursor {
-  const E* own[kRows];
-  const E* last;
+struct Plane {
+  const E* first;  // of the image
   int64_t class_stride;
   bool is_half;
+  int32_t lane;
 
-  HAKD_DEVICE ClassCursor(const Logits& model, int64_t image, const Places& places, int32_t c)
-      : class_stride(model.class_stride), is_half(model.dtype == Dtype::kHalf) {
-    const E* first =
-        static_cast<const E*>(model.data) + (image * model.batch_stride + c * model.class_stride);
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) own[k] = first + places.own[k];
-    last = first + places.last;
-  }
-  HAKD_DEVICE void advance() {
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) own[k] += class_stride;
-    last += class_stride;
-  }
-  HAKD_DEVICE float value(const float* p) const { return *p; }
-  HAKD_DEVICE float value(const uint16_t* p) const {
-    return is_half ? half_from_bits(*p) : bfloat16_from_bits(*p);
-  }
+  HAKD_DEVICE Plane(const Logits& model, int64_t image, int32_t lane_index)
+      : first(static_cast<const E*>(model.data) + image * model.batch_stride),
+        class_stride(model.class_stride),
+        is_half(model.dtype == Dtype::kHalf),
+        lane(lane_index) {}
 };
 
-// Maxima over all classes.
+// Whether all classes of a logit are within the limit of their maximum; false where one is NaN.
+HAKD_DEVICE bool within(float smallest, float largest, float scale, float limit) {
+  return (largest - smallest) * scale <= limit;
+}
+
+// Maxima over all classes, and flags, of the rows of the lanes' columns.
 template <typename E>
-HAKD_DEVICE void stage_maxima(const Logits& model, int32_t classes, int64_t image,
-                              const Places& places, float* maxima, int32_t lane) {
-  float own[kRows];
-  float last = -INFINITY;
+HAKD_DEVICE void stage_maxima(const Plane<E>& plane, const Logits& model, int32_t classes,
+                              const Column& own, float scale, float limit, float* maxima,
+                              uint32_t* flags) {
+  float largest[kRows], smallest[kRows];
+  const E* at[kRows];
 #pragma unroll
-  for (int k = 0; k < kRows; ++k) own[k] = -INFINITY;
-  ClassCursor<E> at(model, image, places, 0);
+  for (int k = 0; k < kRows; ++k) {
+    largest[k] = -INFINITY;
+    smallest[k] = INFINITY;
+    at[k] = plane.first + place_of(model, own, k);
+  }
 #pragma unroll 4
   for (int32_t c = 0; c < classes; ++c) {
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) own[k] = max_number(own[k], at.value(at.own[k]));
-    if (places.last_row >= 0) last = max_number(last, at.value(at.last));
-    at.advance();
+    for (int k = 0; k < kRows; ++k) {
+      const float z = widen(*at[k], plane.is_half);
+      largest[k] = max_number(largest[k], z);
+      smallest[k] = min_or_nan(smallest[k], z);
+      at[k] += plane.class_stride;
+    }
   }
 #pragma unroll
-  for (int k = 0; k < kRows; ++k) maxima[k * kPitch + lane] = own[k];
-  if (places.last_row >= 0) maxima[places.last_row * kPitch + kWarpSize] = last;
+  for (int k = 0; k < kRows; ++k) {
+    maxima[k * kPitch + plane.lane] = largest[k];
+    if (!within(smallest[k], largest[k], scale, limit)) flags[k * kPitch + plane.lane] = 1;
+  }
 }
 
-// Rows [first_row, first_row + row_count) of the classes [begin, end) of one model; flags are added.
+// The same of the column behind the lanes', with the classes dealt out to the lanes.
 template <typename E>
-HAKD_DEVICE void stage_logits(const Logits& model, int64_t image, const Places& places,
-                              const float* maxima, float scale, float limit, int32_t begin,
-                              int32_t end, int32_t first_row, int32_t row_count, float* out,
-                              int32_t class_pitch, uint32_t* flags, int32_t lane) {
-  const int32_t last_row =
-      places.last_row >= first_row && places.last_row < first_row + row_count ? places.last_row : -1;
-  // (z - m) scale in one operation. That m scale is rounded shifts all classes of this logit alike,
-  // and a softmax does not see it.
-  float shift[kRows], lowest[kRows];
-#pragma unroll
+HAKD_DEVICE void stage_last_maxima(const Plane<E>& plane, const Logits& model, int32_t classes,
+                                   const Column& last, float scale, float limit, float* maxima,
+                                   uint32_t* flags) {
+#pragma unroll 1
   for (int k = 0; k < kRows; ++k) {
-    shift[k] = maxima[k * kPitch + lane] * scale;
-    lowest[k] = 0.0f;
+    const E* at = plane.first + place_of(model, last, k);
+    float largest = -INFINITY;
+    float smallest = INFINITY;
+#pragma unroll 1
+    for (int32_t c = plane.lane; c < classes; c += kWarpSize) {
+      const float z = widen(at[c * plane.class_stride], plane.is_half);
+      largest = max_number(largest, z);
+      smallest = min_or_nan(smallest, z);
+    }
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      largest = max_number(largest, __shfl_xor_sync(kAllLanes, largest, offset));
+      smallest = min_or_nan(smallest, __shfl_xor_sync(kAllLanes, smallest, offset));
+    }
+    if (plane.lane != 0) continue;
+    maxima[k * kPitch + kWarpSize] = largest;
+    if (!within(smallest, largest, scale, limit)) flags[k * kPitch + kWarpSize] = 1;
   }
-  const float last_shift = last_row >= 0 ? maxima[last_row * kPitch + kWarpSize] * scale : 0.0f;
-  float last_lowest = 0.0f;
-  ClassCursor<E> at(model, image, places, begin);
-#pragma unroll 2
+}
+
+// Rows [first_row, first_row + kCount) of the classes [begin, end). That m scale is rounded shifts all
+// classes of a logit alike, and a softmax does not see it.
+template <int kCount, typename E>
+HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const Column& own,
+                              const Column& last, const float* maxima, float scale, float limit,
+                              int32_t begin, int32_t end, int32_t first_row, float* out,
+                              int32_t class_pitch) {
+  const E* first = plane.first + begin * plane.class_stride;
+  const E* at[kCount];
+  float shift[kCount];
+  float* to = out + first_row * kPitch + plane.lane;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    at[k] = first + place_of(model, own, first_row + k);
+    shift[k] = maxima[(first_row + k) * kPitch + plane.lane] * scale;
+  }
+#pragma unroll 4
   for (int32_t c = begin; c < end; ++c) {
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (k < first_row || k >= first_row + row_count) continue;
-      const float a = fma(at.value(at.own[k]), scale, -shift[k]);
-      lowest[k] = min_or_nan(lowest[k], a);
-      out[k * kPitch + lane] = max_number(a, -limit);
+    for (int k = 0; k < kCount; ++k) {
+      const float a = fma(widen(*at[k], plane.is_half), scale, -shift[k]);
+      to[k * kPitch] = max_number(a, -limit);
+      at[k] += plane.class_stride;
     }
-    if (last_row >= 0) {
-      const float a = fma(at.value(at.last), scale, -last_shift);
-      last_lowest = min_or_nan(last_lowest, a);
-      out[last_row * kPitch + kWarpSize] = max_number(a, -limit);
+    to += class_pitch;
+  }
+#pragma unroll 1
+  for (int32_t row = first_row; row < first_row + kCount; ++row) {
+    const E* of_last = first + place_of(model, last, row);
+    const float last_shift = maxima[row * kPitch + kWarpSize] * scale;
+#pragma unroll 1
+    for (int32_t c = plane.lane; c < end - begin; c += kWarpSize) {
+      const float a = fma(widen(of_last[c * plane.class_stride], plane.is_half), scale, -last_shift);
+      out[c * class_pitch + row * kPitch + kWarpSize] = max_number(a, -limit);
     }
-    at.advance();
-    out += class_pitch;
   }
-#pragma unroll
-  for (int k = 0; k < kRows; ++k) {
-    if (!(lowest[k] >= -limit)) flags[k * kPitch + lane] = 1;
+}
+
+// Calls f(plane) with the element type of a model's logits.
+template <typename Function>
+HAKD_DEVICE void with_plane(const Logits& model, int64_t image, int32_t lane, const Function& f) {
+  if (model.dtype == Dtype::kFloat) {
+    f(Plane<float>(model, image, lane));
+  } else {
+    f(Plane<uint16_t>(model, image, lane));
   }
-  if (!(last_lowest >= -limit)) flags[last_row * kPitch + kWarpSize] = 1;
 }
 
 // What a warp needs to stage its logits at any time.
@@ -170,38 +194,32 @@ struct Staging {
 #pragma unroll
     for (int k = 0; k < kRows; ++k) region.flags[k * kPitch + lane] = 0;
     if (lane < kRows) region.flags[lane * kPitch + kWarpSize] = 0;
+    __syncwarp();
 #pragma unroll
     for (int m = 0; m < kModels; ++m) {
       const Logits& model = m == 0 ? p.student : p.teacher;
-      const Places places = places_of(model, own, last, lane);
       float* maxima = region.maxima + m * kPlane;
-      if (model.dtype == Dtype::kFloat) {
-        stage_maxima<float>(model, p.classes, image, places, maxima, lane);
-      } else {
-        stage_maxima<uint16_t>(model, p.classes, image, places, maxima, lane);
-      }
+      with_plane(model, image, lane, [&](const auto& plane) {
+        stage_maxima(plane, model, p.classes, own, scale, limit, maxima, region.flags);
+        stage_last_maxima(plane, model, p.classes, last, scale, limit, maxima, region.flags);
+      });
     }
     __syncwarp();
   }
 
   // Classes [begin, end) become the first ones of the region. The lanes have done with what was
   // there.
+  template <int kCount>
   HAKD_DEVICE void bring(const Pass& p, int64_t image, int32_t begin, int32_t end,
-                         int32_t first_row, int32_t row_count) const {
+                         int32_t first_row) const {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kModels; ++m) {
       const Logits& model = m == 0 ? p.student : p.teacher;
-      const Places places = places_of(model, own, last, lane);
-      const float* maxima = region.maxima + m * kPlane;
-      float* out = region.logits + m * kPlane;
-      if (model.dtype == Dtype::kFloat) {
-        stage_logits<float>(model, image, places, maxima, scale, limit, begin, end, first_row,
-                            row_count, out, kModels * kPlane, region.flags, lane);
-      } else {
-        stage_logits<uint16_t>(model, image, places, maxima, scale, limit, begin, end, first_row,
-                               row_count, out, kModels * kPlane, region.flags, lane);
-      }
+      with_plane(model, image, lane, [&](const auto& plane) {
+        stage_logits<kCount>(plane, model, own, last, region.maxima + m * kPlane, scale, limit,
+                             begin, end, first_row, region.logits + m * kPlane, kModels * kPlane);
+      });
     }
     __syncwarp();
   }

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import hypothesis
 import interpreter
 import pytest
+import shim_backend
 import torch
 
 interpreter.set_up()
+shim_backend.set_up()
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci")

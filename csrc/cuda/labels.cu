@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "../math/labels.h"
+#include "cells.h"
 #include "runtime.h"
 
 namespace heteroakd::cuda {
@@ -37,9 +37,10 @@ __global__ void __launch_bounds__(kThreads)
   unsigned long long first = kNone;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
-    const int64_t x = i % width;
-    const int64_t y = i / width % height;
-    const int64_t b = i / width / height;
+    const int64_t row = divide(i, width);
+    const int64_t x = i - row * width;
+    const int64_t b = divide(row, height);
+    const int64_t y = row - b * height;
     const auto label = static_cast<int64_t>(
         target[b * stride.batch + y * stride.row + x * stride.column]);
     const LabelKind kind = label_kind(label, num_classes, ignore_index);

@@ -18,6 +18,13 @@ HAKD_DEVICE float half_from_bits(uint16_t bits) {
   return static_cast<float>(Half(bits, Half::from_bits()));
 }
 
+// An element as it is stored; uint16_t stands for both dtypes of 16 bits.
+HAKD_DEVICE float widen(float z, bool) { return z; }
+HAKD_DEVICE double widen(double z, bool) { return z; }
+HAKD_DEVICE float widen(uint16_t bits, bool is_half) {
+  return is_half ? half_from_bits(bits) : bfloat16_from_bits(bits);
+}
+
 // One logit of at most 32 bits.
 HAKD_DEVICE float load_narrow(const void* data, Dtype dtype, int64_t index) {
   if (dtype == Dtype::kFloat) return static_cast<const float*>(data)[index];

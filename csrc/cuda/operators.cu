@@ -35,6 +35,8 @@ using torch::stable::Tensor;
 
 // Of a block: what every device has without being asked for more, four times on a multiprocessor.
 constexpr int64_t kSharedBytes = 48 * 1024;
+// What a block may ask for on any device of these architectures.
+constexpr int64_t kMostSharedBytes = 99 * 1024;
 
 // The options of a call, by the names of the schema.
 struct Options {
@@ -288,7 +290,10 @@ class Run {
     const int64_t warps = kernel_->threads / kWarpSize;
     const int64_t lanes = kWarpSize - (pass_.halo ? 1 : 0);
     pass_.programs = narrow(ceil_div(pass_.columns, warps * lanes), "blocks of an image");
-    if (!cells) return;
+    if (!cells) {
+      hold_pixels();
+      return;
+    }
     const int32_t models = kernel_->staged_models;
     const int64_t room = kSharedBytes / warps / 16 * 16 - staging_bytes(models);
     const int64_t most = room / staging_bytes_per_class(models);
@@ -298,6 +303,15 @@ class Run {
         ceil_div(staging_bytes(models) + pass_.staged_classes * staging_bytes_per_class(models),
                  16) * 16,
         "shared memory");
+  }
+
+  // The kernel by segments holds its pixels in shared memory where they fit.
+  void hold_pixels() {
+    if (kernel_ != &segments(wide_)) return;
+    const int64_t models = pass_.teacher.source == Source::kNone ? 1 : 2;
+    const int64_t bytes = kWarpSize * pass_.classes * models * kernel_->pixels * (wide_ ? 8 : 4);
+    if (bytes * (kernel_->threads / kWarpSize) > kMostSharedBytes) return;
+    pass_.warp_bytes = static_cast<int32_t>(bytes);
   }
 
   // ce, forward kd, and hetero of the preset softmax-kl, in float.

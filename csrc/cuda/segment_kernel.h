@@ -1,16 +1,16 @@
 // The pass by segments: any terms, any grids, each pixel with its exact maximum (segment_pass.h).
 //
 // Student on cells: a lane walks over the pixels of its column of cells, S neighbours at a time.
-// Student on the label grid: a lane has S pixels of a row, then S of the row below. The loops over
-// classes read the logits two to four times, from the caches after the first.
+// Student on the label grid: a lane has S pixels of a row, then S of the row below.
 #pragma once
 
+#include "runtime.h"
 #include "segment_pass.h"
 #include "warp_sums.h"
 
 namespace heteroakd::cuda {
 
-constexpr int kSegmentThreads = 128;
+constexpr int kSegmentThreads = 64;
 
 // Labels of a segment whose first `wide` pixels exist (and are inside).
 template <typename F, int S>
@@ -80,6 +80,10 @@ HAKD_DEVICE void for_each_segment(const Pass& p, int32_t image, const Column& co
 template <typename F, class Set, int S>
 __global__ void __launch_bounds__(kSegmentThreads)
     segment_kernel(const __grid_constant__ Pass p) {
+  HAKD_SHARED_MEMORY(float4, shared_memory);
+  Held<F, S>* held = p.warp_bytes == 0
+                         ? nullptr
+                         : reinterpret_cast<Held<F, S>*>(shared_memory) + threadIdx.x;
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
   const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
   constexpr int kWarps = kSegmentThreads / kWarpSize;
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
         // Nothing to learn here: what must be written is zeros.
         const bool writes = p.maps || (p.gradients && !rows.again);
         if (!writes && !any_valid(at)) return;
-        SegmentPass<F, Set, S>(p, n, image, at, i, j).run(rows, sums);
+        SegmentPass<F, Set, S>(p, n, image, at, i, j, held, kSegmentThreads).run(rows, sums);
       });
   write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, column.own, lane);
 }

@@ -1,7 +1,9 @@
 // Every term, for the pixels of a segment: the loops over classes with each pixel's exact maximum.
 //
 // This is the kernel for what has no faster one (docs/cuda.md says which calls those are), and for
-// the pixels that the faster one hands over. Loops, each of which reads the logits again:
+// the pixels that the faster one hands over. Where all classes of a thread's pixels fit into shared
+// memory they are interpolated once and held there, where nobody else looks (no barrier); otherwise
+// each loop reads and interpolates the logits again. Loops:
 //
 //     maxima       and whether all logits are finite
 //     statistics   what softmax, KL and reliability need to know of a pixel
@@ -67,8 +69,9 @@ template <typename F, class Set, int S>
 class SegmentPass {
  public:
   HAKD_DEVICE SegmentPass(const Pass& pass, const Numbers<F>& numbers, int32_t image,
-                          const Segment<F, S>& segment, int32_t cell_y, int32_t cell_x)
-      : p(pass), n(numbers), at(segment), image_(image) {
+                          const Segment<F, S>& segment, int32_t cell_y, int32_t cell_x,
+                          Held<F, S>* held, int32_t held_stride)
+      : p(pass), n(numbers), at(segment), image_(image), held_(held), held_stride_(held_stride) {
     student_ = under(p, p.student, image, at, cell_y, cell_x);
     if (Set::teacher(p)) teacher_ = under(p, p.teacher, image, at, cell_y, cell_x);
   }
@@ -118,11 +121,28 @@ class SegmentPass {
     return probs(p) || (Set::hetero(p) == Hetero::kPaperSpace && p.hetero_term);
   }
 
+  // held: [C][models][threads], of which this thread's; null: nothing is held.
+  HAKD_DEVICE Held<F, S>& held(int32_t c, int m) const {
+    return held_[(Set::teacher(p) ? 2 * c + m : c) * held_stride_];
+  }
   HAKD_DEVICE void read_student(int32_t c, F (&z)[S]) const {
-    read(p.student, student_, c, careful_, at.label, z);
+    if (held_ == nullptr) return read(p.student, student_, c, careful_, at.label, z);
+    const Held<F, S> h = held(c, 0);
+#pragma unroll
+    for (int i = 0; i < S; ++i) z[i] = h.v[i];
   }
   HAKD_DEVICE void read_teacher(int32_t c, F (&z)[S]) const {
-    read(p.teacher, teacher_, c, careful_, at.label, z);
+    if (held_ == nullptr) return read(p.teacher, teacher_, c, careful_, at.label, z);
+    const Held<F, S> h = held(c, 1);
+#pragma unroll
+    for (int i = 0; i < S; ++i) z[i] = h.v[i];
+  }
+  HAKD_DEVICE void hold(int32_t c, int m, const F (&z)[S]) const {
+    if (held_ == nullptr) return;
+    Held<F, S> h;
+#pragma unroll
+    for (int i = 0; i < S; ++i) h.v[i] = z[i];
+    held(c, m) = h;
   }
   HAKD_DEVICE F student_a(F z, int i) const { return exactly_scaled(z, student_m_[i], n.scale); }
   HAKD_DEVICE F teacher_a(F z, int i) const { return exactly_scaled(z, teacher_m_[i], n.scale); }
@@ -143,14 +163,16 @@ class SegmentPass {
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
       F z[S];
-      read_student(c, z);
+      read(p.student, student_, c, careful_, at.label, z);
+      hold(c, 0, z);
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         student_m_[i] = max_or_nan(student_m_[i], z[i]);
         trace += z[i] * much;
       }
       if (!Set::teacher(p)) continue;
-      read_teacher(c, z);
+      read(p.teacher, teacher_, c, careful_, at.label, z);
+      hold(c, 1, z);
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         teacher_m_[i] = max_or_nan(teacher_m_[i], z[i]);
@@ -213,12 +235,7 @@ class SegmentPass {
   // z_label - m. -inf stays -inf: the loss of a label on a masked class is infinite.
   HAKD_DEVICE F label_logit(const Logits& model, const Under<F, S>& u, const F (&m)[S], int i) const {
     if (at.label[i] < 0) return F(0);
-    const F z = careful_ || model.source != Source::kLabels
-                    ? read_pixel_carefully(model, u, at.label[i], i)
-                    : load_logit<F>(model.data, model.dtype,
-                                    u.top + at.label[i] * model.class_stride +
-                                        u.left[i] * model.column_stride);
-    return z - m[i];
+    return read_pixel_carefully(model, u, at.label[i], i) - m[i];
   }
 
   // Jensen-Shannon: sum_c p_c (log2 p_c - log2 m_c) of the student and of the teacher.
@@ -524,6 +541,8 @@ class SegmentPass {
   const Numbers<F>& n;
   const Segment<F, S>& at;
   int32_t image_;
+  Held<F, S>* held_;
+  int32_t held_stride_;
   bool careful_ = false;
   Under<F, S> student_, teacher_;
   F student_m_[S], teacher_m_[S];

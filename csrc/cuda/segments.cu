@@ -10,8 +10,9 @@ constexpr int kPixels = 4;      // float: 16 bytes
 constexpr int kWidePixels = 2;  // double
 
 template <auto kKernel>
-void start(const Pass& pass, dim3 grid, int64_t, cudaStream_t stream) {
-  launch(kKernel, grid, dim3(kSegmentThreads), 0, stream, "distillation", pass);
+void start(const Pass& pass, dim3 grid, int64_t shared_bytes, cudaStream_t stream) {
+  launch(kKernel, grid, dim3(kSegmentThreads), static_cast<size_t>(shared_bytes), stream,
+         "distillation", pass);
 }
 
 constexpr Kernel kSegments = {"segments", kSegmentThreads, kPixels, 0,

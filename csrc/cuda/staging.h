@@ -51,13 +51,8 @@ HAKD_DEVICE int64_t place_of(const Logits& model, const Column& column, int32_t 
          clamp(column.cell, model.width) * model.column_stride;
 }
 
-// E: float, or uint16_t for both dtypes of 16 bits.
-HAKD_DEVICE float widen(float z, bool) { return z; }
-HAKD_DEVICE float widen(uint16_t bits, bool is_half) {
-  return is_half ? half_from_bits(bits) : bfloat16_from_bits(bits);
-}
-
-// One model's logits of one image, and what a lane has to do with them.
+// One model's logits of one image, and what a lane has to do with them. E: float, or uint16_t for both
+// dtypes of 16 bits.
 template <typename E>
 struct Plane {
   const E* first;  // of the image

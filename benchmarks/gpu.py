@@ -298,12 +298,32 @@ def _run_benchmarks(context: Context) -> Result:
     return Result(status, details)
 
 
+def _order_commands(context: Context) -> list[list[str]]:
+    return [_python("-m", "benchmarks.order", str(context.output / "results.json"))]
+
+
+def _run_order(context: Context) -> Result:
+    """Which of two backends is faster, by kind of call: an entry for `backends/order.json`."""
+    if "results" not in context.earlier.get("benchmarks", {}):
+        return Result("skipped", {"reason": "no benchmarks in this run"})
+    ran = execute(_order_commands(context)[0], context.limit)
+    if ran.code == 1:
+        return Result("skipped", {"reason": "no case that two compiled backends did"})
+    if judge(ran) != "passed":
+        return Result(judge(ran), {"output": ran.tail})
+    return Result("passed", {"order": json.loads(ran.output)})
+
+
 def _tests(name: str, limit: float, *tests: str) -> Stage:
     return Stage(name, limit, _pytest_commands(name, tests), _run_pytest(name, tests))
 
 
 _ON_GPU: Final = ("tests/test_gpu.py", "-m", "gpu", "-k")
-_KERNELS: Final = ("tests/test_triton_kernels.py", "tests/test_projection.py")
+_KERNELS: Final = (
+    "tests/test_cuda_kernels.py",
+    "tests/test_triton_kernels.py",
+    "tests/test_projection.py",
+)
 
 
 STAGES: Final = (
@@ -314,6 +334,7 @@ STAGES: Final = (
     _tests("graphs", 60, *_ON_GPU, "graph"),
     Stage("sanitizer", 120, _sanitizer_commands, _run_sanitizer),
     Stage("benchmarks", float("inf"), _benchmark_commands, _run_benchmarks),
+    Stage("order", 20, _order_commands, _run_order),
 )
 
 
@@ -469,28 +490,37 @@ def _worker_kernels() -> int:
         "paper": {"hetero_weight": 1.0, "preset": "paper"},
         "space": {"hetero_weight": 1.0, "preset": "paper", "weight_axis": "space"},
     }
+    # grids of student and teacher: each way that kernels read logits
+    grids = {"gather": ((4, 6), (8, 3)), "cells": ((4, 5), (4, 5)), "labels": ((13, 17), (13, 17))}
+    calls = [
+        (name, grid, dtype)
+        for name in objectives
+        for grid in grids
+        for dtype in (torch.float32, torch.bfloat16)
+        if grid == "gather" or (name in ("kd", "hetero") and dtype == torch.float32)
+    ]
     ran: list[str] = []
     reasons: list[str] = []
-    for backend in backends.PREFERENCE["cuda"]:
-        for name, options in objectives.items():
-            for dtype in (torch.float32, torch.bfloat16):
-                torch.manual_seed(0)
-                # made on the CPU: the fewer of torch's own kernels, the faster the sanitizer
-                student = torch.randn(2, 5, 4, 6).to(dtype).to(device).requires_grad_()
-                teacher = torch.randn(2, 5, 8, 3).to(dtype).to(device)
-                teacher.requires_grad_("teacher_ce_weight" in options)
-                target = torch.randint(0, 5, (2, 13, 17))
-                target[0, :3] = 255
-                try:
-                    loss = functional.distillation_loss(
-                        student, teacher, target.to(device), backend=backend, **options
-                    ).loss
-                except BackendUnavailableError as error:
-                    reasons.append(str(error))
-                    break
-                loss.backward()
-                torch.cuda.synchronize()
-                ran.append(f"{backend} {name} {str(dtype).removeprefix('torch.')}")
+    for backend in backends.CANDIDATES["cuda"]:
+        for name, grid, dtype in calls:
+            options = objectives[name]
+            torch.manual_seed(0)
+            # made on the CPU: the fewer of torch's own kernels, the faster the sanitizer
+            student = torch.randn(2, 5, *grids[grid][0]).to(dtype).to(device).requires_grad_()
+            teacher = torch.randn(2, 5, *grids[grid][1]).to(dtype).to(device)
+            teacher.requires_grad_("teacher_ce_weight" in options)
+            target = torch.randint(0, 5, (2, 13, 17))
+            target[0, :3] = 255
+            try:
+                loss = functional.distillation_loss(
+                    student, teacher, target.to(device), backend=backend, **options
+                ).loss
+            except BackendUnavailableError as error:
+                reasons.append(str(error))
+                break
+            loss.backward()
+            torch.cuda.synchronize()
+            ran.append(f"{backend} {name} {grid} {str(dtype).removeprefix('torch.')}")
     if not ran:
         print("no compiled backend runs on this GPU: " + " ".join(dict.fromkeys(reasons)))
         return 3

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import _extension, backends
+from .backends.order import KINDS, order
 from .version import __version__
 
 __all__ = ["collect", "main"]
@@ -38,8 +39,9 @@ def collect() -> dict[str, Any]:
         },
         "backends": backends.available(),
         "preference": {
-            device: [*order, "reference"] for device, order in backends.PREFERENCE.items()
+            device: [*names, "reference"] for device, names in backends.CANDIDATES.items()
         },
+        "order": {kind: order("cuda", kind)._asdict() for kind in KINDS},
     }
 
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(report, indent=2))
         return 0
     for name, value in report.items():
-        if name in ("backends", "preference"):
+        if name in ("backends", "preference", "order"):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items()) or "-"
@@ -62,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, reason in report["backends"].items():
         print(f"  {name:10} {'works' if reason is None else 'cannot: ' + reason}")
     print("\nchosen by device, first that can run the call")
-    for device, order in report["preference"].items():
-        print(f"  {device:10} {' -> '.join(order)}")
+    for device, names in report["preference"].items():
+        if device != "cuda":
+            print(f"  {device:10} {' -> '.join(names)}")
+    for kind, found in report["order"].items():
+        print(f"  {'cuda':10} {' -> '.join((*found['names'], 'reference'))} for {KINDS[kind]}:")
+        print(f"  {'':10} {found['reason']}")
     return 0
 
 

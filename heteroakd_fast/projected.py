@@ -441,7 +441,7 @@ def _choose(name: str, structure: dict[str, Any], device_type: str, wide: bool, 
     if name == "reference":
         return name
     # The interpreter computes on the CPU too, for tests; nobody should get it unasked.
-    if name == backends.AUTO and "triton" not in backends.PREFERENCE.get(device_type, ()):
+    if name == backends.AUTO and "triton" not in backends.CANDIDATES.get(device_type, ()):
         return "reference"
     if name not in (*_BACKENDS, _IF_POSSIBLE):
         reason: str | None = "it has no fused projection."

@@ -1,8 +1,8 @@
 """The CUDA kernels against the float64 oracle: on a GPU, or here through the shim (cuda_shim.py).
 
-Small shapes that cross every border there is: between cells, warps (31 columns each), blocks, chunks
-of rows, blocks of staged classes, and the edges of the picture. `test_cuda_compile.py` looks at what
-the compiler makes of the same sources.
+Small shapes that cross every border there is: between cells, warps (31 columns each), blocks,
+chunks of rows, blocks of staged classes, and the edges of the picture. `test_cuda_compile.py` looks
+at what the compiler makes of the same sources.
 """
 
 from __future__ import annotations
@@ -183,18 +183,14 @@ def test_16_bits_and_layouts(
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 @pytest.mark.parametrize("geometry", ["stride-4", "label-grid", "other-teacher"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_labels_and_class_weights(
-    geometry: str, label_dtype: torch.dtype, weighted: bool
-) -> None:
+def test_labels_and_class_weights(geometry: str, label_dtype: torch.dtype, weighted: bool) -> None:
     batch = make_batch(classes=4, dtype=F32, label_dtype=label_dtype, **GEOMETRIES[geometry])
     weight = torch.tensor([0.5, 2.0, 0.0, 1.5], device=DEVICE) if weighted else None
     got = run(batch, class_weight=weight, **HETERO)
     weight = None if weight is None else weight.cpu()
     expected = truth(batch, 2.5, class_weight=weight, **HETERO)
     assert got.student_grad is not None
-    assert_matches(
-        got._replace(loss=got.loss.cpu(), student_grad=got.student_grad.cpu()), expected
-    )
+    assert_matches(got._replace(loss=got.loss.cpu(), student_grad=got.student_grad.cpu()), expected)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +228,8 @@ def test_same_bits_again(geometry: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 15.0, 60.0, 200.0, 1e4])
 @pytest.mark.parametrize("classes", [4, 40])
 def test_confident_logits(classes: int, scale: float, temperature: float) -> None:
-    """Where the corners' maxima lie far above a pixel's own, the bound would underflow; where logits
-    are further apart than the limit of staged ones, products of exponentials would."""
+    """Where the corners' maxima lie far above a pixel's own, the bound would underflow; where
+    logits are further apart than the limit of staged ones, products of exponentials would."""
     batch = make_batch(classes=classes, dtype=F32, **GEOMETRIES["stride-4"])
     batch = Batch(batch.student * scale, batch.teacher * scale, batch.target)
     check(batch, kd_weight=0.3, hetero_weight=1.0, temperature=temperature)

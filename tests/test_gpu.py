@@ -32,6 +32,7 @@ from common import (
 from torch import Tensor
 
 from heteroakd_fast import BackendUnavailableError, backends, functional
+from heteroakd_fast.backends.order import kind_of, order
 
 # cuBLAS asks for it in deterministic mode, which conftest.py turns on, and reads it when its
 # handle is made: before the first product of matrices is early enough.
@@ -41,7 +42,7 @@ F32 = torch.float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_GPU = torch.cuda.is_available()
 # By name and not by what is usable here: one that cannot run is a skip with its reason.
-COMPILED = backends.PREFERENCE["cuda"]
+COMPILED = backends.CANDIDATES["cuda"]
 EVERY = ("reference", *COMPILED)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 RESOLUTIONS: dict[str, dict[str, Any]] = {
@@ -276,7 +277,7 @@ def test_auto_takes_the_first_that_can(device: str, case: str) -> None:
     first = next(
         (
             name
-            for name in backends.PREFERENCE[device]
+            for name in order(device, kind_of(spec)).names
             if backends.available()[name] is None and not backends.get(name).unsupported(spec)
         ),
         "reference",

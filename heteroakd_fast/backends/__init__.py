@@ -1,12 +1,12 @@
 """Which code computes a pass: the registry of backends and the choice between them.
 
 A backend is chosen per call: the `backend=` argument, else the innermost `use_backend(...)`
-block, else the environment variable `HETEROAKD_BACKEND` (read at import), else the first in
-`PREFERENCE` for the tensors' device that can run the call. `reference` can always run. A backend
-asked for by name never falls back silently: it runs or says why not.
+block, else the environment variable `HETEROAKD_BACKEND` (read at import), else the first in the
+order for the tensors' device and the kind of call (`order.py`) that can run it. `reference` can
+always run. A backend asked for by name never falls back silently: it runs or says why not.
 
 Adding a backend: a module here with a class that has the methods of `Backend`, and one line in
-`_LOADERS` and `PREFERENCE`.
+`_LOADERS` and `order.CANDIDATES`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
+from .order import CANDIDATES, kind_of
+from .order import order as _order
 
 __all__ = [
     "AUTO",
-    "PREFERENCE",
+    "CANDIDATES",
     "Backend",
     "BackendUnavailableError",
     "ForwardResult",
     "available",
+    "explain",
     "get",
     "names",
     "select",
@@ -127,15 +130,6 @@ _LOADERS: Final[dict[str, str]] = {
     "cuda": "heteroakd_fast.backends.cuda",
 }
 
-# By device type; `reference` stands at the end of every list without being named. CUDA C++ comes
-# before Triton because it needs no compilation at the first call; to be replaced by a measured
-# table once both have kernels.
-PREFERENCE: Final[dict[str, tuple[str, ...]]] = {
-    "cpu": ("cpu",),
-    "cuda": ("cuda", "triton"),
-    "xpu": ("triton",),
-}
-
 
 @dataclass(eq=False)  # each block's own, whatever the name
 class _Request:
@@ -209,6 +203,17 @@ def select(requested: str | None, spec: LossSpec, device_type: str) -> str:
     return _choose(name, spec, device_type)
 
 
+def explain(spec: LossSpec, device_type: str) -> str:
+    """Which backend "auto" takes for such a call, and why, in a sentence."""
+    wanted = _order(device_type, kind_of(spec))
+    chosen = _choose(AUTO, spec, device_type)
+    passed = wanted.names[: wanted.names.index(chosen)] if chosen in wanted.names else wanted.names
+    cannot = [f"{name} cannot run: {_unavailable(name) or _refusal(name, spec, device_type)}"
+              for name in passed]  # fmt: skip
+    return "; ".join((f"{chosen} of {' -> '.join((*wanted.names, 'reference'))}", *cannot,
+                      wanted.reason))  # fmt: skip
+
+
 def _choose_while_tracing(name: str, structure: dict[str, Any], device_type: str) -> str:
     """The tracer can hand over plain constants, and must not look inside."""
     return _choose(name, LossSpec.from_options(structure), device_type)
@@ -230,7 +235,7 @@ def _choose(name: str, spec: LossSpec, device_type: str) -> str:
                 f"`python -m heteroakd_fast.info` shows every backend; 'reference' always works."
             )
         return name
-    for candidate in PREFERENCE.get(device_type, ()):
+    for candidate in _order(device_type, kind_of(spec)).names:
         if _unavailable(candidate) is None and _refusal(candidate, spec, device_type) is None:
             return candidate
     return "reference"

@@ -218,9 +218,7 @@ class CudaBackend:
                 places = [spec.terms.index(name) for name in part.terms.values()]
                 places += [-1] * (4 - len(places))
                 grads.append(
-                    self.operators().cuda_combine(
-                        next(remaining), grad_numerators, *places, logits
-                    )
+                    self.operators().cuda_combine(next(remaining), grad_numerators, *places, logits)
                 )
         return grads[0], grads[1]
 

@@ -221,6 +221,14 @@ def test_same_bits_again(geometry: str) -> None:
     assert first.terms == second.terms
 
 
+@pytest.mark.parametrize("case", ["hetero-paper-space", "hetero-paper", "all"])
+@pytest.mark.parametrize("geometry", ["several-warps", "label-grid"])
+def test_an_image_without_pixels_counts_for_nothing(geometry: str, case: str) -> None:
+    batch = make_batch(classes=3, dtype=F32, **GEOMETRIES[geometry])
+    batch.target[1] = 255
+    check(batch, **TERM_CASES[case])
+
+
 # --- pixels that are handed over ---------------------------------------------------------------
 
 

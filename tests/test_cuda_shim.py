@@ -181,6 +181,16 @@ def test_the_address_sanitizer_names_an_access(mode: int, mistake: str) -> None:
     assert "shim: mistake, block (" in done.stdout
 
 
+def test_the_kernels_touch_no_memory_but_their_own() -> None:
+    try:
+        cuda_shim.library_path(sanitize=True)
+        done = cuda_shim.run_sanitized("import cuda_sanitized; cuda_sanitized.main()")
+    except cuda_shim.CannotTellError as reason:
+        pytest.skip(str(reason))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.endswith("finished\n")
+
+
 # A program of its own, without torch: arrays are the C library's, so that the sanitizer knows them.
 SANITIZED = """
 import ctypes, sys

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import resources  # noqa: E402
+from benchmarks.resources.python_source import label_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
 
@@ -105,7 +106,7 @@ kernel:
 """
 
 
-def test_machine_code_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_is_read() -> None:
     instructions, labels = resources.parse_sass(_SASS)
     assert [x.opcode for x in instructions[:4]] == ["LDC", "STL", "LDG.E", "LDG.E"]
     assert instructions[1].frames == (("tiles.py", 9), ("distillation.py", 12))
@@ -121,8 +122,8 @@ def test_machine_code_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     file, function = "distillation.py", "distillation_pass"
     outer = resources.SourceLoop(file, function, 10, 17, "range(TI)", False)
     classes = resources.SourceLoop(file, function, 13, 15, "range(classes)", True)
-    monkeypatch.setattr(resources, "source_loops", lambda: {file: [outer, classes]})
-    outside, counts = resources.count_loops(instructions, labels)
+    sources = resources.Sources({}, {file: [outer, classes]}, label_of)
+    outside, counts = resources.count_loops(instructions, labels, sources)
     assert [(x.name, x.unroll, x.remainder) for x in counts] == [
         ("step", 1, False),
         ("gradients", 2, False),

@@ -96,6 +96,35 @@ def fingerprint(torch: str | None) -> str:
     return digest.hexdigest()
 
 
+def settle_cuda(job: str) -> None:
+    """What of the CUDA part is built, unless the environment says so: for the GPUs that are here.
+    Without one nothing of it could run: it is left out, or for the tests built for one
+    architecture, because it must compile without a warning and link."""
+    if any(os.environ.get(name) for name in ("HETEROAKD_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")):
+        return
+    capabilities = compute_capabilities()
+    if capabilities:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
+            "9.0a" if capability == "9.0" else capability for capability in capabilities
+        )
+    elif job == "test":
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a"
+        os.environ.setdefault("NVCC_FLAGS", "-Werror all-warnings")
+    else:
+        os.environ["HETEROAKD_BUILD_CUDA"] = "0"
+
+
+def compute_capabilities() -> list[str]:
+    """Of the NVIDIA GPUs of this machine, such as 9.0."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = {line.strip() for line in found.stdout.splitlines()}
+    return sorted(line for line in lines if line.replace(".", "").isdigit())
+
+
 def say(text: str) -> None:
     print(f"dev.py: {text}", flush=True)
 
@@ -107,6 +136,7 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
     job, rest = arguments[0], arguments[1:]
+    settle_cuda(job)
     environment = Environment(ROOT / ".venv")
     if job == "demo":
         environment.prepare("train")

@@ -359,8 +359,13 @@ def test_a_masked_class_without_labels_costs_nothing(size: tuple[int, int]) -> N
     [
         ("stride-4", {}, {"ce": "cells: ce"}),
         ("stride-4", HETERO, dict.fromkeys(("ce", "hetero"), "cells: ce, hetero")),
-        ("stride-2", {}, {"ce": "segments"}),
-        ("other-teacher", HETERO, dict.fromkeys(("ce", "hetero"), "segments")),
+        ("stride-2", {}, {"ce": "segments: ce"}),
+        ("other-teacher", HETERO, dict.fromkeys(("ce", "hetero"), "segments: ce, kd, hetero")),
+        (
+            "stride-4",
+            {"kd_weight": 1.0, "kd_divergence": "js"},
+            dict.fromkeys(("ce", "kd"), "segments: ce, js"),
+        ),
         ("stride-4", {"label_smoothing": 0.1}, {"ce": "segments"}),
         ("label-grid", {}, {"ce": "label grid: ce"}),
         ("stride-4", {"teacher_ce_weight": 1.0}, {"ce": "cells: ce", "teacher_ce": "cells: ce"}),

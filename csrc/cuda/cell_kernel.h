@@ -50,7 +50,8 @@ static __device__ __noinline__ Sums<float> hand_over(const Pass& p, int32_t imag
   for (int s = 0; s < kHandedOver; ++s) at.label[s] = (mask >> s & 1u) != 0 ? label[0][s] : -1;
   Sums<float> sums = no_sums<float>();
   rows.again = true;
-  SegmentPass<float, Any, kHandedOver>(p, n, image, at, cell_y, cell_x, nullptr, 0).run(rows, sums);
+  SegmentPass<float, Any, kHandedOver, Hold::kNever>(p, n, image, at, cell_y, cell_x, nullptr, 0)
+      .run(rows, sums);
   return sums;
 }
 

@@ -33,6 +33,8 @@ namespace heteroakd::cuda {
 
 #define HAKD_DEVICE __device__ __forceinline__
 
+HAKD_DEVICE int32_t clamp(int32_t i, int32_t size) { return i < 0 ? 0 : i >= size ? size - 1 : i; }
+
 // source(position) = (position * step + origin) / unit
 struct Axis {
   int64_t step, origin, unit;

@@ -3,7 +3,7 @@
 namespace heteroakd::cuda {
 
 const Kernel& cells_ce() {
-  static constexpr Kernel kKernel = cells<Fixed<true, false, false>>("cells: ce");
+  static constexpr Kernel kKernel = cells<Ce>("cells: ce");
   return kKernel;
 }
 

@@ -3,7 +3,7 @@
 namespace heteroakd::cuda {
 
 const Kernel& cells_ce_hetero() {
-  static constexpr Kernel kKernel = cells<Fixed<true, false, true>>("cells: ce, hetero");
+  static constexpr Kernel kKernel = cells<CeHetero>("cells: ce, hetero");
   return kKernel;
 }
 

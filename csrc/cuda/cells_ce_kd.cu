@@ -3,7 +3,7 @@
 namespace heteroakd::cuda {
 
 const Kernel& cells_ce_kd() {
-  static constexpr Kernel kKernel = cells<Fixed<true, true, false>>("cells: ce, kd");
+  static constexpr Kernel kKernel = cells<CeKd>("cells: ce, kd");
   return kKernel;
 }
 

@@ -3,7 +3,7 @@
 namespace heteroakd::cuda {
 
 const Kernel& cells_ce_kd_hetero() {
-  static constexpr Kernel kKernel = cells<Fixed<true, true, true>>("cells: ce, kd, hetero");
+  static constexpr Kernel kKernel = cells<CeKdHetero>("cells: ce, kd, hetero");
   return kKernel;
 }
 

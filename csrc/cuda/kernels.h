@@ -25,6 +25,8 @@ const Kernel& cells_ce_hetero();
 const Kernel& cells_ce_kd_hetero();
 // The same terms, all logits on the label grid; null where there are too many classes.
 const Kernel* labels_grid(int64_t classes, bool teacher);
+// Of one thread's logits held in shared memory, with these terms (and ce); null: there is none.
+const Kernel* segments_fixed(KdDivergence kd, Hetero hetero, Mix mix);
 // Any terms, float or double.
 const Kernel& segments(bool wide);
 // H_s + dH over each image, where weight_axis = space.

@@ -21,10 +21,10 @@ constexpr Kernel on_labels(const char* name) {
 
 const Kernel* labels_grid(int64_t classes, bool teacher) {
   static constexpr Kernel kKernels[2][2] = {
-      {on_labels<Fixed<true, false, false>, 4>("label grid: ce"),
-       on_labels<Fixed<true, true, true>, 4>("label grid: ce, kd, hetero")},
-      {on_labels<Fixed<true, false, false>, 1>("label grid: ce, many classes"),
-       on_labels<Fixed<true, true, true>, 1>("label grid: ce, kd, hetero, many classes")}};
+      {on_labels<Ce, 4>("label grid: ce"),
+       on_labels<CeKdHetero, 4>("label grid: ce, kd, hetero")},
+      {on_labels<Ce, 1>("label grid: ce, many classes"),
+       on_labels<CeKdHetero, 1>("label grid: ce, kd, hetero, many classes")}};
   const int64_t models = teacher ? 2 : 1;
   const int64_t bytes = classes * models * static_cast<int64_t>(sizeof(float)) * kLabelThreads;
   // Four pixels a thread while that leaves room for eight warps on a multiprocessor; one as long as

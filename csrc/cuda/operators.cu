@@ -291,7 +291,7 @@ class Run {
     const int64_t lanes = kWarpSize - (pass_.halo ? 1 : 0);
     pass_.programs = narrow(ceil_div(pass_.columns, warps * lanes), "blocks of an image");
     if (!cells) {
-      hold_pixels();
+      hold_pixels(o);
       return;
     }
     const int32_t models = kernel_->staged_models;
@@ -305,13 +305,16 @@ class Run {
         "shared memory");
   }
 
-  // The kernel by segments holds its pixels in shared memory where they fit.
-  void hold_pixels() {
+  // The kernels by segments hold their pixels in shared memory where they fit.
+  void hold_pixels(const Options& o) {
     if (kernel_ != &segments(wide_)) return;
     const int64_t models = pass_.teacher.source == Source::kNone ? 1 : 2;
     const int64_t bytes = kWarpSize * pass_.classes * models * kernel_->pixels * (wide_ ? 8 : 4);
     if (bytes * (kernel_->threads / kWarpSize) > kMostSharedBytes) return;
     pass_.warp_bytes = static_cast<int32_t>(bytes);
+    if (wide_ || pass_.feature || (pass_.ce && o.label_smoothing != 0.0)) return;
+    const Kernel* fixed = segments_fixed(pass_.kd, pass_.hetero, pass_.mix);
+    if (fixed != nullptr) kernel_ = fixed;
   }
 
   // ce, forward kd, and hetero of the preset softmax-kl, in float.

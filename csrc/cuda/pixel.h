@@ -22,22 +22,24 @@ struct Any {
   HAKD_DEVICE static bool teacher(const Pass& p) { return p.teacher.source != Source::kNone; }
 };
 
-// ce, forward kd, and hetero of the preset softmax-kl with mix = probs; a call may have fewer.
-template <bool kCe_, bool kKd_, bool kHetero_>
+// Terms that are known when the kernel is compiled; a call may have fewer. No label smoothing, no
+// feature term.
+template <bool kCe_, KdDivergence kKd_, Hetero kHetero_, Mix kMix_ = Mix::kProbs>
 struct Fixed {
   HAKD_DEVICE static constexpr bool ce(const Pass&) { return kCe_; }
   HAKD_DEVICE static constexpr bool smoothing(const Pass&) { return false; }
-  HAKD_DEVICE static constexpr KdDivergence kd(const Pass&) {
-    return kKd_ ? KdDivergence::kForward : KdDivergence::kNone;
-  }
-  HAKD_DEVICE static constexpr Hetero hetero(const Pass&) {
-    return kHetero_ ? Hetero::kSoftmaxKl : Hetero::kNone;
-  }
-  HAKD_DEVICE static constexpr Mix mix(const Pass&) { return Mix::kProbs; }
+  HAKD_DEVICE static constexpr KdDivergence kd(const Pass&) { return kKd_; }
+  HAKD_DEVICE static constexpr Hetero hetero(const Pass&) { return kHetero_; }
+  HAKD_DEVICE static constexpr Mix mix(const Pass&) { return kMix_; }
   HAKD_DEVICE static constexpr bool feature(const Pass&) { return false; }
-  HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kKd_ || kHetero_; }
-  static constexpr bool kTeacher = kKd_ || kHetero_;
+  HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
+  static constexpr bool kTeacher = kKd_ != KdDivergence::kNone || kHetero_ != Hetero::kNone;
 };
+
+using Ce = Fixed<true, KdDivergence::kNone, Hetero::kNone>;
+using CeKd = Fixed<true, KdDivergence::kForward, Hetero::kNone>;
+using CeHetero = Fixed<true, KdDivergence::kNone, Hetero::kSoftmaxKl>;
+using CeKdHetero = Fixed<true, KdDivergence::kForward, Hetero::kSoftmaxKl>;
 
 // What a set implies; names as in `kernels/distillation.py`.
 template <class Set>

@@ -33,51 +33,45 @@ HAKD_DEVICE bool any_valid(const Segment<F, S>& at) {
   return __any_sync(kAllLanes, any);
 }
 
-// Calls f(segment, wide, cell_y, cell_x, rows), of which `wide` pixels exist, for every segment of a lane's column of cells, the same
-// number of times in every lane.
+// Calls f(segment, wide, cell_y, cell_x, rows), of which `wide` pixels exist, for every segment of a
+// lane's column of cells, the same number of times in every lane.
 template <typename F, int S, typename Function>
 HAKD_DEVICE void for_each_segment(const Pass& p, int32_t image, const Column& column,
                                   const Function& f) {
-  if (p.student.source == Source::kLabels) {
-    const RowWriter<F> none = {};
-    for (int32_t t = 0; t < kChunkRows; ++t) {
-      Segment<F, S> at;
-      at.y = column.chunk * kChunkRows + t;
-      at.x = (column.cell + 1) * S;
-      at.fraction_y = F(0);
-#pragma unroll
-      for (int s = 0; s < S; ++s) at.fraction_x[s] = F(0);
-      const bool exists = column.exists && at.y < p.label_height;
-      f(at, exists ? p.label_width - at.x : 0, 0, 0, none);
-    }
-    return;
-  }
+  const bool on_labels = p.student.source == Source::kLabels;
   const Axis axis_y = axis_of(p.student.height, p.label_height, p.align_corners);
   const Axis axis_x = axis_of(p.student.width, p.label_width, p.align_corners);
   const int32_t j = column.cell;
-  const int32_t x_begin = cell_start(axis_x, j);
-  const int32_t x_end = cell_start(axis_x, j + 1);
-  const int32_t segments = (p.columns_per_cell + S - 1) / S;
+  const int32_t x_begin = on_labels ? (j + 1) * S : cell_start(axis_x, j);
+  const int32_t x_end = on_labels ? p.label_width : cell_start(axis_x, j + 1);
+  const int32_t across = on_labels ? 1 : (p.columns_per_cell + S - 1) / S;
+  const int32_t steps = on_labels ? 1 : p.rows_per_cell * across;
+#pragma unroll 1
   for (int32_t t = 0; t < kChunkRows; ++t) {
-    const int32_t i = column.chunk * kChunkRows + t - 1;
-    const bool exists = column.exists && i < p.student.height;
-    const int32_t y_begin = cell_start(axis_y, i);
-    const int32_t y_end = cell_start(axis_y, i + 1);
-    RowWriter<F> rows = row_writer<F>(p, image, column, t);
-    for (int32_t step = 0; step < p.rows_per_cell * segments; ++step) {
+    const int32_t row = column.chunk * kChunkRows + t;
+    const int32_t i = row - 1;
+    const int32_t y_begin = on_labels ? row : cell_start(axis_y, i);
+    int32_t y_end = on_labels ? row + 1 : cell_start(axis_y, i + 1);
+    if (!column.exists || row >= p.rows) y_end = 0;
+    RowWriter<F> rows = {};
+    if (!on_labels) rows = row_writer<F>(p, image, column, t);
+#pragma unroll 1
+    for (int32_t step = 0; step < steps; ++step) {
       Segment<F, S> at;
-      at.y = y_begin + step / segments;
-      at.x = x_begin + step % segments * S;
+      at.y = y_begin + step / across;
+      at.x = x_begin + step % across * S;
       at.fraction_y = fraction_in_cell<F>(axis_y, at.y, i);
 #pragma unroll
       for (int s = 0; s < S; ++s) at.fraction_x[s] = fraction_in_cell<F>(axis_x, at.x + s, j);
-      f(at, exists && at.y < y_end ? x_end - at.x : 0, i < p.student.height ? i : p.student.height - 1, j, rows);
+      // of a row of cells that does not exist: any that does
+      const int32_t cell_y = i < p.student.height ? i : p.student.height - 1;
+      f(at, at.y < y_end ? x_end - at.x : 0, cell_y, j, rows);
       rows.again = true;
     }
   }
 }
 
-template <typename F, class Set, int S>
+template <typename F, class Set, int S, Hold kHold>
 __global__ void __launch_bounds__(kSegmentThreads)
     segment_kernel(const __grid_constant__ Pass p) {
   HAKD_SHARED_MEMORY(float4, shared_memory);
@@ -104,7 +98,8 @@ __global__ void __launch_bounds__(kSegmentThreads)
         // Nothing to learn here: what must be written is zeros.
         const bool writes = p.maps || (p.gradients && !rows.again);
         if (!writes && !any_valid(at)) return;
-        SegmentPass<F, Set, S>(p, n, image, at, i, j, held, kSegmentThreads).run(rows, sums);
+        SegmentPass<F, Set, S, kHold>(p, n, image, at, i, j, held, kSegmentThreads)
+            .run(rows, sums);
       });
   write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, column.own, lane);
 }

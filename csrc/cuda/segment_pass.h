@@ -65,7 +65,10 @@ struct PaperSums {
   F r_t, gap;                   // of the label
 };
 
-template <typename F, class Set, int S>
+// Whether a thread's logits are held in shared memory.
+enum class Hold { kNever, kWherePossible, kAlways };
+
+template <typename F, class Set, int S, Hold kHold>
 class SegmentPass {
  public:
   HAKD_DEVICE SegmentPass(const Pass& pass, const Numbers<F>& numbers, int32_t image,
@@ -122,23 +125,26 @@ class SegmentPass {
   }
 
   // held: [C][models][threads], of which this thread's; null: nothing is held.
+  HAKD_DEVICE bool holds() const {
+    return kHold == Hold::kAlways || (kHold == Hold::kWherePossible && held_ != nullptr);
+  }
   HAKD_DEVICE Held<F, S>& held(int32_t c, int m) const {
     return held_[(Set::teacher(p) ? 2 * c + m : c) * held_stride_];
   }
   HAKD_DEVICE void read_student(int32_t c, F (&z)[S]) const {
-    if (held_ == nullptr) return read(p.student, student_, c, careful_, at.label, z);
+    if (!holds()) return read(p.student, student_, c, careful_, at.label, z);
     const Held<F, S> h = held(c, 0);
 #pragma unroll
     for (int i = 0; i < S; ++i) z[i] = h.v[i];
   }
   HAKD_DEVICE void read_teacher(int32_t c, F (&z)[S]) const {
-    if (held_ == nullptr) return read(p.teacher, teacher_, c, careful_, at.label, z);
+    if (!holds()) return read(p.teacher, teacher_, c, careful_, at.label, z);
     const Held<F, S> h = held(c, 1);
 #pragma unroll
     for (int i = 0; i < S; ++i) z[i] = h.v[i];
   }
   HAKD_DEVICE void hold(int32_t c, int m, const F (&z)[S]) const {
-    if (held_ == nullptr) return;
+    if (!holds()) return;
     Held<F, S> h;
 #pragma unroll
     for (int i = 0; i < S; ++i) h.v[i] = z[i];

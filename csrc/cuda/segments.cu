@@ -1,28 +1,17 @@
 // The kernels for any terms: float, and double for gradient checks and oracles on the GPU.
-#include "kernels.h"
-#include "runtime.h"
-#include "segment_kernel.h"
+#include "segments.cuh"
 
 namespace heteroakd::cuda {
 namespace {
 
-constexpr int kPixels = 4;      // float: 16 bytes
-constexpr int kWidePixels = 2;  // double
-
-template <auto kKernel>
-void start(const Pass& pass, dim3 grid, int64_t shared_bytes, cudaStream_t stream) {
-  launch(kKernel, grid, dim3(kSegmentThreads), static_cast<size_t>(shared_bytes), stream,
-         "distillation", pass);
-}
-
-constexpr Kernel kSegments = {"segments", kSegmentThreads, kPixels, 0,
-                              start<segment_kernel<float, Any, kPixels>>};
-constexpr Kernel kWideSegments = {"segments in double", kSegmentThreads, kWidePixels, 0,
-                                  start<segment_kernel<double, Any, kWidePixels>>};
-constexpr Kernel kSpace = {"space", kSegmentThreads, kPixels, 0,
-                           start<space_kernel<float, kPixels>>};
-constexpr Kernel kWideSpace = {"space in double", kSegmentThreads, kWidePixels, 0,
-                               start<space_kernel<double, kWidePixels>>};
+constexpr Kernel kSegments =
+    segments_of<float, Any, kSegmentPixels, Hold::kWherePossible>("segments");
+constexpr Kernel kWideSegments =
+    segments_of<double, Any, kWideSegmentPixels, Hold::kWherePossible>("segments in double");
+constexpr Kernel kSpace = {"space", kSegmentThreads, kSegmentPixels, 0,
+                           start_segments<space_kernel<float, kSegmentPixels>>};
+constexpr Kernel kWideSpace = {"space in double", kSegmentThreads, kWideSegmentPixels, 0,
+                               start_segments<space_kernel<double, kWideSegmentPixels>>};
 
 }  // namespace
 

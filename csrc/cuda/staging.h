@@ -43,8 +43,6 @@ struct Region {
         logits(memory + (kModels + 1) * kPlane) {}
 };
 
-HAKD_DEVICE int32_t clamp(int32_t i, int32_t size) { return i < 0 ? 0 : i >= size ? size - 1 : i; }
-
 // Where the logit of a column stands, in row k of its chunk.
 HAKD_DEVICE int64_t place_of(const Logits& model, const Column& column, int32_t k) {
   return clamp(column.chunk * kChunkRows + k - 1, model.height) * model.row_stride +

@@ -133,7 +133,7 @@ DEFECTS = [
     Defect("cuda: only the first pixel of a row is handed over", G_KERNEL, "((1u << kHandedOver) - 1u)", "1u", f"{CUDA} -k handed_over"),
     Defect("cuda: blocks of classes begin at the first", G_KERNEL, "staging_.template bring<2>(p, image_, begin, end, t);", "staging_.template bring<2>(p, image_, 0, end - begin, t);", f"{CUDA} -k numbers_of_classes"),
     Defect("cuda: label of another row of labels", G_KERNEL, "load_labels(p, image_, y_, x_, high_, wide_, label", "load_labels(p, image_, y_ + (high_ > 1), x_, high_, wide_, label", f"{CUDA} -k usual_terms"),
-    Defect("cuda: huge corners are not read with care", G_SEGMENTS, "if (__any_sync(kAllLanes, !maxima_are_finite()))", "if (!maxima_are_finite() && p.classes < 0)", f"{CUDA} -k ignored_pixel"),
+    Defect("cuda: huge corners are not read with care", G_SEGMENTS, "if (__any_sync(kAllLanes, !maxima_are_finite()))", "if (!maxima_are_finite() && p.classes < 0)", f"{CUDA} -k weight_zero"),
     Defect("cuda: ignored pixels come through", G_SEGMENT, "for (int s = 0; s < S; ++s) z[s] = label[s] >= 0 ? z[s] : F(0);", ";", f"{CUDA} -k ignored_pixel"),
     Defect("cuda: js without its own share", G_SEGMENTS, "(F(1) - beta) * js_student_[i]);", "beta * js_student_[i]);", f"{CUDA} -k every_term"),
     Defect("cuda: space weights of a halo", "csrc/cuda/segment_kernel.h", "if (!column.own || at.label[s] < 0) continue;", "if (at.label[s] < 0) continue;", f"{CUDA} -k other_terms"),

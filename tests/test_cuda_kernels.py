@@ -310,6 +310,21 @@ def test_nothing_of_an_ignored_pixel_comes_through(case: str, geometry: str) -> 
     check(Batch(student, teacher, target), **options)
 
 
+@pytest.mark.parametrize("case", ["ce", "ce+hetero-T2", "hetero-paper"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_a_neighbour_of_weight_zero_is_not_read(ratio: int, bad: float, case: str) -> None:
+    """align_corners: every pixel on the border lies on a row or column that the bad logit is not
+    on, in a cell that has it for a corner."""
+    size = 2 * ratio + 1
+    batch = make_batch(classes=3, dtype=F32, grid=(3, 3), teacher_grid=None, size=(size, size))
+    student, target = batch.student.clone(), batch.target.clone()
+    student[:, 1, 1, 1] = bad
+    target[:, 1:-1, 1:-1] = 255
+    options = USUAL.get(case) or TERM_CASES.get(case, {})
+    check(Batch(student, batch.teacher, target), align_corners=True, **options)
+
+
 @pytest.mark.parametrize("case", USUAL)
 @pytest.mark.parametrize("geometry", ["label-grid", "label-grid-ragged"])
 def test_nothing_of_an_ignored_pixel_comes_through_on_the_label_grid(

@@ -315,14 +315,18 @@ def test_nothing_of_an_ignored_pixel_comes_through(case: str, geometry: str) -> 
 @pytest.mark.parametrize("ratio", [2, 4])
 def test_a_neighbour_of_weight_zero_is_not_read(ratio: int, bad: float, case: str) -> None:
     """align_corners: every pixel on the border lies on a row or column that the bad logit is not
-    on, in a cell that has it for a corner."""
+    on, in a cell that has it for a corner. (The oracle would multiply it by 0.)"""
     size = 2 * ratio + 1
     batch = make_batch(classes=3, dtype=F32, grid=(3, 3), teacher_grid=None, size=(size, size))
     student, target = batch.student.clone(), batch.target.clone()
-    student[:, 1, 1, 1] = bad
+    student[:, 1, 1, 1] = 0.0
     target[:, 1:-1, 1:-1] = 255
-    options = USUAL.get(case) or TERM_CASES.get(case, {})
-    check(Batch(student, batch.teacher, target), align_corners=True, **options)
+    options = {"align_corners": True, **(USUAL.get(case) or TERM_CASES.get(case, {}))}
+    expected = truth(Batch(student, batch.teacher, target), 2.5, **options)
+    student[:, 1, 1, 1] = bad
+    got = run(Batch(student, batch.teacher, target), **options)
+    assert got.student_grad is not None
+    assert_matches(got._replace(loss=got.loss.cpu(), student_grad=got.student_grad.cpu()), expected)
 
 
 @pytest.mark.parametrize("case", USUAL)

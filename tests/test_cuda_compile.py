@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.resources import cplusplus, cuda, cuda_rows, nvcc  # noqa: E402
+from benchmarks.resources import (  # noqa: E402
+    ceilings,
+    cplusplus,
+    cuda,
+    cuda_cases,
+    cuda_record,
+    cuda_rows,
+    nvcc,
+)
 
 LABELS = ROOT / "csrc" / "cuda" / "labels.cu"
 NAME = "label_report_kernel<long>"
@@ -30,11 +39,81 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _fail_with(problems: list[str]) -> None:
+    assert not problems, "\n".join(
+        [*problems, "to record the present numbers:", cuda_record.UPDATE]
+    )
+
+
+def test_recorded_kernels_keep_their_ceilings() -> None:
+    """The numbers of the report, which are the present ones while the sources have its digest;
+    otherwise everything is compiled."""
+    record = cuda_record.read()
+    limits = json.loads(cuda_rows.CEILINGS.read_text())
+    assert limits["nvcc"] == record["nvcc"], cuda_record.UPDATE
+    if not cuda_record.is_present(record):
+        if (reason := nvcc.unavailable()) is not None:
+            pytest.skip(f"other sources than recorded, and {reason}")
+        if nvcc.nvcc_version() != record["nvcc"]:
+            pytest.skip(
+                f"recorded with nvcc {record['nvcc']}, this is {nvcc.nvcc_version()}: only the "
+                "files that compile quickly are looked at"
+            )
+        done = _run("--check")
+        return _fail_with([] if done.returncode == 0 else [done.stdout, done.stderr])
+    instances = cuda_record.instances_of(record)
+    rows = cuda_rows.instance_rows(instances)
+    launched, missing = cuda_rows.case_rows(instances, list(cuda_cases.CASES))
+    problems = cuda_rows.without_ceiling(rows, limits)
+    problems += ceilings.check(rows, limits, record["nvcc"], compiler="nvcc")
+    problems += cuda_rows.table_problems(instances, launched, every_file=True)
+    problems += missing + cuda.arms_without_lines(nvcc.CSRC / "cuda")
+    _fail_with(problems)
+
+
 @compiler
-def test_kernels_keep_their_ceilings() -> None:
-    """All files for sm_90a, some for sm_80 and sm_100; what was compiled before is not again."""
-    done = _run("--check", "--quick")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_quick_files_are_compiled_as_recorded() -> None:
+    """For all three architectures what compiles in seconds, and one kernel by cells; warnings are
+    errors. Of the recorded sources every number is the recorded one."""
+    sources = cuda.sources_in([nvcc.CSRC / "cuda"])
+    result = cuda.compile_jobs(cuda.chosen(sources, cuda.ARCHS, quick=True), 1)
+    assert {x.arch for x in result.instances} == set(cuda.ARCHS)
+    problems = [x.text for x in result.failures]
+    rows = cuda_rows.instance_rows(result.instances)
+    limits = json.loads(cuda_rows.CEILINGS.read_text())
+    problems += ceilings.check(rows, limits, nvcc.nvcc_version(), compiler="nvcc")
+    record = cuda_record.read()
+    if nvcc.nvcc_version() == record["nvcc"]:
+        problems += cuda_rows.without_ceiling(rows, limits)
+        if cuda_record.is_present(record):
+            problems += cuda_record.differences(result.instances, rows, record)
+    _fail_with(problems)
+
+
+def test_the_digest_notices_a_header(tmp_path: Path) -> None:
+    """Of either folder, that only a header includes; not where the sources lie."""
+    shutil.copytree(nvcc.CSRC, tmp_path / "csrc")
+    known = cuda_record.digest("13.0")
+    assert cuda_record.digest("13.0", tmp_path / "csrc") == known
+    assert cuda_record.digest("13.1", tmp_path / "csrc") != known
+    for header in ("cuda/staging.h", "math/labels.h"):
+        file = tmp_path / "csrc" / header
+        text = file.read_text()
+        file.write_text(text + "// changed\n")
+        assert cuda_record.digest("13.0", tmp_path / "csrc") != known
+        file.write_text(text)
+        assert cuda_record.digest("13.0", tmp_path / "csrc") == known
+
+
+def test_a_recorded_number_that_changes_is_noticed() -> None:
+    record = cuda_record.read()
+    instances = cuda_record.instances_of(record)[:1]
+    rows = cuda_rows.instance_rows(instances)
+    record["rows"]["kernels"][0] = cuda_record.instance_json(instances[0], rows[0])
+    assert cuda_record.differences(instances, rows, record) == []
+    record["rows"]["kernels"][0]["registers"] += 1
+    (problem,) = cuda_record.differences(instances, rows, record)
+    assert problem.endswith("registers is not as recorded")
 
 
 @compiler
@@ -52,7 +131,7 @@ def test_a_ceiling_that_is_exceeded_is_caught(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     count, *problems = done.stdout.splitlines()
     assert count == "3 kernels, 4 problems"
-    assert [line.rsplit(",", 1)[-1] for line in problems] == [
+    assert [line.rsplit(",", 1)[-1] for line in problems[1:]] == [
         "label_report_kernel<int> | sm_90a: no ceiling (--update writes one)",
         " ceiling 16",
         f"{NAME} | sm_90a: loop nonsense is gone",
@@ -223,6 +302,36 @@ T MACRO(1) Owner<T>::run(T x, const Set& s) const {
         ("x < 0", 6, 7),
         ("do", 8, 10),
     ]
+
+
+def test_lines_of_an_arm_are_found() -> None:
+    source = """
+void f(int x) {
+  if (x == 1) {  // }
+    one();
+  } else if (x == 2) {
+    two();
+  } else {
+    three(x,
+          3);
+  }
+  if (x > 3) four();
+  more();
+}
+"""
+    (function,) = cplusplus.read(source, "f.h").functions
+    found = {
+        begin: cplusplus.extent(source, function, begin, end)
+        for begin, end in [
+            ("if (x == 1) {", ""),
+            ("} else if (x == 2)", ""),
+            ("three(", ""),
+            ("two", "if (x > 3)"),
+            ("if (x > 3)", ""),
+            ("nothing", ""),
+        ]
+    }
+    assert list(found.values()) == [(3, 5), (5, 7), (8, 9), (6, 11), (11, 11), None]
 
 
 def test_output_of_ptxas_is_read() -> None:

@@ -258,8 +258,8 @@ def test_same_bits_in_any_order_of_threads_and_blocks(geometry: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 15.0, 60.0, 200.0, 1e4])
 @pytest.mark.parametrize("classes", [4, 40])
 def test_confident_logits(classes: int, scale: float, temperature: float) -> None:
-    """Where the corners' maxima lie far above a pixel's own, the bound would underflow; where
-    logits are further apart than the limit of staged ones, products of exponentials would."""
+    """From within the limit of staged logits, where the corners' maxima may lie far above a pixel's
+    own, to far beyond it."""
     batch = make_batch(classes=classes, dtype=F32, **GEOMETRIES["stride-4"])
     batch = Batch(batch.student * scale, batch.teacher * scale, batch.target)
     check(batch, kd_weight=0.3, hetero_weight=1.0, temperature=temperature)

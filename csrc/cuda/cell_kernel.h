@@ -6,8 +6,8 @@
 //     statistics   what softmax, KL and reliability need to know of a pixel
 //     pixel        reliability, mixed_target, discrepancy, values, coefficients of the gradients
 //     gradients    sum_c m_c log2 m_c, and each term's gradient, added to the logits' corners
-//     the rest     pixels for which the bound is too far above (2^-32 would be lost), or whose
-//                  logits are huge, infinite or NaN: segment_pass.h, with their exact maximum
+//     the rest     pixels around logits further below their maximum than the limit, infinite ones
+//                  or NaN: segment_pass.h, with their exact maximum
 //
 // Full-resolution logits, probabilities and gradients exist in registers only. Deterministic: tiles
 // depend on shapes only, every sum has one order, nothing is atomic. Bytes: both low-resolution
@@ -185,9 +185,9 @@ class CellPass {
 #pragma unroll
       for (int c = 0; c < S; ++c) {
         const bool wanted = label[r][c] >= 0;
-        bool valid = wanted && sound;
+        const bool valid = wanted && sound;
         const int32_t index = wanted ? label[r][c] : 0;
-        const Totals<float> totals = totals_of<Set, true>(
+        const Totals<float> totals = totals_of<Set>(
             p, s[r][c], student_label[r][c], knowledge<Set>(p) ? teacher_label[r][c] : 0.0f, valid);
         if (wanted && !valid) left_over |= 1u << (r * S + c);
         if (Set::ce(p)) {

@@ -57,14 +57,9 @@ class LabelPass {
     int32_t label[1][S];
     load_labels(p, image_, y_, x_, wide_ > 0 ? 1 : 0, wide_, label, sums.valid, sums.bad);
     copies_arrived();
-    bool every = true;
+    // Whatever an invalid pixel holds stays in this thread: its coefficients and sums are selected.
 #pragma unroll
-    for (int i = 0; i < S; ++i) {
-      label_[i] = label[0][i];
-      every = every && label_[i] >= 0;
-    }
-    // Nothing of an invalid pixel may come through, and there may be anything.
-    if (!every) blank();
+    for (int i = 0; i < S; ++i) label_[i] = label[0][i];
 
     float student_m[S], teacher_m[S], student_label[S], teacher_label[S];
     maxima(0, student_m);
@@ -81,8 +76,8 @@ class LabelPass {
     }
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      bool valid = label_[i] >= 0;
-      const Totals<float> t = totals_of<Set, false>(
+      const bool valid = label_[i] >= 0;
+      const Totals<float> t = totals_of<Set>(
           p, s[i], student_label[i], knowledge<Set>(p) ? teacher_label[i] : 0.0f, valid);
       const CrossEntropyCoefficients<float> ce = cross_entropy_pixel<Set>(
           p, n, s[i], t, 0.0f, valid ? label_[i] : 0, valid, sums);
@@ -161,16 +156,6 @@ class LabelPass {
         }
         at(c, m) = z;
         place += model.class_stride;
-      }
-    }
-  }
-
-  HAKD_DEVICE void blank() const {
-    for (int32_t c = 0; c < p.classes * kModels; ++c) {
-      Pixels<S>& z = memory_[c * kLabelThreads];
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        if (label_[i] < 0) z.v[i] = 0.0f;
       }
     }
   }

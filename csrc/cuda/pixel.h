@@ -8,9 +8,6 @@
 
 namespace heteroakd::cuda {
 
-// A bound may lie so far above the maximum that totals are no smaller than this.
-constexpr float kSmallestTotal = 2.3283064365386963e-10f;  // 2^-32
-
 // Which terms a kernel is compiled for. `Any` asks the call.
 struct Any {
   HAKD_DEVICE static bool ce(const Pass& p) { return p.ce; }
@@ -104,23 +101,14 @@ struct Totals {
   F kl_teacher_student;
 };
 
-// student_label, teacher_label: z_label - m. Of an invalid pixel harmless numbers. kBounded: m is only
-// a bound of the logits, and a pixel for which it is too far above is made invalid here.
-template <class Set, bool kBounded, typename F>
+// student_label, teacher_label: z_label - m. Of an invalid pixel harmless numbers.
+template <class Set, typename F>
 HAKD_DEVICE Totals<F> totals_of(const Pass& p, const Statistics<F>& s, F student_label,
-                                F teacher_label, bool& valid) {
+                                F teacher_label, bool valid) {
   const bool hard = Set::ce(p) || knowledge<Set>(p);
   F student_e = F(0), teacher_e = F(0);
   if (hard) student_e = exp2(max(F(-1e30), student_label) * F(kLog2E));
   if (knowledge<Set>(p)) teacher_e = exp2(max(F(-1e30), teacher_label) * F(kLog2E));
-  if (kBounded) {
-    F least = F(1);
-    if (hard) least = min_number(least, s.student_others + student_e);
-    if (knowledge<Set>(p)) least = min_number(least, s.teacher_others + teacher_e);
-    if (soft<Set>(p)) least = min_number(least, s.student_total);
-    if (pair<Set>(p)) least = min_number(least, s.teacher_total);
-    valid = valid && least > F(kSmallestTotal);
-  }
   Totals<F> t;
   if (hard) {
     t.hard_total = valid ? s.student_others + student_e : F(1);

@@ -151,7 +151,8 @@ HAKD_DEVICE void read_plainly(const Logits& model, const Under<F, S>& u, int64_t
   }
 }
 
-// One class at all pixels; 0 where not valid.
+// One class at all pixels. What is infinite or NaN at an invalid pixel makes a warp careful, too, and
+// then is 0.
 template <typename F, int S>
 HAKD_DEVICE void read(const Logits& model, const Under<F, S>& u, int32_t c, bool careful,
                       const int32_t (&label)[S], F (&z)[S]) {
@@ -170,8 +171,6 @@ HAKD_DEVICE void read(const Logits& model, const Under<F, S>& u, int32_t c, bool
   } else {
     read_plainly<uint16_t>(model, u, plane, z);
   }
-#pragma unroll
-  for (int s = 0; s < S; ++s) z[s] = label[s] >= 0 ? z[s] : F(0);
 }
 
 // S numbers of a thread in shared memory, of those that its block keeps [class][model][thread].

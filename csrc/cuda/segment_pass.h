@@ -92,12 +92,11 @@ class SegmentPass {
     if (Set::feature(p)) find_squares(squares);
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      bool valid = at.label[i] >= 0;
-      t_[i] = totals_of<Set, false>(p, s[i], label_logit(p.student, student_, student_m_, i),
-                                    knowledge<Set>(p)
-                                        ? label_logit(p.teacher, teacher_, teacher_m_, i)
-                                        : F(0),
-                                    valid);
+      const bool valid = at.label[i] >= 0;
+      t_[i] = totals_of<Set>(p, s[i], label_logit(p.student, student_, student_m_, i),
+                             knowledge<Set>(p) ? label_logit(p.teacher, teacher_, teacher_m_, i)
+                                               : F(0),
+                             valid);
     }
     if (Set::kd(p) == KdDivergence::kJs) find_js();
     if (Set::hetero(p) == Hetero::kPaper) find_paper();

@@ -1,7 +1,7 @@
 // The way back to low resolution: what the pixels of a cell owe to its four corners goes into the
 // rows of saved gradients.
 //
-// Saved: [slots, B, C, chunks, kChunkRows + 1, width]; row t of a chunk is the top of its cell row t
+// Saved: [slots, B, C, chunks, chunk_rows + 1, width]; row t of a chunk is the top of its cell row t
 // and the bottom of the one above; the last cell row's bottom is a row of its own, which
 // combine_gradients adds to the next chunk's first. A row is written and read again by one thread,
 // the owner of the column, which walks down: no atomics, no barrier, and one order for every sum.
@@ -78,13 +78,13 @@ template <typename F>
 HAKD_DEVICE RowWriter<F> row_writer(const Pass& p, int32_t image, const Column& column, int32_t t) {
   const int64_t width = p.student.width;
   const int64_t chunks = p.columns / p.per_row;
-  const int64_t plane = chunks * (kChunkRows + 1) * width;
+  const int64_t plane = chunks * (p.chunk_rows + 1) * width;
   RowWriter<F> rows;
   rows.class_stride = plane;
   rows.slot_stride = plane * p.classes * p.batch;
   rows.width = p.student.width;
   rows.top = static_cast<F*>(p.saved) + image * (p.classes * plane) +
-             (column.chunk * (kChunkRows + 1) + t) * width + column.cell;
+             (column.chunk * (p.chunk_rows + 1) + t) * width + column.cell;
   rows.written = column.own && column.cell >= 0;
   rows.from_above = t > 0;
   rows.again = false;

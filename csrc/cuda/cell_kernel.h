@@ -12,7 +12,7 @@
 // Full-resolution logits, probabilities and gradients exist in registers only. Deterministic: tiles
 // depend on shapes only, every sum has one order, nothing is atomic. Bytes: both low-resolution
 // logits are read twice (once from memory), each term's gradient is written once and a row in
-// kChunkRows read again, each label is read once.
+// chunk_rows read again, each label is read once.
 #pragma once
 
 #include "cell_pass.h"
@@ -72,7 +72,13 @@ class CellPass {
 
   HAKD_DEVICE void run(Sums<float>& sums) {
     staging_.begin(p, image_);
-    if (whole_) staging_.template bring<kRows>(p, image_, 0, p.classes, 0);
+    if (whole_) {
+      if (p.chunk_rows == kMostChunkRows) {
+        staging_.template bring<kRows>(p, image_, 0, p.classes, 0);
+      } else {
+        staging_.template bring<2>(p, image_, 0, p.classes, 0);
+      }
+    }
     const Axis axis_y = axis_of(p.student.height, p.label_height, p.align_corners);
     const Axis axis_x = axis_of(p.student.width, p.label_width, p.align_corners);
     const int32_t j = own_.cell;
@@ -81,8 +87,8 @@ class CellPass {
     const int32_t across = (p.columns_per_cell + S - 1) / S;
     const int32_t steps = (p.rows_per_cell + R - 1) / R * across;
 #pragma unroll 1
-    for (int32_t t = 0; t < kChunkRows; ++t) {
-      const int32_t i = own_.chunk * kChunkRows + t - 1;
+    for (int32_t t = 0; t < p.chunk_rows; ++t) {
+      const int32_t i = own_.chunk * p.chunk_rows + t - 1;
       const bool exists = own_.exists && i < p.student.height;
       const int32_t y_begin = cell_start(axis_y, i);
       const int32_t y_end = exists ? cell_start(axis_y, i + 1) : 0;
@@ -243,7 +249,7 @@ class CellPass {
     }
     const Logits& model = m == 0 ? p.student : p.teacher;
     const float* maxima = staging_.region.maxima + m * kPlane + t * kPitch + lane_;
-    const int32_t i = own_.chunk * kChunkRows + t - 1;
+    const int32_t i = own_.chunk * p.chunk_rows + t - 1;
     int64_t place[2][2];
     float shift[2][2];
 #pragma unroll

@@ -2,7 +2,7 @@
 //
 // A cell is what lies between four neighbouring logits of the student; the cells of an axis of n
 // logits are -1 (before the first) to n - 1 (behind the last). A lane of a warp owns one column of
-// cells and walks down kChunkRows of them (a chunk):
+// cells and walks down chunk_rows of them (a chunk):
 //
 //     corners of cell (i, j)   (i, j)  (i, j+1)        pixels   y  start(i) .. start(i+1) - 1
 //                            (i+1, j)  (i+1, j+1)               x  start(j) .. start(j+1) - 1

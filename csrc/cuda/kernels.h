@@ -52,13 +52,13 @@ struct Finish {
 void launch_finish_sums(const Finish&, cudaStream_t);
 
 struct Combine {
-  const void* saved;  // [slots, B, C, chunks, kChunkRows + 1, width], float or double
+  const void* saved;  // [slots, B, C, chunks, chunk_rows + 1, width], float or double
   bool wide;
   int32_t slots;
   int32_t place[kTerms];  // of each slot's scale
   const double* scales;
   int32_t batch, classes;
-  int64_t chunks;
+  int64_t chunks, chunk_rows;
   Logits out;
 };
 void launch_combine_gradients(const Combine&, cudaStream_t);

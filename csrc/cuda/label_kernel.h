@@ -299,8 +299,8 @@ __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_const
   Sums<float> sums = no_sums<float>();
   const int32_t x = (column.cell + 1) * S;
 #pragma unroll 1
-  for (int32_t t = 0; t < kChunkRows; ++t) {
-    const int32_t y = column.chunk * kChunkRows + t;
+  for (int32_t t = 0; t < p.chunk_rows; ++t) {
+    const int32_t y = column.chunk * p.chunk_rows + t;
     const bool exists = column.exists && y < p.label_height;
     LabelPass<Set, S, kGrad>(p, n, image, y, x, exists, memory).run(sums);
   }

@@ -197,7 +197,7 @@ class Run {
   Pass& pass() { return pass_; }
   int64_t chunks() const { return pass_.columns / pass_.per_row; }
 
-  // [slots, B, C, chunks, kChunkRows + 1, width], and where the terms' gradients go.
+  // [slots, B, C, chunks, chunk_rows + 1, width], and where the terms' gradients go.
   Tensor make_saved() {
     int32_t slots = 0;
     for (int k = 0; k < kTerms; ++k) {
@@ -205,7 +205,8 @@ class Run {
     }
     Tensor saved = torch::stable::new_empty(
         student_,
-        {slots, pass_.batch, pass_.classes, chunks(), kChunkRows + 1, pass_.student.width},
+        {slots, pass_.batch, pass_.classes, chunks(), pass_.chunk_rows + 1,
+         pass_.student.width},
         dtype());
     pass_.saved = saved.mutable_data_ptr();
     return saved;
@@ -228,6 +229,11 @@ class Run {
  private:
   bool on_label_grid(const Tensor& logits) const {
     return logits.size(2) == pass_.label_height && logits.size(3) == pass_.label_width;
+  }
+
+  // The rule of `_saved_shape` in backends/cuda.py.
+  bool large_cells() const {
+    return static_cast<int64_t>(pass_.rows_per_cell) * pass_.columns_per_cell >= 64;
   }
 
   dim3 grid() const {
@@ -285,7 +291,8 @@ class Run {
       pass_.columns_per_cell = narrow(
           most_pixels(pass_.student.width, pass_.label_width, pass_.align_corners), "cell");
     }
-    pass_.columns = narrow(ceil_div(pass_.rows, kChunkRows) * pass_.per_row, "cells of an image");
+    pass_.chunk_rows = !on_labels() && large_cells() ? 1 : kMostChunkRows;
+    pass_.columns = narrow(ceil_div(pass_.rows, pass_.chunk_rows) * pass_.per_row, "cells of an image");
     pass_.halo = pass_.gradients && !on_labels();
     const int64_t warps = kernel_->threads / kWarpSize;
     const int64_t lanes = kWarpSize - (pass_.halo ? 1 : 0);
@@ -463,8 +470,9 @@ Tensor cuda_combine(const Tensor& saved, const Tensor& grad_numerators, int64_t 
                       (wide || saved.scalar_type() == ScalarType::Float) &&
                       saved.size(0) <= kTerms && saved.size(1) == like.size(0) &&
                       saved.size(2) == like.size(1) &&
-                      saved.size(3) == ceil_div(like.size(2) + 1, kChunkRows) &&
-                      saved.size(4) == kChunkRows + 1 && saved.size(5) == like.size(3),
+                      saved.size(4) >= 2 && saved.size(4) <= kMostChunkRows + 1 &&
+                      saved.size(3) == ceil_div(like.size(2) + 1, saved.size(4) - 1) &&
+                      saved.size(5) == like.size(3),
                   "saved: expected what cuda_forward returned for logits like these");
   Tensor out = torch::stable::empty_like(like);
   Combine k{};
@@ -481,6 +489,7 @@ Tensor cuda_combine(const Tensor& saved, const Tensor& grad_numerators, int64_t 
   k.batch = narrow(like.size(0), "batch");
   k.classes = narrow(like.size(1), "classes");
   k.chunks = saved.size(3);
+  k.chunk_rows = saved.size(4) - 1;
   k.out = logits_of(out, "gradient");
   launch_combine_gradients(k, stream);
   return out;

@@ -25,9 +25,10 @@ enum class Source : int32_t {
 // The terms that the kernels know; `teacher_ce` is `ce` of a pass over the teacher's logits.
 enum Term : int32_t { kCe, kKd, kHetero, kFeature, kTerms };
 
-// Rows of cells that a warp walks down. The edge between two such chunks costs half a row of saved
-// gradients; more rows save little of that and leave a longer tail.
-constexpr int kChunkRows = 2;
+// Rows of cells that a warp walks down (a chunk): two, or one where cells are large, because they are
+// few then and warps would be idle. The edge between two chunks costs half a row of saved gradients;
+// more rows save little of that and leave a longer tail.
+constexpr int kMostChunkRows = 2;
 constexpr int kWarpSize = 32;
 
 // A block's row of `partials`, float64: numerators of the terms, then
@@ -66,6 +67,7 @@ struct Pass {
   // How the cells of an image are cut: `columns` of cells, numbered through its chunks.
   int32_t rows;        // of cells: height + 1; of labels where the student lies on their grid
   int32_t per_row;     // cells of a row
+  int32_t chunk_rows;  // rows of cells of a chunk
   int32_t columns;     // per_row times chunks
   int32_t programs;    // blocks per image
   int32_t rows_per_cell, columns_per_cell;  // most pixels of a cell along each axis
@@ -88,7 +90,7 @@ struct Pass {
   double* partials;  // [B * programs, kPartials]
   void* maps_out;    // [2, B, H, W] of the arithmetic's type
   int32_t slot[kTerms];  // which saved gradient a term adds to, -1: none
-  void* saved;       // [slots, B, C, chunks, kChunkRows + 1, width] of the arithmetic's type
+  void* saved;       // [slots, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type
   // on the label grid: the gradient itself, in the dtype of the logits, and the terms' scales
   Logits gradient;
   const double* grad_numerators;

@@ -47,8 +47,8 @@ HAKD_DEVICE void for_each_segment(const Pass& p, int32_t image, const Column& co
   const int32_t across = on_labels ? 1 : (p.columns_per_cell + S - 1) / S;
   const int32_t steps = on_labels ? 1 : p.rows_per_cell * across;
 #pragma unroll 1
-  for (int32_t t = 0; t < kChunkRows; ++t) {
-    const int32_t row = column.chunk * kChunkRows + t;
+  for (int32_t t = 0; t < p.chunk_rows; ++t) {
+    const int32_t row = column.chunk * p.chunk_rows + t;
     const int32_t i = row - 1;
     const int32_t y_begin = on_labels ? row : cell_start(axis_y, i);
     int32_t y_end = on_labels ? row + 1 : cell_start(axis_y, i + 1);

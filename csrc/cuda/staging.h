@@ -22,7 +22,7 @@
 
 namespace heteroakd::cuda {
 
-constexpr int kRows = kChunkRows + 1;   // rows of logits around a chunk
+constexpr int kRows = kMostChunkRows + 1;  // rows of logits around a chunk, at most
 constexpr int kPitch = kWarpSize + 1;   // lane l has the cell between columns l and l + 1
 constexpr int kPlane = kRows * kPitch;  // floats of a class of a model
 
@@ -43,9 +43,10 @@ struct Region {
         logits(memory + (kModels + 1) * kPlane) {}
 };
 
-// Where the logit of a column stands, in row k of its chunk.
-HAKD_DEVICE int64_t place_of(const Logits& model, const Column& column, int32_t k) {
-  return clamp(column.chunk * kChunkRows + k - 1, model.height) * model.row_stride +
+// Where the logit of a column stands, in row k around its chunk.
+HAKD_DEVICE int64_t place_of(const Logits& model, int32_t chunk_rows, const Column& column,
+                             int32_t k) {
+  return clamp(column.chunk * chunk_rows + k - 1, model.height) * model.row_stride +
          clamp(column.cell, model.width) * model.column_stride;
 }
 
@@ -56,13 +57,14 @@ struct Plane {
   const E* first;  // of the image
   int64_t class_stride;
   bool is_half;
-  int32_t lane;
+  int32_t lane, chunk_rows;
 
-  HAKD_DEVICE Plane(const Logits& model, int64_t image, int32_t lane_index)
+  HAKD_DEVICE Plane(const Pass& p, const Logits& model, int64_t image, int32_t lane_index)
       : first(static_cast<const E*>(model.data) + image * model.batch_stride),
         class_stride(model.class_stride),
         is_half(model.dtype == Dtype::kHalf),
-        lane(lane_index) {}
+        lane(lane_index),
+        chunk_rows(p.chunk_rows) {}
 };
 
 // Whether all classes of a logit are within the limit of their maximum; false where one is NaN.
@@ -81,7 +83,7 @@ HAKD_DEVICE void stage_maxima(const Plane<E>& plane, const Logits& model, int32_
   for (int k = 0; k < kRows; ++k) {
     largest[k] = -INFINITY;
     smallest[k] = INFINITY;
-    at[k] = plane.first + place_of(model, own, k);
+    at[k] = plane.first + place_of(model, plane.chunk_rows, own, k);
   }
 #pragma unroll 4
   for (int32_t c = 0; c < classes; ++c) {
@@ -107,7 +109,7 @@ HAKD_DEVICE void stage_last_maxima(const Plane<E>& plane, const Logits& model, i
                                    uint32_t* flags) {
 #pragma unroll 1
   for (int k = 0; k < kRows; ++k) {
-    const E* at = plane.first + place_of(model, last, k);
+    const E* at = plane.first + place_of(model, plane.chunk_rows, last, k);
     float largest = -INFINITY;
     float smallest = INFINITY;
 #pragma unroll 1
@@ -140,7 +142,7 @@ HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const 
   float* to = out + first_row * kPitch + plane.lane;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    at[k] = first + place_of(model, own, first_row + k);
+    at[k] = first + place_of(model, plane.chunk_rows, own, first_row + k);
     shift[k] = maxima[(first_row + k) * kPitch + plane.lane] * scale;
   }
 #pragma unroll 4
@@ -155,7 +157,7 @@ HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const 
   }
 #pragma unroll 1
   for (int32_t row = first_row; row < first_row + kCount; ++row) {
-    const E* of_last = first + place_of(model, last, row);
+    const E* of_last = first + place_of(model, plane.chunk_rows, last, row);
     const float last_shift = maxima[row * kPitch + kWarpSize] * scale;
 #pragma unroll 1
     for (int32_t c = plane.lane; c < end - begin; c += kWarpSize) {
@@ -167,11 +169,12 @@ HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const 
 
 // Calls f(plane) with the element type of a model's logits.
 template <typename Function>
-HAKD_DEVICE void with_plane(const Logits& model, int64_t image, int32_t lane, const Function& f) {
+HAKD_DEVICE void with_plane(const Pass& p, const Logits& model, int64_t image, int32_t lane,
+                            const Function& f) {
   if (model.dtype == Dtype::kFloat) {
-    f(Plane<float>(model, image, lane));
+    f(Plane<float>(p, model, image, lane));
   } else {
-    f(Plane<uint16_t>(model, image, lane));
+    f(Plane<uint16_t>(p, model, image, lane));
   }
 }
 
@@ -192,7 +195,7 @@ struct Staging {
     for (int m = 0; m < kModels; ++m) {
       const Logits& model = m == 0 ? p.student : p.teacher;
       float* maxima = region.maxima + m * kPlane;
-      with_plane(model, image, lane, [&](const auto& plane) {
+      with_plane(p, model, image, lane, [&](const auto& plane) {
         stage_maxima(plane, model, p.classes, own, scale, limit, maxima, region.flags);
         stage_last_maxima(plane, model, p.classes, last, scale, limit, maxima, region.flags);
       });
@@ -209,7 +212,7 @@ struct Staging {
 #pragma unroll
     for (int m = 0; m < kModels; ++m) {
       const Logits& model = m == 0 ? p.student : p.teacher;
-      with_plane(model, image, lane, [&](const auto& plane) {
+      with_plane(p, model, image, lane, [&](const auto& plane) {
         stage_logits<kCount>(plane, model, own, last, region.maxima + m * kPlane, scale, limit,
                              begin, end, first_row, region.logits + m * kPlane, kModels * kPlane);
       });

@@ -2,7 +2,7 @@
 //
 // finish_sums: a block per column of `partials`, which it reads once. combine_gradients: the sum over
 // terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
-// each saved gradient and writes the result once: 4 (K (kChunkRows + 1) / kChunkRows + 1) bytes per
+// each saved gradient and writes the result once: 4 (K (chunk_rows + 1) / chunk_rows + 1) bytes per
 // logit, memory bound. reduce_space: the softmax's denominators of weight_axis = space.
 #include "kernels.h"
 #include "memory.h"
@@ -72,7 +72,7 @@ template <typename F>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_gradients_kernel(const __grid_constant__ Combine k) {
   const int64_t width = k.out.width;
-  const int64_t plane = k.chunks * (kChunkRows + 1) * width;
+  const int64_t plane = k.chunks * (k.chunk_rows + 1) * width;
   const int64_t slot = plane * k.classes * k.batch;
   const int64_t per_row = (width + kCombined - 1) / kCombined;
   const int64_t per_plane = per_row * k.out.height;
@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(kCombineThreads)
     const int64_t i = divide(in_plane, per_row);
     const int64_t j = (in_plane - i * per_row) * kCombined;
     // logits row i is the top of cell row i + 1 (counted from 0) and the bottom of the one above
-    const int64_t chunk = (i + 1) / kChunkRows;
-    const int64_t t = (i + 1) % kChunkRows;
+    const int64_t chunk = k.chunk_rows == 1 ? i + 1 : (i + 1) / kMostChunkRows;
+    const int64_t t = i + 1 - chunk * k.chunk_rows;
     const F* top = static_cast<const F*>(k.saved) + channel * plane +
-                   (chunk * (kChunkRows + 1) + t) * width + j;
+                   (chunk * (k.chunk_rows + 1) + t) * width + j;
     // where a chunk begins, the bottom of the last chunk's last cell is a row of its own
     const F* above = t == 0 && chunk > 0 ? top - width : nullptr;
     F total[kCombined];

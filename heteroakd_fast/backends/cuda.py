@@ -19,7 +19,7 @@ __all__ = ["BACKEND", "CudaBackend"]
 # The numbers of csrc/cuda/pass.h.
 _KD_DIVERGENCES: Final = {"forward": 1, "reverse": 2, "js": 3}
 _MIXES: Final = {"probs": 0, "logits": 1}
-_CHUNK_ROWS: Final = 2
+_LARGE_CELL: Final = 64
 
 
 class CudaBackend:
@@ -166,7 +166,7 @@ class CudaBackend:
         teacher_grad: bool,
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [
-            (_saved_shape(part), compute_dtype(part.logits))
+            (_saved_shape(part, target), compute_dtype(part.logits))
             for part, wanted in zip(
                 split(student_logits, teacher_logits, spec),
                 (student_grad, teacher_grad),
@@ -265,12 +265,25 @@ def _options(part: Part) -> tuple[Any, ...]:
     )
 
 
-def _saved_shape(part: Part) -> tuple[int, ...]:
-    """Of each term, image and class _CHUNK_ROWS + 1 rows for every _CHUNK_ROWS rows of cells,
-    because the last cell's bottom belongs to the next chunk's first logits."""
+def _saved_shape(part: Part, target: Tensor) -> tuple[int, ...]:
+    """Of each term, image and class one row more than cells in every chunk of rows, because the
+    last cell's bottom belongs to the next chunk's first logits. Chunks are as csrc/cuda/pass.h has
+    them: two rows, or one of large cells."""
     batch, classes, height, width = part.logits.shape
-    chunks = -(-(height + 1) // _CHUNK_ROWS)
-    return len(part.terms), batch, classes, chunks, _CHUNK_ROWS + 1, width
+    align_corners = part.spec.align_corners
+    pixels = _most_pixels(height, target.shape[1], align_corners) * _most_pixels(
+        width, target.shape[2], align_corners
+    )
+    rows = 1 if pixels >= _LARGE_CELL else 2
+    return len(part.terms), batch, classes, -(-(height + 1) // rows), rows + 1, width
+
+
+def _most_pixels(logits: int, labels: int, align_corners: bool) -> int:
+    """The most pixels that a cell has along an axis."""
+    logits = max(logits, 1)
+    if align_corners:
+        return labels if logits == 1 or labels == 1 else -(-(labels - 1) // (logits - 1))
+    return -(-labels // logits)
 
 
 BACKEND = CudaBackend()

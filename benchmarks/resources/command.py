@@ -12,8 +12,12 @@ cuda.json and exits with 1 if one is over; `--update` writes new ceilings.
 Loops are told apart by the line information of the machine code, see loops.py. How often a loop of
 Triton runs is its `range(...)` with the launch's arguments; for CUDA the case says it.
 
+The report on CUDA has a digest of its sources: while they have it, the test of the ceilings reads
+the report and compiles only what takes seconds (cuda_record.py).
+
 Times follow from the counts and from the rates of a unit (`UNITS`, per clock and multiprocessor),
-as if nothing ever waited: bounds on paper, in which branches that are not taken count as well.
+as if nothing ever waited: bounds on paper, in which branches that are not taken count as well (for
+CUDA, unless `ARMS` of cuda_cases.py names them).
 Nothing here is a measurement.
 
 To add a case, see cases.py and cuda_cases.py.

@@ -74,8 +74,12 @@ def chosen(sources: Sequence[Path], archs: Sequence[str], quick: bool) -> list[J
         for source in sorted(
             sources, key=lambda x: -sum(y.stat().st_size for y in nvcc.files_of(x))
         )
-        if not quick or arch == MAIN_ARCH or source.name in cuda_cases.QUICK_FILES
+        if not quick or source.name in _quick_files(arch)
     ]
+
+
+def _quick_files(arch: str) -> Sequence[str]:
+    return cuda_cases.QUICK_MAIN_FILES if arch == MAIN_ARCH else cuda_cases.QUICK_FILES
 
 
 def compile_jobs(
@@ -133,7 +137,7 @@ def read_kernel(text: str, usage: Usage, sources: Sources) -> Kernel:
     kinds = Counter(x.kind for x in own)
     outside, loops = count_loops(own, {k: at for k, at in labels.items() if at < size}, sources)
     arms = Arms(instructions, labels, sources)
-    arms.of_16_bits = _name_by_loads(own, loops)
+    arms.swapped = _tell_copies_apart(own, loops)
     for loop in loops:
         loop.rare = not cuda_cases.RARE.isdisjoint(names_of(loop.name))
         loop.by_arm = arms.count(sorted(loop.own))
@@ -149,7 +153,7 @@ def read_kernel(text: str, usage: Usage, sources: Sources) -> Kernel:
         loops=loops,
         called_spills=_spills(rest),
         called_code_bytes=16 * len(rest),
-        outside_by_arm=arms.count([x for x in range(size) if x not in inside]),
+        outside_by_arm=_merged(arms.count([x for x in range(size) if x not in inside])),
     )
 
 
@@ -157,20 +161,40 @@ def _spills(instructions: Sequence[Instruction]) -> int:
     return sum(x.kind in ("LDL", "STL") for x in instructions)
 
 
-def _name_by_loads(instructions: Sequence[Instruction], loops: Sequence[LoopCount]) -> set[int]:
-    """Where one template is instantiated for float and for 16 bits in one generic lambda, line
-    information may give both the place of the first. The loads tell them apart. Returns the
-    instructions of loops that got another name."""
-    renamed = set[int]()
+def _merged(by_arm: ByArm) -> ByArm:
+    """What is set up for staging, in four copies that lines do not tell apart: one more arm."""
+    found: dict[frozenset[str], Counter[str]] = defaultdict(Counter)
+    for arms, kinds in by_arm.items():
+        copies = any(x.startswith("staged whole") for x in arms)
+        found[frozenset([cuda_cases.SET_UP]) if copies else arms].update(kinds)
+    return {arms: dict(kinds) for arms, kinds in found.items()}
+
+
+def _tell_copies_apart(
+    instructions: Sequence[Instruction], loops: Sequence[LoopCount]
+) -> dict[int, dict[str, str]]:
+    """Staging is compiled for float and for 16 bits, for two rows and for three; line information
+    may give all of them the place of the first. Their loads tell them apart; the loops of the last
+    column stand behind them. Returns, for the instructions of such loops, arm -> the true one."""
+    swapped: dict[int, dict[str, str]] = {}
+    arms: dict[str, str] = {}
+    words: list[tuple[str, str]] = []
     for loop in loops:
         loads = [x for x in (instructions[i] for i in loop.own) if x.kind == "LDG"]
-        if loads and all(".U16" in x.opcode for x in loads):
-            around = loops[loop.parent] if loop.parent >= 0 and len(loads) == 1 else loop
-            for mistaken in (loop, around):
-                if mistaken.name.count("float>") == 1:
-                    mistaken.name = mistaken.name.replace("float>", "uint16_t>")
-                    renamed |= mistaken.own
-    return renamed
+        if loads and "last" not in loop.name:
+            arms, words = {}, []
+            if all(".U16" in x.opcode for x in loads) and "float>" in loop.name:
+                arms["staged float"] = "staged 16 bits"
+                words.append(("float>", "uint16_t>"))
+            rows = len(loads) / loop.unroll
+            if rows == 3 and loop.name.startswith("staging<2, "):
+                arms["staged whole, one"] = "staged whole, two"
+                words.append(("<2, ", "<"))
+        if loop.name.startswith(("staging", "rows of last")):
+            for mistaken, true in words:
+                loop.name = loop.name.replace(mistaken, true)
+            swapped |= dict.fromkeys(loop.own, arms)
+    return swapped
 
 
 class Arms:
@@ -195,8 +219,8 @@ class Arms:
             if not label.startswith("$__internal")
         }
         self.lines = sources.arms
-        self.of_16_bits = set[int]()
-        """instructions whose lines say that they are of float"""
+        self.swapped: Mapping[int, Mapping[str, str]] = {}
+        """instruction -> an arm that its lines lead to, and the true one"""
 
     def count(self, places: Sequence[int], around: Frames = ()) -> ByArm:
         """opcode -> instructions, by the arms that they all stand in."""
@@ -205,8 +229,8 @@ class Arms:
             instruction = self.instructions[place]
             frames = instruction.frames + around
             arms = self._arms(frames)
-            if place in self.of_16_bits and "staged float" in arms:
-                arms = arms - {"staged float"} | {"staged 16 bits"}
+            if place in self.swapped:
+                arms = frozenset(self.swapped[place].get(x, x) for x in arms)
             found[arms][instruction.kind] += 1
             if instruction.kind == "CALL" and instruction.label in self.called:
                 for inner, kinds in self.count(self.called[instruction.label], frames).items():
@@ -302,14 +326,12 @@ def label_of(
     """The function's name or what `LOOPS` makes of it, and the constants of the calls to it."""
     function = place.loop.function + ("/inner" if place.loop.nested else "")
     rolled = [
-        x
-        for x in loops[place.loop.file]
-        if x.function == place.loop.function and not x.unrolled
+        x for x in loops[place.loop.file] if x.function == place.loop.function and not x.unrolled
     ]
     numbered = f"{place.loop.function}#{rolled.index(place.loop) + 1}"
     constants = []
     for file, line in reversed(place.calls):
-        text = lines[file][line - 1] if file in lines else ""
+        text = "".join(lines.get(file, ())[line - 1 : line])
         for call in _CALL.findall(text):
             constants += [x.strip() for x in call.split(",") if _CONSTANT.fullmatch(x.strip())]
     name = cuda_cases.LOOPS.get(numbered) or cuda_cases.LOOPS.get(function, function)

@@ -7,17 +7,18 @@ everything else is. `python -m benchmarks.resources --backend cuda` prints the n
 and loops.
 
 Cases have the names and shapes of those of Triton. All pixels are taken to be valid and all logits
-to be moderate: the loops for the others (`blank`, `hand over`, the second `maxima`) do not run.
+to be moderate: the loops for the others (`hand over`, the second `maxima`) do not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
 from . import cases as triton_cases
 from .cuda_geometry import (
-    CHUNK_ROWS,
+    MOST_CHUNK_ROWS,
     PARTIALS,
     WARP,
     WARPS,
@@ -84,7 +85,6 @@ LOOPS: Final[Mapping[str, str]] = {
     "LabelPass::fetch#2": "fetch",
     "LabelPass::fetch#3": "fetch 16 bits",
     "LabelPass::fetch#4": "fetch one by one",
-    "LabelPass::blank": "blank",
     "LabelPass::maxima": "maxima",
     "LabelPass::statistics": "statistics",
     "LabelPass::find_late": "late",
@@ -96,7 +96,21 @@ LOOPS: Final[Mapping[str, str]] = {
 }
 
 #: Loops that hardly ever run, by the names that LOOPS gives: they may spill.
-RARE: Final[frozenset[str]] = frozenset(["hand over", "hand over/inner", "blank"])
+RARE: Final[frozenset[str]] = frozenset(["hand over", "hand over/inner"])
+
+#: Spills that an innermost loop of a kernel has on the main architecture, all such loops together:
+#: none but these. `--update` does not write more; a person who has looked at them does.
+INNER_SPILLS: Final[Mapping[str, int]] = {
+    # gradients, 5 or 6 of 630 instructions for 16 pixels
+    "cell_kernel<Fixed<true, KdDivergence(1), Hetero(1), Mix(0)>, 4, 4>": 16,
+    # gradients<1, true>, 1 of 190
+    "cell_kernel<Fixed<true, KdDivergence(0), Hetero(0), Mix(0)>, 4, 4>": 1,
+    # the kernels for any terms: gradients, and js in double
+    "segment_kernel<float, Any, 4, Hold(1)>": 12,
+    "segment_kernel<double, Any, 2, Hold(1)>": 21,
+    # one number of 670 instructions for 4 logits, that the compiler may stay at 32 registers
+    "combine_gradients_kernel<float>": 2,
+}
 
 #: Files that a quick run compiles for all architectures, and one more for the main one.
 QUICK_FILES: Final = ("operators.cu", "labels.cu", "sums.cu", "labels_grid.cu")
@@ -120,7 +134,7 @@ def _sources() -> dict[str, tuple[Lines, ...]]:
         "on labels": Lines("under", "if (model.source == Source::kLabels) {"),
         "gathered": Lines("under", "const Taps<F> rows", "u.fraction_x[s] = columns.fraction"),
     }
-    found = {}
+    found: dict[str, tuple[Lines, ...]] = {}
     for model in ("student", "teacher"):
         reads = Lines(f"{_PASS}::maxima_are_finite", f"read(p.{model}")
         begins = Lines(f"{_PASS}::{_PASS}", f"{model}_ = under(")
@@ -157,7 +171,8 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "store four float": (Lines("store_four", "if (dtype == Dtype::kFloat) {"),),
     "store four of 16 bits": (Lines("store_four", "*reinterpret_cast<uint2*>"),),
     # by cells
-    "staged whole": (Lines("CellPass::run", "if (whole_) staging_"),),
+    "staged whole, two": (Lines("CellPass::run", "staging_.template bring<kRows>"),),
+    "staged whole, one": (Lines("CellPass::run", "staging_.template bring<2>"),),
     "staged by blocks": (Lines("CellPass::for_each_block", "if (!whole_) staging_"),),
     "label logits, whole": (Lines("CellPass::label_logits", "if (whole_) {"),),
     "label logits, by blocks": (
@@ -205,7 +220,9 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "ce, pixel": (Lines(f"{_PASS}::pixel", "if (Set::ce(p)) {"),),
     "ce, gradients": (Lines(f"{_PASS}::gradients", "g[kCe][i] ="),),
     "kd forward, pixel": (Lines(f"{_PASS}::pixel", "if (Set::kd(p) == KdDivergence::kForward) {"),),
-    "kd other, pixel": (Lines(f"{_PASS}::pixel", "} else if (Set::kd(p) != KdDivergence::kNone) {"),),
+    "kd other, pixel": (
+        Lines(f"{_PASS}::pixel", "} else if (Set::kd(p) != KdDivergence::kNone) {"),
+    ),
     "kd reverse, pixel": (Lines(f"{_PASS}::pixel", "if (Set::kd(p) == KdDivergence::kReverse) {"),),
     "kd js, pixel": (Lines(f"{_PASS}::pixel", "const F beta", "kd_student_[i] = valid"),),
     "kd, gradients": (Lines(f"{_PASS}::gradients", "g[kKd][i] ="),),
@@ -223,9 +240,7 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
         Lines(f"{_PASS}::hetero_gradient", "const F a = mixed_target", "exp2(a), hetero_student"),
     ),
     "paper": (Lines(f"{_PASS}::run", "find_paper();"),),
-    "paper, pixel": (
-        Lines(f"{_PASS}::pixel", "} else if (Set::hetero(p) == Hetero::kPaper) {"),
-    ),
+    "paper, pixel": (Lines(f"{_PASS}::pixel", "} else if (Set::hetero(p) == Hetero::kPaper) {"),),
     "paper, gradients": (
         Lines(f"{_PASS}::hetero_gradient", "if (Set::hetero(p) == Hetero::kPaper) {"),
     ),
@@ -233,7 +248,9 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "space, pixel": (
         Lines(f"{_PASS}::pixel", "} else if (Set::hetero(p) == Hetero::kPaperSpace) {"),
     ),
-    "space, maps": (Lines(f"{_PASS}::pixel", "const PaperClass<F> k = paper_at_label", "d = k.gap"),),
+    "space, maps": (
+        Lines(f"{_PASS}::pixel", "const PaperClass<F> k = paper_at_label", "d = k.gap"),
+    ),
     "space, gradients": (
         Lines(f"{_PASS}::hetero_gradient", "const F a = k.z_h", "(w * bernoulli_kl_gradient"),
     ),
@@ -245,6 +262,9 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "summed slots": (Lines("combine_gradients_kernel", "if (j + x >= width)", "total[x] +="),),
     "row above": (Lines("combine_gradients_kernel", "if (above != nullptr) g +="),),
 }
+
+#: Before the loops that stage all classes: four copies, of which one is executed (cuda.py).
+SET_UP: Final = "set up to stage whole"
 
 _ALWAYS: Final = ("labels of 8 bits", "labels of 32 bits", "wide division", "maps")
 
@@ -265,7 +285,6 @@ def _set(kd: int, hetero: int, mix: int = 0) -> str:
     return f"Fixed<true, KdDivergence({kd}), Hetero({hetero}), Mix({mix})>"
 
 
-
 def _power(temperature: float) -> int:
     return int(temperature) if temperature in (1.0, 2.0) else 0
 
@@ -279,7 +298,7 @@ def _cells(call: Call, terms: Sequence[str], temperature: float, gradients: bool
     power = _power(temperature) if len(terms) > 1 else 1
     columns = ceil_div(call.most_pixels(1), 4)
     loops: dict[str, float] = {
-        "rows": CHUNK_ROWS,
+        "rows": call.chunk_rows,
         "step": columns * ceil_div(call.most_pixels(0), 4),
         "blocks": staged.blocks,
         "hand over": 0,
@@ -288,13 +307,14 @@ def _cells(call: Call, terms: Sequence[str], temperature: float, gradients: bool
         here = element == narrow
         loops |= {
             f"staging maxima<{element}>": here * call.classes,
-            f"rows of last maxima<{element}>": here * (CHUNK_ROWS + 1),
+            f"rows of last maxima<{element}>": here * (MOST_CHUNK_ROWS + 1),
             f"staging last maxima<{element}>": ceil_div(call.classes, WARP),
             f"staging<{element}>": here * whole * call.classes,
-            f"rows of last column<{element}>": here * whole * (CHUNK_ROWS + 1),
+            f"rows of last column<{element}>": here * whole * (MOST_CHUNK_ROWS + 1),
             f"staging last column<{element}>": ceil_div(call.classes, WARP),
-            f"staging<2, {element}>": 0 if whole else here * staged.classes,
-            f"rows of last column<2, {element}>": 0 if whole else here * 2,
+            # of all classes or of blocks: arms tell these apart
+            f"staging<2, {element}>": here * staged.classes,
+            f"rows of last column<2, {element}>": here * 2,
             f"staging last column<2, {element}>": ceil_div(int(staged.classes), WARP),
         }
     for x in (0, 1, 2) if len(terms) > 1 else (1,):
@@ -317,10 +337,12 @@ def _cells(call: Call, terms: Sequence[str], temperature: float, gradients: bool
         without=_without(
             *_dtypes("staged", used, ("float", "16 bits")),
             *_dtypes("narrow", used, ("float", "16 bits")),
-            "staged by blocks" if whole else "staged whole",
+            *(("staged by blocks",) if whole else ("staged whole, two", "staged whole, one")),
+            "staged whole, two" if call.chunk_rows == 1 else "staged whole, one",
             "label logits, by blocks" if whole else "label logits, whole",
             *(() if gradients or late else ("cell gradients",)),
-        ),
+        )
+        | {SET_UP: 3 / 4 if whole else 1.0},
     )
     return [launch, _finish(cut), *([_combine(call, cut, len(terms))] if gradients else [])]
 
@@ -365,7 +387,7 @@ def _segments(call: Call, terms: str, has: set[str], slots: int, t: float) -> li
     steps = call.most_pixels(0) * ceil_div(call.most_pixels(1), pixels)
     classes = float(call.classes)
     loops: dict[str, float] = {
-        "rows": CHUNK_ROWS,
+        "rows": call.chunk_rows,
         "step": steps,
         "maxima": classes,
         "maxima 2": 0,
@@ -416,7 +438,7 @@ def _space(call: Call, cut: Cut) -> list[Launch]:
         elements=call.elements,
         loops={
             "classes": call.classes,
-                "rows": CHUNK_ROWS,
+            "rows": call.chunk_rows,
             "step": call.most_pixels(0) * ceil_div(call.most_pixels(1), 4),
         },
         without=_without(
@@ -443,12 +465,11 @@ def _on_labels(call: Call) -> list[Launch]:
     cut = cut_labels(call, pixels)
     classes = float(call.classes)
     loops: dict[str, float] = {
-        "step": CHUNK_ROWS,
+        "step": call.chunk_rows,
         "no pixels": 0,
         "fetch": classes,
         "fetch 16 bits": 0,
         "fetch one by one": 0,
-        "blank": 0,
         "maxima": classes,
         "late": classes,
     }
@@ -495,7 +516,7 @@ def _combine(call: Call, cut: Cut, slots: int) -> Launch:
     wide = call.size == 8
     used = {2: "bfloat16", 4: "float", 8: "double"}[call.size]
     without = _without(*_dtypes("store", used, ("double", "float", "half", "bfloat16")))
-    without |= {"summed slots": 1 - slots / 4, "row above": 1 - 1 / CHUNK_ROWS}
+    without |= {"summed slots": 1 - slots / 4, "row above": 1 - 1 / call.chunk_rows}
     saved = saved_bytes(call, cut, slots, 8 if wide else 4)
     return Launch(
         kernel=f"combine_gradients_kernel<{'double' if wide else 'float'}>",
@@ -510,69 +531,58 @@ def _combine(call: Call, cut: Cut, slots: int) -> Launch:
 
 # --- cases --------------------------------------------------------------------------------------
 
-_LABELS: Final = (512, 1024)
-_S4: Final[Mapping[str, Any]] = {
-    "batch": 8,
-    "classes": 19,
-    "student": (128, 256),
-    "labels": _LABELS,
-    "teacher": (128, 256),
-}
-_S8: Final[Mapping[str, Any]] = _S4 | {"student": (64, 128), "teacher": (64, 128)}
-_SQUARE: Final[Mapping[str, Any]] = _S4 | {"labels": (512, 512)}
+_S4: Final = Call(batch=8, classes=19, student=(128, 256), teacher=(128, 256), labels=(512, 1024))
+_S8: Final = replace(_S4, student=(64, 128), teacher=(64, 128))
+_SQUARE: Final = replace(_S4, labels=(512, 512))
+_SQUARE_S4: Final = replace(_SQUARE, student=(128, 128), teacher=(128, 128))
+_SQUARE_S8: Final = replace(_SQUARE, student=(64, 64), teacher=(64, 64))
 _USUAL: Final = ("ce", "hetero")
-_KNOWLEDGE: Final = {"knowledge", "hetero", "pair", "soft", "hard"}
+#: keys of `_TERM_ARMS`
+_CE_HETERO: Final = {"ce", "probs", "late", "knowledge", "hetero", "pair", "soft", "hard"}
+_SPACE: Final = {"ce", "hard", "hetero", "space", "any paper", "late"}
 
 
 def _of_cells(
-    shape: Mapping[str, Any], terms: Sequence[str] = _USUAL, t: float = 2.0, gradients: bool = True
+    call: Call, terms: Sequence[str] = _USUAL, t: float = 2.0, gradients: bool = True
 ) -> tuple[Call, list[Launch]]:
-    call = Call(**shape)
     return call, _cells(call, terms, t, gradients)
 
 
 def _of_segments(
-    shape: Mapping[str, Any], terms: str, has: set[str], slots: int
+    call: Call, terms: str, has: set[str], slots: int = 2
 ) -> tuple[Call, list[Launch]]:
-    call = Call(**shape)
     return call, _segments(call, terms, has, slots, 2.0)
 
 
-def _of_labels(shape: Mapping[str, Any]) -> tuple[Call, list[Launch]]:
-    call = Call(**shape)
+def _of_labels(call: Call) -> tuple[Call, list[Launch]]:
     return call, _on_labels(call)
 
 
 def _cases() -> dict[str, Case]:
-    ce_hetero = {"ce", "probs", "late"} | _KNOWLEDGE
-    space = {"ce", "hard", "hetero", "space", "any paper", "late"}
-    square = {"student": (128, 128), "teacher": (128, 128), "classes": 150}
-    small = {"student": (64, 64), "teacher": (64, 64)}
+    labels = _S4.labels
     found = {
         "s4": _of_cells(_S4),
         "s8": _of_cells(_S8),
-        "c150": _of_cells(_SQUARE | square),
-        "c21": _of_cells(_SQUARE | small | {"classes": 21}),
-        "c171": _of_cells(_SQUARE | small | {"classes": 171}),
-        "bf16": _of_cells(_S4 | {"size": 2}),
+        "c150": _of_cells(replace(_SQUARE_S4, classes=150)),
+        "c21": _of_cells(replace(_SQUARE_S8, classes=21)),
+        "c171": _of_cells(replace(_SQUARE_S8, classes=171)),
+        "bf16": _of_cells(replace(_S4, size=2)),
         "t1.7": _of_cells(_S4, t=1.7),
-        "mix-logits": _of_segments(_S4, _set(1, 1, 1), {"mixed", "soft"}, 2),
-        "paper": _of_segments(_S4, _set(1, 2), {"paper", "soft"}, 2),
-        "paper-space": _of_segments(_S4, "Any", space, 2),
-        "kd-js": _of_segments(_S4, _set(3, 0), {"js", "soft"}, 1),
-        "kd-reverse": _of_segments(_S4, _set(2, 0), {"soft"}, 1),
-        "ce": _of_cells(_S4 | {"teacher": None}, ("ce",)),
+        "mix-logits": _of_segments(_S4, _set(1, 1, 1), {"mixed", "soft"}),
+        "paper": _of_segments(_S4, _set(1, 2), {"paper", "soft"}),
+        "paper-space": _of_segments(_S4, "Any", _SPACE),
+        "kd-js": _of_segments(_S4, _set(3, 0), {"js", "soft"}, slots=1),
+        "kd-reverse": _of_segments(_S4, _set(2, 0), {"soft"}, slots=1),
+        "ce": _of_cells(replace(_S4, teacher=None), ("ce",)),
         "default": _of_cells(_S4, ("ce", "kd", "hetero")),
-        "all": _of_segments(_S4, "Any", ce_hetero | {"kd", "forward", "feature"}, 4),
-        "teacher-s4": _of_segments(_S8 | {"teacher": (128, 256)}, _set(1, 1), {"soft"}, 2),
-        "stride1": _of_labels(_S4 | {"student": _LABELS, "teacher": _LABELS}),
+        "all": _of_segments(_S4, "Any", {*_CE_HETERO, "kd", "forward", "feature"}, slots=4),
+        "teacher-s4": _of_segments(replace(_S8, teacher=(128, 256)), _set(1, 1), {"soft"}),
+        "stride1": _of_labels(replace(_S4, student=labels, teacher=labels)),
         "align": _of_cells(
-            _S4
-            | {"student": (97, 97), "teacher": (97, 97), "labels": (769, 769)}
-            | {"align_corners": True}
+            replace(_S4, student=(97, 97), teacher=(97, 97), labels=(769, 769), align_corners=True)
         ),
         "no-grad": _of_cells(_S4, gradients=False),
-        "float64": _of_segments(_S4 | {"size": 8}, "Any", ce_hetero, 2),
+        "float64": _of_segments(replace(_S4, size=8), "Any", _CE_HETERO),
         "channels-last": _of_cells(_S4),
     }
     cases = {}

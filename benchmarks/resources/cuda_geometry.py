@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-CHUNK_ROWS: Final = 2
+MOST_CHUNK_ROWS: Final = 2
 WARP: Final = 32
 WARPS: Final = 2
 """of a block, of every kernel that makes a pass"""
 PARTIALS: Final = 8
-_PLANE: Final = (CHUNK_ROWS + 1) * (WARP + 1)
+_PLANE: Final = (MOST_CHUNK_ROWS + 1) * (WARP + 1)
 """floats of a class of a model in shared memory, staging.h"""
 _SHARED: Final = 48 * 1024
 _MOST_SHARED: Final = 99 * 1024
@@ -65,6 +65,13 @@ class Call:
             return labels if 1 in (logits, labels) else ceil_div(labels - 1, logits - 1)
         return ceil_div(labels, logits)
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of cells that a warp walks down: one where cells are large."""
+        on_labels = self.student == self.labels
+        large = self.most_pixels(0) * self.most_pixels(1) >= 64
+        return 1 if large and not on_labels else MOST_CHUNK_ROWS
+
 
 class Cut(NamedTuple):
     """Blocks of a pass."""
@@ -81,21 +88,21 @@ class Cut(NamedTuple):
 
 def cut_cells(call: Call, gradients: bool) -> Cut:
     height, width = call.student
-    chunks = ceil_div(height + 1, CHUNK_ROWS)
+    chunks = ceil_div(height + 1, call.chunk_rows)
     lanes = WARP - 1 if gradients else WARP
     programs = ceil_div(chunks * (width + 1), WARPS * lanes)
     return Cut(chunks, call.batch * programs, call.batch * programs * WARPS)
 
 
 def cut_labels(call: Call, pixels: int) -> Cut:
-    chunks = ceil_div(call.labels[0], CHUNK_ROWS)
+    chunks = ceil_div(call.labels[0], call.chunk_rows)
     programs = ceil_div(chunks * ceil_div(call.labels[1], pixels), WARPS * WARP)
     return Cut(chunks, call.batch * programs, call.batch * programs * WARPS)
 
 
 def saved_bytes(call: Call, cut: Cut, slots: int, size: int) -> int:
     planes = slots * call.batch * call.classes * cut.chunks
-    return planes * (CHUNK_ROWS + 1) * call.student[1] * size
+    return planes * (call.chunk_rows + 1) * call.student[1] * size
 
 
 class Staged(NamedTuple):

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from . import cuda_cases
 from .cuda import MAIN_ARCH, Instance, Result
-from .cuda_launches import Launch
+from .cuda_launches import Launch, names_of
+from .cuda_record import instance_json
 from .kernel import Row
+from .nvcc import ROOT
 from .tables import (
     Described,
     by_arch,
+    by_case,
     case_table,
     cost_json,
+    floor_ms,
     kernel_table,
     lines,
-    loop_json,
     loop_table,
     rounded,
     spilled,
     step_tables,
     table,
 )
+from .times import cost_of, executions
 from .units import BANDWIDTH, CLOCK, MULTIPROCESSORS, UNITS
 
 _HEADER: Final = """# Resources of the CUDA kernels, and what they cost on paper
 
-Written by `python -m benchmarks.resources --backend cuda`; no GPU was used, and **no number here is
-a measurement**. Every file of `csrc/cuda` is compiled with nvcc {nvcc}; the machine code is read.
+Written by `python -m benchmarks.resources --backend cuda`; no GPU was used, and **no number of a
+kernel is a measurement**. Every file of `csrc/cuda` is compiled with nvcc {nvcc}; the machine code
+is read.
 
 - *Registers* of a thread; *stack* in bytes; *LDL / STL*: loads and stores of local memory (spills,
   and whatever else needs an address) in the whole code of a kernel; *inner*: those inside an
-  innermost loop that is not marked as rare. Functions that are called and not inlined are for rare
-  cases and stand apart.
+  innermost loop that is not marked as rare. Functions that are called and not inlined stand apart.
 - *Instructions* are of a thread, per pixel and class, unless it says per pixel: a thread's loops
-  serve all pixels that it holds in registers. A predicated instruction counts; so does a branch
-  that may not be taken, except loops that the case says do not run.
+  serve all pixels that it holds in registers. A predicated instruction counts. Of a branch both
+  arms count in the tables of loops; in cases, with their times, the arms that the case does not
+  take are left out as far as lines tell them apart (`ARMS` in `benchmarks/resources/cuda_cases.py`:
+  dtypes, staging by blocks or at once, terms that a kernel for any terms is not asked for), and a
+  function that is called counts as part of its caller. All pixels are valid, and no logit is so
+  large that its pixels would be handed over.
 - *Time* is what the busiest unit needs at its full rate, if nothing ever waited for anything:
   {units} lanes per clock and multiprocessor, {multiprocessors} multiprocessors at an assumed
   {clock:.3f} GHz (H100 SXM), the busiest multiprocessor's share counted; *memory*: every tensor of
@@ -60,7 +70,8 @@ def as_markdown(
 ) -> str:
     main = [x for x in launched if not x.launch.careful]
     known = {x.case: _describe(x.case) for x in main}
-    loops = [x for x in held if x.held]
+    used = {x.launch.kernel for x in main}
+    loops = [x for x in held if x.held and x.name in used]
     parts = [
         _HEADER.format(
             nvcc=version,
@@ -70,11 +81,21 @@ def as_markdown(
             peak=BANDWIDTH["peak"] / 1e12,
             copies=BANDWIDTH["copies"] / 1e12,
         ),
-        f"## Cases, sm_{MAIN_ARCH}\n\n" + case_table(main, known),
+        f"## Cases, forward + backward, sm_{MAIN_ARCH}\n\n" + case_table(main, known),
+        "## CUDA against Triton on paper\n\nBounds of both, from this report and from [that on "
+        "Triton](../triton/resources.md); where the ratio is above 1, CUDA loses. *Share*: the "
+        "larger floor, by the bound. Triton's kernels are compiled for a call and have few arms "
+        "that are not taken, but those count. **Not measured.**\n\n" + _against_triton(main, known),
+        "## Where instructions go\n\nOf a case, per pixel and class. *Staging*: reading, "
+        "interpolating where that is kept, maxima. *Statistics*: every loop over classes before "
+        "the gradients. *Pixel*: outside the loops over classes, per step. *Thread*: once per "
+        "thread and row of cells. *Sums*: the launches that are no pass.\n\n" + _parts_table(main),
         f"## Kernels, sm_{MAIN_ARCH}\n\n" + kernel_table(main),
-        f"## Loops, sm_{MAIN_ARCH}\n\nOf every kernel. Per pixel and class; *step* per pixel, "
-        "loops over classes left out; of kernels without pixels: per element.\n\n"
-        + loop_table(loops, ("kernel",)),
+        f"## Loops, sm_{MAIN_ARCH}\n\nOf the kernels that a case launches; all are in "
+        "`resources.json`. Per pixel and class; *step* per pixel, loops over classes left out; of "
+        "kernels without pixels: per element. A loop that the machine code has twice, for both "
+        "models or two calls, is listed once.\n\n"
+        + loop_table(loops, ("kernel",), lambda x: len(set(names_of(x))) > 1),
         "## What a step consists of\n\nInstructions per pixel outside the loops over classes, by "
         f"the function that the kernel calls; sm_{MAIN_ARCH}, the ten largest.\n\n"
         + step_tables(loops, ("kernel",)),
@@ -84,6 +105,77 @@ def as_markdown(
         + _seconds_table(result),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _triton_bounds() -> dict[str, float]:
+    """Case -> ms, of the newest Triton in its report."""
+    file = ROOT / "docs" / "benchmarks" / "triton" / "resources.json"
+    if not file.exists():
+        return {}
+    runs = json.loads(file.read_text())["runs"]
+    newest = max(runs, key=lambda x: [int(y) for y in re.findall(r"\d+", x)])
+    found: dict[str, float] = defaultdict(float)
+    for row in runs[newest]:
+        if "paper" in row and "(careful)" not in row["kernel"]:
+            found[row["case"]] += row["paper"]["bound_us"] / 1e3
+    return dict(found)
+
+
+def _against_triton(rows: Sequence[Row[Launch]], known: Mapping[str, Described]) -> str:
+    triton = _triton_bounds()
+    cells = []
+    for case, members in by_case(rows).items():
+        costs = [cost_of(x.kernel, x.launch) for x in members]
+        bound = sum(x.bound_us for x in costs) / 1e3
+        heaviest = max(zip(costs, members, strict=True), key=lambda x: x[0].bound_us)
+        floor = floor_ms(known[case], members)
+        other = triton.get(case)
+        cells.append(
+            [
+                case,
+                f"`{heaviest[1].name.split('<')[0]}`",
+                f"{bound:.3f}",
+                f"{other:.3f}" if other else "",
+                f"{bound / other:.2f}" if other else "",
+                f"{floor:.3f}",
+                f"{floor / bound:.0%}",
+                f"{floor / other:.0%}" if other else "",
+            ]
+        )
+    header = ["case", "by", "CUDA ms", "Triton ms", "CUDA / Triton", "floor ms"]
+    return table([*header, "CUDA's share", "Triton's share"], cells)
+
+
+#: Loop by its first words -> column of "where instructions go"
+_PARTS: Final = {
+    "staging": ("staging", "rows of last", "fetch", "maxima", "no pixels"),
+    "statistics": ("statistics", "mixed", "js", "paper", "squares"),
+    "gradients": ("gradients", "late"),
+    "pixel": ("step", "blocks", "hand over"),
+}
+
+
+def _parts_table(rows: Sequence[Row[Launch]]) -> str:
+    columns = [*_PARTS, "thread", "sums"]
+    cells = []
+    for case, members in by_case(rows).items():
+        found = dict.fromkeys(columns, 0.0)
+        elements = max(x.launch.elements or 0.0 for x in members)
+        for row in members:
+            threads = 32 * row.launch.programs * row.launch.warps / elements
+            counts = [("", sum(row.kernel.outside.values()))]
+            runs = executions(row.kernel, row.launch)
+            pairs = zip(row.kernel.loops, runs, strict=True)
+            counts += [(x.name, x.instructions * n) for x, n in pairs]
+            for name, count in counts:
+                part = next((k for k, v in _PARTS.items() if name.startswith(v)), "thread")
+                a_pass = row.name.split("<")[0] in _PASSES
+                found[part if a_pass else "sums"] += count * threads
+        cells.append([case, *(f"{x:.2f}" for x in found.values()), f"{sum(found.values()):.2f}"])
+    return table(["case", *columns, "all"], cells)
+
+
+_PASSES: Final = ("cell_kernel", "segment_kernel", "label_kernel")
 
 
 def _instance_table(result: Result) -> str:
@@ -116,7 +208,11 @@ def _seconds_table(result: Result) -> str:
 
 
 def as_json(
-    result: Result, held: Sequence[Row[Launch]], launched: Sequence[Row[Launch]], version: str
+    result: Result,
+    held: Sequence[Row[Launch]],
+    launched: Sequence[Row[Launch]],
+    version: str,
+    digest: str,
 ) -> dict[str, Any]:
     seconds: dict[str, dict[str, float]] = defaultdict(dict)
     for made in result.compiled:
@@ -130,36 +226,12 @@ def as_json(
             "bytes_per_s": BANDWIDTH,
         },
         "nvcc": version,
+        "digest": digest,
         "seconds_to_compile": dict(sorted(seconds.items())),
         "rows": {
-            "kernels": [rounded(_instance_json(row, instance)) for row, instance in rows],
+            "kernels": [instance_json(instance, row) for row, instance in rows],
             "launches": [rounded(_launch_json(row)) for row in launched],
         },
-    }
-
-
-def _instance_json(row: Row[Launch], instance: Instance) -> dict[str, Any]:
-    kernel = row.kernel
-    return {
-        "kernel": row.name,
-        "file": instance.file,
-        "arch": row.arch,
-        "registers": kernel.registers,
-        "stack_bytes": kernel.stack,
-        "spill_loads": kernel.spill_loads,
-        "spill_stores": kernel.spill_stores,
-        "spills_in_innermost_loops": kernel.inner_spills,
-        "spills_in_called_functions": kernel.called_spills,
-        "spilled_bytes_by_ptxas": {
-            "loads": instance.usage.spill_loads,
-            "stores": instance.usage.spill_stores,
-        },
-        "barriers_in_innermost_loops": kernel.inner_barriers,
-        "shared_bytes": kernel.shared,
-        "code_bytes": kernel.code_bytes,
-        "called_code_bytes": kernel.called_code_bytes,
-        "pixels_per_thread": row.launch.pixels_per_thread,
-        "loops": [loop_json(row, loop) for loop in kernel.loops] if row.main else [],
     }
 
 
@@ -174,6 +246,7 @@ def _launch_json(row: Row[Launch]) -> dict[str, Any]:
         "threads": launch.threads,
         "shared_bytes": row.kernel.shared,
         "runs_of_loops": dict(launch.loops),
+        "left_out": {x: y for x, y in launch.without.items() if y},
         "paper": cost_json(row),
     }
 
@@ -183,10 +256,11 @@ def write_report(
     held: Sequence[Row[Launch]],
     launched: Sequence[Row[Launch]],
     version: str,
+    digest: str,
     directory: Path,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    content = as_json(result, held, launched, version)
+    content = as_json(result, held, launched, version, digest)
     (directory / "resources.json").write_text(lines(content, "rows"))
     (directory / "resources.md").write_text(as_markdown(result, held, launched, version))
 

@@ -106,8 +106,11 @@ def new_ceilings(
             entry["spills in called functions"] = row.kernel.called_spills
         if row.kernel.shared > DEFAULTS["shared"]:
             entry["shared"] = row.kernel.shared
-        if row.kernel.inner_spills and not row.held:
-            entry["spills in an innermost loop"] = row.kernel.inner_spills
+        inner = row.kernel.inner_spills
+        if row.held:
+            inner = min(inner, cuda_cases.INNER_SPILLS.get(row.name, 0))
+        if inner:
+            entry["spills in an innermost loop"] = inner
         if row.held:
             entry["loops"] = loop_ceilings(row)
         kernels.setdefault(f"sm_{row.arch}", {})[row.key] = entry

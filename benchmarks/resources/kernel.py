@@ -38,7 +38,7 @@ class Kernel:
     @property
     def inner_barriers(self) -> int:
         """A tensor that changes its layout in a loop goes through shared memory."""
-        return sum(loop.kinds.get("BAR", 0) for loop in self.loops if loop.innermost)
+        return round(sum(loop.kinds.get("BAR", 0) for loop in self.loops if loop.innermost))
 
 
 class Work(Protocol):

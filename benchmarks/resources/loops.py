@@ -107,8 +107,8 @@ class Sources:
         return Place(loop, frames[1:]) if loop else None
 
 
-#: What is executed, opcode -> instructions, by the arms of branches that it all stands in: with what
-#: is called, where a launch leaves arms out.
+#: By the arms of branches that it stands in: what is executed, calls included, opcode ->
+#: instructions. For launches that do not take all arms.
 ByArm = dict[frozenset[str], dict[str, int]]
 
 
@@ -215,16 +215,16 @@ def _set_unroll(place: Place, same: list[LoopCount]) -> None:
     """Loops of one `for` under one parent: their loads are multiples of the rolled loop's."""
     loads = [loop.kinds.get("LDG", 0) + loop.kinds.get("LDS", 0) for loop in same]
     weights = loads if all(loads) else [loop.instructions for loop in same]
-    least = min(weights)
-    for loop, weight in zip(same, weights, strict=True):
-        loop.unroll = float(round(weight / least))
-    # where no loop is unrolled they are copies, for a condition that was taken out of them
-    unrolled = any(loop.unroll > 1.0 for loop in same)
-    for loop, weight in zip(same, weights, strict=True):
-        loop.remainder = unrolled and weight == least
-    if not unrolled and place.loop.factor > 1:  # no rolled loop does what is left over
-        for loop in same:
-            loop.unroll = float(place.loop.factor)
+    if place.loop.factor > 1:
+        _set_known_factor(same, weights, place.loop.factor)
+    else:
+        least = min(weights)
+        for loop, weight in zip(same, weights, strict=True):
+            loop.unroll = float(round(weight / least))
+        # where no loop is unrolled they are copies, for a condition that was taken out of them
+        unrolled = any(loop.unroll > 1.0 for loop in same)
+        for loop, weight in zip(same, weights, strict=True):
+            loop.remainder = unrolled and weight == least
     # Older line information does not say which call a loop comes from: the second loop with the
     # same factor is another one.
     known: Counter[float] = Counter()
@@ -232,3 +232,12 @@ def _set_unroll(place: Place, same: list[LoopCount]) -> None:
         known[loop.unroll] += 1
         if known[loop.unroll] > 1:
             loop.name += f" (copy {known[loop.unroll]})"
+
+
+def _set_known_factor(same: list[LoopCount], weights: Sequence[float], factor: int) -> None:
+    """The source says the factor. A loop with a `factor`-th of another one's loads does what that
+    one left over; it need not be there, and of several copies each may have one."""
+    rolled = {weight / factor for weight in weights}.intersection(weights)
+    for loop, weight in zip(same, weights, strict=True):
+        loop.remainder = weight in rolled
+        loop.unroll = 1.0 if loop.remainder else float(factor)

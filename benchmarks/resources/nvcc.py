@@ -97,10 +97,12 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def flags(arch: str, more: Sequence[str] = ()) -> list[str]:
+def flags(arch: str, more: Sequence[str] = (), torch_include: str | None = None) -> list[str]:
     """Those of setup.py that matter to a kernel, and what the report needs."""
-    import torch
+    if torch_include is None:
+        import torch
 
+        torch_include = str(Path(torch.__file__).parent / "include")
     target = re.search(
         r"^TORCH_TARGET = \((\d+), (\d+)\)", (ROOT / "setup.py").read_text(), re.MULTILINE
     )
@@ -109,7 +111,7 @@ def flags(arch: str, more: Sequence[str] = ()) -> list[str]:
         "-std=c++17",
         f"-DTORCH_TARGET_VERSION=0x{int(target[1]):02x}{int(target[2]):02x}{0:012x}",
         f"-DHAKD_TORCH_TARGET={target[1]}.{target[2]}",
-        *("-isystem", str(Path(torch.__file__).parent / "include")),
+        *("-isystem", torch_include),
         "-O3",
         "-Wno-deprecated-gpu-targets",
         *more,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -91,13 +91,19 @@ def kernel_table(rows: Sequence[Row[Any]]) -> str:
     return table(header, cells)
 
 
-def loop_table(rows: Sequence[Row[Any]], names: Sequence[str] = ("case", "kernel")) -> str:
+def loop_table(
+    rows: Sequence[Row[Any]],
+    names: Sequence[str] = ("case", "kernel"),
+    leave_out: Callable[[str], bool] = lambda _: False,
+) -> str:
     columns = [*COLUMNS, "other"]
     found = []
     used = set[str]()
     for row in rows:
         if not row.same_as:
             for name, costs in loop_costs(row).items():
+                if leave_out(name):
+                    continue
                 loop = next(x for x in row.kernel.loops if x.name == name and not x.remainder)
                 found.append((row, name, loop.unroll, costs))
                 used |= costs.keys()
@@ -170,6 +176,13 @@ class Described(NamedTuple):
     """exponentials and logarithms of a pixel and class"""
     bytes: int | None
     """None: the case is not the whole method"""
+
+
+def floor_ms(known: Described, rows: Sequence[Row[Any]]) -> float:
+    """The larger one of a case's floors."""
+    work = max(x.launch.elements or 0.0 for x in rows)
+    special = known.special * work / (16 * MULTIPROCESSORS * CLOCK)
+    return 1e3 * max(special, (known.bytes or 0) / BANDWIDTH["peak"])
 
 
 def case_table(rows: Sequence[Row[Any]], known: Mapping[str, Described]) -> str:

@@ -118,7 +118,7 @@ HAKD_DEVICE F read_pixel_carefully(const Logits& model, const Under<F, S>& u, in
 
 template <typename E, typename F>
 HAKD_DEVICE F element_at(const char* p, bool is_half) {
-  return static_cast<F>(widen(*reinterpret_cast<const E*>(p), is_half));
+  return static_cast<F>(widen(__ldg(reinterpret_cast<const E*>(p)), is_half));  // nobody writes logits
 }
 
 // One class at all pixels, the plain way. E: float, double, or uint16_t for both dtypes of 16 bits.

@@ -160,30 +160,91 @@ class SegmentPass {
     return power == 2 ? e * e : (e * e) * (e * e);
   }
 
-  HAKD_DEVICE bool maxima_are_finite() {
+  HAKD_DEVICE void look_at(int32_t c, int m, const F (&z)[S], F (&maximum)[S], F& trace) const {
     constexpr F much = sizeof(F) == 8 ? F(1e100) : F(1e8);  // 1e30 and more is huge
-    F trace = F(0);
+    hold(c, m, z);
 #pragma unroll
-    for (int i = 0; i < S; ++i) student_m_[i] = teacher_m_[i] = F(-INFINITY);
-#pragma unroll 1
+    for (int i = 0; i < S; ++i) {
+      maximum[i] = max_or_nan(maximum[i], z[i]);
+      trace = fma(z[i], much, trace);
+    }
+  }
+
+  // All classes of one model, the plain way: the only loop that reads logits which are held, so that
+  // where they lie is decided before it.
+  template <typename E, Source kSource>
+  HAKD_DEVICE void sweep(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
+                         F& trace) const {
+    constexpr int kTaps = kSource == Source::kCells ? 1 : S;
+    const bool is_half = model.dtype == Dtype::kHalf;
+    const int64_t step = model.class_stride * static_cast<int64_t>(sizeof(E));
+    const char* top_left[kTaps];
+    const char* top_right[kTaps];
+    const int64_t down = u.bottom - u.top;
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) {
+      top_left[k] = u.top + u.left[k];
+      top_right[k] = u.top + u.right[k];
+    }
+#pragma unroll 2
     for (int32_t c = 0; c < p.classes; ++c) {
       F z[S];
-      read(p.student, student_, c, careful_, at.label, z);
-      hold(c, 0, z);
+      F left[kTaps], right[kTaps];
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) {
+        left[k] = element_at<E, F>(top_left[k], is_half);
+        if (kSource != Source::kLabels) {
+          left[k] = between(left[k], element_at<E, F>(top_left[k] + down, is_half), u.fraction_y);
+          right[k] = between(element_at<E, F>(top_right[k], is_half),
+                             element_at<E, F>(top_right[k] + down, is_half), u.fraction_y);
+          top_right[k] += step;
+        }
+        top_left[k] += step;
+      }
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        student_m_[i] = max_or_nan(student_m_[i], z[i]);
-        trace += z[i] * much;
+        const int k = kTaps == 1 ? 0 : i;
+        z[i] = kSource == Source::kLabels ? left[k] : between(left[k], right[k], u.fraction_x[i]);
       }
-      if (!Set::teacher(p)) continue;
-      read(p.teacher, teacher_, c, careful_, at.label, z);
-      hold(c, 1, z);
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        teacher_m_[i] = max_or_nan(teacher_m_[i], z[i]);
-        trace += z[i] * much;
-      }
+      look_at(c, m, z, maximum, trace);
     }
+  }
+
+  template <typename E>
+  HAKD_DEVICE void sweep_source(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
+                                F& trace) const {
+    switch (model.source) {
+      case Source::kCells: sweep<E, Source::kCells>(model, u, m, maximum, trace); break;
+      case Source::kLabels: sweep<E, Source::kLabels>(model, u, m, maximum, trace); break;
+      default: sweep<E, Source::kGather>(model, u, m, maximum, trace);
+    }
+  }
+
+  HAKD_DEVICE void find_maximum(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
+                                F& trace) const {
+#pragma unroll
+    for (int i = 0; i < S; ++i) maximum[i] = F(-INFINITY);
+    const bool wide = model.dtype == Dtype::kDouble;
+    if (kHold == Hold::kNever || careful_ || (wide && sizeof(F) == 4)) {
+#pragma unroll 1
+      for (int32_t c = 0; c < p.classes; ++c) {
+        F z[S];
+        read(model, u, c, careful_, at.label, z);
+        look_at(c, m, z, maximum, trace);
+      }
+    } else if (wide && sizeof(F) == 8) {
+      sweep_source<double>(model, u, m, maximum, trace);
+    } else if (model.dtype == Dtype::kFloat) {
+      sweep_source<float>(model, u, m, maximum, trace);
+    } else {
+      sweep_source<uint16_t>(model, u, m, maximum, trace);
+    }
+  }
+
+  HAKD_DEVICE bool maxima_are_finite() {
+    F trace = F(0);
+    find_maximum(p.student, student_, 0, student_m_, trace);
+    if (Set::teacher(p)) find_maximum(p.teacher, teacher_, 1, teacher_m_, trace);
     return is_finite(trace);
   }
 
@@ -485,13 +546,19 @@ class SegmentPass {
     const bool on_labels = p.student.source == Source::kLabels;
     const bool to_rows = p.gradients && !on_labels;
     const bool wants_hetero = p.hetero_term && Set::hetero(p) != Hetero::kNone;
+    const bool has[kTerms] = {Set::ce(p), Set::kd(p) != KdDivergence::kNone, wants_hetero,
+                              Set::feature(p)};
     RowCursor<F> cursor[kTerms];
 #pragma unroll
-    for (int k = 0; k < kTerms; ++k) cursor[k] = {rows, to_rows ? p.slot[k] : -1, 0};
+    for (int k = 0; k < kTerms; ++k) {
+      if (has[k]) cursor[k] = {rows, to_rows ? p.slot[k] : -1, 0};
+    }
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
 #pragma unroll
-      for (int k = 0; k < kTerms; ++k) cursor[k].begin();
+      for (int k = 0; k < kTerms; ++k) {
+        if (has[k]) cursor[k].begin();
+      }
       F z_s[S], z_t[S], merged[S], g[kTerms][S];
       read_student(c, z_s);
       if (Set::teacher(p)) read_teacher(c, z_t);
@@ -527,7 +594,7 @@ class SegmentPass {
       }
 #pragma unroll
       for (int k = 0; k < kTerms; ++k) {
-        if (p.slot[k] < 0) continue;
+        if (!has[k] || p.slot[k] < 0) continue;
         F all = F(0), right = F(0);
 #pragma unroll
         for (int i = 0; i < S; ++i) {

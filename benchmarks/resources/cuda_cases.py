@@ -72,7 +72,10 @@ LOOPS: Final[Mapping[str, str]] = {
     "for_each_segment#1": "rows",
     "for_each_segment#2": "step",
     "space_kernel": "classes",
-    "SegmentPass::maxima_are_finite": "maxima",
+    "SegmentPass::sweep_cells": "read cells",
+    "SegmentPass::sweep_gathered": "gather",
+    "SegmentPass::sweep_labels": "read labels",
+    "SegmentPass::find_maximum": "careful maxima",
     "SegmentPass::find_statistics": "statistics",
     "SegmentPass::find_squares": "squares",
     "SegmentPass::find_js": "js",
@@ -124,11 +127,6 @@ _PASS: Final = "SegmentPass"
 
 def _sources() -> dict[str, tuple[Lines, ...]]:
     """Where a model's logits lie, in the pass by segments: "student cells", "teacher gathered"."""
-    plain = {
-        "cells": Lines("read_plainly", "if (model.source == Source::kCells) {"),
-        "on labels": Lines("read_plainly", "if (model.source == Source::kLabels) {"),
-        "gathered": Lines("read_plainly", "top + u.left[s]", "z[s] = between(left, right"),
-    }
     below = {
         "cells": Lines("under", "if (model.source == Source::kCells) {"),
         "on labels": Lines("under", "if (model.source == Source::kLabels) {"),
@@ -136,10 +134,8 @@ def _sources() -> dict[str, tuple[Lines, ...]]:
     }
     found: dict[str, tuple[Lines, ...]] = {}
     for model in ("student", "teacher"):
-        reads = Lines(f"{_PASS}::maxima_are_finite", f"read(p.{model}")
         begins = Lines(f"{_PASS}::{_PASS}", f"{model}_ = under(")
-        for source in plain:
-            found[f"{model} {source}"] = (reads, plain[source])
+        for source in below:
             found[f"{model} {source}, place"] = (begins, below[source])
             collects = Lines("space_kernel", f"> {model} = under(")
             found[f"{model} {source}, space"] = (collects, below[source])
@@ -188,14 +184,6 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "store one by one": (Lines("LabelPass::store", "if (i >= wide_) continue", "store_logit("),),
     # by segments
     **_sources(),
-    "plain way, careful": (
-        Lines("read", "if (careful ||"),
-        Lines(f"{_PASS}::maxima_are_finite", "read(p."),
-    ),
-    "plain way, careful teacher": (
-        Lines("read", "if (careful ||"),
-        Lines(f"{_PASS}::maxima_are_finite", "read(p.teacher"),
-    ),
     "student not held": (Lines(f"{_PASS}::read_student", "if (!holds())"),),
     "teacher not held": (Lines(f"{_PASS}::read_teacher", "if (!holds())"),),
     "careful on labels": (Lines("read_carefully", "if (source == Source::kLabels)"),),
@@ -257,7 +245,7 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "late": (Lines(f"{_PASS}::run", "if (late()) {"),),
     "gradients on labels": (Lines(f"{_PASS}::gradients", "if (on_labels) {"),),
     "slots, reads": (Lines(f"{_PASS}::gradients", "cursor[k].begin()"),),
-    "slots": (Lines(f"{_PASS}::gradients", "if (p.slot[k] < 0) continue", "cursor[k].add("),),
+    "slots": (Lines(f"{_PASS}::gradients", "if (!has[k] || p.slot[k] < 0) continue", "cursor[k].add("),),
     # sums
     "summed slots": (Lines("combine_gradients_kernel", "if (j + x >= width)", "total[x] +="),),
     "row above": (Lines("combine_gradients_kernel", "if (above != nullptr) g +="),),
@@ -389,16 +377,22 @@ def _segments(call: Call, terms: str, has: set[str], slots: int, t: float) -> li
     loops: dict[str, float] = {
         "rows": call.chunk_rows,
         "step": steps,
-        "maxima": classes,
-        "maxima 2": 0,
+        "careful maxima": 0,
         "statistics": classes,
         "gradients": classes,
     }
+    element = "double" if wide else "float" if call.size == 4 else "uint16_t"
+    alike = call.teacher == call.student
+    for x in ("float", "uint16_t", *(("double",) if wide else ())):
+        here = classes * (x == element)
+        loops |= {f"read cells<{x}>": here, f"gather<{x}>": 0, f"read labels<{x}>": 0}
+    if not alike:  # the copies are the teacher's
+        assert element == "float", "the tables have no such case"
+        loops |= {"read cells<float> (copy 2)": 0, "gather<float> (copy 2)": classes}
     optional = {"squares": "feature", "js": "js", "paper": "paper"}
     optional |= {"mixed maxima": "mixed", "mixed": "mixed"}
     loops |= {x: classes * (key in has) for x, key in optional.items() if anything or key in has}
-    arms = ["plain way, careful", "plain way, careful teacher"]
-    arms += ["student not held", "teacher not held", "careful on labels", "huge"]
+    arms = ["student not held", "teacher not held", "careful on labels", "huge"]
     arms += ["smoothing, weights", "smoothing, pixel", "smoothing, gradients", "space, maps"]
     arms += ["gradients on labels"]
     if anything:
@@ -409,8 +403,8 @@ def _segments(call: Call, terms: str, has: set[str], slots: int, t: float) -> li
         arms.append("power of its own")
     source = "cells" if call.teacher == call.student else "gathered"
     for known in ("cells", "on labels", "gathered"):
-        arms += [f"student {known}", f"student {known}, place"] if known != "cells" else []
-        arms += [f"teacher {known}", f"teacher {known}, place"] if known != source else []
+        arms += [f"student {known}, place"] if known != "cells" else []
+        arms += [f"teacher {known}, place"] if known != source else []
     without = _without(*arms)
     without |= {"slots": 1 - slots / 4, "slots, reads": 1 - slots / 4}
     launch = Launch(

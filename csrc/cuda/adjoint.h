@@ -68,7 +68,8 @@ class RowCursor {
 
  private:
   F* top_;
-  int64_t class_stride_, width_;
+  int64_t class_stride_;
+  int32_t width_;
   bool used_, written_, reads_top_, reads_bottom_;
   F before_top_, before_bottom_;
 };

@@ -170,53 +170,78 @@ class SegmentPass {
     }
   }
 
-  // All classes of one model, the plain way: the only loop that reads logits which are held, so that
-  // where they lie is decided before it.
-  template <typename E, Source kSource>
-  HAKD_DEVICE void sweep(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
-                         F& trace) const {
-    constexpr int kTaps = kSource == Source::kCells ? 1 : S;
+  // All classes of one model, the plain way: the only loops that read logits which are held, one for
+  // each way they can lie.
+  template <typename E>
+  HAKD_DEVICE void sweep_cells(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
+                               F& trace) const {
     const bool is_half = model.dtype == Dtype::kHalf;
     const int64_t step = model.class_stride * static_cast<int64_t>(sizeof(E));
-    const char* top_left[kTaps];
-    const char* top_right[kTaps];
     const int64_t down = u.bottom - u.top;
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) {
-      top_left[k] = u.top + u.left[k];
-      top_right[k] = u.top + u.right[k];
-    }
+    const char* at_left = u.top + u.left[0];
+    const char* at_right = u.top + u.right[0];
 #pragma unroll 2
     for (int32_t c = 0; c < p.classes; ++c) {
+      const F left = between(element_at<E, F>(at_left, is_half),
+                             element_at<E, F>(at_left + down, is_half), u.fraction_y);
+      const F right = between(element_at<E, F>(at_right, is_half),
+                              element_at<E, F>(at_right + down, is_half), u.fraction_y);
       F z[S];
-      F left[kTaps], right[kTaps];
 #pragma unroll
-      for (int k = 0; k < kTaps; ++k) {
-        left[k] = element_at<E, F>(top_left[k], is_half);
-        if (kSource != Source::kLabels) {
-          left[k] = between(left[k], element_at<E, F>(top_left[k] + down, is_half), u.fraction_y);
-          right[k] = between(element_at<E, F>(top_right[k], is_half),
-                             element_at<E, F>(top_right[k] + down, is_half), u.fraction_y);
-          top_right[k] += step;
-        }
-        top_left[k] += step;
-      }
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        const int k = kTaps == 1 ? 0 : i;
-        z[i] = kSource == Source::kLabels ? left[k] : between(left[k], right[k], u.fraction_x[i]);
-      }
+      for (int i = 0; i < S; ++i) z[i] = between(left, right, u.fraction_x[i]);
       look_at(c, m, z, maximum, trace);
+      at_left += step;
+      at_right += step;
     }
   }
 
   template <typename E>
-  HAKD_DEVICE void sweep_source(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
+  HAKD_DEVICE void sweep_gathered(const Logits& model, const Under<F, S>& u, int m,
+                                  F (&maximum)[S], F& trace) const {
+    const bool is_half = model.dtype == Dtype::kHalf;
+    const int64_t step = model.class_stride * static_cast<int64_t>(sizeof(E));
+    const char* top = u.top;
+    const char* bottom = u.bottom;
+#pragma unroll 2
+    for (int32_t c = 0; c < p.classes; ++c) {
+      F z[S];
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        const F left = between(element_at<E, F>(top + u.left[i], is_half),
+                               element_at<E, F>(bottom + u.left[i], is_half), u.fraction_y);
+        const F right = between(element_at<E, F>(top + u.right[i], is_half),
+                                element_at<E, F>(bottom + u.right[i], is_half), u.fraction_y);
+        z[i] = between(left, right, u.fraction_x[i]);
+      }
+      look_at(c, m, z, maximum, trace);
+      top += step;
+      bottom += step;
+    }
+  }
+
+  template <typename E>
+  HAKD_DEVICE void sweep_labels(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
                                 F& trace) const {
+    const bool is_half = model.dtype == Dtype::kHalf;
+    const int64_t step = model.class_stride * static_cast<int64_t>(sizeof(E));
+    const char* row = u.top;
+#pragma unroll 2
+    for (int32_t c = 0; c < p.classes; ++c) {
+      F z[S];
+#pragma unroll
+      for (int i = 0; i < S; ++i) z[i] = element_at<E, F>(row + u.left[i], is_half);
+      look_at(c, m, z, maximum, trace);
+      row += step;
+    }
+  }
+
+  template <typename E>
+  HAKD_DEVICE void sweep(const Logits& model, const Under<F, S>& u, int m, F (&maximum)[S],
+                         F& trace) const {
     switch (model.source) {
-      case Source::kCells: sweep<E, Source::kCells>(model, u, m, maximum, trace); break;
-      case Source::kLabels: sweep<E, Source::kLabels>(model, u, m, maximum, trace); break;
-      default: sweep<E, Source::kGather>(model, u, m, maximum, trace);
+      case Source::kCells: sweep_cells<E>(model, u, m, maximum, trace); break;
+      case Source::kLabels: sweep_labels<E>(model, u, m, maximum, trace); break;
+      default: sweep_gathered<E>(model, u, m, maximum, trace);
     }
   }
 
@@ -233,11 +258,11 @@ class SegmentPass {
         look_at(c, m, z, maximum, trace);
       }
     } else if (wide && sizeof(F) == 8) {
-      sweep_source<double>(model, u, m, maximum, trace);
+      sweep<double>(model, u, m, maximum, trace);
     } else if (model.dtype == Dtype::kFloat) {
-      sweep_source<float>(model, u, m, maximum, trace);
+      sweep<float>(model, u, m, maximum, trace);
     } else {
-      sweep_source<uint16_t>(model, u, m, maximum, trace);
+      sweep<uint16_t>(model, u, m, maximum, trace);
     }
   }
 

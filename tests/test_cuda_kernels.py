@@ -370,6 +370,68 @@ def test_a_masked_class_without_labels_costs_nothing(size: tuple[int, int]) -> N
     check(Batch(student, batch.teacher, target), **USUAL["ce"])
 
 
+# --- found by others ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+@pytest.mark.parametrize(("classes", "case"), [(61, "ce"), (60, "ce"), (30, "ce+hetero-T2")])
+def test_a_bad_logit_of_another_chunk(classes: int, case: str, bad: float) -> None:
+    """The last cell's right neighbour in the warp is the first one of other rows."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(1, classes, 3, 3, generator=generator)
+    teacher = torch.randn(1, classes, 3, 3, generator=generator)
+    target = torch.full((1, 9, 9), -1)
+    target[0, 0, 8] = 0
+    expected = truth(Batch(student, teacher, target), 2.5, ignore_index=-1, **USUAL[case])
+    student = student.clone()
+    student[:, :, 2, 0] = bad
+    got = run(Batch(student, teacher, target), ignore_index=-1, **USUAL[case])
+    assert got.student_grad is not None
+    assert_matches(got._replace(loss=got.loss.cpu(), student_grad=got.student_grad.cpu()), expected)
+
+
+def test_a_term_that_was_not_asked_for_spoils_nothing() -> None:
+    """On the label grid kd alone is computed by the kernel that knows hetero."""
+    batch = make_batch(batch=1, classes=3, dtype=F32, ignored=0.0, **GEOMETRIES["label-grid"])
+    student, teacher = batch.student.clone(), batch.teacher.clone()
+    student[:, 1] = -math.inf
+    teacher[:, 1] = -math.inf
+    got = run(Batch(student, teacher, torch.ones_like(batch.target)), **USUAL["kd"])
+    assert got.student_grad is not None
+    assert got.student_grad.isfinite().all()
+    assert got.student_grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", ["ce", "ce+kd+hetero"])
+@pytest.mark.parametrize(
+    ("grid", "size"), [((2, 2), (64, 64)), ((1, 1), (128, 128)), ((1, 1), (64, 65))]
+)
+def test_large_cells_keep_their_digits(
+    grid: tuple[int, int], size: tuple[int, int], case: str
+) -> None:
+    """Equal losses from pixel to pixel, where a float sum would be off to one side."""
+    batch = make_batch(batch=1, classes=5, dtype=F32, grid=grid, teacher_grid=None, size=size)
+    check(Batch(0 * batch.student, batch.teacher, batch.target), return_maps=True, **USUAL[case])
+    check(batch, **USUAL[case])
+
+
+@pytest.mark.parametrize("level", [5e10, 7.3e20, 3e37])
+def test_equal_huge_logits(level: float) -> None:
+    target = torch.zeros(1, 8, 12, dtype=torch.long)
+    logits = torch.full((1, 2, 2, 3), level)
+    got = run(Batch(logits, logits, target))
+    assert got.terms["ce"] == pytest.approx(math.log(2.0), rel=2e-6)
+
+
+@pytest.mark.parametrize("case", USUAL)
+def test_one_class_is_exactly_zero(case: str) -> None:
+    batch = make_batch(classes=1, dtype=F32, **GEOMETRIES["stride-4"])
+    got = run(batch, **USUAL[case])
+    assert got.student_grad is not None
+    assert not got.student_grad.any()
+    assert not any(got.terms.values())
+
+
 # --- the kernels that a call gets --------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ class CellPass {
         own_(staging.own),
         whole_(pass.staged_classes >= pass.classes) {}
 
-  HAKD_DEVICE void run(Sums<float>& sums) {
+  HAKD_DEVICE void run(ThreadSums& thread_sums) {
     staging_.begin(p, image_);
     if (whole_) {
       if (p.chunk_rows == kMostChunkRows) {
@@ -99,7 +99,9 @@ class CellPass {
         x_ = x_begin + k % across * S;
         high_ = y_end - y_;
         wide_ = x_end - x_;
+        Sums<float> sums = no_sums<float>();
         step(t, axis_y, axis_x, i, rows, sums);
+        thread_sums.add(sums);
         rows.again = true;
       }
     }
@@ -251,7 +253,9 @@ class CellPass {
     const float* maxima = staging_.region.maxima + m * kPlane + t * kPitch + lane_;
     const int32_t i = own_.chunk * p.chunk_rows + t - 1;
     int64_t place[2][2];
-    float shift[2][2];
+    float maximum[2][2];
+    // The right side of the last cell has no weight; its neighbour's column may be another chunk's.
+    const bool last = own_.cell >= model.width - 1;
 #pragma unroll
     for (int down = 0; down < 2; ++down) {
 #pragma unroll
@@ -259,7 +263,7 @@ class CellPass {
         place[down][right] = image_ * model.batch_stride +
                              clamp(i + down, model.height) * model.row_stride +
                              clamp(own_.cell + right, model.width) * model.column_stride;
-        shift[down][right] = maxima[down * kPitch + right] * staging_.scale;
+        maximum[down][right] = maxima[down * kPitch + (last ? 0 : right)];
       }
     }
 #pragma unroll
@@ -274,7 +278,7 @@ class CellPass {
           for (int right = 0; right < 2; ++right) {
             const float z = load_narrow(model.data, model.dtype, plane + place[down][right]);
             a[down][right] =
-                max_number(fma(z, staging_.scale, -shift[down][right]), -staging_.limit);
+                max_number((z - maximum[down][right]) * staging_.scale, -staging_.limit);
           }
         }
         out[r][s] = between_corners(a[0][0], a[0][1], a[1][0], a[1][1], r, s);
@@ -357,7 +361,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_kernel(const __grid_constan
   const Staging<kModels> staging = {Region<kModels>(memory), own,
                                     column_of(p, first + kWarpSize, true), lane, n.scale,
                                     kLimit / largest_exponent};
-  Sums<float> sums = no_sums<float>();
+  ThreadSums sums;
   CellPass<Set, R, S>(p, image, staging, n).run(sums);
   write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, own.own, lane);
 }

@@ -89,7 +89,8 @@ class LabelPass {
         student_[i] = kd.student;
         other_[i] = kd.other;
       }
-      if (!knowledge<Set>(p)) continue;
+      // Not asked for: nothing of it may come through, not even times 0.
+      if (!knowledge<Set>(p) || p.hetero == Hetero::kNone) continue;
       const HeteroCoefficients<float> k = hetero_probs_pixel(p, n, t, valid, sums);
       student_[i] += k.student;
       other_[i] = fma(k.other, k.teacher_weight, other_[i]);
@@ -296,15 +297,18 @@ __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_const
   const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane, false);
   const Numbers<float> n = numbers_of<Set, float>(p);
   auto* memory = reinterpret_cast<Pixels<S>*>(shared_memory) + threadIdx.x;
-  Sums<float> sums = no_sums<float>();
+  ThreadSums thread_sums;
   const int32_t x = (column.cell + 1) * S;
 #pragma unroll 1
   for (int32_t t = 0; t < p.chunk_rows; ++t) {
     const int32_t y = column.chunk * p.chunk_rows + t;
     const bool exists = column.exists && y < p.label_height;
+    __syncwarp();  // what the row above left in shared memory has been written
+    Sums<float> sums = no_sums<float>();
     LabelPass<Set, S, kGrad>(p, n, image, y, x, exists, memory).run(sums);
+    thread_sums.add(sums);
   }
-  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, column.own, lane);
+  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
 }
 
 }  // namespace heteroakd::cuda

@@ -35,6 +35,9 @@ using torch::stable::Tensor;
 
 // Of a block: what every device has without being asked for more, four times on a multiprocessor.
 constexpr int64_t kSharedBytes = 48 * 1024;
+// Beyond this many pixels of a cell, float sums of their gradients lose more than the contract allows;
+// the logits are then so few that double costs nothing but time.
+constexpr int64_t kMostFloatPixels = 4096;
 // What a block may ask for on any device of these architectures.
 constexpr int64_t kMostSharedBytes = 99 * 1024;
 
@@ -61,6 +64,9 @@ Options options_of(int64_t place_ce, int64_t place_kd, int64_t place_hetero, int
                       mix >= 0 && mix <= 1,
                   "kd_divergence, hetero, mix: got ", kd_divergence, ", ", hetero, ", ", mix,
                   ", expected 0 to 3, 0 to 3 and 0 or 1");
+  STD_TORCH_CHECK(temperature > 0.0 && tau > 0.0 && label_smoothing >= 0.0 && label_smoothing <= 1.0,
+                  "temperature, tau, label_smoothing: got ", temperature, ", ", tau, ", ",
+                  label_smoothing, ", expected > 0, > 0 and in [0, 1]");
   STD_TORCH_CHECK((kd_divergence > 0 || place_kd < 0) && (hetero > 0 || place_hetero < 0),
                   "kd_divergence and hetero must name what the places ask for");
   return {{place_ce, place_kd, place_hetero, place_feature},
@@ -145,6 +151,11 @@ bool cells_have(int64_t pixels, int64_t logits, int64_t labels, bool align_corne
   return align_corners ? labels - 1 >= pixels * (logits - 1) : labels >= pixels * logits;
 }
 
+void check_device(const Tensor& first, const Tensor& other, const char* name) {
+  STD_TORCH_CHECK(first.get_device_index() == other.get_device_index(), name,
+                  ": not on the device of the logits");
+}
+
 void check_tensors(const Tensor& student, const std::optional<Tensor>& teacher,
                    const Tensor& target, const std::optional<Tensor>& class_weight) {
   STD_TORCH_CHECK(student.dim() == 4 && target.dim() == 3 && student.size(0) == target.size(0),
@@ -153,6 +164,9 @@ void check_tensors(const Tensor& student, const std::optional<Tensor>& teacher,
                       (teacher->dim() == 4 && teacher->size(0) == student.size(0) &&
                        teacher->size(1) == student.size(1)),
                   "teacher_logits: expected [B, C, h', w'] with the student's B and C");
+  check_device(student, target, "target");
+  if (teacher.has_value()) check_device(student, *teacher, "teacher_logits");
+  if (class_weight.has_value()) check_device(student, *class_weight, "class_weight");
   STD_TORCH_CHECK(student.numel() > 0 && target.numel() > 0 &&
                       (!teacher.has_value() || teacher->numel() > 0),
                   "student_logits, teacher_logits, target: expected tensors that are not empty");
@@ -176,6 +190,15 @@ class Run {
     pass_.target = labels_of(target);
     pass_.student = logits_of(student, "student_logits");
     pass_.student.source = on_label_grid(student) ? Source::kLabels : Source::kCells;
+    if (!on_labels()) {
+      pass_.rows_per_cell = narrow(
+          most_pixels(pass_.student.height, pass_.label_height, pass_.align_corners), "cell");
+      pass_.columns_per_cell = narrow(
+          most_pixels(pass_.student.width, pass_.label_width, pass_.align_corners), "cell");
+      const int64_t pixels = static_cast<int64_t>(pass_.rows_per_cell) * pass_.columns_per_cell;
+      narrow(pixels, "pixels of a cell");
+      wide_ = wide_ || pixels > kMostFloatPixels;
+    }
     if (teacher.has_value()) {
       pass_.teacher = logits_of(*teacher, "teacher_logits");
       const bool same = pass_.student.source == Source::kCells &&
@@ -286,10 +309,6 @@ class Run {
     } else {
       pass_.rows = pass_.student.height + 1;
       pass_.per_row = pass_.student.width + 1;
-      pass_.rows_per_cell = narrow(
-          most_pixels(pass_.student.height, pass_.label_height, pass_.align_corners), "cell");
-      pass_.columns_per_cell = narrow(
-          most_pixels(pass_.student.width, pass_.label_width, pass_.align_corners), "cell");
     }
     pass_.chunk_rows = !on_labels() && large_cells() ? 1 : kMostChunkRows;
     pass_.columns = narrow(ceil_div(pass_.rows, pass_.chunk_rows) * pass_.per_row, "cells of an image");
@@ -344,7 +363,8 @@ class Run {
         (pass_.teacher.source == Source::kNone || pass_.teacher.source == Source::kCells);
     // Less high, exponentials by products could overflow (cell_pass.h); less wide, most of a thread's
     // pixels would not exist.
-    return usual(o) && same_grid &&
+    // Of one class everything is exactly 0, and there by chance alone.
+    return usual(o) && same_grid && pass_.classes > 1 &&
            cells_have(3, pass_.student.height, pass_.label_height, pass_.align_corners) &&
            cells_have(2, pass_.student.width, pass_.label_width, pass_.align_corners);
   }
@@ -393,6 +413,12 @@ Tensor cuda_forward(const Tensor& student_logits, const std::optional<Tensor>& t
   const Options options = options_of(place_ce, place_kd, place_hetero, place_feature,
                                      kd_divergence, hetero, mix, evaluation, kd_beta, temperature,
                                      tau, ignore_index, align_corners, label_smoothing);
+  check_device(student_logits, numerators, "numerators");
+  check_device(student_logits, denominators, "denominators");
+  if (report.has_value()) check_device(student_logits, *report, "report");
+  if (maps.has_value()) check_device(student_logits, *maps, "maps");
+  STD_TORCH_CHECK(!maps.has_value() || (hetero > 0 && teacher_logits.has_value()),
+                  "maps: need hetero and teacher_logits");
   check_sums(numerators, "numerators");
   check_sums(denominators, "denominators");
   for (const int64_t place : options.place) {
@@ -407,10 +433,12 @@ Tensor cuda_forward(const Tensor& student_logits, const std::optional<Tensor>& t
   Tensor saved = run.pass().gradients ? run.make_saved()
                                       : torch::stable::new_empty(student_logits, {0}, run.dtype());
   if (maps.has_value()) {
-    STD_TORCH_CHECK(maps->is_contiguous() && maps->scalar_type() == run.dtype() &&
-                        maps->numel() == 2 * target.numel(),
+    const bool narrow_maps = maps->scalar_type() == ScalarType::Float;
+    STD_TORCH_CHECK(maps->is_contiguous() && maps->numel() == 2 * target.numel() &&
+                        (narrow_maps || maps->scalar_type() == run.dtype()),
                     "maps: expected contiguous [2, B, H, W] in the dtype of the arithmetic");
     run.pass().maps_out = maps->mutable_data_ptr();
+    run.pass().maps_are_float = narrow_maps;
   }
   Finish finish{};
   finish.rows = run.start(stream);
@@ -431,7 +459,8 @@ Tensor cuda_forward(const Tensor& student_logits, const std::optional<Tensor>& t
     finish.report = static_cast<int64_t*>(report->mutable_data_ptr());
   }
   launch_finish_sums(finish, stream);
-  return saved;
+  const bool wide_logits = student_logits.scalar_type() == ScalarType::Double;
+  return wide_logits ? saved : torch::stable::to(saved, ScalarType::Float);
 }
 
 Tensor cuda_backward(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
@@ -446,6 +475,7 @@ Tensor cuda_backward(const Tensor& student_logits, const std::optional<Tensor>& 
   const Options options = options_of(place_ce, place_kd, place_hetero, place_feature,
                                      kd_divergence, hetero, mix, evaluation, kd_beta, temperature,
                                      tau, ignore_index, align_corners, label_smoothing);
+  check_device(student_logits, grad_numerators, "grad_numerators");
   check_sums(grad_numerators, "grad_numerators");
   for (const int64_t place : options.place) {
     STD_TORCH_CHECK(place < grad_numerators.size(0),
@@ -464,6 +494,8 @@ Tensor cuda_combine(const Tensor& saved, const Tensor& grad_numerators, int64_t 
                     int64_t place_1, int64_t place_2, int64_t place_3, const Tensor& like) {
   const OnDevice device(saved.get_device_index());
   const cudaStream_t stream = current_stream(saved.get_device_index());
+  check_device(saved, grad_numerators, "grad_numerators");
+  check_device(saved, like, "like");
   check_sums(grad_numerators, "grad_numerators");
   const bool wide = saved.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(saved.dim() == 6 && like.dim() == 4 && saved.is_contiguous() &&

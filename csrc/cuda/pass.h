@@ -88,7 +88,8 @@ struct Pass {
 
   // results
   double* partials;  // [B * programs, kPartials]
-  void* maps_out;    // [2, B, H, W] of the arithmetic's type
+  void* maps_out;    // [2, B, H, W] of the arithmetic's type, or
+  bool maps_are_float;
   int32_t slot[kTerms];  // which saved gradient a term adds to, -1: none
   void* saved;       // [slots, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type
   // on the label grid: the gradient itself, in the dtype of the logits, and the terms' scales

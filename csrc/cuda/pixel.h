@@ -134,12 +134,29 @@ HAKD_DEVICE Totals<F> totals_of(const Pass& p, const Statistics<F>& s, F student
   return t;
 }
 
-// Of the pixels of a thread.
+// Of a few pixels.
 template <typename F>
 struct Sums {
   F of_term[kTerms];
   F weight_of_labels, hetero_weight;
   int32_t valid, bad;
+};
+
+// Of all pixels of a thread, which may be a whole picture: float would stop growing at 2^24.
+struct ThreadSums {
+  double of_term[kTerms] = {0.0, 0.0, 0.0, 0.0};
+  double weight_of_labels = 0.0, hetero_weight = 0.0;
+  int64_t valid = 0, bad = 0;
+
+  template <typename F>
+  HAKD_DEVICE void add(const Sums<F>& sums) {
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) of_term[k] += static_cast<double>(sums.of_term[k]);
+    weight_of_labels += static_cast<double>(sums.weight_of_labels);
+    hetero_weight += static_cast<double>(sums.hetero_weight);
+    valid += sums.valid;
+    bad += sums.bad;
+  }
 };
 
 template <typename F>
@@ -236,6 +253,12 @@ HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, 
                             F d) {
   const int64_t plane = static_cast<int64_t>(p.label_height) * p.label_width;
   F* out = static_cast<F*>(p.maps_out) + image * plane + static_cast<int64_t>(y) * p.label_width + x;
+  if (sizeof(F) == 8 && p.maps_are_float) {
+    float* narrow = static_cast<float*>(p.maps_out) + (out - static_cast<F*>(p.maps_out));
+    narrow[0] = valid ? static_cast<float>(r_t) : 0.0f;
+    narrow[p.batch * plane] = valid ? static_cast<float>(d) : 0.0f;
+    return;
+  }
   out[0] = valid ? r_t : F(0);
   out[p.batch * plane] = valid ? d : F(0);
 }

@@ -86,10 +86,11 @@ __global__ void __launch_bounds__(kSegmentThreads)
   const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
                                   p.halo && lane == 0);
   const Numbers<F> n = numbers_of<Set, F>(p);
-  Sums<F> sums = no_sums<F>();
+  ThreadSums thread_sums;
   for_each_segment<F, S>(
       p, image, column,
       [&](Segment<F, S>& at, int32_t wide, int32_t i, int32_t j, const RowWriter<F>& rows) {
+        Sums<F> sums = no_sums<F>();
         read_labels(p, image, wide, at, sums);
         if (!column.own) {  // of a halo: only the gradients are wanted
 #pragma unroll
@@ -97,11 +98,13 @@ __global__ void __launch_bounds__(kSegmentThreads)
         }
         // Nothing to learn here: what must be written is zeros.
         const bool writes = p.maps || (p.gradients && !rows.again);
-        if (!writes && !any_valid(at)) return;
-        SegmentPass<F, Set, S, kHold>(p, n, image, at, i, j, held, kSegmentThreads)
-            .run(rows, sums);
+        if (writes || any_valid(at)) {
+          SegmentPass<F, Set, S, kHold>(p, n, image, at, i, j, held, kSegmentThreads)
+              .run(rows, sums);
+        }
+        thread_sums.add(sums);
       });
-  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, column.own, lane);
+  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
 }
 
 // weight_axis = space: the softmax of H_s + dH over the valid pixels of each image and class. A warp

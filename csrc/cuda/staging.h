@@ -13,8 +13,8 @@
 // (or infinite, or NaN) raises the flag of its place, and the pixels around are done with care
 // (pixels.h). Logits of 16 bits are widened here, once.
 //
-// Cost per logit and model: a load, a maximum and a minimum, then a load, a multiply-add, a maximum and
-// a store, and two additions for each address. Each is used by 4 cells of up to 16 pixels.
+// Cost per logit and model: a load, a maximum and a minimum, then a load, a difference, a product, a
+// maximum and a store, and two additions for each address. Each is used by 4 cells of up to 16 pixels.
 #pragma once
 
 #include "adjoint.h"
@@ -129,8 +129,8 @@ HAKD_DEVICE void stage_last_maxima(const Plane<E>& plane, const Logits& model, i
   }
 }
 
-// Rows [first_row, first_row + kCount) of the classes [begin, end). That m scale is rounded shifts all
-// classes of a logit alike, and a softmax does not see it.
+// Rows [first_row, first_row + kCount) of the classes [begin, end). The difference comes first: it is
+// exact for neighbouring numbers, however large.
 template <int kCount, typename E>
 HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const Column& own,
                               const Column& last, const float* maxima, float scale, float limit,
@@ -138,18 +138,18 @@ HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const 
                               int32_t class_pitch) {
   const E* first = plane.first + begin * plane.class_stride;
   const E* at[kCount];
-  float shift[kCount];
+  float largest[kCount];
   float* to = out + first_row * kPitch + plane.lane;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     at[k] = first + place_of(model, plane.chunk_rows, own, first_row + k);
-    shift[k] = maxima[(first_row + k) * kPitch + plane.lane] * scale;
+    largest[k] = maxima[(first_row + k) * kPitch + plane.lane];
   }
 #pragma unroll 4
   for (int32_t c = begin; c < end; ++c) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const float a = fma(widen(*at[k], plane.is_half), scale, -shift[k]);
+      const float a = (widen(*at[k], plane.is_half) - largest[k]) * scale;
       to[k * kPitch] = max_number(a, -limit);
       at[k] += plane.class_stride;
     }
@@ -158,10 +158,10 @@ HAKD_DEVICE void stage_logits(const Plane<E>& plane, const Logits& model, const 
 #pragma unroll 1
   for (int32_t row = first_row; row < first_row + kCount; ++row) {
     const E* of_last = first + place_of(model, plane.chunk_rows, last, row);
-    const float last_shift = maxima[row * kPitch + kWarpSize] * scale;
+    const float of_row = maxima[row * kPitch + kWarpSize];
 #pragma unroll 1
     for (int32_t c = plane.lane; c < end - begin; c += kWarpSize) {
-      const float a = fma(widen(of_last[c * plane.class_stride], plane.is_half), scale, -last_shift);
+      const float a = (widen(of_last[c * plane.class_stride], plane.is_half) - of_row) * scale;
       out[c * class_pitch + row * kPitch + kWarpSize] = max_number(a, -limit);
     }
   }

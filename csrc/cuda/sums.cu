@@ -23,7 +23,7 @@ HAKD_DEVICE double over_block(double x, double* memory) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half) memory[threadIdx.x] += memory[threadIdx.x + half];
   }
-  return memory[0];
+  return threadIdx.x == 0 ? memory[0] : 0.0;
 }
 
 HAKD_DEVICE double column_sum(const double* column, int64_t rows) {

@@ -16,25 +16,24 @@ HAKD_DEVICE N over_warp(N x) {
 }
 
 // Every warp of the grid writes its row. own: whether the lane's pixels are its own, not a halo's.
-template <typename F>
-HAKD_DEVICE void write_sums(const Pass& p, int64_t row, const Sums<F>& sums, bool own,
+HAKD_DEVICE void write_sums(const Pass& p, int64_t row, const ThreadSums& sums, bool own,
                             int32_t lane) {
-  const auto take = [&](F x) { return over_warp(own ? static_cast<double>(x) : 0.0); };
+  const auto take = [&](double x) { return over_warp(own ? x : 0.0); };
   double of_term[kTerms];
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) of_term[k] = take(sums.of_term[k]);
   const double weight_of_labels = take(sums.weight_of_labels);
   const double hetero_weight = take(sums.hetero_weight);
-  const int32_t valid = over_warp(own ? sums.valid : 0);
-  const int32_t bad = over_warp(own ? sums.bad : 0);
+  const int64_t valid = over_warp(own ? sums.valid : int64_t{0});
+  const int64_t bad = over_warp(own ? sums.bad : int64_t{0});
   if (lane != 0) return;
   double* out = p.partials + row * kPartials;
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) out[k] = of_term[k];
   out[kWeightOfLabels] = weight_of_labels;
   out[kHeteroWeight] = hetero_weight;
-  out[kValid] = valid;
-  out[kBad] = bad;
+  out[kValid] = static_cast<double>(valid);
+  out[kBad] = static_cast<double>(bad);
 }
 
 }  // namespace heteroakd::cuda

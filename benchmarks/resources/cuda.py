@@ -328,7 +328,9 @@ def label_of(
     rolled = [
         x for x in loops[place.loop.file] if x.function == place.loop.function and not x.unrolled
     ]
-    numbered = f"{place.loop.function}#{rolled.index(place.loop) + 1}"
+    # a branch may be told to come from a loop that was unrolled
+    number = rolled.index(place.loop) + 1 if place.loop in rolled else len(rolled) + 1
+    numbered = f"{place.loop.function}#{number}"
     constants = []
     for file, line in reversed(place.calls):
         text = "".join(lines.get(file, ())[line - 1 : line])

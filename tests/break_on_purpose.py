@@ -123,7 +123,7 @@ DEFECTS = [
     Defect("cuda: warp does not wait for what it staged", G_STAGING, "first_row, region.logits + m * kPlane, kModels * kPlane);\n      });\n    }\n    __syncwarp();", "first_row, region.logits + m * kPlane, kModels * kPlane);\n      });\n    }", f"{CUDA} -k every_geometry"),
     Defect("cuda: last column not staged", G_STAGING, "c < end - begin; c += kWarpSize", "c < 0; c += kWarpSize", f"{CUDA} -k several"),
     Defect("cuda: limit raises no flag", G_STAGING, "return (largest - smallest) * scale <= limit;", "return true;", f"{CUDA} -k handed_over"),
-    Defect("cuda: halo counted twice", G_SUMS, "own ? static_cast<double>(x) : 0.0", "static_cast<double>(x)", f"{CUDA} -k every_geometry"),
+    Defect("cuda: halo counted twice", G_SUMS, "own ? x : 0.0", "x", f"{CUDA} -k every_geometry"),
     Defect("cuda: exponentials of the column above", G_CELL, "e[r] = e[r - 1] * q;", "e[r] = e[r - 1];", f"{CUDA} -k usual_terms"),
     Defect("cuda: label's gradient is that of the others", G_CELL, "if (is_label) g[r] = k.ce_label[r][s];", "", f"{CUDA} -k usual_terms"),
     Defect("cuda: label among the others", G_CELL, "if (!is_label) {", "{", f"{CUDA} -k usual_terms"),

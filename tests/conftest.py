@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("ci")
 #: Too large for an interpreter.
 NOT_INTERPRETED = {"test_4096_classes", "test_bits_do_not_depend_on_threads_or_runs"}
 #: Of each test of the contract, every how manieth combination runs on interpreted kernels.
-INTERPRETED_SHARE = 8
+INTERPRETED_SHARE = 16
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -181,6 +182,10 @@ def test_the_address_sanitizer_names_an_access(mode: int, mistake: str) -> None:
     assert "shim: mistake, block (" in done.stdout
 
 
+@pytest.mark.skipif(
+    os.environ.get("HETEROAKD_TEST_SANITIZED") != "1",
+    reason="HETEROAKD_TEST_SANITIZED=1 compiles the kernels with sanitizers, for a minute",
+)
 def test_the_kernels_touch_no_memory_but_their_own() -> None:
     try:
         cuda_shim.library_path(sanitize=True)

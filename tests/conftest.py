@@ -21,17 +21,19 @@ hypothesis.settings.load_profile("ci")
 
 #: Too large for an interpreter.
 NOT_INTERPRETED = {"test_4096_classes", "test_bits_do_not_depend_on_threads_or_runs"}
-#: Of each test of the contract, every how manieth combination runs on interpreted kernels.
-INTERPRETED_SHARE = 16
+#: Of each test of the contract, every how manieth combination runs on kernels that are interpreted,
+#: or run by the shim.
+SHARES = {"triton": 24, "cuda": 2}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """An interpreted kernel takes a second where a compiled one takes a millisecond: of each test
     that runs on every backend, a sample of the combinations runs on it. All of them do where there
-    is a GPU, and with HETEROAKD_TEST_INTERPRETED=all. (test_triton_kernels.py is complete.)"""
+    is a GPU, and with HETEROAKD_TEST_INTERPRETED=all. (test_triton_kernels.py and
+    test_cuda_kernels.py are complete.)"""
     if os.environ.get("HETEROAKD_TEST_INTERPRETED") == "all":
         return
-    if not interpreter.INTERPRETED:
+    if not interpreter.INTERPRETED and not shim_backend.USED:
         leave_out(config, items, [item for item in items if compiles_much(item)])
         return
     seen: Counter[str] = Counter()
@@ -39,14 +41,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
             continue
-        if item.callspec.params.get("backend") != "triton":
+        backend = item.callspec.params.get("backend")
+        if backend not in SHARES:
             continue
-        function = f"{item.module.__name__}.{item.originalname}"
-        large = item.originalname in NOT_INTERPRETED or item.callspec.params.get("size") == (
-            129,
-            131,
+        function = f"{backend} {item.module.__name__}.{item.originalname}"
+        large = backend == "triton" and (
+            item.originalname in NOT_INTERPRETED or item.callspec.params.get("size") == (129, 131)
         )
-        if large or seen[function] % INTERPRETED_SHARE:
+        if large or seen[function] % SHARES[backend]:
             left_out.append(item)
         seen[function] += 1
     leave_out(config, items, left_out)

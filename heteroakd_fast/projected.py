@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends, functional, ops, reference
-from .backends.triton import _check_labels
+from .backends._gpu import check_labels
 from .functional import Normalizer, WeightedPass
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
@@ -540,7 +540,7 @@ def _projected_sums_impl(
             denominators,
             report,
         )
-        _check_labels(report, target, student.weight.shape[0], spec.ignore_index)
+        check_labels(report, target, student.weight.shape[0], spec.ignore_index)
     return numerators, denominators, report[0].clone()
 
 

@@ -18,6 +18,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from heteroakd_fast.backends._parts import most_pixels
+from heteroakd_fast.backends._parts import rows_of_chunk as rows_of_program
+
 __all__ = [
     "MANY_CLASSES",
     "Launch",
@@ -122,13 +125,6 @@ def launch_config(key: str, classes: int, device_name: str) -> Launch:
     return _STATIC[key]
 
 
-def most_pixels(logits: int, labels: int, align_corners: bool) -> int:
-    """The most pixels that a cell has along an axis."""
-    if align_corners:
-        return labels if logits == 1 or labels == 1 else -(-(labels - 1) // (logits - 1))
-    return -(-labels // logits)
-
-
 def tiling(
     logits_size: tuple[int, int],
     label_size: tuple[int, int],
@@ -145,22 +141,6 @@ def tiling(
     )
     r, s = _pixels_per_thread(high, wide, launch.pixels)
     return Tiling(R=r, S=s, SUB_R=-(-high // r), SUB_C=-(-wide // s), TI=rows, N=launch.warps)
-
-
-def rows_of_program(
-    logits_size: tuple[int, int], label_size: tuple[int, int], align_corners: bool
-) -> int:
-    """Rows of cells that a program walks down: TI.
-
-    Two: the edge between programs costs half a row of saved gradients per row; more rows save
-    little of it, and leave a longer tail where the last programs run alone. One where cells are
-    large: they are few then, and warps would be idle. Never tuned: saved gradients have its shape.
-    """
-    high, wide = (
-        most_pixels(n, labels, align_corners)
-        for n, labels in zip(logits_size, label_size, strict=True)
-    )
-    return 1 if high * wide >= 64 else 2
 
 
 def _pixels_per_thread(high: int, wide: int, limit: int) -> tuple[int, int]:

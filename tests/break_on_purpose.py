@@ -139,9 +139,9 @@ DEFECTS = [
     Defect("cuda: invalid pixels are read with care", G_SEGMENT, "z[s] = label[s] >= 0 ? read_pixel_carefully(model, u, c, s) : F(0);", "z[s] = read_pixel_carefully(model, u, c, s);", f"{CUDA} -k ignored_pixel"),
     Defect("cuda: general power from e", G_LABELS, "kGrad && kPower != 0 ? e_s : a_s", "kGrad ? e_s : a_s", f"{CUDA} -k usual_terms"),
     Defect("cuda: chunks not joined", G_COMBINE, "if (above != nullptr) g += above[s * slot + x];", "", f"{CUDA} -k every_geometry"),
-    Defect("cuda: scales of terms swapped", f"{PACKAGE}/backends/cuda.py", "places = [spec.terms.index(name) for name in part.terms.values()]", "places = list(range(len(part.terms)))", f"{CUDA} -k every_term"),
+    Defect("cuda: scales of terms swapped", f"{PACKAGE}/backends/cuda.py", "places = [part.spec.terms.index(name) for name in part.terms.values()]", "places = list(range(len(part.terms)))", f"{CUDA} -k every_term"),
     Defect("cuda: mean over images without pixels", G_COMBINE, "images_with_pixels += pixels > 0.0 ? 1.0 : 0.0;", "images_with_pixels += 1.0;", f"{CUDA} -k image_without"),
-    Defect("cuda: labels out of range pass", f"{PACKAGE}/backends/cuda.py", "if int(report[1]) > 0:", "if int(report[1]) > 10**9:", f"{INPUTS} -k label"),
+    Defect("cuda: labels out of range pass", f"{PACKAGE}/backends/_gpu.py", "if int(report[1]) > 0:", "if int(report[1]) > 10**9:", f"{INPUTS} -k label"),
     # Triton kernels
     Defect("triton: reliability the wrong way round", T_FORMULAS, "a = (student_nll - teacher_nll) * inverse_tau", "a = (teacher_nll - student_nll) * inverse_tau", f"{TRITON} -k every_term"),
     Defect("triton: textbook gradient of the label", T_FORMULAS, "return tl.where(is_label, -others, e)", "return e", f"{TRITON} -k every_term"),
@@ -158,7 +158,7 @@ DEFECTS = [
     Defect("triton: offsets of 32 bits at best", T_LAUNCH, "return tl.int64 if largest > _INT32 else tl.int32", "return tl.int8", f"{TRITON} -k 64_bit"),
     Defect("triton: scales of terms swapped", T_LAUNCH, "return run.places[run.slots.index(k)] if k < len(run.terms) else -1", "return k if k < len(run.terms) else -1", f"{TRITON} -k every_term"),
     Defect("triton: space weights of other pixels too", T_SPACE, "valid = (label >= 0) & own", "valid = own", f"{TRITON} -k every_term"),
-    Defect("triton: labels out of range pass", f"{PACKAGE}/backends/triton.py", "if int(report[1]) > 0:", "if int(report[1]) > 10**9:", f"{INPUTS} -k label"),
+    Defect("triton: labels out of range pass", f"{PACKAGE}/backends/_gpu.py", "if int(report[1]) > 0:", "if int(report[1]) > 10**9:", f"{INPUTS} -k label"),
     Defect("loss module fuses what it must not", LOSSES, "if self.student_projector.bn is not None:", "if False:", f"{PROJECTING} -k module"),
     # formulas
     Defect("kd without T^2", REFERENCE, "_total(temperature**2 * per_pixel", "_total(per_pixel", f"{ORACLE} -k kd_is_torchs"),

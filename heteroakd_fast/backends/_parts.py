@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..spec import EVALUATIONS, KD_DIVERGENCES, MIXES, PRESETS, TERMS, WEIGHT_AXES, LossSpec
 
-__all__ = ["KERNEL_TERMS", "Part", "check_call", "compute_dtype", "split", "unsupported"]
+__all__ = [
+    "KERNEL_TERMS",
+    "Part",
+    "check_call",
+    "compute_dtype",
+    "most_pixels",
+    "rows_of_chunk",
+    "split",
+    "unsupported",
+]
 
 # In the order in which kernels number them.
 KERNEL_TERMS: Final = ("ce", "kd", "hetero", "feature")
@@ -138,3 +147,27 @@ def check_call(
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
+
+
+def most_pixels(logits: int, labels: int, align_corners: bool) -> int:
+    """The most pixels that a cell (what lies between neighbouring logits) has along an axis."""
+    logits = max(logits, 1)
+    if align_corners:
+        return labels if logits == 1 or labels == 1 else -(-(labels - 1) // (logits - 1))
+    return -(-labels // logits)
+
+
+def rows_of_chunk(
+    logits_size: tuple[int, int], label_size: tuple[int, int], align_corners: bool
+) -> int:
+    """Rows of cells that a warp or program of a GPU kernel walks down.
+
+    Two: the edge between chunks costs half a row of saved gradients per row; more rows save little
+    of it, and leave a longer tail where the last programs run alone. One where cells are large:
+    they are few then, and warps would be idle. Never tuned: saved gradients have its shape.
+    """
+    high, wide = (
+        most_pixels(n, labels, align_corners)
+        for n, labels in zip(logits_size, label_size, strict=True)
+    )
+    return 1 if high * wide >= 64 else 2

@@ -11,12 +11,14 @@
 
 from . import functional
 from .backends import BackendUnavailableError, use_backend
+from .channelwise import ChannelWiseLoss
 from .losses import HeteroAKDLoss
 from .output import DistillationOutput
 from .version import __version__
 
 __all__ = [
     "BackendUnavailableError",
+    "ChannelWiseLoss",
     "DistillationOutput",
     "HeteroAKDLoss",
     "__version__",

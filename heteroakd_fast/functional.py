@@ -195,8 +195,14 @@ def distillation_loss(
         return_maps=return_maps,
         backend=backend,
     )
-    loss, terms = combine([one_pass], normalizer, process_group)
-    return DistillationOutput(loss=loss, valid=one_pass.sums.valid, maps=one_pass.maps, **terms[0])
+    loss, (terms,), denominators = combine([one_pass], normalizer, process_group)
+    return DistillationOutput(
+        loss=loss,
+        valid=one_pass.sums.valid,
+        maps=one_pass.maps,
+        denominators=denominators,
+        **terms,
+    )
 
 
 # --- one pass: check, choose, run --------------------------------------------------------------
@@ -312,15 +318,18 @@ def combine(
     passes: Sequence[WeightedPass],
     normalizer: Normalizer | None = None,
     process_group: Any = None,
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
+) -> tuple[Tensor, list[dict[str, Tensor]], dict[str, Tensor]]:
     """Denominators (global if asked, in one collective), means, weighted sum.
 
-    Returns the loss and, for each pass, its terms by name, detached.
+    Returns the loss, for each pass its terms by name, detached, and the denominators by term
+    before `normalizer` replaced any: of the first pass that has the term.
     """
     replaced = _check_normalizer(normalizer, passes)
     denominators = torch.cat([one.sums.denominators for one in passes])
     if process_group is not None:
-        denominators = _mean_over_ranks(denominators, process_group)
+        denominators = mean_over_ranks(denominators, process_group)
+    names = [name for one in passes for name in one.weights]
+    own = dict(zip(reversed(names), reversed(denominators.detach().unbind()), strict=True))
     if replaced:
         denominators = torch.stack(
             [
@@ -343,10 +352,11 @@ def combine(
         loss = loss + weight * value
     dtype = passes[0].dtype
     detached = iter(means.detach().to(dtype).unbind())
-    return loss.to(dtype), [{name: next(detached) for name in one.weights} for one in passes]
+    terms = [{name: next(detached) for name in one.weights} for one in passes]
+    return loss.to(dtype), terms, own
 
 
-def _mean_over_ranks(denominators: Tensor, process_group: Any) -> Tensor:
+def mean_over_ranks(denominators: Tensor, process_group: Any) -> Tensor:
     """The mean, not the sum: data-parallel training averages gradients over the ranks, and
     R * (sum over ranks) / R leaves exactly the gradient of the whole batch."""
     import torch.distributed as dist
@@ -405,6 +415,17 @@ def resolve_mix(preset: str, mix: str | None) -> str:
     return mix
 
 
+def check_temperature(value: object, name: str) -> float:
+    """A temperature that float32 can divide by."""
+    number = check_number(value, name)
+    if not _SMALLEST_TEMPERATURE <= number <= 1.0 / _SMALLEST_TEMPERATURE:
+        raise ValueError(
+            f"{name}: got {number}, expected a number > 0, from {_SMALLEST_TEMPERATURE:g} "
+            f"to {1.0 / _SMALLEST_TEMPERATURE:g}"
+        )
+    return number
+
+
 def check_spec(spec: LossSpec) -> None:
     """Everything about the options that does not depend on tensors."""
     if not spec.terms:
@@ -427,12 +448,7 @@ def check_spec(spec: LossSpec) -> None:
             f"weight_axis: got {spec.weight_axis!r}, only preset='paper' has class weights"
         )
     for name in ("temperature", "tau"):
-        value = getattr(spec, name)
-        if not _SMALLEST_TEMPERATURE <= value <= 1.0 / _SMALLEST_TEMPERATURE:
-            raise ValueError(
-                f"{name}: got {value}, expected a number > 0, from {_SMALLEST_TEMPERATURE:g} "
-                f"to {1.0 / _SMALLEST_TEMPERATURE:g}"
-            )
+        check_temperature(getattr(spec, name), name)
     if not 0.0 < spec.kd_beta < 1.0:
         raise ValueError(
             f"kd_beta: got {spec.kd_beta}, expected a number in (0, 1); the ends are "
@@ -483,22 +499,9 @@ def _check_tensors(
     class_weight: Tensor | None,
     spec: LossSpec,
 ) -> None:
-    check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
-    check_tensor(target, "target", 3, "[B, H, W]", _LABEL_DTYPES)
-    batch, classes = student_logits.shape[:2]
-    if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {MAX_CLASSES}")
-    _check_beside(target, "target", batch, student_logits)
-    _check_grid(student_logits, "student_logits", target)
+    check_pair(student_logits, teacher_logits, target)
+    classes = student_logits.shape[1]
     if teacher_logits is not None:
-        check_tensor(teacher_logits, "teacher_logits", 4, "[B, C, h', w']", LOGITS_DTYPES)
-        _check_beside(teacher_logits, "teacher_logits", batch, student_logits)
-        if teacher_logits.shape[1] != classes:
-            raise ValueError(
-                f"teacher_logits: got C={teacher_logits.shape[1]} classes, student_logits has "
-                f"{classes}; project both to the same classes (HeteroAKDLoss does)"
-            )
-        _check_grid(teacher_logits, "teacher_logits", target)
         if teacher_logits.requires_grad and "teacher_ce" not in spec.terms:
             raise ValueError(
                 "teacher_logits: requires grad, but only the term teacher_ce sends it one; run "
@@ -524,6 +527,27 @@ def _check_tensors(
                 f"class_weight: is on {class_weight.device}, student_logits on "
                 f"{student_logits.device}; move it with .to({str(student_logits.device)!r})"
             )
+
+
+def check_pair(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> None:
+    """Types, shapes and devices of what every loss on logits takes."""
+    check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
+    check_tensor(target, "target", 3, "[B, H, W]", _LABEL_DTYPES)
+    batch, classes = student_logits.shape[:2]
+    if not 1 <= classes <= MAX_CLASSES:
+        raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {MAX_CLASSES}")
+    _check_beside(target, "target", batch, student_logits)
+    _check_grid(student_logits, "student_logits", target)
+    if teacher_logits is None:
+        return
+    check_tensor(teacher_logits, "teacher_logits", 4, "[B, C, h', w']", LOGITS_DTYPES)
+    _check_beside(teacher_logits, "teacher_logits", batch, student_logits)
+    if teacher_logits.shape[1] != classes:
+        raise ValueError(
+            f"teacher_logits: got C={teacher_logits.shape[1]} classes, student_logits has "
+            f"{classes}; project both to the same classes (HeteroAKDLoss does)"
+        )
+    _check_grid(teacher_logits, "teacher_logits", target)
 
 
 def _check_beside(tensor: Tensor, name: str, batch: int, student_logits: Tensor) -> None:
@@ -558,13 +582,13 @@ def _check_normalizer(
                     f"normalizer: names the term {name!r}, this call computes "
                     f"{', '.join(sorted(asked))}"
                 )
-            _check_scalar(value, f"normalizer[{name!r}]")
+            check_scalar(value, f"normalizer[{name!r}]")
         return {i: normalizer[term] for i, (_, term) in enumerate(slots) if term in normalizer}
-    _check_scalar(normalizer, "normalizer")
+    check_scalar(normalizer, "normalizer")
     return {i: normalizer for i, (one, term) in enumerate(slots) if one.counts_valid_pixels(term)}
 
 
-def _check_scalar(value: object, name: str) -> None:
+def check_scalar(value: object, name: str) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one element")

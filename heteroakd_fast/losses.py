@@ -222,8 +222,10 @@ class HeteroAKDLoss(nn.Module):
             return_maps=return_maps,
             **self.options,
         )
-        loss, (terms,) = functional.combine([one], normalizer, self.process_group)
-        return DistillationOutput(loss=loss, valid=one.sums.valid, maps=one.maps, **terms)
+        loss, (terms,), denominators = functional.combine([one], normalizer, self.process_group)
+        return DistillationOutput(
+            loss=loss, valid=one.sums.valid, maps=one.maps, denominators=denominators, **terms
+        )
 
     def _on_features(
         self,
@@ -267,7 +269,7 @@ class HeteroAKDLoss(nn.Module):
             passes.append(projected)
         if not passes:
             raise ValueError("weights: every term has weight 0; nothing to compute")
-        loss, terms = functional.combine(passes, normalizer, self.process_group)
+        loss, terms, denominators = functional.combine(passes, normalizer, self.process_group)
         reported: dict[str, Tensor] = {}
         for one, values in zip(passes, terms, strict=True):
             if one is not projected:
@@ -280,6 +282,8 @@ class HeteroAKDLoss(nn.Module):
             loss=loss,
             valid=passes[0].sums.valid,
             maps=None if projected is None else projected.maps,
+            # On two grids "ce" has two denominators, and a name stands for one.
+            denominators=None if self.options["resolution"] == "logits" else denominators,
             **reported,
         )
 

@@ -37,3 +37,10 @@ class DistillationOutput(NamedTuple):
     """With `return_maps=True`: "reliability" (of the teacher, r_t) and "discrepancy", each
     [B, H, W] on the label grid of the pass, 0 at ignored pixels. In the preset `paper`, where
     both are per class, those of the labelled class."""
+    denominators: dict[str, Tensor] | None = None
+    """Each term's own denominator, float64 scalar, the mean over the ranks with `process_group=`.
+    For exact gradient accumulation: the mean of them over the micro-batches, given back as
+    `normalizer=`, makes the mean of the micro-batches' losses that of the whole batch. None where
+    final logits and projected features have grids of their own (`resolution="logits"`)."""
+    cwd: Tensor | None = None
+    """Channel-wise distillation (`ChannelWiseLoss` only)."""

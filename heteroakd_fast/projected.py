@@ -166,8 +166,10 @@ def projected_distillation_loss(
         weighted_ce=class_weight is not None,
         dtype=_compute_dtype(student),
     )
-    loss, (terms,) = functional.combine([one], normalizer, process_group)
-    return DistillationOutput(loss=loss, valid=sums.valid, maps=one.maps, **terms)
+    loss, (terms,), denominators = functional.combine([one], normalizer, process_group)
+    return DistillationOutput(
+        loss=loss, valid=sums.valid, maps=one.maps, denominators=denominators, **terms
+    )
 
 
 def fused_pass(

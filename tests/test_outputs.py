@@ -481,6 +481,37 @@ def test_normalizer_makes_micro_batches_exact(backend: str, case: str) -> None:
 
 
 @every_backend
+@both_cases
+def test_denominators_are_what_normalizer_wants(backend: str, case: str) -> None:
+    """The mean of the micro-batches' own denominators, given back, makes the mean of their losses
+    that of the whole batch: nobody needs to know what a term divides by."""
+    options = TERM_CASES[case]
+    require(backend, **options)
+    whole = make_batch(batch=4, dtype=torch.float64)
+    whole.target[:2, :6] = 255
+    expected = evaluate(whole, backend=backend, **options)
+    halves = [Batch(*(t[rows] for t in whole)) for rows in (slice(0, 2), slice(2, 4))]
+    own = []
+    for half in halves:
+        teacher = half.teacher.clone().requires_grad_(bool(options.get("teacher_ce_weight")))
+        output = functional.distillation_loss(
+            half.student, teacher, half.target, backend=backend, **options
+        )
+        assert output.denominators is not None
+        assert not any(value.requires_grad for value in output.denominators.values())
+        own.append(output.denominators)
+    assert own[0].keys() == expected.terms.keys()
+    mean = {name: (own[0][name] + own[1][name]) / 2 for name in own[0]}
+    results = [evaluate(half, backend=backend, normalizer=mean, **options) for half in halves]
+    total = sum(float(result.loss) for result in results) / 2
+    assert total == pytest.approx(float(expected.loss), rel=1e-12)
+    naive = [evaluate(half, backend=backend, **options) for half in halves]
+    assert sum(float(result.loss) for result in naive) / 2 != pytest.approx(float(expected.loss))
+    grads = torch.cat([result.student_grad for result in results]) / 2
+    torch.testing.assert_close(grads, expected.student_grad, rtol=1e-11, atol=1e-15)
+
+
+@every_backend
 def test_a_plain_normalizer_replaces_the_valid_count_and_nothing_else(backend: str) -> None:
     require(backend)
     batch = make_batch()

@@ -59,7 +59,7 @@ def channel_wise_distillation(
     temperature = functional.check_temperature(temperature, "temperature")
     functional.check_choice(resolution, "resolution", functional.RESOLUTIONS)
     functional.check_pair(student_logits, teacher_logits, target)
-    batch, classes, height, width = student_logits.shape
+    _, classes, height, width = student_logits.shape
     valid_count = ops.valid_count(target, classes, ignore_index)
 
     dtype = torch.promote_types(student_logits.dtype, torch.float32)

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.logging import RichHandler
 
-from .config import Options, default_config_text, parse_command_line
+from .config import Options, as_toml, embedded_recipes, parse_command_line
 from .errors import TrainingError, UserError
 
 
@@ -18,7 +18,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         if options.print_config:
-            sys.stdout.write(default_config_text())
+            sys.stdout.write(as_toml(options.config))
+            return 0
+        if options.list_recipes:
+            for name, text in embedded_recipes().items():
+                about = text.splitlines()[0].removeprefix("#").strip()
+                console.print(f"{name:<32} {about}", highlight=False, soft_wrap=True)
             return 0
         logging.basicConfig(
             level=logging.INFO,

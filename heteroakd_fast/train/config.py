@@ -13,10 +13,18 @@ import json
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError
 
@@ -25,7 +33,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULT_CONFIG = "landcover.toml"
+#: Every command stands on this one where it names no data of its own.
+DEFAULT_RECIPE = "landcover"
+STAGES = ("teacher", "alone", "distilled")
 
 
 class _Table(BaseModel):
@@ -108,13 +118,19 @@ class ModelConfig(_Table):
     """One network and how long it trains."""
 
     arch: str = Field(
-        description='"segformer", "unet", or an import path "package.module:callable".'
+        description="A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit) "
+        'or an import path "package.module:callable".'
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of the architecture (in the TOML file only)."
     )
     weights: Path | None = Field(
-        default=None, description="safetensors or torch state_dict file to start from."
+        default=None, description="safetensors or torch state_dict file of the whole network."
+    )
+    init: Path | None = Field(
+        default=None,
+        description="The same kind of file of a part, such as a pretrained backbone: what fits by "
+        "name and shape is taken, the rest starts from the seed.",
     )
     tap: str | None = Field(
         default=None, description="Dotted name of the module whose output is distilled."
@@ -122,6 +138,12 @@ class ModelConfig(_Table):
     steps: int = Field(ge=0, description="Training steps; 0 with weights: use them as they are.")
     lr: float | None = Field(
         default=None, gt=0.0, description="Learning rate of this network; none: optim.lr."
+    )
+    optimizer: Literal["adamw", "sgd"] | None = Field(
+        default=None, description="Optimiser of this network; none: optim.name."
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0.0, description="Weight decay of this network; none: optim.weight_decay."
     )
 
     @model_validator(mode="after")
@@ -142,7 +164,14 @@ class OptimConfig(_Table):
         default=0.01, ge=0.0, description="Weight decay (not on biases and norms)."
     )
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="Momentum of sgd.")
-    batch_size: int = Field(default=8, ge=1, description="Pictures per step.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Pictures per step, of all ranks and micro-batches together."
+    )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="Micro-batches per step. The loss stays exactly that of the whole batch.",
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
     power: float = Field(default=0.9, ge=0.0, description="Exponent of the polynomial decay.")
     grad_clip: float | None = Field(
@@ -151,8 +180,13 @@ class OptimConfig(_Table):
 
 
 class DistillConfig(_Table):
-    """The distillation loss. With both taps set, projected features are distilled."""
+    """The distillation loss."""
 
+    features: bool | None = Field(
+        default=None,
+        description="Distil projected features of both taps, not final logits; none: where taps "
+        "are set.",
+    )
     preset: Literal["softmax-kl", "paper"] = Field(
         default="softmax-kl", description="Formulation of the loss."
     )
@@ -165,6 +199,12 @@ class DistillConfig(_Table):
     )
     feature_weight: float = Field(
         default=0.0, ge=0.0, description="Weight of the squared distance in logits space."
+    )
+    cwd_weight: float = Field(
+        default=0.0, ge=0.0, description="Weight of channel-wise distillation on the logits."
+    )
+    cwd_temperature: float = Field(
+        default=4.0, gt=0.0, description="Temperature of channel-wise distillation."
     )
     projector_weight: float = Field(
         default=1.0, ge=0.0, description="Weight of the projectors' cross entropy."
@@ -192,7 +232,11 @@ class DistillConfig(_Table):
     def _consistent(self) -> DistillConfig:
         weights = ("ce", "kd", "hetero", "feature")
         if not any(getattr(self, f"{name}_weight") for name in weights):
-            raise ValueError("every weight is 0: there would be nothing to train on")
+            raise ValueError(
+                "every one of the weights "
+                + ", ".join(f"{name}_weight" for name in weights)
+                + " is 0: there would be nothing to train on"
+            )
         return self
 
 
@@ -207,6 +251,9 @@ class LogConfig(_Table):
     tensorboard: bool = Field(
         default=True, description="Also write TensorBoard events, if it is installed."
     )
+    images: int = Field(
+        default=2, ge=0, le=16, description="Validation pictures in TensorBoard at evaluations."
+    )
 
 
 class ReportConfig(_Table):
@@ -218,11 +265,37 @@ class ReportConfig(_Table):
     dpi: int = Field(default=110, ge=30, le=600, description="Resolution of the picture.")
 
 
+class ScaleConfig(_Table):
+    """Several processes (torchrun), and how the networks run on their devices."""
+
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="Of several ranks: replicas (DDP), or sharded parameters, gradients and "
+        "optimiser states (FSDP2).",
+    )
+    sync_bn: bool = Field(
+        default=False, description="Batch norms over all ranks (GPUs only, as torch has it)."
+    )
+    channels_last: bool = Field(
+        default=False, description="Pictures and weights in channels-last memory."
+    )
+    compile: bool = Field(default=False, description="torch.compile the network that trains.")
+    timeout: float = Field(
+        default=600.0, ge=1.0, description="Seconds without an answer after which a rank is lost."
+    )
+
+
 class Config(_Table):
     """Everything one run needs."""
 
     run: Path = Field(
-        default=Path("runs/default"), description="Folder of this run; the same command resumes it."
+        default=Path("runs/default"),
+        description="Folder of this run; the same command resumes it. In no file: runs/ and the "
+        "names of the recipes.",
+    )
+    stages: tuple[Literal["teacher", "alone", "distilled"], ...] = Field(
+        default=STAGES,
+        description="What to train: the teacher, the student alone, the student distilled.",
     )
     seed: int = Field(
         default=0, ge=0, description="Seed of initial weights, batches and augmentation."
@@ -237,6 +310,7 @@ class Config(_Table):
     student: ModelConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
+    scale: ScaleConfig = Field(default_factory=ScaleConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
 
@@ -247,36 +321,98 @@ class Config(_Table):
             raise ValueError(
                 f"{missing} is missing: set both taps (projected features) or none (logits only)"
             )
+        if self.distill.features and self.teacher.tap is None:
+            raise ValueError("distill.features is true: set teacher.tap and student.tap")
         if self.student.steps == 0:
             raise ValueError("student.steps is 0: there would be nothing to distil")
+        if not self.stages or len(set(self.stages)) != len(self.stages):
+            raise ValueError(
+                f"stages is {list(self.stages)}, expected one or more of {', '.join(STAGES)}, "
+                "each once"
+            )
+        if (
+            "distilled" in self.stages
+            and "teacher" not in self.stages
+            and self.teacher.weights is None
+        ):
+            raise ValueError(
+                "stages: has distilled without teacher; put the trained teacher's file into "
+                "teacher.weights, or add the stage teacher"
+            )
         return self
 
+    @property
+    def taps(self) -> tuple[str, str] | None:
+        """Names of the student's and the teacher's tapped module, where features are distilled."""
+        if self.student.tap is None or self.teacher.tap is None or self.distill.features is False:
+            return None
+        return self.student.tap, self.teacher.tap
 
-def default_config_text() -> str:
-    """The embedded default, comments included."""
-    return (resources.files(__package__) / "configs" / DEFAULT_CONFIG).read_text(encoding="utf-8")
+
+def embedded_recipes() -> dict[str, str]:
+    """The recipes that come with the package: their texts by name."""
+    folder = resources.files(__package__) / "recipes"
+    files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".toml"): file.read_text(encoding="utf-8")
+        for file in files
+        if file.name.endswith(".toml")
+    }
 
 
-def load_config(path: Path | None) -> Config:
-    """Read and validate a TOML file; without a path, the embedded default."""
-    if path is None:
-        return parse_config(default_config_text(), f"{DEFAULT_CONFIG} (embedded)")
+def load_config(*sources: str | Path) -> Config:
+    """Read TOML files or embedded recipes, the later ones on top of the earlier; validate them.
+
+    Where none has a table [data], the embedded land-cover example is below them all.
+    """
+    table, name = _load_tables([str(source) for source in sources])
+    return _validate(table, name)
+
+
+def _load_tables(sources: list[str]) -> tuple[dict[str, Any], str]:
+    recipes = embedded_recipes()
+    tables = [(source, _load_table(source, recipes)) for source in sources]
+    if not any("data" in table for _, table in tables):
+        tables.insert(0, (DEFAULT_RECIPE, _load_table(DEFAULT_RECIPE, recipes)))
+    merged: dict[str, Any] = {}
+    for _, table in tables:
+        for role in ("teacher", "student"):
+            # Another architecture: the arguments, weights and tap of the one before do not fit it.
+            if isinstance(table.get(role), dict) and "arch" in table[role]:
+                merged.pop(role, None)
+        _merge(merged, table)
+    names = [Path(source).stem for source, _ in tables]
+    merged.setdefault("run", "runs/" + "-".join(names))
+    return merged, " + ".join(source for source, _ in tables)
+
+
+def _load_table(source: str, recipes: dict[str, str]) -> dict[str, Any]:
+    path = Path(source)
+    if source in recipes and not path.is_file():
+        return _parse_toml(recipes[source], source)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a TOML configuration") from None
+        near = difflib.get_close_matches(source, recipes, n=1)
+        raise ConfigError(
+            f"{path}: no such file; expected a TOML configuration or one of the recipes "
+            f"{', '.join(recipes)}" + (f"; did you mean {near[0]}?" if near else "")
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    return parse_config(text, str(path))
+    return _parse_toml(text, source)
 
 
 def parse_config(text: str, name: str) -> Config:
-    """Validate TOML text; `name` is how messages call it."""
+    """Validate TOML text that is complete by itself; `name` is how messages call it."""
+    return _validate(_parse_toml(text, name), name)
+
+
+def _parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: malformed TOML: {error}") from None
-    return _validate(table, name)
 
 
 def _validate(table: dict[str, Any], name: str) -> Config:
@@ -344,44 +480,57 @@ class Options:
     config: Config
     resume_anyway: bool
     print_config: bool
+    list_recipes: bool
 
 
 def parse_command_line(argv: list[str]) -> Options:
-    """Read the TOML file named on the command line, then put the overrides on top of it."""
-    base, name = load_config(None), f"{DEFAULT_CONFIG} (embedded)"
-    parsed = _parse(argv, base)
-    if parsed.config is not None:
-        base, name = load_config(parsed.config), str(parsed.config)
-        parsed = _parse(argv, base)
-    table = base.model_dump(mode="json")
-    overrides = {
-        key: value
-        for key, value in dataclasses.asdict(parsed).items()
-        if key in Config.model_fields
-    }
+    """Read the files and recipes named on the command line, then put the overrides on top."""
+    table, name = _load_tables([])
+    parsed, mirror = _parse(argv, table)
+    if parsed.config:
+        table, name = _load_tables(list(parsed.config))
+        parsed, mirror = _parse(argv, table)
+    given = dataclasses.asdict(parsed)
+    # Only what the command line changed: what is missing or wrong in a file stays so, and the
+    # message about it can say that.
+    overrides = _changes(given, dataclasses.asdict(mirror()))
+    for option in ("config", "resume_anyway", "print_config", "list_recipes"):
+        overrides.pop(option, None)
     _merge(table, overrides)
-    config = _validate(table, f"{name} with the command line")
-    return Options(config, parsed.resume_anyway, parsed.print_config)
+    config = _validate(table, f"{name} with the command line" if overrides else name)
+    return Options(config, parsed.resume_anyway, parsed.print_config, parsed.list_recipes)
 
 
-def _parse(argv: list[str], base: Config) -> Any:
-    """Let tyro read the command line into plain dataclasses.
+def _changes(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            if inner := _changes(value, default[key]):
+                changed[key] = inner
+        elif value != default[key]:
+            changed[key] = value
+    return changed
 
-    They mirror the tables with the values of `base` as defaults, and without their checks: those
+
+def _parse(argv: list[str], table: dict[str, Any]) -> tuple[Any, type[Any]]:
+    """Let tyro read the command line into plain dataclasses; also returns their class.
+
+    They mirror the tables with the values of `table` as defaults, and without their checks: those
     run once, on the merged configuration, and can then name the full key.
     """
     front: list[Any] = [
         (
             "config",
             Annotated[
-                Path | None,
+                tuple[str, ...],
                 tyro.conf.Positional,
                 tyro.conf.arg(
-                    metavar="[CONFIG.toml]",
-                    help="Configuration file; without one: the embedded land-cover example.",
+                    metavar="[RECIPE|FILE.toml ...]",
+                    help="Recipes (--list-recipes) and configuration files, the later ones on top; "
+                    "without data in any: the embedded land-cover example.",
                 ),
             ],
-            None,
+            (),
         ),
         (
             "resume_anyway",
@@ -395,14 +544,22 @@ def _parse(argv: list[str], base: Config) -> Any:
             "print_config",
             Annotated[
                 tyro.conf.FlagCreatePairsOff[bool],
-                tyro.conf.arg(help="Print the embedded default configuration and exit."),
+                tyro.conf.arg(help="Print the files and recipes named here as one, and exit."),
+            ],
+            False,
+        ),
+        (
+            "list_recipes",
+            Annotated[
+                tyro.conf.FlagCreatePairsOff[bool],
+                tyro.conf.arg(help="List the embedded recipes and exit."),
             ],
             False,
         ),
     ]
-    mirror = _mirror(base, front)
+    mirror = _mirror(Config, table, front)
     mirror.__doc__ = _ABOUT
-    return tyro.cli(mirror, prog="heteroakd-train", args=argv)
+    return tyro.cli(mirror, prog="heteroakd-train", args=argv), mirror
 
 
 _ABOUT = """Train a teacher, a student alone, and the same student distilled; compare them.
@@ -411,24 +568,70 @@ Rerunning the same command resumes an interrupted run and skips what is finished
 Every key of the TOML file can be overridden by an option of the same name."""
 
 
-def _mirror(table: BaseModel, front: list[Any]) -> type[Any]:
+def _mirror(model: type[BaseModel], table: Any, front: list[Any]) -> type[Any]:
     fields = list(front)
-    for name, info in type(table).model_fields.items():
-        value = getattr(table, name)
-        if isinstance(value, BaseModel):
-            inner = _mirror(value, [])
+    for name, info in model.model_fields.items():
+        value = table.get(name) if isinstance(table, dict) else None
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            inner = _mirror(info.annotation, value, [])
             fields.append((name, inner, dataclasses.field(default_factory=inner)))
-        elif not isinstance(value, dict):  # free-form tables are for the file only
-            described = Annotated[info.annotation, tyro.conf.arg(help=info.description)]  # type: ignore[name-defined]
-            fields.append((name, described, value))
-    mirror = dataclasses.make_dataclass(type(table).__name__, fields)
-    mirror.__doc__ = type(table).__doc__
+        elif get_origin(info.annotation) is not dict:  # free-form tables are for the file only
+            # `| None`: what has no default may be in no file either, until all is put together.
+            annotation = info.annotation | None if info.is_required() else info.annotation
+            described = Annotated[annotation, tyro.conf.arg(help=info.description)]  # type: ignore[valid-type]
+            fields.append((name, described, _default(info, value)))
+    mirror = dataclasses.make_dataclass(model.__name__, fields)
+    mirror.__doc__ = model.__doc__
     return mirror
+
+
+def _default(info: FieldInfo, value: Any) -> Any:
+    """What the file says, where it can be used; its complaint comes with the whole table."""
+    if value is not None:
+        adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)
+        try:
+            return adapter.validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError:
+            pass
+    return None if info.is_required() else info.get_default(call_default_factory=True)
 
 
 def _merge(table: dict[str, Any], overrides: dict[str, Any]) -> None:
     for key, value in overrides.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
             _merge(table[key], value)
         else:
             table[key] = value
+
+
+def as_toml(config: Config) -> str:
+    """The whole configuration as a TOML file, each key with its description."""
+    lines: list[str] = []
+    _write_table(config, "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def _write_table(table: BaseModel, prefix: str, lines: list[str]) -> None:
+    inner: list[tuple[str, BaseModel]] = []
+    for name, info in type(table).model_fields.items():
+        value = getattr(table, name)
+        if isinstance(value, BaseModel):
+            inner.append((name, value))
+        elif isinstance(value, dict):
+            if value:
+                lines.append(f"{name} = {_toml(value)}")
+        else:
+            text = f"# {name} =" if value is None else f"{name} = {_toml(value)}"
+            lines.append(f"{text:<28}  # {info.description}" if info.description else text)
+    for name, value in inner:
+        lines.extend(["", f"[{prefix}{name}]"])
+        _write_table(value, f"{prefix}{name}.", lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # Strings, booleans and numbers are written as in JSON.
+    return json.dumps(value if isinstance(value, (bool, int, float)) else str(value))

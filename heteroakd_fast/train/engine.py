@@ -19,7 +19,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
-from .config import Config, OptimConfig
+from .config import Config, ModelConfig, OptimConfig
 from .data import Normalizer, SegmentationData, Source, evaluation_batches, training_batches
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from .files import write_atomically
@@ -30,7 +30,7 @@ from .objectives import Objective
 
 log = logging.getLogger("heteroakd_fast.train")
 
-_TERMS = ("ce", "teacher_ce", "kd", "hetero", "feature", "projector")
+_TERMS = ("ce", "teacher_ce", "kd", "hetero", "feature", "projector", "cwd")
 _EVALUATION_BATCH = 16
 
 
@@ -55,6 +55,12 @@ def learning_rate(step: int, steps: int, peak: float, config: OptimConfig) -> fl
         return peak * (step + 1) / config.warmup_steps
     left = (steps - step) / max(1, steps - config.warmup_steps)
     return peak * float(left**config.power)
+
+
+def optimizer_config(optim: OptimConfig, model: ModelConfig) -> OptimConfig:
+    """What the network says of itself, on top of what holds for all."""
+    own = {"name": model.optimizer, "lr": model.lr, "weight_decay": model.weight_decay}
+    return optim.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 def make_optimizer(objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -144,18 +150,20 @@ class Trainer:
         data: SegmentationData,
         folder: Path,
         steps: int,
-        lr: float,
+        model_config: ModelConfig,
         fingerprint: dict[str, str],
         device: torch.device,
         console: Console,
         resume_anyway: bool = False,
     ) -> None:
         self.name, self.objective, self.config, self.data = name, objective, config, data
-        self.folder, self.steps, self.lr = folder, steps, lr
+        self.folder, self.steps = folder, steps
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console = device, console
         self.normalize = Normalizer(config.data, device)
-        self.optimizer = make_optimizer(objective, config.optim)
+        optim = optimizer_config(config.optim, model_config)
+        self.lr = optim.lr
+        self.optimizer = make_optimizer(objective, optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.step = 0
         self.seconds = 0.0

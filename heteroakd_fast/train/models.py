@@ -206,13 +206,15 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def check_logits(model: nn.Module, num_classes: int, side: int, device: torch.device) -> None:
+def check_logits(
+    model: nn.Module, num_classes: int, side: tuple[int, int], device: torch.device
+) -> None:
     """One dry run, so that a model that does not fit fails early and not inside the loss."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = logits_of(model(torch.zeros(1, 3, side, side, device=device)))
+            logits = logits_of(model(torch.zeros(1, 3, *side, device=device)))
     finally:
         model.train(was_training)
     if logits.dim() != 4 or logits.shape[1] != num_classes:

@@ -5,17 +5,26 @@ Logits stay at the networks' own resolution; the losses upsample them on the fly
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import BackendUnavailableError, DistillationOutput, HeteroAKDLoss
+from .. import BackendUnavailableError, ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
 from ..functional import cross_entropy
 from .config import DistillConfig
 from .errors import ConfigError
 from .models import logits_of
 from .taps import FeatureTap, probe_channels
+
+Normalizer = dict[str, Tensor]
+
+
+class Teaching(NamedTuple):
+    """What the teacher says about a batch."""
+
+    logits: Tensor
+    features: Tensor | None
 
 
 class Objective(nn.Module):
@@ -24,25 +33,57 @@ class Objective(nn.Module):
     model: nn.Module
     loss: nn.Module
 
-    def __call__(self, images: Tensor, target: Tensor) -> DistillationOutput:
-        output: DistillationOutput = super().__call__(images, target)
+    def __call__(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        teaching: Teaching | None = None,
+        normalizer: Normalizer | None = None,
+        return_maps: bool = False,
+    ) -> DistillationOutput:
+        """Loss of a batch. `teaching` is asked for where it is not given; `normalizer` replaces
+        denominators, as `DistillationOutput.denominators` names them."""
+        output: DistillationOutput = super().__call__(
+            images, target, teaching=teaching, normalizer=normalizer, return_maps=return_maps
+        )
         return output
+
+    def teach(self, images: Tensor) -> Teaching | None:
+        """The teacher's part, which needs no gradient; None without a teacher."""
+        return None
 
 
 class PlainObjective(Objective):
     """Cross entropy against the labels."""
 
-    def __init__(self, model: nn.Module, config: DistillConfig, ignore_index: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DistillConfig,
+        ignore_index: int,
+        process_group: Any = None,
+    ) -> None:
         super().__init__()
         self.model, self.loss = model, nn.Module()
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": config.label_smoothing,
             "backend": config.backend,
+            "process_group": process_group,
         }
 
-    def forward(self, images: Tensor, target: Tensor) -> DistillationOutput:
-        return cross_entropy(logits_of(self.model(images)), target, **self.options)
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        teaching: Teaching | None = None,
+        normalizer: Normalizer | None = None,
+        return_maps: bool = False,
+    ) -> DistillationOutput:
+        logits = logits_of(self.model(images))
+        return cross_entropy(logits, target, normalizer=normalizer, **self.options)
 
 
 class DistillObjective(Objective):
@@ -57,9 +98,10 @@ class DistillObjective(Objective):
         num_classes: int,
         ignore_index: int,
         taps: tuple[str, str] | None,
-        side: int,
+        side: tuple[int, int],
         device: torch.device,
         seed: int,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.model = student
@@ -72,12 +114,14 @@ class DistillObjective(Objective):
                 probe_channels(student, self.taps[0], side, device),
                 probe_channels(teacher, self.taps[1], side, device),
             )
+        options = config.model_dump(exclude={"features", "cwd_weight", "cwd_temperature"})
+        shared: dict[str, Any] = {"ignore_index": ignore_index, "process_group": process_group}
+        self.cwd_weight = config.cwd_weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                self.loss = HeteroAKDLoss(
-                    num_classes, *channels, ignore_index=ignore_index, **config.model_dump()
-                ).to(device)
+                self.loss = HeteroAKDLoss(num_classes, *channels, **shared, **options).to(device)
+                self.cwd = ChannelWiseLoss(temperature=config.cwd_temperature, **shared)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"distill: {error}") from error
 
@@ -86,44 +130,67 @@ class DistillObjective(Objective):
         self._teacher[0].eval()
         return self
 
-    def forward(
-        self, images: Tensor, target: Tensor, return_maps: bool = False
-    ) -> DistillationOutput:
-        features: dict[str, Tensor] = {}
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Teaching:
+        teacher = self._teacher[0]
         if self.taps is None:
-            student_logits, teacher_logits = logits_of(self.model(images)), self._teach(images)
+            return Teaching(logits_of(teacher(images)), None)
+        with self.taps[1] as tap:
+            return Teaching(logits_of(teacher(images)), tap.take())
+
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        teaching: Teaching | None = None,
+        normalizer: Normalizer | None = None,
+        return_maps: bool = False,
+    ) -> DistillationOutput:
+        teaching = self.teach(images) if teaching is None else teaching
+        features: dict[str, Tensor | None] = {}
+        if self.taps is None:
+            student_logits = logits_of(self.model(images))
         else:
-            with self.taps[0] as student_tap, self.taps[1] as teacher_tap:
-                student_logits, teacher_logits = logits_of(self.model(images)), self._teach(images)
+            with self.taps[0] as tap:
+                student_logits = logits_of(self.model(images))
                 features = {
-                    "student_features": student_tap.take(),
-                    "teacher_features": teacher_tap.take(),
+                    "student_features": tap.take(),
+                    "teacher_features": teaching.features,
                 }
+        own = dict(normalizer or {})
+        cwd_normalizer = own.pop("cwd", None)
         output: DistillationOutput = self.loss(
             student_logits,
             target,
-            teacher_logits=teacher_logits,
+            teacher_logits=teaching.logits,
+            normalizer=own or None,
             return_maps=return_maps,
             **features,
         )
-        return output
+        if not self.cwd_weight:
+            return output
+        cwd = self.cwd(
+            student_logits, target, teacher_logits=teaching.logits, normalizer=cwd_normalizer
+        )
+        return output._replace(
+            loss=output.loss + self.cwd_weight * cwd.loss,
+            cwd=cwd.cwd,
+            denominators={**(output.denominators or {}), **cwd.denominators},
+        )
 
     @torch.no_grad()
     def maps(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Per-pixel reliability of the teacher and discrepancy of both, as the loss sees them."""
         self.eval()
-        return self.forward(images, target, return_maps=True).maps or {}
-
-    @torch.no_grad()
-    def _teach(self, images: Tensor) -> Tensor:
-        return logits_of(self._teacher[0](images))
+        return self(images, target, return_maps=True).maps or {}
 
 
-def dry_run(objective: Objective, side: int, device: torch.device) -> None:
+def dry_run(objective: Objective, side: tuple[int, int], device: torch.device) -> None:
     """One pass, so that what the loss or its backend refuses shows early."""
     objective.eval()
-    images = torch.zeros(1, 3, side, side, device=device)
-    target = torch.zeros(1, side, side, dtype=torch.int64, device=device)
+    images = torch.zeros(1, 3, *side, device=device)
+    target = torch.zeros(1, *side, dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
             objective(images, target)

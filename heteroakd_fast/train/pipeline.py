@@ -16,8 +16,6 @@ from .engine import StageResult, Trainer, choose_device
 from .models import build_model, check_logits, count_parameters
 from .objectives import DistillObjective, Objective, PlainObjective, dry_run
 
-STAGES = ("teacher", "alone", "distilled")
-
 
 @dataclass
 class Outcome:
@@ -27,20 +25,24 @@ class Outcome:
     device: torch.device
     models: dict[str, nn.Module]
     results: dict[str, StageResult]
-    distillation: DistillObjective
+    distillation: DistillObjective | None
 
 
 def fingerprint(config: Config, stage: str) -> dict[str, str]:
     """The keys that decide what a stage computes; those of display and speed are left out."""
     sections = {
-        "teacher": ("seed", "amp", "data", "teacher", "optim"),
-        "alone": ("seed", "amp", "data", "student", "optim"),
-        "distilled": ("seed", "amp", "data", "teacher", "student", "optim", "distill"),
+        "teacher": ("seed", "amp", "data", "teacher", "optim", "scale"),
+        "alone": ("seed", "amp", "data", "student", "optim", "scale"),
+        "distilled": ("seed", "amp", "data", "teacher", "student", "optim", "distill", "scale"),
     }[stage]
     table = config.model_dump(mode="json")
     # Neither changes a batch.
     for key in ("check", "workers"):
         del table["data"][key]
+    # Nor do these change what is computed, up to rounding.
+    for key in ("parallel", "timeout"):
+        del table["scale"][key]
+    del table["optim"]["accumulate"]
     if stage != "distilled":
         for role in ("teacher", "student"):
             del table[role]["tap"]
@@ -70,7 +72,7 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
         f"{data.num_classes} classes, on {device}",
         highlight=False,
     )
-    side = config.data.crop or int(data.train.read(0)[1].shape[0])
+    side = _side(config, data)
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
 
@@ -79,15 +81,44 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
         check_logits(model, data.num_classes, side, device)
         return model
 
-    def train(stage: str, objective: Objective, model_config: ModelConfig) -> None:
+    # All are built before the first is trained: a mistake in the student's part of the
+    # configuration should not show up only when the teacher has been trained.
+    # Both students start from the same weights and see the same batches.
+    objectives: dict[str, Objective] = {}
+    teacher: nn.Module | None = None
+    if {"teacher", "distilled"} & set(config.stages):
+        teacher = build(config.teacher, 2 * config.seed)
+        objectives["teacher"] = PlainObjective(teacher, config.distill, data.ignore_index)
+    if "alone" in config.stages:
+        alone = build(config.student, 2 * config.seed + 1)
+        objectives["alone"] = PlainObjective(alone, config.distill, data.ignore_index)
+    distillation = None
+    if "distilled" in config.stages:
+        assert teacher is not None
+        objectives["distilled"] = distillation = DistillObjective(
+            build(config.student, 2 * config.seed + 1),
+            teacher,
+            config.distill,
+            num_classes=data.num_classes,
+            ignore_index=data.ignore_index,
+            taps=config.taps,
+            side=side,
+            device=device,
+            seed=config.seed,
+        )
+    for objective in objectives.values():
+        dry_run(objective, side, device)
+    for stage, objective in objectives.items():
+        model_config = config.teacher if stage == "teacher" else config.student
         trainer = Trainer(
             stage,
             objective,
             config=config,
             data=data,
             folder=config.run / stage,
-            steps=model_config.steps,
-            lr=model_config.lr or config.optim.lr,
+            # A teacher that is only used is only evaluated.
+            steps=model_config.steps if stage in config.stages else 0,
+            model_config=model_config,
             fingerprint=fingerprint(config, stage),
             device=device,
             console=console,
@@ -101,31 +132,13 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
             f"val mIoU {results[stage].scores.miou:.4f}",
             highlight=False,
         )
-
-    # All three are built before the first is trained: a mistake in the student's part of the
-    # configuration should not show up only when the teacher has been trained.
-    # Both students start from the same weights and see the same batches.
-    teacher = build(config.teacher, 2 * config.seed)
-    alone = build(config.student, 2 * config.seed + 1)
-    student = build(config.student, 2 * config.seed + 1)
-    taps = None
-    if config.student.tap is not None and config.teacher.tap is not None:
-        taps = (config.student.tap, config.teacher.tap)
-    distillation = DistillObjective(
-        student,
-        teacher,
-        config.distill,
-        num_classes=data.num_classes,
-        ignore_index=data.ignore_index,
-        taps=taps,
-        side=side,
-        device=device,
-        seed=config.seed,
-    )
-    plain = [PlainObjective(model, config.distill, data.ignore_index) for model in (teacher, alone)]
-    for objective in (*plain, distillation):
-        dry_run(objective, side, device)
-    train("teacher", plain[0], config.teacher)
-    train("alone", plain[1], config.student)
-    train("distilled", distillation, config.student)
     return Outcome(data, device, models, results, distillation)
+
+
+def _side(config: Config, data: SegmentationData) -> tuple[int, int]:
+    """Height and width of the pictures that the networks train on."""
+    crop = config.data.crop
+    if crop is None:
+        mask = data.train.read(0)[1]
+        return mask.shape[0], mask.shape[1]
+    return (crop, crop) if isinstance(crop, int) else crop

@@ -23,7 +23,7 @@ from .engine import autocast, predict
 from .errors import TrainingError
 from .files import write_atomically
 from .models import count_parameters
-from .pipeline import STAGES, Outcome, fingerprint
+from .pipeline import Outcome, fingerprint
 
 TITLES = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 _LOOKED_AT = 200  # a large validation set is not read through for a handful of pictures
@@ -53,11 +53,12 @@ def write_report(outcome: Outcome, config: Config, console: Console) -> None:
     except OSError as error:
         raise TrainingError(f"{folder}: the report cannot be written: {error}") from error
     console.print(table(outcome))
-    gain = 100 * results["gain"]
-    console.print(
-        f"Distillation changed the student's mIoU by {gain:+.1f} points (one seed).",
-        highlight=False,
-    )
+    if "gain" in results:
+        console.print(
+            f"Distillation changed the student's mIoU by {100 * results['gain']:+.1f} points "
+            "(one seed).",
+            highlight=False,
+        )
     console.print(
         f"Written: {folder / 'report.png'}, {folder / 'results.json'}",
         highlight=False,
@@ -67,9 +68,8 @@ def write_report(outcome: Outcome, config: Config, console: Console) -> None:
 
 def summary(outcome: Outcome, config: Config) -> dict[str, Any]:
     """The content of results.json; scores are those of the last step, not of the best one."""
-    stages = {}
-    for stage in STAGES:
-        result = outcome.results[stage]
+    stages: dict[str, Any] = {}
+    for stage, result in outcome.results.items():
         named = zip(outcome.data.class_names, result.scores.class_iou, strict=True)
         stages[stage] = {
             "miou": result.scores.miou,
@@ -80,8 +80,10 @@ def summary(outcome: Outcome, config: Config) -> dict[str, Any]:
             "seconds": round(result.seconds, 1),
             "parameters": count_parameters(outcome.models[stage]),
         }
-    return {
-        "gain": outcome.results["distilled"].scores.miou - outcome.results["alone"].scores.miou,
+    gain = {}
+    if {"alone", "distilled"} <= stages.keys():
+        gain = {"gain": stages["distilled"]["miou"] - stages["alone"]["miou"]}
+    return gain | {
         "stages": stages,
         "config": {
             key: json.loads(value) for key, value in fingerprint(config, "distilled").items()
@@ -99,9 +101,9 @@ def table(outcome: Outcome) -> Table:
     """Scores in percent, one column per network."""
     view = Table(title="Validation IoU, %")
     view.add_column("class")
-    for stage in STAGES:
+    for stage in outcome.results:
         view.add_column(TITLES[stage], justify="right")
-    scores = [outcome.results[stage].scores for stage in STAGES]
+    scores = [result.scores for result in outcome.results.values()]
     for index, name in enumerate(outcome.data.class_names):
         view.add_row(name, *(_percent(score.class_iou[index]) for score in scores))
     view.add_section()
@@ -142,7 +144,9 @@ def collect(outcome: Outcome, config: Config) -> list[Sample]:
                 stage: predict(model, images, (label.shape[0], label.shape[1]))[0].cpu().numpy()
                 for stage, model in outcome.models.items()
             }
-            maps = outcome.distillation.maps(images, target[None].to(outcome.device))
+            maps = {}
+            if outcome.distillation is not None:
+                maps = outcome.distillation.maps(images, target[None].to(outcome.device))
         shown = {}
         for name in ("reliability", "discrepancy"):
             values = maps[name][0].float().cpu().numpy() if name in maps else np.float32(np.nan)
@@ -164,9 +168,10 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
     titles = ["picture", "label"]
     titles += [
         f"{TITLES[stage]}\nmIoU {100 * outcome.results[stage].scores.miou:.1f} %"
-        for stage in STAGES
+        for stage in outcome.results
     ]
-    titles += ["reliability\nof the teacher", "discrepancy\nteacher / student"]
+    if outcome.distillation is not None:
+        titles += ["reliability\nof the teacher", "discrepancy\nteacher / student"]
     rows, columns = len(samples), len(titles)
     height, width = samples[0].label.shape
     cell = 1.9
@@ -181,21 +186,26 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
     known = np.concatenate([s.discrepancy[np.isfinite(s.discrepancy)] for s in samples])
     # The very highest values are a few pixels at borders, which would leave the rest dark.
     top = float(np.quantile(known, 0.98)) if known.size else 1.0
+    bars: list[tuple[int, Any, str, str]] = []
     for row, sample in zip(axes, samples, strict=True):
         row[0].imshow(sample.picture)
         row[1].imshow(colours(sample.label, data))
-        for axis, stage in zip(row[2:5], STAGES, strict=True):
-            axis.imshow(colours(sample.predictions[stage], data), interpolation="nearest")
-        reliability = row[5].imshow(sample.reliability, vmin=0.0, vmax=1.0, cmap="RdYlBu")
-        discrepancy = row[6].imshow(sample.discrepancy, vmin=0.0, vmax=max(top, 1e-6), cmap="magma")
+        for axis, prediction in zip(row[2:], sample.predictions.values(), strict=False):
+            axis.imshow(colours(prediction, data), interpolation="nearest")
+        if outcome.distillation is not None:
+            reliability = row[-2].imshow(sample.reliability, vmin=0.0, vmax=1.0, cmap="RdYlBu")
+            discrepancy = row[-1].imshow(
+                sample.discrepancy, vmin=0.0, vmax=max(top, 1e-6), cmap="magma"
+            )
+            bars = [
+                (columns - 2, reliability, "0 student, 1 teacher", "neither"),
+                (columns - 1, discrepancy, "KL, nats", "max"),
+            ]
         for axis in row:
             axis.set(xticks=[], yticks=[], facecolor=_hex(_UNLABELLED))
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
-    for column, image, label, extend in (
-        (5, reliability, "0 student, 1 teacher", "neither"),
-        (6, discrepancy, "KL, nats", "max"),
-    ):
+    for column, image, label, extend in bars:
         place = figure.add_subplot(grid[rows, column])
         place.axis("off")
         bar = figure.colorbar(
@@ -211,7 +221,7 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
         for name, colour in zip(data.class_names, data.palette, strict=True)
     ]
     patches.append(Patch(facecolor=_hex(_UNLABELLED), edgecolor="0.4", label="not counted"))
-    foot_axis = figure.add_subplot(grid[rows, :5])
+    foot_axis = figure.add_subplot(grid[rows, : columns - len(bars)])
     foot_axis.axis("off")
     shown = patches[:_LEGEND_LIMIT]
     foot_axis.legend(handles=shown, loc="upper left", ncols=5, fontsize=8, frameon=False)

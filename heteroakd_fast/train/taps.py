@@ -53,13 +53,15 @@ class FeatureTap:
         return value
 
 
-def probe_channels(model: nn.Module, tap: FeatureTap, side: int, device: torch.device) -> int:
+def probe_channels(
+    model: nn.Module, tap: FeatureTap, side: tuple[int, int], device: torch.device
+) -> int:
     """Number of channels of the tapped feature, found by a dry run."""
     was_training = model.training
     model.eval()  # a dry run in training mode would change the running statistics of BatchNorm
     try:
         with torch.no_grad(), tap:
-            model(torch.zeros(1, 3, side, side, device=device))
+            model(torch.zeros(1, 3, *side, device=device))
             return int(tap.take().shape[1])
     finally:
         model.train(was_training)

@@ -20,7 +20,7 @@ from train_helpers import command, environment, write_config
 
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint
-from heteroakd_fast.train.config import Config, OptimConfig, load_config
+from heteroakd_fast.train.config import STAGES, Config, OptimConfig, load_config
 from heteroakd_fast.train.data import SegmentationData, load_data
 from heteroakd_fast.train.engine import (
     StageResult,
@@ -53,7 +53,7 @@ def trainer(config: Config, data: SegmentationData, folder: str = "one", **optio
         "data": data,
         "folder": config.run / folder,
         "steps": config.student.steps,
-        "lr": config.optim.lr,
+        "model_config": config.student,
         "fingerprint": pipeline.fingerprint(config, "alone"),
         "device": torch.device("cpu"),
         "console": QUIET,
@@ -149,7 +149,7 @@ def test_kill_minus_nine_and_resume(tmp_path: Path) -> None:
         command(killed), env=environment(), timeout=120, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for stage in pipeline.STAGES:
+    for stage in STAGES:
         one, other = (
             load_file(tmp_path / run / stage / "model.safetensors") for run in ("calm", "killed")
         )
@@ -236,7 +236,7 @@ def test_what_does_not_change_the_result_may_change(config: Config) -> None:
     distill = config.model_copy(
         update={"distill": config.distill.model_copy(update={"kd_weight": 0.7})}
     )
-    for stage in pipeline.STAGES:
+    for stage in STAGES:
         assert pipeline.fingerprint(other, stage) == pipeline.fingerprint(config, stage)
     # The teacher need not be trained again for another distillation.
     for stage in ("teacher", "alone"):
@@ -255,7 +255,7 @@ def test_both_students_start_alike(config: Config, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(pipeline, "Trainer", Recorder)
     pipeline.run(config, QUIET)
-    assert list(begun) == list(pipeline.STAGES)
+    assert list(begun) == list(STAGES)
     for key, value in begun["alone"].items():
         assert torch.equal(value, begun["distilled"][key]), key
 

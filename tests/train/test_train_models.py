@@ -43,7 +43,7 @@ def test_unet_logits_come_at_its_stride(stride: int, size: tuple[int, int]) -> N
 
 
 def test_the_embedded_pair() -> None:
-    config = load_config(None)
+    config = load_config()
     teacher = build_model(config.teacher, 8, seed=0)
     student = build_model(config.student, 8, seed=0)
     assert 1.2e6 < count_parameters(teacher) < 1.6e6
@@ -238,7 +238,7 @@ def make_distillation(taps: tuple[str, str] | None, **options: Any) -> DistillOb
         num_classes=3,
         ignore_index=255,
         taps=taps,
-        side=32,
+        side=(32, 32),
         device=CPU,
         seed=0,
     )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from .config import Options, as_toml, embedded_recipes, parse_command_line
+from .config import Config, Options, as_toml, embedded_recipes, parse_command_line
 from .errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from .distributed import World
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     console, errors = Console(), Console(stderr=True)
+    # torchrun mixes what all ranks print.
+    rank = os.environ.get("RANK")
+    name = "heteroakd-train" + (f" (rank {rank})" if rank is not None else "")
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         if options.print_config:
@@ -32,20 +42,16 @@ def main(argv: list[str] | None = None) -> int:
         )
         _run(options, console)
     except UserError as error:
-        errors.print(f"heteroakd-train: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except OSError as error:
         # A folder that cannot be made, a disk that filled up under a log: the reason is enough.
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
-        errors.print(
-            f"heteroakd-train: {where}{reason}", markup=False, highlight=False, soft_wrap=True
-        )
+        errors.print(f"{name}: {where}{reason}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        errors.print(
-            "heteroakd-train: interrupted; the same command goes on from the last checkpoint"
-        )
+        errors.print(f"{name}: interrupted; the same command goes on from the last checkpoint")
         return 130
     return 0
 
@@ -53,22 +59,37 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: Options, console: Console) -> None:
     # Late: torch and transformers take seconds to import, and a mistake in the configuration
     # or a request for help should be answered at once.
-    from filelock import FileLock, Timeout
-
     from . import pipeline, report
+    from .distributed import connect
 
     config = options.config
-    config.run.mkdir(parents=True, exist_ok=True)
+    with connect(config.device, config.scale.timeout) as world, _locked(config, world):
+        if not world.main:
+            console = Console(quiet=True)
+        outcome = pipeline.run(config, console, options.resume_anyway, world)
+        if world.main:
+            report.write_report(outcome, config, console)
+
+
+@contextmanager
+def _locked(config: Config, world: World) -> Iterator[None]:
+    """The run's folder, for this run alone."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(config.run / ".lock")
+
+    def acquire() -> None:
+        config.run.mkdir(parents=True, exist_ok=True)
+        try:
+            # Held by the process, not by the file: a killed run leaves nothing to clean up.
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise TrainingError(
+                f"{config.run}: another run is using this folder; wait for it or take another --run"
+            ) from None
+
+    world.on_main(acquire)
     try:
-        # Held by the process, not by the file: a killed run leaves nothing to clean up.
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrainingError(
-            f"{config.run}: another run is using this folder; wait for it or take another --run"
-        ) from None
-    try:
-        outcome = pipeline.run(config, console, options.resume_anyway)
-        report.write_report(outcome, config, console)
+        yield
     finally:
         lock.release()

@@ -13,7 +13,7 @@ import json
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from pydantic import (
@@ -35,7 +35,8 @@ else:
 
 #: Every command stands on this one where it names no data of its own.
 DEFAULT_RECIPE = "landcover"
-STAGES = ("teacher", "alone", "distilled")
+Stage = Literal["teacher", "alone", "distilled"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class _Table(BaseModel):
@@ -172,6 +173,9 @@ class OptimConfig(_Table):
         ge=1,
         description="Micro-batches per step. The loss stays exactly that of the whole batch.",
     )
+    eval_batch_size: int = Field(
+        default=16, ge=1, description="Validation pictures at once, on each rank."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
     power: float = Field(default=0.9, ge=0.0, description="Exponent of the polynomial decay.")
     grad_clip: float | None = Field(
@@ -293,7 +297,7 @@ class Config(_Table):
         description="Folder of this run; the same command resumes it. In no file: runs/ and the "
         "names of the recipes.",
     )
-    stages: tuple[Literal["teacher", "alone", "distilled"], ...] = Field(
+    stages: tuple[Stage, ...] = Field(
         default=STAGES,
         description="What to train: the teacher, the student alone, the student distilled.",
     )
@@ -363,7 +367,8 @@ def embedded_recipes() -> dict[str, str]:
 def load_config(*sources: str | Path) -> Config:
     """Read TOML files or embedded recipes, the later ones on top of the earlier; validate them.
 
-    Where none has a table [data], the embedded land-cover example is below them all.
+    Recipes alone that name no data stand on the embedded land-cover example; a file of the user's
+    own does not, or a forgotten table would go unnoticed.
     """
     table, name = _load_tables([str(source) for source in sources])
     return _validate(table, name)
@@ -372,7 +377,8 @@ def load_config(*sources: str | Path) -> Config:
 def _load_tables(sources: list[str]) -> tuple[dict[str, Any], str]:
     recipes = embedded_recipes()
     tables = [(source, _load_table(source, recipes)) for source in sources]
-    if not any("data" in table for _, table in tables):
+    own_files = any(source not in recipes for source in sources)
+    if not own_files and not any("data" in table for _, table in tables):
         tables.insert(0, (DEFAULT_RECIPE, _load_table(DEFAULT_RECIPE, recipes)))
     merged: dict[str, Any] = {}
     for _, table in tables:
@@ -410,9 +416,10 @@ def parse_config(text: str, name: str) -> Config:
 
 def _parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        table: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: malformed TOML: {error}") from None
+    return table
 
 
 def _validate(table: dict[str, Any], name: str) -> Config:
@@ -527,7 +534,7 @@ def _parse(argv: list[str], table: dict[str, Any]) -> tuple[Any, type[Any]]:
                 tyro.conf.arg(
                     metavar="[RECIPE|FILE.toml ...]",
                     help="Recipes (--list-recipes) and configuration files, the later ones on top; "
-                    "without data in any: the embedded land-cover example.",
+                    "recipes without data stand on the embedded land-cover example.",
                 ),
             ],
             (),
@@ -577,8 +584,10 @@ def _mirror(model: type[BaseModel], table: Any, front: list[Any]) -> type[Any]:
             fields.append((name, inner, dataclasses.field(default_factory=inner)))
         elif get_origin(info.annotation) is not dict:  # free-form tables are for the file only
             # `| None`: what has no default may be in no file either, until all is put together.
-            annotation = info.annotation | None if info.is_required() else info.annotation
-            described = Annotated[annotation, tyro.conf.arg(help=info.description)]  # type: ignore[valid-type]
+            annotation: Any = info.annotation
+            if info.is_required():
+                annotation = annotation | None
+            described = Annotated[annotation, tyro.conf.arg(help=info.description)]
             fields.append((name, described, _default(info, value)))
     mirror = dataclasses.make_dataclass(model.__name__, fields)
     mirror.__doc__ = model.__doc__
@@ -588,9 +597,11 @@ def _mirror(model: type[BaseModel], table: Any, front: list[Any]) -> type[Any]:
 def _default(info: FieldInfo, value: Any) -> Any:
     """What the file says, where it can be used; its complaint comes with the whole table."""
     if value is not None:
-        adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)
+        annotation: Any = info.annotation
         try:
-            return adapter.validate_json(json.dumps(value, default=str), strict=True)
+            return TypeAdapter(annotation).validate_json(
+                json.dumps(value, default=str), strict=True
+            )
         except ValidationError:
             pass
     return None if info.is_required() else info.get_default(call_default_factory=True)

@@ -128,15 +128,18 @@ class _Keyed(Dataset[tuple[Tensor, Tensor]]):
 class _Keys(Sampler[list[tuple[int, int]]]):
     """The keys of each batch, in the order of the steps."""
 
-    def __init__(self, start: int, stop: int, batch_size: int) -> None:
-        self.start, self.stop, self.batch_size = start, stop, batch_size
+    def __init__(self, start: int, stop: int, micro: int, rank: int, world: int, acc: int) -> None:
+        self.start, self.stop, self.micro = start, stop, micro
+        self.rank, self.world, self.acc = rank, world, acc
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
-            yield [(step, slot) for slot in range(self.batch_size)]
+            for m in range(self.acc):
+                first = (m * self.world + self.rank) * self.micro
+                yield [(step, slot) for slot in range(first, first + self.micro)]
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return (self.stop - self.start) * self.acc
 
 
 def _worker_signals(worker: int) -> None:
@@ -147,12 +150,23 @@ def _worker_signals(worker: int) -> None:
 
 
 def training_batches(
-    source: Source, config: DataConfig, *, seed: int, batch_size: int, start: int, stop: int
+    source: Source,
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of steps start .. stop-1."""
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         _Keyed(source, config, seed, batch_size),
-        batch_sampler=_Keys(start, stop, batch_size),
+        batch_sampler=_Keys(
+            start, stop, batch_size // (world * accumulate), rank, world, accumulate
+        ),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_worker_signals if config.workers else None,
@@ -163,11 +177,13 @@ def training_batches(
     yield from loader
 
 
-def evaluation_batches(source: Source, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(
+    source: Source, batch_size: int, *, config: Any = None, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """All pictures in order and whole; neighbours of one shape go together."""
     images: list[Tensor] = []
     targets: list[Tensor] = []
-    for index in range(len(source)):
+    for index in range(rank, len(source), world):
         image, target = to_tensors(*source.read(index))
         if images and (len(images) == batch_size or images[0].shape != image.shape):
             yield torch.stack(images), torch.stack(targets)
@@ -181,14 +197,17 @@ def evaluation_batches(source: Source, batch_size: int) -> Iterator[tuple[Tensor
 class Normalizer:
     """uint8 pictures to what the networks take, on their device."""
 
-    def __init__(self, config: DataConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: DataConfig, device: torch.device, channels_last: bool = False
+    ) -> None:
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean = torch.tensor(config.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(config.std, device=device).view(1, 3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (
-            images.to(self.mean.device, non_blocking=True).float() / 255.0 - self.mean
-        ) / self.std
+        images = images.to(self.mean.device, non_blocking=True)
+        normalized = (images.float() / 255.0 - self.mean) / self.std
+        return normalized.contiguous(memory_format=self.memory_format)
 
 
 def load_data(config: DataConfig, seed: int) -> SegmentationData:

@@ -6,9 +6,10 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,39 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
 from .config import Config, ModelConfig, OptimConfig
-from .data import Normalizer, SegmentationData, Source, evaluation_batches, training_batches
+from .data import Normalizer, SegmentationData, evaluation_batches, training_batches
+from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from .files import write_atomically
-from .logs import MetricsFile, StageProgress, TensorBoard
+from .logs import Records, StageProgress
 from .metrics import ConfusionMatrix, Scores
 from .models import logits_of
-from .objectives import Objective
+from .objectives import LossNormalizer, Objective, Teaching
+from .parallel import Parallel, rehearsal
 
 log = logging.getLogger("heteroakd_fast.train")
 
 _TERMS = ("ce", "teacher_ce", "kd", "hetero", "feature", "projector", "cwd")
-_EVALUATION_BATCH = 16
+# Ctrl-C reaches a rank twice, from the terminal and from torchrun: within this many seconds it is
+# one request.
+_SAME_REQUEST = 2.0
+_RANK_SEED = 1_000_003
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """The device of this rank: "cuda" means a GPU of its own."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            name = "cuda"
+        else:
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}"
@@ -89,36 +101,50 @@ def predict(model: nn.Module, images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def evaluate(
     model: nn.Module,
-    source: Source,
     data: SegmentationData,
     normalize: Normalizer,
+    *,
+    config: Config,
     device: torch.device,
-    amp: str,
+    world: World = ALONE,
 ) -> Scores:
-    """Scores over a whole set, the pictures in full."""
+    """Scores over the whole validation set, the pictures in full; each rank takes its share."""
     was_training = model.training
     model.eval()
     matrix = ConfusionMatrix(data.num_classes, data.ignore_index)
-    with autocast(device, amp):
-        for images, target in evaluation_batches(source, _EVALUATION_BATCH):
+    batches = evaluation_batches(
+        data.val,
+        config.optim.eval_batch_size,
+        config=config.data,
+        rank=world.rank,
+        world=world.size,
+    )
+    # Not compiled: pictures of many shapes would be compiled one by one.
+    with autocast(device, config.amp), torch.compiler.set_stance("force_eager"):
+        for images, target in batches:
             height, width = target.shape[-2:]
             matrix.update(predict(model, normalize(images), (height, width)), target.to(device))
     model.train(was_training)
+    matrix.counts = world.total(matrix.counts)
     return matrix.scores()
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is appended to; a second one interrupts at once."""
+    """A list that the first SIGINT or SIGTERM is appended to; a later one interrupts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers
         return
+    first = 0.0
 
     def handle(number: int, frame: Any) -> None:
-        if received:
+        nonlocal first
+        if not received:
+            received.append(number)
+            first = time.monotonic()
+        elif time.monotonic() - first > _SAME_REQUEST:
             raise KeyboardInterrupt
-        received.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -154,16 +180,19 @@ class Trainer:
         fingerprint: dict[str, str],
         device: torch.device,
         console: Console,
+        side: tuple[int, int],
+        world: World = ALONE,
         resume_anyway: bool = False,
     ) -> None:
         self.name, self.objective, self.config, self.data = name, objective, config, data
         self.folder, self.steps = folder, steps
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
-        self.device, self.console = device, console
-        self.normalize = Normalizer(config.data, device)
+        self.device, self.console, self.world = device, console, world
+        self.normalize = Normalizer(config.data, device, config.scale.channels_last)
+        self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
-        self.optimizer = make_optimizer(objective, optim)
+        self.optimizer = make_optimizer(self.parallel.module, optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.step = 0
         self.seconds = 0.0
@@ -176,34 +205,39 @@ class Trainer:
 
     def run(self) -> StageResult:
         """Train from the newest checkpoint (or from the start) to the end."""
-        torch.manual_seed(self.config.seed)
+        # Ranks draw different dropout masks for their different pictures.
+        torch.manual_seed(self.config.seed + self.world.rank * _RANK_SEED)
         self._resume()
         if self.scores is None or self.step < self.steps:
             self._train()
+        self.parallel.collect()
         assert self.scores is not None
         return StageResult(self.scores, self.best_miou, self.seconds, self.step)
 
     # -- state ---------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds; all ranks take part, rank 0 has the result."""
+        rows = self._mean_rows()
         return {
             "stage": self.name,
             "step": self.step,
             "model": self.objective.model.state_dict(),
             "loss": self.objective.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.parallel.optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
-            "random": random_states(),
+            "random": self.world.gather(random_states()),
             "best_miou": self.best_miou,
             "scores": asdict(self.scores) if self.scores else None,
             "seconds": self.seconds,
             "names": self._names,
-            "rows": torch.stack(self._rows).cpu() if self._rows else None,
+            "rows": rows,
             "fingerprint": self.fingerprint,
         }
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.folder)
+        found = self.world.on_main(lambda: load_checkpoint(self.folder))
+        state = found
         if state is None:
             return
         saved: dict[str, str] = state["fingerprint"]
@@ -223,18 +257,28 @@ class Trainer:
         try:
             self.objective.model.load_state_dict(state["model"])
             self.objective.loss.load_state_dict(state["loss"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            self.parallel.distribute()
+            self.parallel.load_optimizer_state(self.optimizer, state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint does not fit the model: {error}"
             ) from None
         self.scaler.load_state_dict(state["scaler"])
-        restore_random_states(state["random"])
         self.step, self.best_miou, self.seconds = (
             state["step"],
             state["best_miou"],
             state["seconds"],
         )
+        if len(state["random"]) == self.world.size:
+            restore_random_states(state["random"][self.world.rank])
+        else:
+            log.warning(
+                "%s: was trained on %d ranks so far, now on %d: dropout goes on with other masks",
+                self.name,
+                len(state["random"]),
+                self.world.size,
+            )
+            torch.manual_seed(self.config.seed + self.world.rank * _RANK_SEED + self.step)
         self._names = state["names"]
         self._rows = [] if state["rows"] is None else list(state["rows"].to(self.device))
         if state["scores"] is not None:
@@ -249,8 +293,9 @@ class Trainer:
 
     def _train(self) -> None:
         optim, logging_ = self.config.optim, self.config.log
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step)
-        self.tensorboard = TensorBoard(self.folder / "tensorboard", self.step, logging_.tensorboard)
+        records = Records(
+            self.folder, self.step, tensorboard=logging_.tensorboard, enabled=self.world.main
+        )
         batches = training_batches(
             self.data.train,
             self.config.data,
@@ -258,67 +303,121 @@ class Trainer:
             batch_size=optim.batch_size,
             start=self.step,
             stop=self.steps,
+            rank=self.world.rank,
+            world=self.world.size,
+            accumulate=optim.accumulate,
         )
         began, before = time.monotonic(), self.seconds
-        self.objective.train()
-        try:
-            with (
-                stop_requests() as stop,
-                StageProgress(self.console, self.name, self.steps, self.step) as progress,
-            ):
-                if self.steps == 0:
-                    self._evaluate(progress)
+        self.parallel.module.train()
+        with (
+            records,
+            stop_requests() as stop,
+            StageProgress(self.console, self.name, self.steps, self.step) as progress,
+        ):
+            if self.steps == 0:
+                self._evaluate(progress, records)
+                self._save()
+            while self.step < self.steps:
+                asked = time.monotonic()
+                micro_batches = list(islice(batches, optim.accumulate))
+                progress.waited(time.monotonic() - asked)
+                self._step(micro_batches)
+                terms = None
+                if self.step % logging_.every == 0 or self.step == self.steps:
+                    terms = self._log(records, progress)
+                elif self.device.type == "cpu" and self.world.size == 1:
+                    self._check_finite()  # costs nothing where there is nobody to wait for
+                evaluated = self.step % logging_.eval_every == 0 or self.step == self.steps
+                self.seconds = before + time.monotonic() - began
+                if evaluated:
+                    self._evaluate(progress, records)
+                # A signal may reach the ranks in different steps.
+                stopped_by = self.world.largest(stop[0] if stop else 0)
+                if evaluated or stopped_by or self.step % logging_.checkpoint_every == 0:
                     self._save()
-                for images, target in batches:
-                    self._step(images, target)
-                    terms = None
-                    if self.step % logging_.every == 0 or self.step == self.steps:
-                        terms = self._log(self.seconds)
-                    elif self.device.type == "cpu":
-                        self._check_finite()  # costs nothing where there is no device to wait for
-                    evaluated = self.step % logging_.eval_every == 0 or self.step == self.steps
-                    self.seconds = before + time.monotonic() - began
-                    if evaluated:
-                        self._evaluate(progress)
-                    if evaluated or stop or self.step % logging_.checkpoint_every == 0:
-                        self._save()
-                    progress.advance(self.step, terms, optim.batch_size)
-                    if stop:
-                        raise StoppedError(
-                            f"{self.name}: stopped by {signal.Signals(stop[0]).name} at step "
-                            f"{self.step} of {self.steps}; the state is saved, "
-                            "the same command goes on from there"
-                        )
-        finally:
-            self.metrics.close()
-            self.tensorboard.close()
+                progress.advance(self.step, terms, optim.batch_size)
+                if stopped_by:
+                    raise StoppedError(
+                        f"{self.name}: stopped by {signal.Signals(stopped_by).name} at step "
+                        f"{self.step} of {self.steps}; the state is saved, "
+                        "the same command goes on from there"
+                    )
 
-    def _step(self, images: Tensor, target: Tensor) -> None:
+    def _step(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         rate = learning_rate(self.step, self.steps, self.lr, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with autocast(self.device, self.config.amp):
-            output = self.objective(
-                self.normalize(images), target.to(self.device, non_blocking=True)
-            )
+        prepared = [
+            (self.normalize(images), target.to(self.device, non_blocking=True))
+            for images, target in micro_batches
+        ]
+        normalizer: LossNormalizer | None = None
+        teachings: list[Teaching | None] = [None] * len(prepared)
+        if len(prepared) > 1:
+            normalizer, teachings = self._rehearse(prepared)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.loss).backward()  # type: ignore[no-untyped-call]
+        rows = []
+        for index, (images, target) in enumerate(prepared):
+            with self.parallel.reducing(last=index == len(prepared) - 1):
+                with autocast(self.device, self.config.amp):
+                    output = self.parallel.module(
+                        images, target, teaching=teachings[index], normalizer=normalizer
+                    )
+                loss = output.loss / len(prepared) if len(prepared) > 1 else output.loss
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            terms = {name: getattr(output, name) for name in _TERMS}
+            self._names = ["loss", *(name for name, value in terms.items() if value is not None)]
+            values = [output.loss.detach(), *(v for v in terms.values() if v is not None)]
+            rows.append(torch.stack([value.float() for value in values]))
         if self.config.optim.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.grad_clip)
+            nn.utils.clip_grad_norm_(self.parallel.module.parameters(), self.config.optim.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        terms = {name: getattr(output, name) for name in _TERMS}
-        self._names = ["loss", *(name for name, value in terms.items() if value is not None)]
-        values = [output.loss.detach(), *(value for value in terms.values() if value is not None)]
-        self._rows.append(torch.stack([value.float() for value in values]))
+        self._rows.append(torch.stack(rows).mean(0) if len(rows) > 1 else rows[0])
         self.step += 1
+
+    def _rehearse(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[LossNormalizer, list[Teaching | None]]:
+        """What every micro-batch is to be divided by, so that the mean of their losses is exactly
+        the loss of the whole batch: the mean of the micro-batches' own denominators.
+
+        Where a term divides by more than a count of pixels, they have to be looked at first, at
+        the price of another forward pass of the student (in training mode, without a trace of
+        it). The teacher's answers are kept, if they are only logits.
+        """
+        if self.objective.knows_denominators:
+            valid = [
+                (target != self.data.ignore_index).sum(dtype=torch.float64)
+                for _, target in micro_batches
+            ]
+            return self.world.mean(torch.stack(valid).mean()), [None] * len(valid)
+        own, teachings = [], []
+        with (
+            rehearsal(self.parallel.module, self.device),
+            autocast(self.device, self.config.amp),
+        ):
+            for images, target in micro_batches:
+                teaching = self.objective.teach(images)
+                output = self.parallel.module(images, target, teaching=teaching)
+                own.append(output.denominators)
+                light = teaching is not None and teaching.features is None
+                teachings.append(teaching if light else None)
+        mean = {name: torch.stack([one[name] for one in own]).mean() for name in own[0]}
+        return mean, teachings
+
+    def _mean_rows(self) -> Tensor | None:
+        """The terms of the steps since the last log line, over all ranks."""
+        if not self._rows:
+            return None
+        return self.world.total(torch.stack(self._rows)) / self.world.size
 
     def _check_finite(self) -> None:
         """Stop at the first step whose loss was not finite, before anything of it is saved."""
-        if not self._rows:
+        rows = self._mean_rows()
+        if rows is None:
             return
-        rows = torch.stack(self._rows).cpu()
         bad = ~rows[:, 0].isfinite()
         if bad.any():
             index = int(bad.nonzero()[0])
@@ -332,34 +431,37 @@ class Trainer:
                 'a lower optim.lr, optim.grad_clip, or amp = "off" may help'
             )
 
-    def _log(self, seconds: float) -> dict[str, float]:
+    def _log(self, records: Records, progress: StageProgress) -> dict[str, float]:
         self._check_finite()
-        means = torch.stack(self._rows).mean(0).tolist()
+        rows = self._mean_rows()
+        assert rows is not None
         self._rows.clear()
-        terms = dict(zip(self._names, means, strict=True))
+        terms = dict(zip(self._names, rows.mean(0).tolist(), strict=True))
         rate = self.optimizer.param_groups[0]["lr"]
-        self.metrics.write(
-            {"kind": "train", "step": self.step, "lr": rate, **terms, "seconds": round(seconds, 2)}
+        records.line(
+            {"kind": "train", "step": self.step, "lr": rate, **terms}
+            | {"seconds": round(self.seconds, 2), "wait": round(progress.waiting, 3)}
         )
-        self.tensorboard.write(
-            {f"train/{name}": value for name, value in terms.items()} | {"train/lr": rate},
+        records.scalars(
+            {f"train/{name}": value for name, value in terms.items()}
+            | {"train/lr": rate, "train/wait": progress.waiting},
             self.step,
         )
         return terms
 
-    def _evaluate(self, progress: StageProgress) -> None:
+    def _evaluate(self, progress: StageProgress, records: Records) -> None:
         self._check_finite()
-        self.scores = evaluate(
+        self.parallel.collect()
+        self.scores = scores = evaluate(
             self.objective.model,
-            self.data.val,
             self.data,
             self.normalize,
-            self.device,
-            self.config.amp,
+            config=self.config,
+            device=self.device,
+            world=self.world,
         )
-        scores = self.scores
         per_class = dict(zip(self.data.class_names, scores.class_iou, strict=True))
-        self.metrics.write(
+        records.line(
             {
                 "kind": "val",
                 "step": self.step,
@@ -368,8 +470,10 @@ class Trainer:
                 "class_iou": per_class,
             }
         )
-        self.tensorboard.write(
-            {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}, self.step
+        records.scalars(
+            {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
+            | {f"val iou/{name}": value for name, value in per_class.items()},
+            self.step,
         )
         progress.say(
             f"{self.name} step {self.step}: val mIoU {scores.miou:.4f}, "
@@ -377,15 +481,21 @@ class Trainer:
         )
         if scores.miou > self.best_miou:
             self.best_miou = scores.miou
-            self._export("best.safetensors")
+            self.world.on_main(lambda: self._export("best.safetensors"))
 
     def _save(self) -> None:
         self._check_finite()
-        if self.step == self.steps:
-            self._export(
-                "model.safetensors"
-            )  # before the checkpoint that declares the stage finished
-        save_checkpoint(self.folder, self._state())
+        self.parallel.collect()
+        state = self._state()
+
+        def write() -> None:
+            if self.step == self.steps:
+                # Before the checkpoint that declares the stage finished.
+                self._export("model.safetensors")
+            save_checkpoint(self.folder, state)
+
+        self.world.on_main(write)
+        self.parallel.release()
 
     def _export(self, file_name: str) -> None:
         path = self.folder / file_name

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,6 +27,7 @@ from .files import write_atomically
 log = logging.getLogger("heteroakd_fast.train")
 
 _PLAIN_SECONDS = 15.0
+_MUCH_WAITING = 0.2
 
 
 class MetricsFile:
@@ -88,11 +91,53 @@ class TensorBoard:
     def write(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, picture: NDArray[np.uint8], step: int) -> None:
+        """A picture, H x W x 3."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    @property
+    def active(self) -> bool:
+        return self._writer is not None
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class Records:
+    """What a stage writes down: metrics.jsonl and TensorBoard; nothing on ranks that are silent."""
+
+    def __init__(
+        self, folder: Path, resumed_step: int, *, tensorboard: bool, enabled: bool = True
+    ) -> None:
+        self._file: MetricsFile | None = None
+        if enabled:
+            self._file = MetricsFile(folder / "metrics.jsonl", resumed_step)
+        self.board = TensorBoard(folder / "tensorboard", resumed_step, enabled and tensorboard)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        self.board.close()
+
+    def line(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(record)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self.board.write(values, step)
 
 
 class StageProgress:
@@ -102,6 +147,7 @@ class StageProgress:
         self.console, self.name, self.total = console, name, total
         self._first_step, self._first_time = done, time.monotonic()
         self._last_line = self._first_time
+        self._waited = 0.0
         self._text = ""
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -130,6 +176,15 @@ class StageProgress:
         if self._bar:
             self._bar.stop()
 
+    def waited(self, seconds: float) -> None:
+        """That long the training stood still for its pictures."""
+        self._waited += seconds
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time that was spent waiting for pictures."""
+        return self._waited / max(time.monotonic() - self._first_time, 1e-9)
+
     def advance(self, step: int, terms: dict[str, float] | None, images: int) -> None:
         """Show that `step` steps are done; `terms` are new averages, where there are any."""
         now = time.monotonic()
@@ -138,6 +193,8 @@ class StageProgress:
         if terms is not None:
             self._text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
         shown = f"{self._text}  {rate * images:.0f} img/s"
+        if self.waiting > _MUCH_WAITING:
+            shown += f", {100 * self.waiting:.0f} % waiting for pictures (data.workers)"
         if self._bar:
             self._bar.update(self._task, completed=step, text=shown)
         elif now - self._last_line >= _PLAIN_SECONDS or step == self.total:

@@ -5,6 +5,8 @@ Logits stay at the networks' own resolution; the losses upsample them on the fly
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,8 @@ from .errors import ConfigError
 from .models import logits_of
 from .taps import FeatureTap, probe_channels
 
-Normalizer = dict[str, Tensor]
+#: What terms are divided by: the count of valid pixels, or each term's denominator by name.
+LossNormalizer = Tensor | dict[str, Tensor]
 
 
 class Teaching(NamedTuple):
@@ -32,6 +35,10 @@ class Objective(nn.Module):
 
     model: nn.Module
     loss: nn.Module
+    process_group: Any
+    """The ranks that share a batch; None: this one alone."""
+    knows_denominators: bool
+    """Whether what the terms divide by follows from the labels alone."""
 
     def __call__(
         self,
@@ -39,7 +46,7 @@ class Objective(nn.Module):
         target: Tensor,
         *,
         teaching: Teaching | None = None,
-        normalizer: Normalizer | None = None,
+        normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
     ) -> DistillationOutput:
         """Loss of a batch. `teaching` is asked for where it is not given; `normalizer` replaces
@@ -70,8 +77,9 @@ class PlainObjective(Objective):
             "ignore_index": ignore_index,
             "label_smoothing": config.label_smoothing,
             "backend": config.backend,
-            "process_group": process_group,
         }
+        self.process_group = process_group
+        self.knows_denominators = True
 
     def forward(
         self,
@@ -79,11 +87,13 @@ class PlainObjective(Objective):
         target: Tensor,
         *,
         teaching: Teaching | None = None,
-        normalizer: Normalizer | None = None,
+        normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
     ) -> DistillationOutput:
         logits = logits_of(self.model(images))
-        return cross_entropy(logits, target, normalizer=normalizer, **self.options)
+        return cross_entropy(
+            logits, target, normalizer=normalizer, process_group=self.process_group, **self.options
+        )
 
 
 class DistillObjective(Objective):
@@ -115,15 +125,27 @@ class DistillObjective(Objective):
                 probe_channels(teacher, self.taps[1], side, device),
             )
         options = config.model_dump(exclude={"features", "cwd_weight", "cwd_temperature"})
-        shared: dict[str, Any] = {"ignore_index": ignore_index, "process_group": process_group}
+        shared: dict[str, Any] = {"ignore_index": ignore_index}
         self.cwd_weight = config.cwd_weight
+        weighed = config.preset == "softmax-kl" and config.evaluation != "none"
+        self.knows_denominators = not config.cwd_weight and not (config.hetero_weight and weighed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                self.loss = HeteroAKDLoss(num_classes, *channels, **shared, **options).to(device)
+                loss = HeteroAKDLoss(num_classes, channels[0], channels[1], **shared, **options)
+                self.loss = loss.to(device)
                 self.cwd = ChannelWiseLoss(temperature=config.cwd_temperature, **shared)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"distill: {error}") from error
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> Any:  # type: ignore[override]
+        return self.loss.process_group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.loss.process_group = self.cwd.process_group = group
 
     def train(self, mode: bool = True) -> DistillObjective:
         super().train(mode)
@@ -144,7 +166,7 @@ class DistillObjective(Objective):
         target: Tensor,
         *,
         teaching: Teaching | None = None,
-        normalizer: Normalizer | None = None,
+        normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
     ) -> DistillationOutput:
         teaching = self.teach(images) if teaching is None else teaching
@@ -158,13 +180,15 @@ class DistillObjective(Objective):
                     "student_features": tap.take(),
                     "teacher_features": teaching.features,
                 }
-        own = dict(normalizer or {})
-        cwd_normalizer = own.pop("cwd", None)
+        own, cwd_normalizer = normalizer, None
+        if isinstance(normalizer, dict):
+            cwd_normalizer = normalizer.get("cwd")
+            own = {name: value for name, value in normalizer.items() if name != "cwd"}
         output: DistillationOutput = self.loss(
             student_logits,
             target,
             teacher_logits=teaching.logits,
-            normalizer=own or None,
+            normalizer=own,
             return_maps=return_maps,
             **features,
         )
@@ -183,7 +207,18 @@ class DistillObjective(Objective):
     def maps(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Per-pixel reliability of the teacher and discrepancy of both, as the loss sees them."""
         self.eval()
-        return self(images, target, return_maps=True).maps or {}
+        with without_group(self):
+            return self(images, target, return_maps=True).maps or {}
+
+
+@contextmanager
+def without_group(objective: Objective) -> Iterator[None]:
+    """A pass that this rank takes on its own must not wait for the others."""
+    group, objective.process_group = objective.process_group, None
+    try:
+        yield
+    finally:
+        objective.process_group = group
 
 
 def dry_run(objective: Objective, side: tuple[int, int], device: torch.device) -> None:
@@ -192,7 +227,7 @@ def dry_run(objective: Objective, side: tuple[int, int], device: torch.device) -
     images = torch.zeros(1, 3, *side, device=device)
     target = torch.zeros(1, *side, dtype=torch.int64, device=device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_group(objective):
             objective(images, target)
     except (BackendUnavailableError, TypeError, ValueError) as error:
         raise ConfigError(f"distill: {error}") from error

@@ -12,9 +12,12 @@ from torch import nn
 
 from .config import Config, ModelConfig
 from .data import SegmentationData, load_data
+from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
+from .errors import ConfigError
 from .models import build_model, check_logits, count_parameters
 from .objectives import DistillObjective, Objective, PlainObjective, dry_run
+from .parallel import synchronise_batch_norms
 
 
 @dataclass
@@ -42,7 +45,8 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
     # Nor do these change what is computed, up to rounding.
     for key in ("parallel", "timeout"):
         del table["scale"][key]
-    del table["optim"]["accumulate"]
+    for key in ("accumulate", "eval_batch_size"):
+        del table["optim"][key]
     if stage != "distilled":
         for role in ("teacher", "student"):
             del table[role]["tap"]
@@ -61,12 +65,16 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcome:
-    """Run or resume every stage."""
+def run(
+    config: Config, console: Console, resume_anyway: bool = False, world: World = ALONE
+) -> Outcome:
+    """Run or resume every stage, together with the other ranks."""
+    check_shares(config, world)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    data = load_data(config.data, config.seed)
+    device = choose_device(config.device, world)
+    # Rank 0 first: what it fetches and prepares the others find in the cache.
+    data = world.on_main_first(lambda: load_data(config.data, config.seed))
     console.print(
         f"{len(data.train)} training and {len(data.val)} validation pictures, "
         f"{data.num_classes} classes, on {device}",
@@ -77,7 +85,10 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
     results: dict[str, StageResult] = {}
 
     def build(model_config: ModelConfig, seed: int) -> nn.Module:
-        model = build_model(model_config, data.num_classes, seed).to(device)
+        model = build_model(model_config, data.num_classes, seed)
+        model = synchronise_batch_norms(model, config.scale, world, device).to(device)
+        if config.scale.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_logits(model, data.num_classes, side, device)
         return model
 
@@ -88,10 +99,14 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
     teacher: nn.Module | None = None
     if {"teacher", "distilled"} & set(config.stages):
         teacher = build(config.teacher, 2 * config.seed)
-        objectives["teacher"] = PlainObjective(teacher, config.distill, data.ignore_index)
+        objectives["teacher"] = PlainObjective(
+            teacher, config.distill, data.ignore_index, world.process_group
+        )
     if "alone" in config.stages:
         alone = build(config.student, 2 * config.seed + 1)
-        objectives["alone"] = PlainObjective(alone, config.distill, data.ignore_index)
+        objectives["alone"] = PlainObjective(
+            alone, config.distill, data.ignore_index, world.process_group
+        )
     distillation = None
     if "distilled" in config.stages:
         assert teacher is not None
@@ -105,7 +120,9 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
             side=side,
             device=device,
             seed=config.seed,
+            process_group=world.process_group,
         )
+        distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
     for objective in objectives.values():
         dry_run(objective, side, device)
     for stage, objective in objectives.items():
@@ -122,6 +139,8 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
             fingerprint=fingerprint(config, stage),
             device=device,
             console=console,
+            side=side,
+            world=world,
             resume_anyway=resume_anyway,
         )
         models[stage] = objective.model
@@ -133,6 +152,23 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
             highlight=False,
         )
     return Outcome(data, device, models, results, distillation)
+
+
+def check_shares(config: Config, world: World) -> None:
+    """Whether every rank gets the same number of pictures in every micro-batch.
+
+    Raises:
+        ConfigError: the batch cannot be shared out.
+    """
+    shares = world.size * config.optim.accumulate
+    if config.optim.batch_size % shares:
+        raise ConfigError(
+            f"optim.batch_size is {config.optim.batch_size}, which {world.size} ranks times "
+            f"optim.accumulate = {config.optim.accumulate} cannot share; "
+            f"take a multiple of {shares}"
+        )
+    if world.size > 1 and config.scale.parallel == "fsdp" and config.amp == "fp16":
+        raise ConfigError('amp = "fp16" does not go with scale.parallel = "fsdp"; take "bf16"')
 
 
 def _side(config: Config, data: SegmentationData) -> tuple[int, int]:

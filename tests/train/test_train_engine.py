@@ -57,6 +57,7 @@ def trainer(config: Config, data: SegmentationData, folder: str = "one", **optio
         "fingerprint": pipeline.fingerprint(config, "alone"),
         "device": torch.device("cpu"),
         "console": QUIET,
+        "side": (32, 32),
     }
     objective = PlainObjective(model, config.distill, 255)
     return Trainer("alone", objective, **{**values, **options})
@@ -72,7 +73,7 @@ def data(config: Config) -> SegmentationData:
     return load_data(config.data, config.seed)
 
 
-def records(path: Path, drop: tuple[str, ...] = ("seconds",)) -> list[dict[str, Any]]:
+def records(path: Path, drop: tuple[str, ...] = ("seconds", "wait")) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]
 
@@ -84,10 +85,10 @@ class KilledError(Exception):
 def cut_after(run: Trainer, step: int) -> None:
     original = run._step
 
-    def stepped(images: Tensor, target: Tensor) -> None:
+    def stepped(micro_batches: Any) -> None:
         if run.step == step:
             raise KilledError
-        original(images, target)
+        original(micro_batches)
 
     run._step = stepped  # type: ignore[method-assign]
     with pytest.raises(KilledError):
@@ -173,8 +174,8 @@ def test_signal_saves_and_says_how_to_go_on(
     run = trainer(config, data)
     original = run._step
 
-    def stepped(images: Tensor, target: Tensor) -> None:
-        original(images, target)
+    def stepped(micro_batches: Any) -> None:
+        original(micro_batches)
         if run.step == 5:
             os.kill(os.getpid(), number)
 
@@ -195,11 +196,11 @@ def test_not_finite_loss_is_reported_and_not_saved(config: Config, data: Segment
     run = trainer(config, data, model=UNet(3, width=4, levels=3))
     original = run._step
 
-    def stepped(images: Tensor, target: Tensor) -> None:
+    def stepped(micro_batches: Any) -> None:
         if run.step == 6:
             with torch.no_grad():
                 run.objective.model.classifier.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
-        original(images, target)
+        original(micro_batches)
 
     run._step = stepped  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"loss of step 7 is not finite \(loss nan, ce nan\)"):

@@ -54,14 +54,14 @@ def test_the_embedded_pair() -> None:
     assert config.teacher.tap is not None or config.student.tap is None
     # The tap of the default, or the one the comments in the file speak of.
     tap = FeatureTap(teacher, config.teacher.tap or "decode_head.activation")
-    assert probe_channels(teacher, tap, 64, CPU) == 128
+    assert probe_channels(teacher, tap, (64, 64), CPU) == 128
 
 
 def test_both_directions() -> None:
     for first, second in (("unet", "segformer"), ("segformer", "unet")):
         for arch in (first, second):
             model = build_model(ModelConfig(arch=arch, steps=1), 3, seed=0)
-            check_logits(model, 3, 64, CPU)
+            check_logits(model, 3, (64, 64), CPU)
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
@@ -80,7 +80,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 def test_model_by_import_path() -> None:
     config = ModelConfig(arch="test_train_models:custom", kwargs={"hidden": 6}, steps=1)
     model = build_model(config, 3, seed=0)
-    check_logits(model, 3, 32, CPU)
+    check_logits(model, 3, (32, 32), CPU)
     assert model[0].out_channels == 6  # type: ignore[index]
 
 
@@ -104,7 +104,7 @@ def test_a_model_that_cannot_be_built(arch: str, kwargs: dict[str, Any], expecte
 def test_wrong_number_of_classes_is_found_early() -> None:
     model = build_model(ModelConfig(arch="test_train_models:wrong_classes", steps=1), 3, seed=0)
     with pytest.raises(ModelError, match=r"\(1, 4, .*expected \(1, 3, h, w\)"):
-        check_logits(model, 3, 32, CPU)
+        check_logits(model, 3, (32, 32), CPU)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "nested", "parallel"])
@@ -214,16 +214,16 @@ def test_tap_in_mappings_and_tuples() -> None:
 
     for kind in ("tuple", "mapping"):
         model = nn.Sequential(nn.Conv2d(3, 5, 1), Inner(kind))
-        assert probe_channels(model, FeatureTap(model, "1"), 8, CPU) == 5
+        assert probe_channels(model, FeatureTap(model, "1"), (8, 8), CPU) == 5
     model = nn.Sequential(nn.Conv2d(3, 5, 1), Inner("tokens"))
     with pytest.raises(ModelError, match=r"\(1, 5, 64\); expected a feature map"):
-        probe_channels(model, FeatureTap(model, "1"), 8, CPU)
+        probe_channels(model, FeatureTap(model, "1"), (8, 8), CPU)
 
 
 def test_probe_leaves_running_statistics_alone() -> None:
     model = UNet(3, width=4, levels=3).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert probe_channels(model, FeatureTap(model, "decoder.1"), 32, CPU) == 4
+    assert probe_channels(model, FeatureTap(model, "decoder.1"), (32, 32), CPU) == 4
     assert model.training
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
@@ -274,7 +274,7 @@ def test_distillation_trains_the_student_and_projectors_only(
 
 def test_what_the_loss_refuses_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"distill: .*backend"):
-        dry_run(make_distillation(None, backend="nonsense"), 32, CPU)
+        dry_run(make_distillation(None, backend="nonsense"), (32, 32), CPU)
     plain = PlainObjective(UNet(3, width=4), DistillConfig(backend="nonsense"), 255)
     with pytest.raises(ConfigError, match=r"distill: .*backend"):
-        dry_run(plain, 32, CPU)
+        dry_run(plain, (32, 32), CPU)

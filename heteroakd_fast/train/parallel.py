@@ -1,0 +1,167 @@
+"""The objective as it trains: itself, replicated over the ranks (DDP), or sharded (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import ScaleConfig
+from .distributed import World
+from .errors import ConfigError
+from .objectives import Objective, without_group
+
+_FULL = StateDictOptions(full_state_dict=True)
+_ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Parallel:
+    """`module` is what is called and optimised; `objective` what is evaluated and saved.
+
+    They are the same network, or with FSDP2 the plain objective is a copy: `collect` brings the
+    trained weights into it, `distribute` sends its weights out again. Optimiser states travel by
+    the names of their parameters, so that a run may go on with another number of ranks.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: ScaleConfig,
+        *,
+        world: World,
+        device: torch.device,
+        side: tuple[int, int],
+    ) -> None:
+        self.objective, self.world, self.device = objective, world, device
+        self.sharded = world.size > 1 and config.parallel == "fsdp"
+        self.module: nn.Module = objective
+        trained = objective
+        if self.sharded:
+            trained = self.module = self._shard(objective)
+            objective.to("cpu")
+        elif world.size > 1:
+            self.module = DistributedDataParallel(
+                objective,
+                device_ids=[device] if device.type == "cuda" else None,
+                find_unused_parameters=bool(unused_parameters(objective, device, side)),
+            )
+        if config.compile:
+            trained.model.compile()
+
+    def _shard(self, objective: Objective) -> Objective:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        # The teacher is not trained: both copies use the same one.
+        kept = {id(module): module for module in getattr(objective, "_teacher", [])}
+        copied: Objective = copy.deepcopy(objective, kept)
+        mesh = init_device_mesh(self.device.type, (self.world.size,))
+        for part in copied.model.children():
+            if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
+                fully_shard(part, mesh=mesh)
+        fully_shard(copied, mesh=mesh)
+        return copied
+
+    def collect(self) -> None:
+        """The trained weights into the plain objective, on the training device."""
+        if self.sharded:
+            self.objective.to(self.device)
+            self.objective.load_state_dict(get_model_state_dict(self.module, options=_FULL))
+
+    def release(self) -> None:
+        """The plain objective is not needed for a while."""
+        if self.sharded:
+            self.objective.to("cpu")
+
+    def distribute(self) -> None:
+        """The plain objective's weights into what trains."""
+        if self.sharded:
+            set_model_state_dict(self.module, self.objective.state_dict(), options=_FULL)
+
+    def reducing(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are summed over the ranks in the last micro-batch of a step only."""
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()  # type: ignore[return-value]
+        if self.sharded:
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """By parameter names, in full; with FSDP2 on rank 0 only (others: empty)."""
+        if not optimizer.state:
+            return {}
+        return get_optimizer_state_dict(self._named(), optimizer, options=_ON_RANK_0)
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        if state:
+            set_optimizer_state_dict(self._named(), optimizer, state, options=_FULL)
+
+    def _named(self) -> nn.Module:
+        # The names of the objective, without a wrapper's prefix.
+        return self.module if self.sharded else self.objective
+
+
+def unused_parameters(
+    objective: Objective, device: torch.device, side: tuple[int, int]
+) -> list[str]:
+    """Parameters that no loss reaches (a classifier left in a backbone): DDP must know of them."""
+    images = torch.zeros(1, 3, *side, device=device)
+    target = torch.zeros(1, *side, dtype=torch.int64, device=device)
+    before = [parameter.grad for parameter in objective.parameters()]
+    was_training = objective.training
+    objective.eval()  # a pass in training mode would change running statistics
+    try:
+        with without_group(objective):
+            objective(images, target).loss.backward()
+        return [
+            name
+            for name, parameter in objective.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+    finally:
+        objective.train(was_training)
+        for parameter, grad in zip(objective.parameters(), before, strict=True):
+            parameter.grad = grad
+
+
+@contextmanager
+def rehearsal(objective: nn.Module, device: torch.device) -> Iterator[None]:
+    """Passes in training mode that leave no trace: buffers and random states come back."""
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield
+        own: dict[str, Tensor] = dict(objective.named_buffers())
+        for name, buffer in buffers.items():
+            own[name].copy_(buffer)
+
+
+def synchronise_batch_norms(
+    module: nn.Module, config: ScaleConfig, world: World, device: torch.device
+) -> nn.Module:
+    """Batch norms whose statistics are those of all ranks' pictures, if the configuration asks.
+
+    Raises:
+        ConfigError: torch has them for GPUs only.
+    """
+    if not config.sync_bn or world.size == 1:
+        return module
+    if device.type != "cuda":
+        raise ConfigError(
+            f"scale.sync_bn: torch's synchronised batch norm works on GPUs only, and this run is "
+            f"on {device}; set it to false, or take a network without batch norms"
+        )
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return converted

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import ScaleConfig
@@ -24,7 +23,6 @@ from .errors import ConfigError
 from .objectives import Objective, without_group
 
 _FULL = StateDictOptions(full_state_dict=True)
-_ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Parallel:
@@ -47,9 +45,9 @@ class Parallel:
         self.objective, self.world, self.device = objective, world, device
         self.sharded = world.size > 1 and config.parallel == "fsdp"
         self.module: nn.Module = objective
-        trained = objective
+        self._trained = objective
         if self.sharded:
-            trained = self.module = self._shard(objective)
+            self._trained = self.module = self._shard(objective)
             objective.to("cpu")
         elif world.size > 1:
             self.module = DistributedDataParallel(
@@ -58,7 +56,7 @@ class Parallel:
                 find_unused_parameters=bool(unused_parameters(objective, device, side)),
             )
         if config.compile:
-            trained.model.compile()
+            self._trained.model.compile()
 
     def _shard(self, objective: Objective) -> Objective:
         from torch.distributed.device_mesh import init_device_mesh
@@ -66,7 +64,9 @@ class Parallel:
 
         # The teacher is not trained: both copies use the same one.
         kept = {id(module): module for module in getattr(objective, "_teacher", [])}
-        copied: Objective = copy.deepcopy(objective, kept)
+        with without_group(objective):  # which cannot be copied
+            copied: Objective = copy.deepcopy(objective, kept)
+        copied.process_group = objective.process_group
         mesh = init_device_mesh(self.device.type, (self.world.size,))
         for part in copied.model.children():
             if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
@@ -99,18 +99,36 @@ class Parallel:
         return nullcontext()
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """By parameter names, in full; with FSDP2 on rank 0 only (others: empty)."""
-        if not optimizer.state:
-            return {}
-        return get_optimizer_state_dict(self._named(), optimizer, options=_ON_RANK_0)
+        """Momenta and counts by the names of their parameters, in full. Rates and decays are the
+        configuration's, and parameters that were never reached have none."""
+        return {
+            name: {key: _full(value) for key, value in optimizer.state[parameter].items()}
+            for name, parameter in self._trained.named_parameters()
+            if optimizer.state.get(parameter)
+        }
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        if state:
-            set_optimizer_state_dict(self._named(), optimizer, state, options=_FULL)
+        names = {parameter: name for name, parameter in self._trained.named_parameters()}
+        own = optimizer.state_dict()
+        ordered = [p for group in optimizer.param_groups for p in group["params"]]
+        own["state"] = {
+            index: {key: _like(value, parameter) for key, value in state[name].items()}
+            for index, parameter in enumerate(ordered)
+            if (name := names[parameter]) in state
+        }
+        optimizer.load_state_dict(own)
 
-    def _named(self) -> nn.Module:
-        # The names of the objective, without a wrapper's prefix.
-        return self.module if self.sharded else self.objective
+
+def _full(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    """A momentum, sharded as its parameter is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
 
 
 def unused_parameters(

@@ -1,0 +1,337 @@
+"""Ranks and micro-batches: the same step as one rank on the whole batch; what a lost rank leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from numpy.typing import NDArray
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from train_helpers import environment, write_config
+
+from heteroakd_fast.train import pipeline
+from heteroakd_fast.train.config import Config, load_config
+from heteroakd_fast.train.data import SegmentationData
+from heteroakd_fast.train.distributed import ALONE, World, connect
+from heteroakd_fast.train.engine import Trainer
+from heteroakd_fast.train.errors import ConfigError, TrainingError
+from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
+
+CPU = torch.device("cpu")
+WORLD = 2
+SIDE = (32, 32)
+
+
+class Net(nn.Module):
+    """In float64, so that only the order of sums can differ; without batch statistics."""
+
+    def __init__(self, num_classes: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Conv2d(8, num_classes, 1)
+        self.spare = nn.Linear(3, 3)  # which no loss reaches, as in many published models
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.stem(images.double())).relu())
+        return logits
+
+
+class Noise:
+    """Pictures of which very different shares are labelled: naive means would be wrong."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def read(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        rng = np.random.default_rng(index)
+        picture = rng.integers(0, 255, (*SIDE, 3)).astype(np.uint8)
+        mask = rng.integers(0, 3, SIDE)
+        mask[rng.random(SIDE) < (index % 4) / 3] = 255
+        return picture, mask
+
+
+DATA = SegmentationData(Noise(), Noise(), ("a", "b", "c"), ((0, 0, 0),) * 3, 255)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-accumulated": {"accumulate": 2},
+    "distilled": {"distil": True},
+    "distilled-accumulated": {"distil": True, "accumulate": 2, "cwd_weight": 2.0},
+    "projected-accumulated": {"distil": True, "accumulate": 2, "taps": ("norm", "norm")},
+    "paper": {"distil": True, "preset": "paper"},
+    "sharded": {"distil": True, "parallel": "fsdp"},
+    "sharded-accumulated": {"distil": True, "parallel": "fsdp", "accumulate": 2},
+}
+
+
+def configure(run: Path, case: str, batch_size: int = 4) -> Config:
+    options = CASES[case]
+    base = load_config("landcover")
+    distill = {"kd_weight": 0.7, "cwd_weight": options.get("cwd_weight", 0.0)}
+    if "preset" in options:
+        distill |= {"preset": options["preset"]}
+    return base.model_copy(
+        update={
+            "run": run,
+            "data": base.data.model_copy(update={"augment": "flip"}),
+            "optim": base.optim.model_copy(
+                update={
+                    "name": "sgd",
+                    "batch_size": batch_size,
+                    "accumulate": options.get("accumulate", 1),
+                    "warmup_steps": 0,
+                    "grad_clip": 3.0,
+                }
+            ),
+            "student": base.student.model_copy(update={"lr": 0.5}),
+            "distill": base.distill.model_copy(update=distill),
+            "scale": base.scale.model_copy(update={"parallel": options.get("parallel", "ddp")}),
+            "log": base.log.model_copy(update={"every": 2, "tensorboard": False}),
+        }
+    )
+
+
+def train(
+    run: Path, case: str, world: World, steps: int = 3, config: Config | None = None
+) -> dict[str, Tensor]:
+    """Weights after a few steps."""
+    options = CASES[case]
+    config = config or configure(run, case)
+    objective: Any = PlainObjective(Net(3, 1), config.distill, 255, world.process_group)
+    if options.get("distil"):
+        objective = DistillObjective(
+            Net(3, 1),
+            Net(3, 2).eval(),
+            config.distill,
+            num_classes=3,
+            ignore_index=255,
+            taps=options.get("taps"),
+            side=SIDE,
+            device=CPU,
+            seed=0,
+            process_group=world.process_group,
+        )
+        objective.double()
+    trainer = Trainer(
+        "student",
+        objective,
+        config=config,
+        data=DATA,
+        folder=run / f"{case}-{world.size}",
+        steps=steps,
+        model_config=config.student,
+        fingerprint={},
+        device=CPU,
+        console=Console(quiet=True),
+        side=SIDE,
+        world=world,
+    )
+    result = trainer.run()
+    weights = {key: value.clone() for key, value in objective.state_dict().items()}
+    return weights | {"miou": torch.tensor(result.scores.miou)}
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": Path(folder, "port").read_text(),
+    }
+    results: dict[str, Any] = {}
+    with connect("cpu", 60.0) as world:
+        for case in CASES:
+            results[case] = train(Path(folder), case, world)
+        # The half of a run that one rank begins is finished by two, and the other way round.
+        results["went on"] = train(Path(folder) / "handed", "sharded", world, steps=2)
+        try:
+            world.on_main(lambda: 1 // 0 if False else _fail())
+        except TrainingError as error:
+            results["error"] = str(error)
+        results["largest"] = world.largest(7 * (rank == 1))
+    torch.save(results, f"{folder}/rank{rank}.pt")
+
+
+def _fail() -> None:
+    raise TrainingError("no room")
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "port").write_text(str(free_port()))
+    mp.start_processes(rank_main, args=(str(folder),), nprocs=WORLD, start_method="spawn")
+    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_take_the_step_of_one_rank(
+    ranks: tuple[Path, list[dict[str, Any]]], case: str, tmp_path: Path
+) -> None:
+    whole = configure(tmp_path, case)
+    whole = whole.model_copy(update={"optim": whole.optim.model_copy(update={"accumulate": 1})})
+    expected = train(tmp_path, case, ALONE, config=whole)
+    started = Net(3, 1).state_dict()
+    moved = expected["model.head.weight"] - started["head.weight"]
+    assert moved.abs().max() > 0.03
+    for results in ranks[1]:
+        got = results[case]
+        assert got.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-6, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("case", ["plain-accumulated", "distilled-accumulated"])
+def test_accumulation_alone_is_exact_and_its_naive_kin_is_not(case: str, tmp_path: Path) -> None:
+    config = configure(tmp_path, case)
+    whole = config.model_copy(update={"optim": config.optim.model_copy(update={"accumulate": 1})})
+    expected = train(tmp_path / "whole", case, ALONE, config=whole)
+    got = train(tmp_path / "parts", case, ALONE, config=config)
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-6, atol=1e-9)
+    from heteroakd_fast.train import engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Trainer, "_rehearse", lambda self, parts: (None, [None] * len(parts)))
+        naive = train(tmp_path / "naive", case, ALONE, config=config)
+    difference = (naive["model.head.weight"] - expected["model.head.weight"]).abs().max()
+    assert difference > 1e-3, "the pictures should differ, or the test proves nothing"
+
+
+def test_ranks_agree(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, (first, second) = ranks
+    assert first["error"] == "no room"
+    assert second["error"] == "rank 0 could not go on: no room"
+    assert first["largest"] == second["largest"] == 7
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Two steps on two ranks (sharded), the third on one."""
+    folder = ranks[0] / "handed"
+    (folder / "sharded-2").rename(folder / "sharded-1")
+    finished = train(folder, "sharded", ALONE, steps=3)
+    # The schedule knows its end, so the whole run takes the same two steps of two first.
+    begun = train(tmp_path, "sharded", ALONE, steps=2)
+    for key, value in ranks[1][0]["went on"].items():
+        torch.testing.assert_close(begun[key], value, rtol=1e-6, atol=1e-9)
+    (tmp_path / "sharded-1").exists()
+    expected = train(tmp_path, "sharded", ALONE, steps=3)
+    for key in expected:
+        torch.testing.assert_close(finished[key], expected[key], rtol=1e-6, atol=1e-9)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    config = configure(Path("nowhere"), "plain-accumulated", batch_size=6)
+    with pytest.raises(ConfigError, match=r"batch_size is 6, which 2 ranks times.*multiple of 4"):
+        pipeline.check_shares(config, World(size=2))
+    pipeline.check_shares(config, ALONE)
+
+
+def test_synchronised_batch_norm_needs_gpus() -> None:
+    from heteroakd_fast.train.parallel import synchronise_batch_norms
+
+    scale = load_config().scale.model_copy(update={"sync_bn": True})
+    with pytest.raises(ConfigError, match="scale.sync_bn.*GPUs only"):
+        synchronise_batch_norms(nn.BatchNorm2d(3), scale, World(size=2), CPU)
+    module = nn.Sequential(nn.BatchNorm2d(3))
+    converted = synchronise_batch_norms(module, scale, World(size=2), torch.device("cuda"))
+    assert isinstance(converted[0], nn.SyncBatchNorm)  # type: ignore[index]
+    module = nn.Sequential(nn.BatchNorm2d(3))
+    assert synchronise_batch_norms(module, scale, ALONE, CPU) is module
+
+
+def test_without_torchrun_several_ranks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK.*torchrun"), connect("cpu", 1.0):
+        pass
+
+
+# --- the command under torchrun ----------------------------------------------------------------
+
+
+def torchrun(config: Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
+        + ["--master-port", str(free_port()), "-m", "heteroakd_fast.train", str(config)]
+        + ["--scale.timeout", "30"],
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def rank_of(pid: int) -> str:
+    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if entry.startswith(b"RANK="):
+            return entry[5:].decode()
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at /proc")
+def test_a_killed_rank_is_reported_and_the_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    calm = write_config(tmp_path, steps=12, run="calm")
+    process = torchrun(calm)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert printed.count("Written: ") == 1, "one rank talks"
+
+    killed = write_config(tmp_path, steps=12, run="killed")
+    process = torchrun(killed)
+    log = tmp_path / "killed" / "teacher" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        if log.exists() and '"step": 6,' in log.read_text():
+            victim = next(pid for pid in children(process) if rank_of(pid) == "1")
+            os.kill(victim, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    # Beyond, torchrun itself reports what ended how.
+    assert "Traceback" not in printed.split("failed (exitcode")[0], printed
+    assert "Signal 9 (SIGKILL)" in printed
+    process = torchrun(killed)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert "going on at step" in printed
+    for stage in ("teacher", "alone", "distilled"):
+        one, other = (
+            load_file(tmp_path / run / stage / "model.safetensors") for run in ("calm", "killed")
+        )
+        for key in one:
+            assert torch.equal(one[key], other[key]), (stage, key)

@@ -151,8 +151,11 @@ def distillation_loss(
         temperature: T of `kd` and `hetero`, from 1e-4 to 1e4.
         tau: how sharply reliability follows the difference in cross entropy ("softmax-kl"), from
             1e-4 to 1e4.
-        mix: "probs" (default of "softmax-kl") or "logits" (the only one of "paper").
-        evaluation: "discrepancy" (default) or "none" (every pixel and class counts alike).
+        mix: "probs" (default of "softmax-kl"), "logits" (default of "paper", which has no
+            "probs"), or "teacher": the target is the teacher's own knowledge, the ablation
+            without knowledge mixing.
+        evaluation: "discrepancy" (default) or "none" (every pixel and class counts alike, the
+            ablation without knowledge evaluation).
         weight_axis: "class" (default) or "space" ("paper" only): axis of the weights' softmax.
         return_maps: fills `DistillationOutput.maps`.
         normalizer: a scalar that replaces the number of valid pixels wherever that is the
@@ -438,10 +441,10 @@ def check_spec(spec: LossSpec) -> None:
     check_choice(spec.evaluation, "evaluation", EVALUATIONS)
     check_choice(spec.weight_axis, "weight_axis", WEIGHT_AXES)
     check_choice(spec.kd_divergence, "kd_divergence", KD_DIVERGENCES)
-    if spec.preset == "paper" and spec.mix != "logits":
+    if spec.preset == "paper" and spec.mix == "probs":
         raise ValueError(
-            f"mix: got {spec.mix!r}, the preset 'paper' mixes logits (Eq. 7); "
-            "leave mix=None or use preset='softmax-kl'"
+            f"mix: got {spec.mix!r}, the preset 'paper' mixes logits (Eq. 7) or, with "
+            "mix='teacher', nothing; leave mix=None or use preset='softmax-kl'"
         )
     if spec.preset != "paper" and spec.weight_axis != "class":
         raise ValueError(

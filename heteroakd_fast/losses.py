@@ -37,7 +37,9 @@ class HeteroAKDLoss(nn.Module):
             and the only term that trains the teacher's projector.
         temperature: T of `kd` and `hetero`, from 1e-4 to 1e4.
         tau: sharpness of the reliability ("softmax-kl"), from 1e-4 to 1e4.
-        mix, evaluation, weight_axis, kd_divergence, kd_beta: see `functional.distillation_loss`.
+        mix, evaluation, weight_axis, kd_divergence, kd_beta: see `functional.distillation_loss`;
+            mix="teacher" and evaluation="none" are the ablations without knowledge mixing and
+            without knowledge evaluation.
         projector: "linear" or "conv-bn-relu"; None takes the preset's own.
         ignore_index, align_corners, label_smoothing, resolution, process_group, backend: see
             `functional.cross_entropy`.

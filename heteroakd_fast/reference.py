@@ -225,6 +225,8 @@ def _evaluate_softmax_kl(
     # mixed_target, as log m
     if spec.mix == "probs":
         mixed_target = torch.logaddexp(log_r_t + log_p_t, log_r_s + log_p_s)
+    elif spec.mix == "teacher":
+        mixed_target = log_p_t
     else:
         z_h = log_r_t.exp() * teacher_z + log_r_s.exp() * student_z
         mixed_target = (z_h / t).log_softmax(dim=1)
@@ -254,7 +256,7 @@ def _evaluate_paper(
     r_t = (h_s + RELIABILITY_EPS) / (h_t + h_s + 2.0 * RELIABILITY_EPS)
 
     # mixed_target (Eq. 7)
-    z_h = r_t * teacher_z + (1.0 - r_t) * student_z
+    z_h = teacher_z if spec.mix == "teacher" else r_t * teacher_z + (1.0 - r_t) * student_z
 
     # discrepancy: the positive reliability gap (Eq. 8), and the class weights (Eq. 9)
     discrepancy = (h_s - error(z_h)).clamp(min=0.0)

@@ -41,7 +41,7 @@ TERMS: Final[dict[str, Term]] = {
 }
 
 PRESETS: Final = ("softmax-kl", "paper")
-MIXES: Final = ("probs", "logits")
+MIXES: Final = ("probs", "logits", "teacher")
 EVALUATIONS: Final = ("discrepancy", "none")
 WEIGHT_AXES: Final = ("class", "space")
 KD_DIVERGENCES: Final = ("forward", "reverse", "js")

@@ -266,6 +266,7 @@ def distillation_pass(
     HETERO: tl.constexpr,  # 0, SOFTMAX_KL, PAPER, PAPER_SPACE: for the term or for the maps
     HETERO_TERM: tl.constexpr,
     MIX_LOGITS: tl.constexpr,
+    MIX_TEACHER: tl.constexpr,
     EVALUATION: tl.constexpr,
     FEATURE: tl.constexpr,
     MAPS: tl.constexpr,
@@ -306,7 +307,7 @@ def distillation_pass(
     READS_Z: tl.constexpr = FEATURE or HETERO == PAPER or HETERO == PAPER_SPACE
     STUDENT_FOLDED: tl.constexpr = STUDENT == CORNERS and not READS_Z
     TEACHER_FOLDED: tl.constexpr = TEACHER == CORNERS and not READS_Z
-    PROBS: tl.constexpr = KNOWLEDGE and HETERO_TERM and not MIX_LOGITS
+    PROBS: tl.constexpr = KNOWLEDGE and HETERO_TERM and not (MIX_LOGITS or MIX_TEACHER)
     # e of the labels' temperature, for a call that has no other
     HARD_POWER: tl.constexpr = POWER if SOFT else 1
 
@@ -664,6 +665,11 @@ def distillation_pass(
                     hetero_sum += over_pixels(weight * (temperature * temperature) * value)
                     hetero_student = on_student * student_inverse
                     hetero_other = on_student * mixed_inverse
+                elif MIX_TEACHER:
+                    value = kl_teacher_student
+                    hetero_sum += over_pixels(weight * (temperature * temperature) * value)
+                    hetero_student = on_student * student_inverse
+                    hetero_other = on_student * teacher_inverse
                 else:
                     teacher_weight = r_t * teacher_inverse
                     student_weight = r_s * student_inverse
@@ -697,6 +703,7 @@ def distillation_pass(
                 label,
                 valid,
                 scale,
+                MIX_TEACHER,
                 EVALUATION,
                 STUDENT,
                 TEACHER,
@@ -718,6 +725,7 @@ def distillation_pass(
                     classes,
                     label,
                     valid,
+                    MIX_TEACHER,
                     STUDENT,
                     TEACHER,
                     PTX,
@@ -850,17 +858,19 @@ def distillation_pass(
                         m = mixed_target(1.0, teacher_e, student_weight, student_e)
                         late_sum += m * fast_log2(max_or_nan(m, _SMALLEST_NORMAL), PTX)
                         g = hetero_student * student_e - hetero_other * teacher_e
+                    elif KNOWLEDGE and MIX_TEACHER:
+                        g = hetero_student * student_e - hetero_other * teacher_e
                     elif KNOWLEDGE:
                         a = mixed_target(r_t, teacher_a, r_s, student_a) - mixed_bound
                         g = hetero_student * student_e - hetero_other * tl.exp2(a)
                     elif HETERO == PAPER:
-                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label, PTX)
+                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label, MIX_TEACHER, PTX)
                         other = tl.exp2((z_h - mixed_bound) * scale)
                         if EVALUATION:
                             other *= tl.exp2((strength - weight_bound) * LOG2_E)
                         g = hetero_student * student_e - hetero_other * other
                     else:
-                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label, PTX)
+                        strength, z_h, _, _ = paper_class(z_s, z_t, is_label, MIX_TEACHER, PTX)
                         a = z_h / temperature
                         b = z_s / temperature
                         w = one

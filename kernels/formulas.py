@@ -207,7 +207,7 @@ def reliability(teacher_nll, student_nll, inverse_tau, PTX: tl.constexpr):
 @triton.jit
 def mixed_target(teacher_weight, teacher, student_weight, student):
     """mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with
-    r."""
+    r. mix = teacher needs none of it: m is p_t, z_h is z_t, and r is for looking at only."""
     return teacher_weight * teacher + student_weight * student
 
 
@@ -245,7 +245,7 @@ def class_discrepancy(student_h, mixed_h):
 
 
 # preset softmax-kl: d (T^2 KL(m || p_s)) / d z_c = T (p_s,c - m_c); with mix = probs that is
-# T r_t (p_s,c - p_t,c), because r_s = 1 - r_t.
+# T r_t (p_s,c - p_t,c), because r_s = 1 - r_t; with mix = teacher T (p_s,c - p_t,c).
 # preset paper: with q_c = W_c m_c, d (-sum_c q_c log p_s,c) / d z_c = (p_s,c sum q - q_c) / T.
 
 

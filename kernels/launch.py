@@ -220,6 +220,7 @@ def _space_statistics(
         *geometry.positional,
         run.spec.ignore_index,
         HALO=halo,
+        MIX_TEACHER=run.spec.mix == "teacher",
         PTX=_has_ptx(run.logits),
         **geometry.tiles,
     )
@@ -298,6 +299,7 @@ def _launch(
         "HETERO": hetero,
         "HETERO_TERM": "hetero" in run.terms,
         "MIX_LOGITS": hetero == 1 and spec.mix == "logits",
+        "MIX_TEACHER": hetero > 0 and spec.mix == "teacher",
         "EVALUATION": evaluation,
         "FEATURE": "feature" in run.terms,
         "MAPS": maps is not None,

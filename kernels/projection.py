@@ -331,6 +331,7 @@ def projected_pass(
     SMOOTHING: tl.constexpr,
     WEIGHTED: tl.constexpr,
     MIX_LOGITS: tl.constexpr,
+    MIX_TEACHER: tl.constexpr,
     EVALUATION: tl.constexpr,
     POWER: tl.constexpr,  # e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
     GRAD: tl.constexpr,
@@ -497,6 +498,8 @@ def projected_pass(
                     log2(mixed_total),
                     student_log2,
                 )
+            elif MIX_TEACHER:
+                value = kl_teacher_student
             else:
                 mixed = mixed_target(
                     r_t[:, None],
@@ -544,7 +547,7 @@ def projected_pass(
                 SMOOTHING,
             )
         if PAIR:
-            # of kd, and with it of hetero where the mixture is one of probabilities
+            # of kd, and with it of hetero where m is one of probabilities or the teacher's
             push = tl.where(valid, scale_of(scales, KD) * temperature, 0.0)
             if HETERO >= 0:
                 on_student = scale_of(scales, HETERO) * temperature * weight
@@ -552,6 +555,8 @@ def projected_pass(
                     mixed_p = softmax(mixed_a, 1.0, log2(mixed_total))
                     p = softmax(student_x, scale, student_log2)
                     g += on_student[:, None] * (p - mixed_p)
+                elif MIX_TEACHER:
+                    push += on_student
                 else:
                     push += on_student * r_t
             if KD >= 0 or not MIX_LOGITS:
@@ -926,6 +931,7 @@ def _run_pass(
         SMOOTHING=spec.label_smoothing != 0.0,
         WEIGHTED=class_weight is not None,
         MIX_LOGITS=spec.mix == "logits",
+        MIX_TEACHER=spec.mix == "teacher",
         EVALUATION=spec.evaluation == "discrepancy",
         POWER=_power(spec.temperature) if any(name in places for name in _OF_PAIR) else 0,
         GRAD=grad,

@@ -73,6 +73,7 @@ def collect(
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
     HALO: tl.constexpr,
+    MIX_TEACHER: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     PTX: tl.constexpr,
     R: tl.constexpr,
@@ -165,7 +166,7 @@ def collect(
                 True,
                 FLOAT,
             )
-            strength, _, _, _ = paper_class(z_s, z_t, label == c, PTX)
+            strength, _, _, _ = paper_class(z_s, z_t, label == c, MIX_TEACHER, PTX)
             strength = tl.where(valid, strength, LOWEST)
             above = tl.max(tl.max(strength, axis=0, keep_dims=True), axis=1, keep_dims=True)
             bound = tl.maximum(largest, above)

@@ -381,12 +381,16 @@ def js_mean(student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX: t
 
 
 @triton.jit
-def paper_class(z_s, z_t, is_label, PTX: tl.constexpr):
-    """preset paper, one class: H_s + dH, z_h, r_t and dH."""
+def paper_class(z_s, z_t, is_label, MIX_TEACHER: tl.constexpr, PTX: tl.constexpr):
+    """preset paper, one class: H_s + dH, z_h, r_t and dH. MIX_TEACHER: z_h is z_t, without a
+    product by 0 that an infinite z_s would turn into NaN."""
     h_s = binary_cross_entropy(z_s, is_label)
     h_t = binary_cross_entropy(z_t, is_label)
     r_t = class_reliability(h_t, h_s, PTX)
-    z_h = mixed_target(r_t, z_t, 1.0 - r_t, z_s)
+    if MIX_TEACHER:
+        z_h = z_t
+    else:
+        z_h = mixed_target(r_t, z_t, 1.0 - r_t, z_s)
     gap = class_discrepancy(h_s, binary_cross_entropy(z_h, is_label))
     return h_s + gap, z_h, r_t, gap
 
@@ -399,6 +403,7 @@ def paper_sums(
     label,
     valid,
     scale,
+    MIX_TEACHER: tl.constexpr,
     EVALUATION: tl.constexpr,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -427,7 +432,7 @@ def paper_sums(
         z_s, student_a = read(student, student_plane, scale, valid, STUDENT, False, CAREFUL, FLOAT)
         z_t, _ = read(teacher, teacher_plane, scale, valid, TEACHER, False, CAREFUL, FLOAT)
         is_label = label == c
-        strength, z_h, r_t, gap = paper_class(z_s, z_t, is_label, PTX)
+        strength, z_h, r_t, gap = paper_class(z_s, z_t, is_label, MIX_TEACHER, PTX)
         reliable = tl.where(is_label, r_t, reliable)
         gap_of_label = tl.where(is_label, gap, gap_of_label)
         bound = max_or_nan(mixed_bound, z_h)
@@ -460,6 +465,7 @@ def paper_at_label(
     classes,
     label,
     valid,
+    MIX_TEACHER: tl.constexpr,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
     PTX: tl.constexpr,
@@ -475,7 +481,7 @@ def paper_at_label(
         z_s, _ = read(student, student_plane, 1.0, valid, STUDENT, False, CAREFUL, FLOAT)
         z_t, _ = read(teacher, teacher_plane, 1.0, valid, TEACHER, False, CAREFUL, FLOAT)
         is_label = label == c
-        _, _, r_t, gap = paper_class(z_s, z_t, is_label, PTX)
+        _, _, r_t, gap = paper_class(z_s, z_t, is_label, MIX_TEACHER, PTX)
         reliable = tl.where(is_label, r_t, reliable)
         gap_of_label = tl.where(is_label, gap, gap_of_label)
         student_plane += student[1]

@@ -21,10 +21,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax-kl": {},
     "softmax-kl-T": {"temperature": 2.0, "tau": 0.7},
     "mix-logits": {"mix": "logits", "temperature": 1.7},
+    "mix-teacher": {"mix": "teacher", "temperature": 2.0, "tau": 0.7},
     "no-evaluation": {"evaluation": "none"},
     "paper": {"preset": "paper", "temperature": 1.7},
+    "paper-mix-teacher": {"preset": "paper", "mix": "teacher", "temperature": 1.7},
     "paper-no-evaluation": {"preset": "paper", "evaluation": "none"},
     "paper-space": {"preset": "paper", "weight_axis": "space", "temperature": 2.0},
+    "paper-space-mix-teacher": {
+        "preset": "paper",
+        "mix": "teacher",
+        "weight_axis": "space",
+        "temperature": 2.0,
+    },
     "paper-space-no-evaluation": {
         "preset": "paper",
         "weight_axis": "space",

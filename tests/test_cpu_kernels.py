@@ -262,8 +262,9 @@ def terms(draw: st.DrawFn) -> dict[str, Any]:
     options["preset"] = draw(st.sampled_from(["softmax-kl", "paper"]))
     if options["preset"] == "paper":
         options["weight_axis"] = draw(st.sampled_from(["class", "space"]))
+        options["mix"] = draw(st.sampled_from(["logits", "teacher"]))
     else:
-        options["mix"] = draw(st.sampled_from(["probs", "logits"]))
+        options["mix"] = draw(st.sampled_from(["probs", "logits", "teacher"]))
     return options
 
 

@@ -130,13 +130,23 @@ def test_usual_terms(geometry: str, case: str) -> None:
 
 @pytest.mark.parametrize(
     "case", ["all", "ce-smoothed", "kd-js", "kd-reverse", "hetero-mix-logits", "hetero-paper",
-             "hetero-paper-space", "teacher_ce"]
+             "hetero-paper-space", "hetero-paper-space-mix-teacher", "teacher_ce"]
 )  # fmt: skip
 @pytest.mark.parametrize(
     "geometry", ["label-grid", "label-grid-ragged", "other-teacher", "several-warps"]
 )
 def test_other_terms(geometry: str, case: str) -> None:
     check(make_batch(classes=3, dtype=F32, **GEOMETRIES[geometry]), **TERM_CASES[case])
+
+
+@pytest.mark.parametrize("case", ["hetero-mix-teacher", "hetero-paper-mix-teacher"])
+@pytest.mark.parametrize("geometry", ["stride-4", "label-grid"])
+def test_without_mixing(geometry: str, case: str) -> None:
+    """Kernels compiled for a mixture must not be sent what has none; maps show r_t all the same."""
+    batch = make_batch(classes=5, dtype=F32, **GEOMETRIES[geometry])
+    for options in (TERM_CASES[case], {**TERM_CASES[case], "ce_weight": 1.0, "kd_weight": 0.5}):
+        assert set(kernels(batch, **options).values()) == {"segments"}
+        check(batch, return_maps=True, **options)
 
 
 @pytest.mark.parametrize("case", ["ce", "ce+hetero-T2", "ce+kd+hetero"])

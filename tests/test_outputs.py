@@ -76,7 +76,10 @@ def test_valid_is_counted(backend: str, case: str) -> None:
     assert int(output.valid) == int((batch.target != 255).sum())
 
 
-@pytest.mark.parametrize("case", ["hetero-softmax-kl", "hetero-paper", "kd"])
+@pytest.mark.parametrize(
+    "case",
+    ["hetero-softmax-kl", "hetero-mix-teacher", "hetero-paper", "hetero-paper-mix-teacher", "kd"],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_maps(backend: str, case: str) -> None:
     options = {**TERM_CASES[case], "return_maps": True}
@@ -173,6 +176,26 @@ def test_nan_in_a_valid_pixel_is_not_hidden(backend: str, case: str, side: str) 
     assert math.isnan(got.loss) == bool(expected)
     if side == "student" and expected:
         assert got.student_grad[1].isnan().any()
+
+
+@every_backend
+@pytest.mark.parametrize("case", [name for name in TERM_CASES if "mix-teacher" in name])
+def test_what_is_not_mixed_does_not_reach_the_target(backend: str, case: str) -> None:
+    """A class that the student's logits exclude: 0 times their infinity would be NaN. (Its loss is
+    infinite, or as large as the numbers go.)"""
+    options = {**TERM_CASES[case], "evaluation": "none"}
+    require(backend, **options)
+    batch = make_batch(dtype=F32, size=(4, 6))
+    batch.student[:, 2] = -math.inf
+    batch.target[batch.target == 2] = 3
+    got = evaluate(batch, backend=backend, **options)
+    expected = truth(batch, **options)
+    assert expected.loss == math.inf
+    assert got.loss > 1e30
+    assert got.student_grad is not None
+    assert expected.student_grad is not None
+    assert expected.student_grad.isfinite().all()
+    assert_accurate(got.student_grad, expected.student_grad)
 
 
 @every_backend

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def mean(fraction: tuple[Tensor, Tensor]) -> Tensor:
 def spec_of(variant: str) -> LossSpec:
     options = dict(VARIANTS[variant])
     if options.get("preset") == "paper":
-        options["mix"] = "logits"
+        options.setdefault("mix", "logits")
     return LossSpec(terms=("hetero",), **options)
 
 
@@ -148,6 +150,63 @@ def test_mix_logits_by_hand() -> None:
     r_t = knowledge.reliability[:, None]
     expected = ((r_t * t + (1 - r_t) * s) / 1.3).softmax(1)
     torch.testing.assert_close(knowledge.mixed_target.exp(), expected)
+
+
+def without_mixing(**options: Any) -> tuple[reference.Knowledge, reference.Knowledge]:
+    """What is found with mix="teacher", and with the preset's own mix."""
+    s, t, label, valid = on_grid()
+    spec = LossSpec(terms=("hetero",), **options)
+    ablated = reference.evaluate_knowledge(s, t, label, valid, replace(spec, mix="teacher"))
+    return ablated, reference.evaluate_knowledge(s, t, label, valid, spec)
+
+
+def test_mix_teacher_changes_the_target_only() -> None:
+    """method.md, section 4: m = p_t; what weighs the pixels, and what maps show, stays."""
+    t = on_grid()[1]
+    ablated, mixed = without_mixing(temperature=1.3, tau=0.8)
+    torch.testing.assert_close(ablated.mixed_target.exp(), (t / 1.3).softmax(1))
+    assert (ablated.mixed_target - mixed.mixed_target).abs().max() > 0.1
+    assert torch.equal(ablated.weight, mixed.weight)
+    assert torch.equal(ablated.discrepancy, mixed.discrepancy)
+    assert torch.equal(ablated.reliability, mixed.reliability)
+
+
+def test_mix_teacher_without_evaluation_is_kd() -> None:
+    """Without both ideas of the method its term is plain distillation, to the last bit."""
+    s, t, label, valid = on_grid()
+    spec = LossSpec(terms=("hetero",), mix="teacher", evaluation="none", temperature=1.7)
+    ours, plain = s.clone().requires_grad_(), s.clone().requires_grad_()
+    knowledge = reference.evaluate_knowledge(ours, t, label, valid, spec)
+    got = mean(reference.hetero(ours, knowledge, valid, spec))
+    expected = mean(reference.kd(plain, t, valid, 1.7))
+    assert got == expected > 0
+    (grad,) = torch.autograd.grad(got, ours)
+    (expected_grad,) = torch.autograd.grad(expected, plain)
+    assert torch.equal(grad, expected_grad)
+    assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("weight_axis", ["class", "space"])
+def test_paper_mix_teacher_by_hand(weight_axis: str) -> None:
+    """z_h = z_t, and with it dH = max(0, H_s - H_t), W and m; r_t is shown as it is."""
+    s, t, label, valid = on_grid()
+    ablated, mixed = without_mixing(
+        preset="paper", mix="logits", weight_axis=weight_axis, temperature=1.3
+    )
+    one_hot = F.one_hot(label, C).movedim(3, 1).double()
+    h_s, h_t = (F.binary_cross_entropy_with_logits(z, one_hot, reduction="none") for z in (s, t))
+    gap = (h_s - h_t).relu()
+    torch.testing.assert_close(ablated.discrepancy, gap.gather(1, label[:, None])[:, 0])
+    if weight_axis == "class":
+        weight = (h_s + gap).softmax(1)
+        torch.testing.assert_close(ablated.mixed_target, (t / 1.3).log_softmax(1))
+    else:
+        inside = valid[:, None].expand_as(gap)
+        weight = (h_s + gap).where(inside, -torch.inf).flatten(2).softmax(2).reshape(gap.shape)
+        torch.testing.assert_close(ablated.mixed_target, t / 1.3)
+    torch.testing.assert_close(ablated.weight, weight * valid[:, None])
+    assert (ablated.weight - mixed.weight).abs().max() > 0.01
+    assert torch.equal(ablated.reliability, mixed.reliability)
 
 
 def test_paper_by_hand() -> None:

@@ -221,7 +221,7 @@ ARMS: Final[Mapping[str, tuple[Lines, ...]]] = {
     "feature, pixel": (Lines(f"{_PASS}::pixel", "if (Set::feature(p)) {"),),
     "feature, gradients": (Lines(f"{_PASS}::gradients", "g[kFeature][i] ="),),
     "hetero, gradients": (Lines(f"{_PASS}::gradients", "g[kHetero][i] =", "? hetero_gradient"),),
-    "probs, gradients": (Lines(f"{_PASS}::hetero_gradient", "if (Set::mix(p) == Mix::kProbs) {"),),
+    "probs, gradients": (Lines(f"{_PASS}::hetero_gradient", "if (Set::mix(p) != Mix::kLogits) {"),),
     "knowledge, gradients": (Lines(f"{_PASS}::hetero_gradient", "if (knowledge<Set>(p)) {"),),
     "mixed": (Lines(f"{_PASS}::run", "find_mixed(sums)"),),
     "mixed, gradients": (

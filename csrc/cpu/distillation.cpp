@@ -436,7 +436,7 @@ Result distillation(const Tensor& student_logits, const std::optional<Tensor>& t
                                                 class_weight->size(0) == student_logits.size(1)),
                   "distillation: expected class_weight [C]");
   STD_TORCH_CHECK(terms >= 0 && terms < 1 << kTerms && kd_divergence >= 0 && kd_divergence <= 3 &&
-                      hetero >= 0 && hetero <= 3 && mix >= 0 && mix <= 1,
+                      hetero >= 0 && hetero <= 3 && mix >= 0 && mix <= 2,
                   "distillation: an option is out of range");
   STD_TORCH_CHECK((kd_divergence > 0 || (terms >> kKd & 1) == 0) &&
                       (hetero > 0 || ((terms >> kHetero & 1) == 0 && !maps)),

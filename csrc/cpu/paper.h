@@ -11,8 +11,9 @@ struct PaperPixel {
   F strength_maximum, mixed_maximum;
 };
 
-// z_h into mixed[C][N] and H_s + dH into strength[C][N].
-template <typename T>
+// z_h into mixed[C][N] and H_s + dH into strength[C][N]. kMixes: not mix = teacher, where z_h is z_t,
+// without a product by 0 that an infinite z_s would turn into NaN.
+template <typename T, bool kMixes>
 PaperPixel<Lanes<T>> paper_knowledge(int64_t classes, const T* student_z, const T* teacher_z,
                                      Labels<T> labels, T* mixed, T* strength) {
   using F = Lanes<T>;
@@ -26,7 +27,8 @@ PaperPixel<Lanes<T>> paper_knowledge(int64_t classes, const T* student_z, const 
     const F h_s = binary_cross_entropy(z_s, is_label);
     const F h_t = binary_cross_entropy(z_t, is_label);
     const F r_t = class_reliability(h_t, h_s);
-    const F z_h = mixed_target(r_t, z_t, F(T(1)) - r_t, z_s);
+    F z_h = z_t;
+    if constexpr (kMixes) z_h = mixed_target(r_t, z_t, F(T(1)) - r_t, z_s);
     const F gap = class_discrepancy(h_s, binary_cross_entropy(z_h, is_label));
     const F v = h_s + gap;
     z_h.store(mixed + c * N);

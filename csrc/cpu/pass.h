@@ -13,7 +13,7 @@ namespace heteroakd::cpu {
 enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 enum class KdDivergence : int32_t { kNone, kForward, kReverse, kJs };
 enum class Hetero : int32_t { kNone, kSoftmaxKl, kPaper, kPaperSpace };
-enum class Mix : int32_t { kProbs, kLogits };
+enum class Mix : int32_t { kProbs, kLogits, kTeacher };
 
 // The terms that the kernels know; `teacher_ce` is `ce` of a pass over the teacher's logits.
 enum Term : int32_t { kCe, kKd, kHetero, kFeature, kTerms };

@@ -192,7 +192,7 @@ class Terms {
     if (p.slot[kHetero] >= 0) {
       const T* student = p.hetero == Hetero::kPaperSpace ? mixed_ : student_e_;
       const T* other =
-          p.hetero == Hetero::kSoftmaxKl && p.mix == Mix::kProbs ? teacher_e_ : mixed_;
+          p.hetero == Hetero::kSoftmaxKl && p.mix != Mix::kLogits ? teacher_e_ : mixed_;
       pair_gradient<T, kRows, kUpsample>(p.classes, student, other,
                                          coefficient(kHeteroStudent, 0),
                                          coefficient(kHeteroOther, 0), fraction,
@@ -549,7 +549,12 @@ class Terms {
     const T t = p.temperature;
     F value = zero;
     F on_student, on_other;
-    if (p.mix == Mix::kProbs) {
+    if (p.mix == Mix::kTeacher) {
+      value = x.kl;
+      const F gradient = F(p.scale[kHetero] * t) * x.weight;
+      on_student = gradient * x.student_inverse;
+      on_other = gradient * x.teacher_inverse;
+    } else if (p.mix == Mix::kProbs) {
       const F teacher_weight = x.reliable.teacher * x.teacher_inverse;
       const F student_weight = x.reliable.student * x.student_inverse;
       if (p.values) {
@@ -589,8 +594,12 @@ class Terms {
     const T t = p.temperature;
     const T* student_z = this->student_z + r * tile;
     T* mixed = mixed_ + r * tile;
-    const PaperPixel<F> pixel = paper_knowledge<T>(p.classes, student_z, teacher_z + r * tile,
-                                                   load_labels<T>(labels), mixed, strength_);
+    const T* teacher_z = this->teacher_z + r * tile;
+    const Labels<T> label = load_labels<T>(labels);
+    const PaperPixel<F> pixel =
+        p.mix == Mix::kTeacher
+            ? paper_knowledge<T, false>(p.classes, student_z, teacher_z, label, mixed, strength_)
+            : paper_knowledge<T, true>(p.classes, student_z, teacher_z, label, mixed, strength_);
     if (p.maps) write_maps(y, vector, x.valid, pixel.reliability, pixel.discrepancy);
     if (p.space_statistics) {
       space_collect<T>(p.classes, strength_, x.valid, space_maximum_, space_sum_);

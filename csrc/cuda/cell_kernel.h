@@ -210,7 +210,7 @@ class CellPass {
           k.kd_other[r][c] = kd.other;
         }
         if (knowledge<Set>(p)) {
-          const HeteroCoefficients<float> hetero = hetero_probs_pixel(p, n, totals, valid, sums);
+          const HeteroCoefficients<float> hetero = hetero_probs_pixel<Set>(p, n, totals, valid, sums);
           k.hetero_student[r][c] = hetero.student;
           k.hetero_other[r][c] = hetero.other;
           k.teacher_weight[r][c] = valid ? hetero.teacher_weight : 0.0f;

@@ -91,7 +91,7 @@ class LabelPass {
       }
       // Not asked for: nothing of it may come through, not even times 0.
       if (!knowledge<Set>(p) || p.hetero == Hetero::kNone) continue;
-      const HeteroCoefficients<float> k = hetero_probs_pixel(p, n, t, valid, sums);
+      const HeteroCoefficients<float> k = hetero_probs_pixel<Set>(p, n, t, valid, sums);
       student_[i] += k.student;
       other_[i] = fma(k.other, k.teacher_weight, other_[i]);
       weight_[i] = k.other;

@@ -61,9 +61,9 @@ Options options_of(int64_t place_ce, int64_t place_kd, int64_t place_hetero, int
                    double kd_beta, double temperature, double tau, int64_t ignore_index,
                    bool align_corners, double label_smoothing) {
   STD_TORCH_CHECK(kd_divergence >= 0 && kd_divergence <= 3 && hetero >= 0 && hetero <= 3 &&
-                      mix >= 0 && mix <= 1,
+                      mix >= 0 && mix <= 2,
                   "kd_divergence, hetero, mix: got ", kd_divergence, ", ", hetero, ", ", mix,
-                  ", expected 0 to 3, 0 to 3 and 0 or 1");
+                  ", expected 0 to 3, 0 to 3 and 0 to 2");
   STD_TORCH_CHECK(temperature > 0.0 && tau > 0.0 && label_smoothing >= 0.0 && label_smoothing <= 1.0,
                   "temperature, tau, label_smoothing: got ", temperature, ", ", tau, ", ",
                   label_smoothing, ", expected > 0, > 0 and in [0, 1]");

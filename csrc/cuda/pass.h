@@ -12,7 +12,7 @@ enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 enum class LabelDtype : int32_t { kUint8, kInt32, kInt64 };
 enum class KdDivergence : int32_t { kNone, kForward, kReverse, kJs };
 enum class Hetero : int32_t { kNone, kSoftmaxKl, kPaper, kPaperSpace };
-enum class Mix : int32_t { kProbs, kLogits };
+enum class Mix : int32_t { kProbs, kLogits, kTeacher };
 
 // How the logits of a model lie under the pixels.
 enum class Source : int32_t {

@@ -224,26 +224,28 @@ HAKD_DEVICE PairCoefficients<F> kd_forward_pixel(const Numbers<F>& n, const Tota
 
 // preset softmax-kl, mix = probs: m_c = teacher_weight e_t,c + student_weight e_s,c,
 // g_c = student e_s,c - other teacher_weight e_t,c; value = other T ln 2 sum_c m_c (log2 m_c -
-// log2 p_s,c) where gradients are not scaled.
+// log2 p_s,c) where gradients are not scaled. mix = teacher is the same with r_t = 1 and r_s = 0,
+// but for r_t in the maps.
 template <typename F>
 struct HeteroCoefficients {
   F student, other, teacher_weight, student_weight;
   F r_t, d;
 };
 
-template <typename F>
+template <class Set, typename F>
 HAKD_DEVICE HeteroCoefficients<F> hetero_probs_pixel(const Pass& p, const Numbers<F>& n,
                                                      const Totals<F>& t, bool valid,
                                                      Sums<F>& sums) {
   const Reliability<F> r = reliability(t.teacher_nll, t.student_nll, n.inverse_tau);
+  const Reliability<F> mixed = Set::mix(p) == Mix::kTeacher ? Reliability<F>{F(1), F(0)} : r;
   const F d = discrepancy(t.kl_teacher_student);
   const F weight = valid ? (p.evaluation ? d : F(1)) : F(0);
   if (p.hetero_term) sums.hetero_weight += weight;
   const F on_student = n.term_scale[kHetero] * n.temperature * weight;
-  return {on_student * r.teacher * t.student_inverse,
+  return {on_student * mixed.teacher * t.student_inverse,
           on_student,
-          r.teacher * t.teacher_inverse,
-          r.student * t.student_inverse,
+          mixed.teacher * t.teacher_inverse,
+          mixed.student * t.student_inverse,
           r.teacher,
           d};
 }

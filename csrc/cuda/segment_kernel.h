@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
   const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
                                   p.halo && lane == 0);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const bool mixes = p.mix != Mix::kTeacher;
   for (int32_t c = 0; c < p.classes; ++c) {
     F largest = F(kLowest);
     F total = F(0);
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
 #pragma unroll
           for (int s = 0; s < S; ++s) {
             if (!column.own || at.label[s] < 0) continue;
-            const F strength = paper_class(z_s[s], z_t[s], at.label[s] == c).strength;
+            const F strength = paper_class(z_s[s], z_t[s], at.label[s] == c, mixes).strength;
             const F bound = max_or_nan(largest, strength);
             total = fma(total, exp2((largest - bound) * F(kLog2E)),
                         exp2((strength - bound) * F(kLog2E)));

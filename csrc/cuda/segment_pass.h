@@ -24,18 +24,19 @@ HAKD_DEVICE F exactly_scaled(F z, F m, F scale) {
   return max_or_nan(least, z - m) * scale;
 }
 
-// preset paper, one class: H_s + dH, z_h, r_t and dH.
+// preset paper, one class: H_s + dH, z_h, r_t and dH. mixes: not mix = teacher, where z_h is z_t,
+// without a product by 0 that an infinite z_s would turn into NaN.
 template <typename F>
 struct PaperClass {
   F strength, z_h, r_t, gap;
 };
 
 template <typename F>
-HAKD_DEVICE PaperClass<F> paper_class(F z_s, F z_t, bool is_label) {
+HAKD_DEVICE PaperClass<F> paper_class(F z_s, F z_t, bool is_label, bool mixes) {
   const F h_s = binary_cross_entropy(z_s, is_label);
   const F h_t = binary_cross_entropy(z_t, is_label);
   const F r_t = class_reliability(h_t, h_s);
-  const F z_h = mixed_target(r_t, z_t, F(1) - r_t, z_s);
+  const F z_h = mixes ? mixed_target(r_t, z_t, F(1) - r_t, z_s) : z_t;
   const F gap = class_discrepancy(h_s, binary_cross_entropy(z_h, is_label));
   return {h_s + gap, z_h, r_t, gap};
 }
@@ -119,6 +120,7 @@ class SegmentPass {
   HAKD_DEVICE static bool probs(const Pass& p) {
     return knowledge<Set>(p) && p.hetero_term && Set::mix(p) == Mix::kProbs;
   }
+  HAKD_DEVICE bool mixes() const { return Set::mix(p) != Mix::kTeacher; }
   HAKD_DEVICE bool late() const {
     return probs(p) || (Set::hetero(p) == Hetero::kPaperSpace && p.hetero_term);
   }
@@ -367,7 +369,7 @@ class SegmentPass {
       for (int i = 0; i < S; ++i) {
         PaperSums<F>& sum = paper_[i];
         const bool is_label = at.label[i] == c;
-        const PaperClass<F> k = paper_class(z_s[i], z_t[i], is_label);
+        const PaperClass<F> k = paper_class(z_s[i], z_t[i], is_label, mixes());
         sum.r_t = is_label ? k.r_t : sum.r_t;
         sum.gap = is_label ? k.gap : sum.gap;
         F bound = max_or_nan(sum.mixed_bound, k.z_h);
@@ -394,7 +396,7 @@ class SegmentPass {
   HAKD_DEVICE PaperClass<F> paper_at_label(int i) const {
     if (at.label[i] < 0) return {F(0), F(0), F(0), F(0)};
     return paper_class(read_pixel_carefully(p.student, student_, at.label[i], i),
-                       read_pixel_carefully(p.teacher, teacher_, at.label[i], i), true);
+                       read_pixel_carefully(p.teacher, teacher_, at.label[i], i), true, mixes());
   }
 
   HAKD_DEVICE void pixel(int i, const Statistics<F>& s, F weight_sum, F squares, Sums<F>& sums) {
@@ -430,12 +432,16 @@ class SegmentPass {
     }
     F r_t = F(0), d = F(0);
     if (knowledge<Set>(p)) {
-      const HeteroCoefficients<F> k = hetero_probs_pixel(p, n, t_[i], valid, sums);
+      const HeteroCoefficients<F> k = hetero_probs_pixel<Set>(p, n, t_[i], valid, sums);
       hetero_student_[i] = k.student;
       hetero_other_[i] = k.other;
       teacher_weight_[i] = k.teacher_weight;
       student_weight_[i] = k.student_weight;
       late_[i] = t_[i].student_log2;
+      if (!mixes() && p.hetero_term) {  // KL(m || p_s) is known; other: as in find_mixed
+        const F value = t_[i].kl_teacher_student;
+        sums.of_term[kHetero] += valid ? k.other * n.temperature * value : F(0);
+      }
       r_t = k.r_t;
       d = k.d;
     } else if (Set::hetero(p) == Hetero::kPaper) {
@@ -540,7 +546,7 @@ class SegmentPass {
   HAKD_DEVICE F hetero_gradient(int32_t c, F z_s, F z_t, F a_s, F e_s, F a_t, F e_t, int i) {
     const bool valid = at.label[i] >= 0;
     if (knowledge<Set>(p)) {
-      if (Set::mix(p) == Mix::kProbs) {
+      if (Set::mix(p) != Mix::kLogits) {
         const F weighted = teacher_weight_[i] * e_t;
         const F m = mixed_target(F(1), weighted, student_weight_[i], e_s);
         late_[i] = fma(m, fast_log2(max_or_nan(m, F(kSmallestNormal))) - a_s, late_[i]);
@@ -549,7 +555,7 @@ class SegmentPass {
       const F a = mixed_target(teacher_weight_[i], a_t, student_weight_[i], a_s) - mixed_bound_[i];
       return fnma(hetero_other_[i], exp2(a), hetero_student_[i] * e_s);
     }
-    const PaperClass<F> k = paper_class(z_s, z_t, at.label[i] == c);
+    const PaperClass<F> k = paper_class(z_s, z_t, at.label[i] == c, mixes());
     if (Set::hetero(p) == Hetero::kPaper) {
       F other = exp2((k.z_h - paper_[i].mixed_bound) * n.scale);
       if (p.evaluation) other *= exp2((k.strength - paper_[i].weight_bound) * F(kLog2E));

@@ -23,6 +23,7 @@ constexpr Kernel kJs = fixed<Fixed<true, KdDivergence::kJs, Hetero::kNone>>("seg
 }  // namespace
 
 const Kernel* segments_fixed(KdDivergence kd, Hetero hetero, Mix mix) {
+  if (hetero != Hetero::kNone && mix == Mix::kTeacher) return nullptr;  // an ablation: seldom run
   if (kd == KdDivergence::kReverse) return hetero == Hetero::kNone ? &kReverse : nullptr;
   if (kd == KdDivergence::kJs) return hetero == Hetero::kNone ? &kJs : nullptr;
   switch (hetero) {

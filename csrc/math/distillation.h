@@ -89,6 +89,7 @@ HAKD_FN Reliability<F> reliability(F teacher_e, F student_e, F inverse_tau) {
 }
 
 // mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with r.
+// mix = teacher needs none of it: m is p_t, z_h is z_t, and r is for looking at only.
 template <typename F>
 HAKD_FN F mixed_target(F teacher_weight, F teacher, F student_weight, F student) {
   return fma(teacher_weight, teacher, student_weight * student);
@@ -127,7 +128,7 @@ HAKD_FN F class_discrepancy(F student_h, F mixed_h) {
 }
 
 // preset softmax-kl: d (T^2 KL(m || p_s)) / d z_c = T (p_s,c - m_c); with mix = probs that is
-// T r_t (p_s,c - p_t,c), because r_s = 1 - r_t.
+// T r_t (p_s,c - p_t,c), because r_s = 1 - r_t; with mix = teacher T (p_s,c - p_t,c).
 // preset paper: with q_c = W_c m_c, d (-sum_c q_c log p_s,c) / d z_c = (p_s,c sum q - q_c) / T.
 
 // weight_axis = space: KL(sigmoid(a) || sigmoid(b)), and its derivative by b.

@@ -17,7 +17,7 @@ __all__ = ["BACKEND", "CudaBackend"]
 
 # The numbers of csrc/cuda/pass.h.
 _KD_DIVERGENCES: Final = {"forward": 1, "reverse": 2, "js": 3}
-_MIXES: Final = {"probs": 0, "logits": 1}
+_MIXES: Final = {"probs": 0, "logits": 1, "teacher": 2}
 
 
 class CudaBackend(GpuBackend):

@@ -219,8 +219,9 @@ class DistillConfig(_Table):
     tau: float = Field(
         default=1.0, gt=0.0, description="Softens the choice of the more reliable side."
     )
-    mix: Literal["probs", "logits"] | None = Field(
-        default=None, description="What is mixed; none: the preset's choice."
+    mix: Literal["probs", "logits", "teacher"] | None = Field(
+        default=None,
+        description="What is mixed (teacher: nothing, an ablation); none: the preset's choice.",
     )
     evaluation: Literal["discrepancy", "none"] | None = Field(
         default=None, description="Weighting of pixels; None: the preset's choice."

@@ -20,6 +20,7 @@ USUAL = LossSpec(terms=("ce", "kd", "hetero"))
 OTHER = (
     LossSpec(terms=("kd",), kd_divergence="js"),
     LossSpec(terms=("hetero",), mix="logits"),
+    LossSpec(terms=("hetero",), mix="teacher"),
     LossSpec(terms=("hetero",), preset="paper", mix="logits"),
     LossSpec(terms=("ce",), maps=True, preset="paper"),
     LossSpec(terms=("ce", "feature")),

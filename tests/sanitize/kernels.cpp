@@ -187,7 +187,7 @@ constexpr int kAll = bit(kCe) | bit(kKd) | bit(kHetero) | bit(kFeature);
 constexpr auto kNoKd = KdDivergence::kNone;
 constexpr auto kNoHetero = Hetero::kNone, kKl = Hetero::kSoftmaxKl, kPaper = Hetero::kPaper,
                kSpace = Hetero::kPaperSpace;
-constexpr auto kProbs = Mix::kProbs, kLogits = Mix::kLogits;
+constexpr auto kProbs = Mix::kProbs, kLogits = Mix::kLogits, kTeacher = Mix::kTeacher;
 
 const What kWhats[] = {
     {"ce", bit(kCe), kNoKd, kNoHetero, kProbs, true, 1, 0, false, false, false},
@@ -201,12 +201,14 @@ const What kWhats[] = {
     {"kl and ce", bit(kCe) | bit(kHetero), kNoKd, kKl, kProbs, true, 2, 0, false, false, true},
     {"kl, T 1.7", bit(kCe) | bit(kHetero), kNoKd, kKl, kProbs, true, 1.7, 0, false, true, true},
     {"kl, logits", bit(kHetero), kNoKd, kKl, kLogits, true, 1.7, 0, false, false, true},
+    {"kl, teacher", bit(kHetero), kNoKd, kKl, kTeacher, true, 1.7, 0, false, true, true},
     {"kl, no evaluation", bit(kHetero), kNoKd, kKl, kProbs, false, 1, 0, false, false, true},
     {"kl, logits, no evaluation", bit(kHetero), kNoKd, kKl, kLogits, false, 2, 0, false, false,
      true},
     {"paper", bit(kHetero), kNoKd, kPaper, kLogits, true, 1.7, 0, false, true, true},
     {"paper, no evaluation", bit(kHetero), kNoKd, kPaper, kLogits, false, 1, 0, false, false,
      true},
+    {"paper, teacher", bit(kHetero), kNoKd, kPaper, kTeacher, true, 1, 0, false, false, true},
     {"space", bit(kHetero), kNoKd, kSpace, kLogits, true, 2, 0, false, false, true},
     {"space, no evaluation", bit(kHetero), kNoKd, kSpace, kLogits, false, 1, 0, false, false,
      true},

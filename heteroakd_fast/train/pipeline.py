@@ -70,7 +70,8 @@ def run(config: Config, console: Console, resume_anyway: bool = False) -> Outcom
         f"{data.num_classes} classes, on {device}",
         highlight=False,
     )
-    side = config.data.crop or int(data.train.read(0)[1].shape[0])
+    crop = config.data.crop_size
+    side = min(crop) if crop else int(data.train.read(0)[1].shape[0])
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
 

@@ -23,7 +23,8 @@ _MASK_MODES = {"1", "L", "P", "I", "I;16", "I;16B"}
 def read_picture(path: Path) -> Picture:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            # It would be copied otherwise.
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a picture: {error}") from None
 

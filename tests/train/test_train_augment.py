@@ -197,6 +197,30 @@ def test_crop_avoids_a_single_class() -> None:
     np.testing.assert_array_equal(free[good], tried[good])
 
 
+def test_what_is_not_counted_has_no_share_of_a_crop() -> None:
+    mask = np.full((64, 256), 255)
+    mask[::5] = np.arange(256) % 2  # two classes with half each of the fifth that counts
+    picture = np.zeros((64, 256, 3), np.uint8)
+    for seed in range(20):
+        first, chosen = (
+            augment(picture, mask, options(crop=32, crop_max_ratio=ratio), rng(seed))[1]
+            for ratio in (1.0, 0.75)
+        )
+        np.testing.assert_array_equal(chosen, first)
+    # Four fifths of one class and a fifth uncounted: that is all of what counts.
+    mask[:] = 0
+    mask[::5] = 255
+    mask[:, 250:] = 1
+    moved = 0
+    for seed in range(20):
+        first, chosen = (
+            augment(picture, mask, options(crop=32, crop_max_ratio=ratio), rng(seed))[1]
+            for ratio in (1.0, 0.9)
+        )
+        moved += not np.array_equal(chosen, first)
+    assert moved >= 5
+
+
 def test_crop_of_two_sides() -> None:
     picture, mask = blocks(0, 40, 60)
     image, labels = augment(picture, mask, options(crop=(16, 32)), rng(0))

@@ -343,7 +343,9 @@ class Killed(Numbered):
         return super().read(index)
 
 
-def test_a_killed_worker_is_reported() -> None:
+def test_a_killed_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch sets its handler once in a process, which may have been in a test before.
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
     before = signal.getsignal(signal.SIGCHLD)
     config = PLAIN.model_copy(update={"workers": 1})
     batches = evaluation_batches(Killed(), 4, config=config)

@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -44,14 +45,21 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# Classes of the data sets that are read as they are published.
+_PUBLISHED = {"cityscapes": 19, "voc": 21, "ade20k": 150}
+
+
 class DataConfig(_Table):
     """Pictures and masks."""
 
-    kind: Literal["landcover", "folder"] = Field(
-        description="landcover: satellite pictures, fetched once; folder: your own images/, masks/."
+    kind: Literal["landcover", "folder", "cityscapes", "voc", "ade20k"] = Field(
+        description="landcover: satellite pictures, fetched once; folder: your own images/, "
+        "masks/; cityscapes, voc, ade20k: as they are published, unpacked."
     )
     root: Path | None = Field(
-        default=None, description="folder: holds images/ and masks/, or train/ and val/ with both."
+        default=None,
+        description="folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: "
+        "holds leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016.",
     )
     num_classes: int | None = Field(
         default=None, ge=1, le=4096, description="folder: number of classes."
@@ -59,14 +67,42 @@ class DataConfig(_Table):
     class_names: tuple[str, ...] | None = Field(
         default=None, description="folder: one name per class."
     )
-    ignore_index: int = Field(default=255, ge=0, description="Mask value that counts nowhere.")
+    ignore_index: int = Field(
+        default=255, ge=0, le=65535, description="Mask value that counts nowhere."
+    )
+    reduce_zero_label: bool = Field(
+        default=False,
+        description="folder: mask value 0 counts nowhere, and value k is class k-1 "
+        "(ade20k has it so by itself).",
+    )
     val_fraction: float = Field(
         default=0.2, gt=0.0, lt=1.0, description="folder without train/ and val/: share held out."
     )
-    crop: int | None = Field(
+    voc_split: Literal["train", "trainaug"] = Field(
+        default="train",
+        description="voc: train (1464 pictures), or trainaug (10582) with the masks of SBD from "
+        "SegmentationClassAug/ or from cls/*.mat.",
+    )
+    sbd_root: Path | None = Field(
         default=None,
-        ge=16,
-        description="Side of the random training crop; none: the whole picture.",
+        description="voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked "
+        "for beside VOC2012.",
+    )
+    resize: tuple[int, int] | None = Field(
+        default=None,
+        description="[long, short]: pictures are fitted into it, their shape kept, before the "
+        "random resize. Validation masks keep their size.",
+    )
+    crop: int | tuple[int, int] | None = Field(
+        default=None,
+        description="Side or [height, width] of the random training crop; none: the whole picture.",
+    )
+    crop_max_ratio: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Largest share of a crop's labelled pixels in one class: up to 10 crops are "
+        "tried; 1: any.",
     )
     scale: tuple[float, float] = Field(
         default=(1.0, 1.0), description="Range of the random resize before the crop."
@@ -75,7 +111,14 @@ class DataConfig(_Table):
         default="flip",
         description="flip: left-right; dihedral: flips and quarter turns (for views from above).",
     )
-    check: bool = Field(default=True, description="folder: read every file once before training.")
+    photometric: bool = Field(
+        default=False, description="Random brightness, contrast, saturation and hue."
+    )
+    check: bool | None = Field(
+        default=None,
+        description="Read files once before training; none: all of a folder, the first few of "
+        "each split of a published data set.",
+    )
     workers: int = Field(
         default=0, ge=0, description="Processes that read pictures; 0: the training process itself."
     )
@@ -86,33 +129,78 @@ class DataConfig(_Table):
         default=(0.229, 0.224, 0.225), description="Per-channel standard deviation."
     )
 
+    @property
+    def crop_size(self) -> tuple[int, int] | None:
+        """Height and width of the crop."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _one_side_or_two(cls, value: Any) -> Any:
+        # One message instead of one for each of the types it may have.
+        sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if value is not None and any(type(side) is not int or side < 16 for side in sides):
+            raise ValueError(
+                f"got {value!r}; expected: a side of at least 16 pixels, or [height, width]"
+            )
+        # A list out of JSON is none any more for what checks the type next.
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        if self.kind == "folder":
-            for key in ("root", "num_classes"):
-                if getattr(self, key) is None:
-                    raise ValueError(f'data.{key} is required with data.kind = "folder"')
-            if self.class_names is not None and len(self.class_names) != self.num_classes:
-                raise ValueError(
-                    f"data.class_names has {len(self.class_names)} names, "
-                    f"data.num_classes is {self.num_classes}"
-                )
-            if self.num_classes is not None and self.ignore_index < self.num_classes:
-                raise ValueError(
-                    f"data.ignore_index is {self.ignore_index}, which is also a class "
-                    f"(data.num_classes is {self.num_classes}); take a value that is no class"
-                )
-        else:
-            for key in ("root", "num_classes", "class_names"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f'data.{key} is only for data.kind = "folder"')
+        self._check_kind()
         if not 0.0 < self.scale[0] <= self.scale[1]:
             raise ValueError(
                 f"data.scale is {list(self.scale)}, expected [low, high] with 0 < low <= high"
             )
+        if self.resize is not None and not 16 <= self.resize[1] <= self.resize[0]:
+            raise ValueError(
+                f"data.resize is {list(self.resize)}, expected [long, short] with "
+                "long >= short >= 16"
+            )
+        if self.crop_max_ratio < 1.0 and self.crop is None:
+            raise ValueError("data.crop_max_ratio needs data.crop")
         if min(self.std) <= 0.0:
             raise ValueError(f"data.std is {list(self.std)}, expected positive numbers")
         return self
+
+    def _check_kind(self) -> None:
+        """Keys that this kind of data needs, and keys that mean nothing to it."""
+        folder = self.kind == "folder"
+        needed = ("root", "num_classes") if folder else ("root",)
+        if self.kind != "landcover":
+            for key in needed:
+                if getattr(self, key) is None:
+                    raise ValueError(f'data.{key} is required with data.kind = "{self.kind}"')
+        elif self.root is not None:
+            raise ValueError('data.root is not for data.kind = "landcover"')
+        only = {
+            "folder": ("num_classes", "class_names", "reduce_zero_label"),
+            "voc": ("voc_split", "sbd_root"),
+        }
+        for kind, keys in only.items():
+            for key in keys:
+                default = type(self).model_fields[key].default
+                if kind != self.kind and getattr(self, key) != default:
+                    raise ValueError(f'data.{key} is only for data.kind = "{kind}"')
+        if self.sbd_root is not None and self.voc_split != "trainaug":
+            raise ValueError('data.sbd_root is only for data.voc_split = "trainaug"')
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"data.class_names has {len(self.class_names)} names, "
+                f"data.num_classes is {self.num_classes}"
+            )
+        count = _PUBLISHED.get(self.kind, self.num_classes)
+        if count is not None and self.ignore_index < count:
+            raise ValueError(
+                f"data.ignore_index is {self.ignore_index}, which is also a class "
+                f"(data.num_classes is {count}); take a value that is no class"
+            )
+        if self.reduce_zero_label and self.ignore_index == count:
+            raise ValueError(
+                f"data.ignore_index is {count}, which is the last class in masks read with "
+                "data.reduce_zero_label; take a larger value"
+            )
 
 
 class ModelConfig(_Table):

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import colorsys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .config import DataConfig
-from .data import Mask, Picture, SegmentationData
+from .data import SegmentationData
 from .errors import DataError
+from .pairs import FileSource, Pair, check_files, plain_encoding, shifted_encoding
+from .pictures import spread_palette
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _SPLIT = 3  # its own random stream, see data.py
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """Pairs of files, read when asked for."""
-
-    pairs: tuple[tuple[Path, Path], ...]
-    num_classes: int
-    ignore_index: int
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def read(self, index: int) -> tuple[Picture, Mask]:
-        image_path, mask_path = self.pairs[index]
-        picture, mask = _read_image(image_path), _read_mask(mask_path)
-        if picture.shape[:2] != mask.shape:
-            raise DataError(
-                f"{mask_path}: {mask.shape[1]} x {mask.shape[0]} pixels, "
-                f"but its picture {image_path} has {picture.shape[1]} x {picture.shape[0]}"
-            )
-        outside = (mask < 0) | (mask >= self.num_classes)
-        wrong = mask[outside & (mask != self.ignore_index)]
-        if wrong.size:
-            raise DataError(
-                f"{mask_path}: has the value {int(wrong[0])} ({wrong.size} pixels out of range), "
-                f"expected 0 to {self.num_classes - 1} or {self.ignore_index} (ignored)"
-            )
-        return picture, mask
 
 
 def load_folder(config: DataConfig, seed: int) -> SegmentationData:
@@ -58,21 +28,22 @@ def load_folder(config: DataConfig, seed: int) -> SegmentationData:
     else:
         train, val = _split(_pairs(root), config.val_fraction, seed, root)
 
+    if config.reduce_zero_label:
+        encoding = shifted_encoding(config.num_classes, config.ignore_index, config.ignore_index)
+    else:
+        encoding = plain_encoding(config.num_classes, config.ignore_index)
     sources = (
-        FolderSource(tuple(train), config.num_classes, config.ignore_index),
-        FolderSource(tuple(val), config.num_classes, config.ignore_index),
+        FileSource(tuple(train), (("", encoding),)),
+        FileSource(tuple(val), (("", encoding),)),
     )
-    if config.check:
-        for part in sources:
-            for index in range(len(part)):
-                part.read(index)
-    if config.crop is None:
-        _same_size(sources[0])
+    check_files(*sources, config)
     names = config.class_names or tuple(f"class {index}" for index in range(config.num_classes))
-    return SegmentationData(*sources, names, _palette(config.num_classes), config.ignore_index)
+    return SegmentationData(
+        *sources, names, spread_palette(config.num_classes), config.ignore_index
+    )
 
 
-def _pairs(folder: Path) -> list[tuple[Path, Path]]:
+def _pairs(folder: Path) -> list[Pair]:
     images, masks = folder / "images", folder / "masks"
     for needed in (images, masks):
         if not needed.is_dir():
@@ -104,8 +75,8 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def _split(
-    pairs: list[tuple[Path, Path]], fraction: float, seed: int, root: Path
-) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
+    pairs: list[Pair], fraction: float, seed: int, root: Path
+) -> tuple[list[Pair], list[Pair]]:
     if len(pairs) < 2:
         raise DataError(
             f"{root}: one picture only; at least two are needed, one of them for validation"
@@ -117,51 +88,3 @@ def _split(
         [pair for index, pair in enumerate(pairs) if index not in chosen],
         [pair for index, pair in enumerate(pairs) if index in chosen],
     )
-
-
-def _same_size(source: FolderSource) -> None:
-    first: tuple[int, int] | None = None
-    for path, _ in source.pairs:
-        with Image.open(path) as image:
-            size = image.size
-        if first is None:
-            first = size
-        elif size != first:
-            raise DataError(
-                f"{path}: {size[0]} x {size[1]} pixels, "
-                f"but {source.pairs[0][0].name} has {first[0]} x {first[1]}; "
-                "pictures of different sizes need data.crop"
-            )
-
-
-def _read_image(path: Path) -> Picture:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as a picture: {error}") from None
-
-
-def _read_mask(path: Path) -> Mask:
-    try:
-        with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as a mask: {error}") from None
-    # "P": the palette index is the class, whatever its colour. "1" (bilevel) arrives as booleans.
-    if mode not in {"1", "L", "P", "I", "I;16", "I;16B"}:
-        raise DataError(
-            f"{path}: a mask of mode {mode}, expected class ids in one channel (grey or palette)"
-        )
-    return values.astype(np.int64)
-
-
-def _palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours far apart: golden-ratio steps of hue, with brightness alternating."""
-    colours = []
-    for index in range(count):
-        rgb = colorsys.hsv_to_rgb(
-            index * 0.618034 % 1.0, 0.75 - 0.25 * (index % 2), 0.95 - 0.3 * (index % 3 == 1)
-        )
-        colours.append((round(rgb[0] * 255), round(rgb[1] * 255), round(rgb[2] * 255)))
-    return tuple(colours)

@@ -173,8 +173,7 @@ def check_shares(config: Config, world: World) -> None:
 
 def _side(config: Config, data: SegmentationData) -> tuple[int, int]:
     """Height and width of the pictures that the networks train on."""
-    crop = config.data.crop
-    if crop is None:
-        mask = data.train.read(0)[1]
-        return mask.shape[0], mask.shape[1]
-    return (crop, crop) if isinstance(crop, int) else crop
+    if config.data.crop_size is not None:
+        return config.data.crop_size
+    mask = data.train.read(0)[1]
+    return mask.shape[0], mask.shape[1]

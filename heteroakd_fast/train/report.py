@@ -232,7 +232,7 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
     write_atomically(path, (buffer.getbuffer(),))
 
 
-def colours(mask: NDArray[np.int64], data: SegmentationData) -> NDArray[np.uint8]:
+def colours(mask: Mask, data: SegmentationData) -> NDArray[np.uint8]:
     """Class ids as colours; what is not counted is grey."""
     picture = np.full((*mask.shape, 3), _UNLABELLED, np.uint8)
     for index, colour in enumerate(data.palette):

@@ -37,7 +37,10 @@ steps = 3
             ["teacher.steps", "missing"],
         ),
         (('[data]\nkind = "landcover"\n', ""), ["data", "missing", "[data] with at least kind"]),
-        (('"landcover"', '"lancover"'), ["data.kind", "'lancover'", "'landcover' or 'folder'"]),
+        (
+            ('"landcover"', '"lancover"'),
+            ["data.kind", "'lancover'", "'landcover', 'folder'", "or 'ade20k'"],
+        ),
         (('"landcover"', '"folder"'), ["data.root is required"]),
         (("[data]", "[optim]\nlr = -1.0\n[data]"), ["optim.lr", "-1.0", "greater than 0"]),
         (("[data]", "[optim]\nlr = nan\n[data]"), ["optim.lr", "nan", "finite"]),
@@ -48,6 +51,12 @@ steps = 3
         (("[student]", "[student]\ntap = 'x'"), ["teacher.tap is missing"]),
         (("steps = 3\n[student]", "steps = 0\n[student]"), ["teacher", "steps = 0 needs weights"]),
         (("[data]", "[data]\nscale = [2.0, 1.0]"), ["data.scale", "low <= high"]),
+        (("[data]", "[data]\ncrop = 8"), ["data.crop: got 8", "at least 16", "[height, width]"]),
+        (("[data]", "[data]\ncrop = [32, 8]"), ["data.crop: got [32, 8]"]),
+        (("[data]", "[data]\ncrop = [32, 32, 32]"), ["data.crop: got [32, 32, 32]"]),
+        (("[data]", "[data]\ncrop = true"), ["data.crop: got True"]),
+        (("[data]", "[data]\nresize = [512, 2048]"), ["data.resize", "long >= short >= 16"]),
+        (("[data]", "[data]\ncrop_max_ratio = 0.75"), ["data.crop_max_ratio needs data.crop"]),
         (("[data]", "[data\n"), ["malformed TOML", "line 2"]),
     ],
 )
@@ -95,6 +104,17 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     assert options.config.student.kwargs == {"width": 5}
     # The order does not matter.
     assert parse_command_line(["--optim.lr", "0.25", str(path)]).config == options.config
+
+
+@pytest.mark.parametrize("crop", [(64,), (512, 1024)])
+def test_a_crop_has_one_side_or_two(tmp_path: Path, crop: tuple[int, ...]) -> None:
+    size = (crop[0], crop[-1])
+    given = parse_command_line(["--data.crop", *map(str, crop)]).config
+    assert given.data.crop_size == size
+    path = tmp_path / "my.toml"
+    written = list(crop) if len(crop) == 2 else crop[0]
+    path.write_text(VALID.replace("[data]", f"[data]\ncrop = {written}"))
+    assert load_config(path).data.crop_size == size
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +15,16 @@ import torch
 from PIL import Image
 from train_helpers import write_pictures
 
+from heteroakd_fast.train.augment import augment
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.data import (
-    augment,
+    Source,
     evaluation_batches,
     load_data,
     sample_index,
     training_batches,
 )
-from heteroakd_fast.train.errors import DataError
+from heteroakd_fast.train.errors import DataError, TrainingError
 
 
 def folder_config(root: Path, **options: object) -> DataConfig:
@@ -223,3 +228,153 @@ def test_evaluation_groups_neighbours_of_one_shape() -> None:
     batches = list(evaluation_batches(Source(), batch_size=2))
     assert [len(target) for _, target in batches] == [2, 1, 1, 1]
     assert [int(t) for _, target in batches for t in target[:, 0, 0]] == [0, 1, 2, 3, 4]
+
+
+class Numbered:
+    """Pictures that are nothing but their own number."""
+
+    def __init__(self, size: int = 12) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full((16, 16, 3), index, np.uint8), np.full((16, 16), index, np.int64)
+
+
+PLAIN = DataConfig(kind="landcover", augment="flip", photometric=True, crop_max_ratio=0.9, crop=16)
+
+
+def batches_of(
+    source: Source, config: DataConfig = PLAIN, batch_size: int = 12, stop: int = 2, **shares: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(
+        training_batches(
+            source, config, seed=0, batch_size=batch_size, start=0, stop=stop, **shares
+        )
+    )
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 3), (2, 1), (2, 3), (3, 2), (4, 1)])
+def test_ranks_and_micro_batches_share_out_the_batch(world: int, accumulate: int) -> None:
+    # Fewer pictures than fit evenly into a batch: the second step begins in the middle of a pass.
+    whole = batches_of(Numbered(10))
+    ranks = [
+        batches_of(Numbered(10), world=world, rank=rank, accumulate=accumulate)
+        for rank in range(world)
+    ]
+    for part in (0, 1):
+        for step in range(2):
+            # In this order a micro-batch of all ranks together is a run of neighbouring slots.
+            places = [(m, r) for m in range(accumulate) for r in range(world)]
+            joined = torch.cat([ranks[r][step * accumulate + m][part] for m, r in places])
+            assert torch.equal(joined, whole[step][part])
+    assert all(len(rank) == 2 * accumulate for rank in ranks)
+
+
+def test_batch_that_cannot_be_shared_out() -> None:
+    with pytest.raises(ValueError, match="batch_size 12 .*: 5 ranks x 1 micro-batches"):
+        batches_of(Numbered(), world=5)
+    with pytest.raises(ValueError, match="batch_size 12 .*: 2 ranks x 4 micro-batches"):
+        batches_of(Numbered(), world=2, accumulate=4)
+    with pytest.raises(ValueError, match="rank is 2, expected 0 to 1"):
+        batches_of(Numbered(), world=2, rank=2)
+
+
+def test_workers_give_the_same_batches() -> None:
+    config = PLAIN.model_copy(update={"workers": 2})
+    shares = {"world": 2, "rank": 1, "accumulate": 2}
+    alone, read = (batches_of(Numbered(), chosen, stop=3, **shares) for chosen in (PLAIN, config))
+    assert len(alone) == len(read) == 6
+    for one, other in zip(alone, read, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_shared_out_among_ranks(workers: int) -> None:
+    config = PLAIN.model_copy(update={"workers": workers})
+    seen = []
+    for rank in range(3):
+        batches = list(evaluation_batches(Numbered(11), 3, config=config, rank=rank, world=3))
+        numbers = [int(number) for _, target in batches for number in target[:, 0, 0]]
+        assert numbers == list(range(rank, 11, 3))
+        assert all((images[:, 0] == target).all() for images, target in batches)
+        seen += numbers
+    assert sorted(seen) == list(range(11))
+    # A rank for which nothing is left.
+    assert not list(evaluation_batches(Numbered(1), 3, config=config, rank=1, world=2))
+
+
+class Broken(Numbered):
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == 7:
+            raise DataError("p7.png: is broken")
+        return super().read(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_comes_out_of_a_worker_as_it_is(workers: int) -> None:
+    config = PLAIN.model_copy(update={"workers": workers})
+    for batches in (
+        training_batches(Broken(), config, seed=0, batch_size=2, start=0, stop=6),
+        evaluation_batches(Broken(), 2, config=config),
+    ):
+        with pytest.raises(DataError) as caught:
+            list(batches)
+        assert type(caught.value) is DataError
+        assert str(caught.value) == "p7.png: is broken"
+
+
+def test_pictures_of_two_sizes_cannot_share_a_batch() -> None:
+    config = DataConfig(kind="landcover", scale=(0.5, 2.0))
+    with pytest.raises(DataError, match=r"cannot be in one batch: .* need data\.crop"):
+        batches_of(Numbered(), config)
+
+
+class Killed(Numbered):
+    """The process that reads the last pictures gets killed, as when memory runs out."""
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index >= 4:
+            assert torch.utils.data.get_worker_info() is not None
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+def test_a_killed_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch sets its handler once in a process, which may have been in a test before.
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    config = PLAIN.model_copy(update={"workers": 1})
+    batches = evaluation_batches(Killed(), 4, config=config)
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match=r"was ended from outside .*data\.workers \(now 1\)"):
+        list(batches)
+    assert time.monotonic() - began < 30
+    # Not by a handler that would interrupt a training step wherever it is.
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+class Faulty(Numbered):
+    """An error that is no user's to put right."""
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        raise FileNotFoundError("of a source's own")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_are_not_taken_for_a_lost_worker(workers: int) -> None:
+    config = PLAIN.model_copy(update={"workers": workers})
+    with pytest.raises(FileNotFoundError, match="of a source's own"):
+        batches_of(Faulty(), config)
+
+
+def test_batches_can_be_read_outside_the_main_thread() -> None:
+    config = PLAIN.model_copy(update={"workers": 1})
+    read: list[int] = []
+    thread = threading.Thread(target=lambda: read.append(len(batches_of(Numbered(), config))))
+    thread.start()
+    thread.join(60)
+    assert read == [2]

@@ -1,4 +1,4 @@
-"""Ranks and micro-batches: the same step as one rank on the whole batch; what a lost rank leaves."""
+"""Ranks and micro-batches take the step of one rank on the whole batch; what a lost rank leaves."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_accumulation_alone_is_exact_and_its_naive_kin_is_not(case: str, tmp_pat
     from heteroakd_fast.train import engine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Trainer, "_rehearse", lambda self, parts: (None, [None] * len(parts)))
+        patch.setattr(engine.Trainer, "_rehearse", lambda _, parts: (None, [None] * len(parts)))
         naive = train(tmp_path / "naive", case, ALONE, config=config)
     difference = (naive["model.head.weight"] - expected["model.head.weight"]).abs().max()
     assert difference > 1e-3, "the pictures should differ, or the test proves nothing"
@@ -278,9 +278,11 @@ def test_without_torchrun_several_ranks_say_so(monkeypatch: pytest.MonkeyPatch) 
 
 def torchrun(config: Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
-        + ["--master-port", str(free_port()), "-m", "heteroakd_fast.train", str(config)]
-        + ["--scale.timeout", "30"],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)),
+            *("--master-port", str(free_port()), "-m", "heteroakd_fast.train", str(config)),
+            *("--scale.timeout", "30"),
+        ],
         env=environment() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

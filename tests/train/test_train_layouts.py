@@ -1,0 +1,407 @@
+"""Published data sets: their folders and encodings, and what is said where something is amiss."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import layouts
+import numpy as np
+import pytest
+from layouts import mask_of, write_ade20k, write_cityscapes, write_sbd, write_sbd_pngs, write_voc
+from PIL import Image
+from train_helpers import write_pictures
+
+from heteroakd_fast.train import ade20k, cityscapes, voc
+from heteroakd_fast.train.config import DataConfig
+from heteroakd_fast.train.data import SegmentationData, load_data
+from heteroakd_fast.train.errors import DataError
+from heteroakd_fast.train.pairs import FileSource
+
+
+def load(kind: str, root: Path, **options: Any) -> SegmentationData:
+    values: dict[str, Any] = {"kind": kind, "root": root, "crop": 16, **options}
+    return load_data(DataConfig(**values), seed=0)
+
+
+def stems(source: object) -> list[str]:
+    assert isinstance(source, FileSource)
+    return [image.stem for image, _ in source.pairs]
+
+
+def test_cityscapes_ids_become_train_ids(tmp_path: Path) -> None:
+    data = load("cityscapes", write_cityscapes(tmp_path))
+    assert (len(data.train), len(data.val), data.num_classes) == (3, 2, 19)
+    # As the data set's own table has them, written out: 7 is road ... 33 is bicycle.
+    published = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10}
+    published |= {24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    for source in (data.train, data.val):
+        for index, name in enumerate(stems(source)):
+            values = mask_of(name.removesuffix("_leftImg8bit"), layouts.CITYSCAPES_IDS)
+            expected = [[published.get(int(value), 255) for value in row] for row in values]
+            picture, mask = source.read(index)
+            np.testing.assert_array_equal(mask, expected)
+            np.testing.assert_array_equal(picture, layouts.picture_of(values))
+
+
+def test_cityscapes_prepared_train_ids_come_first(tmp_path: Path) -> None:
+    root = write_cityscapes(tmp_path, train_ids=True)
+    unprepared = "aachen_000000_000019"
+    (root / f"gtFine/train/aachen/{unprepared}_gtFine_labelTrainIds.png").unlink()
+    data = load("cityscapes", root)
+    for index, name in enumerate(stems(data.train)):
+        stem = name.removesuffix("_leftImg8bit")
+        if stem != unprepared:
+            expected = mask_of(f"{stem} prepared", layouts.CITYSCAPES_TRAIN_IDS)
+            np.testing.assert_array_equal(data.train.read(index)[1], expected)
+    # Its bottom row begins with the ids 0, 1, ...; 7 is the first that counts.
+    mask = data.train.read(0)[1]
+    assert mask[-1, :9].tolist() == [255] * 7 + [0, 1]
+
+
+@pytest.mark.parametrize("ignore_index", [254, 400])
+def test_ignored_pixels_become_the_configured_value(tmp_path: Path, ignore_index: int) -> None:
+    data = load("cityscapes", write_cityscapes(tmp_path), ignore_index=ignore_index)
+    assert data.train.read(0)[1][-1, 6:8].tolist() == [ignore_index, 0]
+    assert data.ignore_index == ignore_index
+
+
+@pytest.mark.parametrize("where", [".", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_voc_palette_indices(tmp_path: Path, where: str) -> None:
+    write_voc(tmp_path)
+    data = load("voc", tmp_path / where)
+    assert stems(data.train) == list(layouts.VOC_TRAIN)
+    assert stems(data.val) == list(layouts.VOC_VAL)
+    assert data.num_classes == 21
+    for source in (data.train, data.val):
+        for index, stem in enumerate(stems(source)):
+            expected = mask_of(stem, layouts.VOC_VALUES)
+            np.testing.assert_array_equal(source.read(index)[1], expected)
+    assert data.palette[:3] == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    assert data.palette[11] == (192, 128, 0)
+    assert data.palette[20] == (0, 64, 128)
+
+
+def check_trainaug(data: SegmentationData) -> None:
+    assert stems(data.train) == list(layouts.TRAINAUG)
+    assert stems(data.val) == list(layouts.VOC_VAL)
+    for index, stem in enumerate(layouts.TRAINAUG):
+        own = stem in layouts.VOC_TRAIN  # VOC's own masks, with their borders, go before SBD's
+        expected = mask_of(stem, layouts.VOC_VALUES) if own else layouts.sbd_mask(stem)
+        np.testing.assert_array_equal(data.train.read(index)[1], expected)
+
+
+@pytest.mark.parametrize("line", ["{0}", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png"])
+def test_voc_trainaug_from_pngs(tmp_path: Path, line: str) -> None:
+    folder = write_voc(tmp_path)
+    write_sbd_pngs(folder)
+    assert stems(load("voc", folder).train) == list(layouts.VOC_TRAIN)  # only where asked for
+    aug_list = folder / "ImageSets" / "Segmentation" / "trainaug.txt"
+    # A list that names a picture that is validated must not leak it into training.
+    listed = (*layouts.TRAINAUG, "2007_v1")
+    aug_list.write_text("\n".join(line.format(stem) for stem in listed))
+    check_trainaug(load("voc", folder, voc_split="trainaug"))
+
+
+@pytest.fixture(params=["scipy", "stand-in"])
+def save_mat(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path, layouts.Values], None]:
+    """Writes SBD's .mat files; without scipy, something that loads with the same nesting."""
+    if request.param == "scipy":
+        scipy_io = pytest.importorskip("scipy.io")
+        return lambda path, mask: scipy_io.savemat(path, {"GTcls": {"Segmentation": mask}})
+
+    def loadmat(path: str, variable_names: list[str]) -> dict[str, Any]:
+        inner = np.empty((1, 1), [("Segmentation", object)])
+        inner["Segmentation"][0, 0] = np.load(path)
+        return dict.fromkeys(variable_names, inner)
+
+    def write(path: Path, mask: layouts.Values) -> None:
+        with path.open("wb") as file:
+            np.save(file, mask)
+
+    package, module = types.ModuleType("scipy"), types.ModuleType("scipy.io")
+    module.loadmat, package.io = loadmat, module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "scipy", package)
+    monkeypatch.setitem(sys.modules, "scipy.io", module)
+    return write
+
+
+@pytest.mark.parametrize("place", ["VOCdevkit/VOCaug/dataset", "benchmark_RELEASE/dataset", "mine"])
+def test_voc_trainaug_from_mat_files(
+    tmp_path: Path, save_mat: Callable[[Path, layouts.Values], None], place: str
+) -> None:
+    folder = write_voc(tmp_path)
+    sbd = write_sbd(tmp_path / place, save_mat)
+    given = {"sbd_root": sbd} if place == "mine" else {}
+    data = load("voc", folder, voc_split="trainaug", **given)
+    check_trainaug(data)
+    (sbd / "cls" / "2008_s1.mat").write_bytes(b"MATLAB 5.0 no more")
+    with pytest.raises(DataError, match=r"2008_s1\.mat: cannot be read as a mask of SBD"):
+        load("voc", folder, voc_split="trainaug", check=True, **given)
+
+
+def test_mat_files_need_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_voc(tmp_path)
+    write_sbd(tmp_path / "VOCdevkit/VOCaug/dataset", lambda path, _: path.touch())
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(DataError, match="cls: holds .mat files.*pip install scipy"):
+        load("voc", folder, voc_split="trainaug")
+
+
+def test_trainaug_without_sbd(tmp_path: Path) -> None:
+    folder = write_voc(tmp_path)
+    expected = ".*SegmentationClassAug/.*trainaug.txt.*cls/.*data.sbd_root.*VOCaug/dataset"
+    with pytest.raises(DataError, match=f"VOC2012: holds no masks of SBD; {expected}"):
+        load("voc", folder, voc_split="trainaug")
+    (folder / "SegmentationClassAug").mkdir()
+    with pytest.raises(DataError, match=f"trainaug.txt: no such list; {expected}"):
+        load("voc", folder, voc_split="trainaug")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_ade20k_zero_is_no_class(tmp_path: Path, inside: bool) -> None:
+    folder = write_ade20k(tmp_path)
+    data = load("ade20k", folder if inside else tmp_path)
+    assert (len(data.train), len(data.val), data.num_classes) == (3, 2, 150)
+    for source in (data.train, data.val):
+        for index, stem in enumerate(stems(source)):
+            values = mask_of(stem, layouts.ADE20K_VALUES).astype(int)
+            assert set(np.unique(values)) == {*range(151), 255}
+            expected = np.where((values == 0) | (values == 255), 255, values - 1)
+            np.testing.assert_array_equal(source.read(index)[1], expected)
+
+
+def test_class_lists() -> None:
+    assert (cityscapes.CLASS_NAMES[0], cityscapes.CLASS_NAMES[18]) == ("road", "bicycle")
+    assert (voc.CLASS_NAMES[0], voc.CLASS_NAMES[20]) == ("background", "tvmonitor")
+    names = ade20k.CLASS_NAMES
+    some = [(0, "wall"), (44, "chest of drawers"), (75, "swivel chair"), (149, "flag")]
+    assert [names[index] for index, _ in some] == [name for _, name in some]
+    for listed, count in ((cityscapes, 19), (voc, 21), (ade20k, 150)):
+        assert len(set(listed.CLASS_NAMES)) == count
+    assert len(set(cityscapes.PALETTE)) == 19
+    assert len(set(voc.palette(256))) == 256
+
+
+def test_folder_can_reduce_the_zero_label(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data", count=4)
+    plain = load("folder", root, num_classes=3)
+    reduced = load("folder", root, num_classes=2, reduce_zero_label=True)
+    for index in range(len(plain.train)):
+        before = plain.train.read(index)[1].astype(int)
+        expected = np.where((before == 0) | (before == 255), 255, before - 1)
+        np.testing.assert_array_equal(reduced.train.read(index)[1], expected)
+    with pytest.raises(DataError, match=r"expected 1 to 1, or 0 or 255 \(ignored\)"):
+        load("folder", root, num_classes=1, reduce_zero_label=True)
+
+
+def test_masks_of_sixteen_bits(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data", count=4)
+    for path in (root / "masks").iterdir():
+        wide = np.array(Image.open(path)).astype(np.uint16)
+        wide[wide == 255] = 65535
+        wide[0, 20] = 299
+        Image.fromarray(wide).save(path)
+    options = {"num_classes": 300, "ignore_index": 65535}
+    mask = load("folder", root, **options).train.read(0)[1]
+    assert (int(mask[0, 0]), int(mask[0, 20])) == (65535, 299)
+    with pytest.raises(DataError, match=r"the value 299 \(1 pixels out of range\)"):
+        load("folder", root, **{**options, "num_classes": 299})
+
+
+# -- what is amiss ---------------------------------------------------------------------------------
+
+
+def tree(kind: str, root: Path) -> Path:
+    return {"cityscapes": write_cityscapes, "voc": write_voc, "ade20k": write_ade20k}[kind](root)
+
+
+TRAIN_FILES = {
+    "cityscapes": (
+        "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png",
+        "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png",
+    ),
+    "voc": ("JPEGImages/2007_t1.jpg", "SegmentationClass/2007_t1.png"),
+    "ade20k": (
+        "images/training/ADE_train_00000002.jpg",
+        "annotations/training/ADE_train_00000002.png",
+    ),
+}
+ALL = pytest.mark.parametrize("kind", list(TRAIN_FILES))
+
+
+@ALL
+def test_missing_mask(tmp_path: Path, kind: str) -> None:
+    root = tree(kind, tmp_path)
+    image, mask = (root / name for name in TRAIN_FILES[kind])
+    mask.unlink()
+    with pytest.raises(DataError) as caught:
+        load(kind, root)
+    assert str(caught.value).startswith(f"{image}: has no mask ")
+    assert str(mask) in str(caught.value)
+
+
+@ALL
+def test_value_that_is_none_of_the_classes(tmp_path: Path, kind: str) -> None:
+    root = tree(kind, tmp_path)
+    path = root / TRAIN_FILES[kind][1]
+    pixels = np.array(Image.open(path))
+    pixels[4:6, 7] = 200
+    Image.fromarray(pixels).save(path)
+    expected = {
+        "cityscapes": "label ids: 0 to 33 or 255 (ignored)",
+        "voc": "0 to 20 or 255 (ignored)",
+        "ade20k": "1 to 150, or 0 or 255 (ignored)",
+    }[kind]
+    with pytest.raises(DataError) as caught:
+        load(kind, root)
+    message = f"{path}: has the value 200 (2 pixels out of range), expected {expected}"
+    assert str(caught.value) == message
+
+
+@ALL
+def test_mask_of_another_size(tmp_path: Path, kind: str) -> None:
+    root = tree(kind, tmp_path)
+    path = root / TRAIN_FILES[kind][1]
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(path)
+    with pytest.raises(DataError, match="9 x 8 pixels, but its picture .* has 48 x 24") as caught:
+        load(kind, root)
+    assert str(path) in str(caught.value)
+
+
+@ALL
+@pytest.mark.parametrize(("which", "message"), [(0, "as a picture"), (1, "as a mask")])
+def test_corrupt_file(tmp_path: Path, kind: str, which: int, message: str) -> None:
+    root = tree(kind, tmp_path)
+    path = root / TRAIN_FILES[kind][which]
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=f"cannot be read {message}") as caught:
+        load(kind, root)
+    assert str(path) in str(caught.value)
+    # Unless nothing was to be read before training.
+    assert len(load(kind, root, check=False).train) == 3
+
+
+@ALL
+def test_only_the_first_few_are_read_unless_asked(tmp_path: Path, kind: str) -> None:
+    root = tree(kind, tmp_path)
+    image, mask = (root / name for name in TRAIN_FILES[kind])
+    lists = root / "ImageSets" / "Segmentation"
+    for index in range(5):
+        # "z" comes last in every order.
+        names = [
+            path.with_name(path.name.replace("000000_", f"z{index}_").replace(".", f"_z{index}."))
+            if kind == "voc"
+            else path.with_name(path.name.replace("_0000", f"_z{index}", 1))
+            for path in (image, mask)
+        ]
+        for old, new in zip((image, mask), names, strict=True):
+            shutil.copy(old, new)
+        if kind == "voc":
+            with (lists / "train.txt").open("a") as file:
+                file.write(f"{names[0].stem}\n")
+    broken = names[1]
+    broken.write_bytes(b"")
+    assert len(load(kind, root).train) == 8
+    with pytest.raises(DataError, match=broken.name):
+        load(kind, root, check=True)
+
+
+@ALL
+def test_root_that_is_none(tmp_path: Path, kind: str) -> None:
+    layout = {
+        "cityscapes": "leftImg8bit/{train,val}/CITY/",
+        "voc": "ImageSets/Segmentation/{train,val}.txt",
+        "ade20k": "annotations/{training,validation}/",
+    }[kind]
+    for root in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(DataError, match="no such folder") as caught:
+            load(kind, root)
+        assert str(root) in str(caught.value)
+        assert layout in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"),
+    [
+        ("cityscapes", "leftImg8bit/val"),
+        ("cityscapes", "gtFine/train"),
+        ("voc", "JPEGImages"),
+        ("voc", "SegmentationClass"),
+        ("ade20k", "images/validation"),
+        ("ade20k", "annotations/training"),
+    ],
+)
+def test_missing_folder(tmp_path: Path, kind: str, folder: str) -> None:
+    root = tree(kind, tmp_path)
+    shutil.rmtree(root / folder)
+    with pytest.raises(DataError, match=f"{folder}: no such folder; expected .*data.root"):
+        load(kind, root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"), [("cityscapes", "leftImg8bit/val"), ("ade20k", "images/validation")]
+)
+def test_empty_split(tmp_path: Path, kind: str, folder: str) -> None:
+    root = tree(kind, tmp_path)
+    shutil.rmtree(root / folder)
+    (root / folder).mkdir()
+    with pytest.raises(DataError, match=f"{folder}: holds no picture"):
+        load(kind, root)
+
+
+def test_voc_lists(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    path = root / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text("2007_t0\n\n2007_t9\n2007_t8\n")
+    with pytest.raises(DataError, match=r"2007_t9\.jpg: no such picture.*train\.txt.*1 more"):
+        load("voc", root)
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"train\.txt: names no picture"):
+        load("voc", root)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"train\.txt: cannot be read as a list"):
+        load("voc", root)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train\.txt: no such list; expected VOC 2012"):
+        load("voc", root)
+
+
+def test_different_sizes_need_a_crop(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        path = root / folder / f"2007_t2.{suffix}"
+        Image.open(path).crop((0, 0, 40, 20)).save(path)
+    load("voc", root)
+    with pytest.raises(DataError, match=r"2007_t2\.jpg: 40 x 20 pixels, .*data\.crop"):
+        load("voc", root, crop=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "voc"}, 'data.root is required with data.kind = "voc"'),
+        ({"kind": "ade20k", "root": ".", "num_classes": 150}, "num_classes is only for"),
+        ({"kind": "voc", "root": ".", "class_names": ("a",)}, "class_names is only for"),
+        ({"kind": "voc", "root": ".", "reduce_zero_label": True}, 'only for data.kind = "folder"'),
+        ({"kind": "ade20k", "root": ".", "voc_split": "trainaug"}, 'only for data.kind = "voc"'),
+        ({"kind": "voc", "root": ".", "sbd_root": "."}, 'only for data.voc_split = "trainaug"'),
+        ({"kind": "cityscapes", "root": ".", "ignore_index": 18}, "18, which is also a class"),
+        ({"kind": "landcover", "root": "."}, 'data.root is not for data.kind = "landcover"'),
+        (
+            {"kind": "folder", "root": ".", "num_classes": 9, "ignore_index": 9}
+            | {"reduce_zero_label": True},
+            "9, which is the last class in masks",
+        ),
+    ],
+)
+def test_keys_of_another_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)

@@ -2,6 +2,7 @@
 """Sets up a private environment in `.venv` and runs one job in it. Standard library only.
 
     python3 dev.py demo [arguments of heteroakd-train]    the main job on real data
+    python3 dev.py experiment [its arguments]             every method, both directions, 3 seeds
     python3 dev.py bench [arguments of benchmarks]        the benchmark report of this machine
     python3 dev.py test [arguments of pytest]             lint, types, all tests, the speed gate
 
@@ -138,15 +139,16 @@ def say(text: str) -> None:
 def main(arguments: list[str]) -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this file runs before anything is checked)
         raise SystemExit("dev.py: needs Python 3.10 or newer")
-    if not arguments or arguments[0] not in ("demo", "bench", "test"):
+    if not arguments or arguments[0] not in ("demo", "experiment", "bench", "test"):
         print(__doc__)
         raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
     job, rest = arguments[0], arguments[1:]
     settle_cuda(job)
     environment = Environment(ROOT / ".venv")
-    if job == "demo":
+    if job in ("demo", "experiment"):
         environment.prepare("train")
-        environment.run("-m", "heteroakd_fast.train", *rest)
+        module = "heteroakd_fast.train" + (".experiment" if job == "experiment" else "")
+        environment.run("-m", module, *rest)
         return
     if job == "bench":
         environment.prepare("bench")

@@ -1,9 +1,11 @@
-"""The networks: SegFormer (Transformer), a small U-Net (CNN), or the user's own by import path."""
+"""The networks: those of transformers by short names, a small U-Net, or the user's own."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .errors import ModelError
+
+log = logging.getLogger("heteroakd_fast.train")
 
 
 class UNet(nn.Module):
@@ -78,34 +82,79 @@ def _double(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(_conv(channels, out), _conv(out, out))
 
 
-def _segformer(num_classes: int, weights: Path | None, **kwargs: Any) -> nn.Module:
+#: Short names of architectures of transformers: the class without its ending and what it is.
+LIBRARY = {
+    "segformer": "Segformer",  # Transformer, logits at stride 4
+    "dpt": "DPT",  # ViT with a convolutional decoder, logits at the pictures' size
+    "beit": "Beit",  # ViT with an UperNet head, stride 4
+    "upernet": "UperNet",  # over a backbone: resnet, convnext, swin; stride 4
+    "mobilenet-v2": "MobileNetV2",  # CNN with a DeepLabV3+ head; stride 8 or 16
+    "mobilevit": "MobileViT",
+    "mobilevit-v2": "MobileViTV2",
+}
+
+
+def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any) -> nn.Module:
+    """A segmentation network of transformers, built from its configuration."""
     try:
-        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+        import transformers
     except ImportError as error:
         raise ModelError(
-            f'arch = "segformer" needs transformers, which cannot be imported ({error}); '
+            f'arch = "{name}" needs transformers, which cannot be imported ({error}); '
             'pip install "heteroakd-fast[train]"'
         ) from None
+    model_class = getattr(transformers, f"{LIBRARY[name]}ForSemanticSegmentation")
     if weights is not None and weights.is_dir():
         # A folder in the library's own layout: it translates the key names of older versions.
-        model: nn.Module = SegformerForSemanticSegmentation.from_pretrained(
-            weights, local_files_only=True
-        )
+        model: nn.Module = model_class.from_pretrained(weights, local_files_only=True)
         found = int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
         if found != num_classes:
             raise ModelError(f"{weights}: has {found} classes, the data has {num_classes}")
         return model
-    known = SegformerConfig().to_dict()
+    config_class = getattr(transformers, f"{LIBRARY[name]}Config")
+    if name == "upernet":
+        kwargs = _with_backbone(kwargs, transformers)
+    known = config_class().to_dict()
     unknown = [key for key in kwargs if key not in known]
     if unknown:  # the library would keep them and build the default model
         near = difflib.get_close_matches(unknown[0], known, n=3)
         raise ModelError(
-            f"arch 'segformer': unknown kwargs {', '.join(unknown)}"
+            f"arch {name!r}: unknown kwargs {', '.join(unknown)}"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
-    return SegformerForSemanticSegmentation(
-        SegformerConfig(**{**kwargs, "num_labels": num_classes})
-    )
+    if "use_auxiliary_head" in known:  # whose logits no loss here looks at
+        kwargs = {"use_auxiliary_head": False, **kwargs}
+    model = model_class(config_class(**{**kwargs, "num_labels": num_classes}))
+    return _LowResolution(model) if name == "upernet" else model
+
+
+def _with_backbone(kwargs: dict[str, Any], transformers: Any) -> dict[str, Any]:
+    """UperNet's backbone as a configuration object; every stage feeds the head."""
+    if "backbone_config" not in kwargs:
+        raise ModelError(
+            "arch 'upernet': kwargs need backbone_config, such as "
+            '{ model_type = "resnet", depths = [3, 4, 6, 3] }'
+        )
+    options = {
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        **kwargs["backbone_config"],
+    }
+    kind = options.pop("model_type", "resnet")
+    backbone = transformers.AutoConfig.for_model(kind, **options)
+    return {**kwargs, "backbone_config": backbone}
+
+
+class _LowResolution(nn.Module):
+    """UperNet without its last step, which upsamples the logits: the loss does that itself."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone, self.decode_head = model.backbone, model.decode_head
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone.forward_with_filtered_kwargs(images).feature_maps
+        logits: Tensor = self.decode_head(features)
+        return logits
 
 
 def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
@@ -115,26 +164,41 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         try:
             if config.arch == "unet":
                 model: nn.Module = UNet(num_classes, **config.kwargs)
-            elif config.arch == "segformer":
-                model = _segformer(num_classes, config.weights, **config.kwargs)
+            elif config.arch in LIBRARY:
+                model = _from_library(config.arch, num_classes, config.weights, config.kwargs)
             else:
-                model = _imported(config.arch)(num_classes=num_classes, **config.kwargs)
+                model = _imported_model(config, num_classes)
         except (TypeError, ValueError) as error:
             raise ModelError(f"arch {config.arch!r} with {config.kwargs}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"arch {config.arch!r} gave a {type(model).__name__}, expected a torch.nn.Module"
         )
+    if config.init is not None:
+        load_part(model, config.init)
     if config.weights is not None and not config.weights.is_dir():
         load_weights(model, config.weights)
     return model
+
+
+def _imported_model(config: ModelConfig, num_classes: int) -> Any:
+    """The user's own: called with `num_classes`, or `classes` where it knows only that."""
+    build = _imported(config.arch)
+    name = "num_classes"
+    try:
+        parameters = inspect.signature(build).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        parameters = {}
+    if "classes" in parameters and "num_classes" not in parameters:
+        name = "classes"  # as segmentation_models_pytorch calls them
+    return build(**{name: num_classes}, **config.kwargs)
 
 
 def _imported(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not attribute:
         raise ModelError(
-            f'arch {path!r}: expected "segformer", "unet" or "package.module:callable"'
+            f'arch {path!r}: expected unet, {", ".join(LIBRARY)}, or "package.module:callable"'
         )
     try:
         found: Any = importlib.import_module(module_name)
@@ -186,6 +250,39 @@ def load_weights(model: nn.Module, path: Path) -> None:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ModelError(f"{path}: does not fit the model ({len(problems)} keys):\n  {shown}{more}")
     model.load_state_dict(state)
+
+
+def load_part(model: nn.Module, path: Path) -> None:
+    """Take over what fits by name and shape, such as the backbone of a pretrained network.
+
+    Names are tried as they are, and below each child of the model: the file of a backbone does not
+    know that it is called `backbone` here.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict()
+
+    def fitting(prefix: str) -> dict[str, Tensor]:
+        return {
+            prefix + key: value
+            for key, value in state.items()
+            if prefix + key in own and own[prefix + key].shape == value.shape
+        }
+
+    prefixes = ["", *(f"{name}." for name, _ in model.named_children())]
+    found = max((fitting(prefix) for prefix in prefixes), key=len)
+    if not found:
+        raise ModelError(
+            f"{path}: none of its {len(state)} tensors fits the model by name and shape; "
+            f"the file has {', '.join(list(state)[:3])}, the model {', '.join(list(own)[:3])}"
+        )
+    model.load_state_dict({**own, **found})
+    log.info(
+        "%s: %d of its %d tensors taken over, %d of the model's start from the seed",
+        path,
+        len(found),
+        len(state),
+        len(own) - len(found),
+    )
 
 
 def logits_of(output: Any) -> Tensor:

@@ -56,7 +56,7 @@ class Parallel:
                 find_unused_parameters=bool(unused_parameters(objective, device, side)),
             )
         if config.compile:
-            self._trained.model.compile()
+            compile_model(self._trained)
 
     def _shard(self, objective: Objective) -> Objective:
         from torch.distributed.device_mesh import init_device_mesh
@@ -129,6 +129,33 @@ def _like(value: Any, parameter: nn.Parameter) -> Any:
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
+
+
+def compile_model(objective: Objective) -> None:
+    """Compile the trained network, in place, so that names of weights stay as they are.
+
+    A compiled graph knows no hook inside it: around a feature tap, the tapped module and the parts
+    beside the way to it are compiled one by one.
+    """
+    taps = getattr(objective, "taps", None)
+    if taps is None:
+        _compile(objective.model)
+    else:
+        _compile_around(objective.model, taps[0].module)
+
+
+def _compile_around(module: nn.Module, tapped: nn.Module) -> None:
+    for child in module.children():
+        on_the_way = child is not tapped and any(inner is tapped for inner in child.modules())
+        if on_the_way or isinstance(child, nn.ModuleList):
+            _compile_around(child, tapped)
+        else:
+            _compile(child)
+
+
+def _compile(module: nn.Module) -> None:
+    # Its forward and not `module.compile()`, which leaves torch's own containers as they are.
+    module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
 
 
 def unused_parameters(

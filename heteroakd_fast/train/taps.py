@@ -25,11 +25,11 @@ class FeatureTap:
                 f"{_hint(name, list(modules))}"
             )
         self.name = name
-        self._module = modules[name]
+        self.module = modules[name]
         self._value: Tensor | None = None
 
     def __enter__(self) -> FeatureTap:
-        self._hook = self._module.register_forward_hook(self._keep)
+        self._hook = self.module.register_forward_hook(self._keep)
         return self
 
     def __exit__(

@@ -58,7 +58,7 @@ def main() -> list[float]:
                 folder,
                 per_device_train_batch_size=4,
                 gradient_accumulation_steps=2,
-                num_train_epochs=4,
+                num_train_epochs=3,
                 learning_rate=3e-3,
                 logging_steps=4,
                 remove_unused_columns=False,

@@ -207,6 +207,8 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
                 f"DistilledEncoderDecoder needs mmsegmentation ({_missing}): "
                 'pip install mmsegmentation "mmcv>=2.0.0,<2.2.0" ftfy regex'
             ) from _missing
+        if isinstance(student.get("decode_head"), (list, tuple)):
+            raise ValueError("decode_head: got a list, expected one; cascades are not supported")
         _check_preprocessors(student.get("data_preprocessor"), teacher.get("data_preprocessor"))
         super().__init__(**student)
         head = self.decode_head
@@ -326,6 +328,11 @@ def _build_teacher(config: Any, checkpoint: str | None, trusted: bool, classes: 
     config = config.copy()
     config.pop("auxiliary_head", None)  # only training needs them
     teacher: Any = MODELS.build(config)
+    if not isinstance(teacher, EncoderDecoder) or isinstance(teacher.decode_head, nn.ModuleList):
+        raise ValueError(
+            f"teacher: got {type(teacher).__name__}, expected an EncoderDecoder with one "
+            "decode head"
+        )
     found = getattr(teacher, "out_channels", None)
     if found != classes:
         raise ValueError(f"teacher: has {found} classes, the student {classes}")

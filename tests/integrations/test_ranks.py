@@ -108,29 +108,25 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     torch.save(results, f"{folder}/rank{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """One test, because starting the processes takes most of its time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(rank_main, args=(str(folder), port), nprocs=WORLD, start_method="spawn")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_two_processes_are_one(ranks: list[dict[str, Any]], library: str) -> None:
-    options = {"hetero_weight": 0.0} if library == "transformers" else {}
-    (student, teacher), loss = tiny.models(), tiny.make_loss(True, **options)
-    start = tiny.models()[0], tiny.make_loss(True, **options)
+    mp.start_processes(rank_main, args=(str(tmp_path), port), nprocs=WORLD, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
     images, target = tiny.data()
-    tiny.plain_steps(
-        [*student.parameters(), *loss.parameters()],
-        [lambda: tiny.plain_loss(student, teacher, loss, images, target).loss],
-        LR,
-    )
-    for rank in ranks:
-        for state, expected, before in zip(rank[library], (student, loss), start, strict=True):
-            got = copy.deepcopy(before)
-            got.load_state_dict(state)
-            tiny.same_parameters(got, expected, before)
+    for library in LIBRARIES:
+        options = {"hetero_weight": 0.0} if library == "transformers" else {}
+        (student, teacher), loss = tiny.models(), tiny.make_loss(True, **options)
+        start = copy.deepcopy((student, loss))
+
+        def whole(one: Any = student, two: Any = teacher, of: Any = loss) -> torch.Tensor:
+            return tiny.plain_loss(one, two, of, images, target).loss
+
+        tiny.plain_steps([*student.parameters(), *loss.parameters()], [whole], LR)
+        for rank in ranks:
+            for state, wanted, before in zip(rank[library], (student, loss), start, strict=True):
+                got = copy.deepcopy(before)
+                got.load_state_dict(state)
+                tiny.same_parameters(got, wanted, before, library)

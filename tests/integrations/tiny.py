@@ -92,13 +92,14 @@ def plain_steps(
     return values
 
 
-def same_parameters(got: nn.Module, expected: nn.Module, start: nn.Module) -> None:
+def same_parameters(got: nn.Module, expected: nn.Module, start: nn.Module, where: str = "") -> None:
     """Equal, and not because nothing was trained."""
     for (name, a), b, c in zip(
         got.named_parameters(), expected.parameters(), start.parameters(), strict=True
     ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-        assert not torch.equal(a, c), f"{name} was not trained"
+        what = f"{where} {name}"
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=lambda m, w=what: f"{w}: {m}")
+        assert not torch.equal(a, c), f"{what} was not trained"
 
 
 def run_example(name: str) -> None:

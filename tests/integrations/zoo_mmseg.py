@@ -315,6 +315,18 @@ def test_align_corners_are_the_heads(teachers: bool) -> None:
     ("change", "message"),
     [
         ({"loss": CE}, "decode_head.loss_decode: has no .*; found CrossEntropyLoss"),
+        ({"decode_head": [fcn()["decode_head"]]}, "decode_head: got a list, expected one"),
+        (
+            {
+                "teacher": {
+                    **segformer(),
+                    "type": "CascadeEncoderDecoder",
+                    "num_stages": 1,
+                    "decode_head": [segformer()["decode_head"]],
+                }
+            },
+            "teacher: got CascadeEncoderDecoder, expected an EncoderDecoder with one decode head",
+        ),
         ({"teacher": segformer(num_classes=4)}, "teacher: has 4 classes, the student 5"),
         (
             {"teacher": {**segformer(), "data_preprocessor": {"mean": [1.0]}}},

@@ -2,7 +2,7 @@
 
     pip install accelerate
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py  # or accelerate launch, on GPUs
 
 The loss is prepared like the model, because it has projectors to train, and gets the group of all
 processes, because its denominators are then those of the whole batch.

@@ -4,7 +4,7 @@
     python examples/huggingface_trainer.py
 
 Replace the two configs by `SegformerForSemanticSegmentation.from_pretrained(...)`, the data by
-yours. `remove_unused_columns=False` keeps the labels, which the loss takes and the model does not.
+yours. The labels go to the loss and not to the model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def main() -> list[float]:
                 num_train_epochs=3,
                 learning_rate=3e-3,
                 logging_steps=4,
-                remove_unused_columns=False,
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,

@@ -59,6 +59,7 @@ class DistillationModule(LightningModule):
         process_group: "auto" makes the denominators global over all ranks while training; None
             leaves each rank its own.
         batch_keys: keys of images and labels where a batch is a mapping; otherwise it is a pair.
+        logits: finds the logits in what both networks return.
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it and what was expected.

@@ -83,6 +83,11 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # What older releases look at instead of `loss_is_scaled_for_ga`.
         self.model_accepts_loss_kwargs = False
+        if features is not None and self.args.n_gpu > 1:
+            raise ValueError(
+                f"features: {self.args.n_gpu} GPUs in one process (DataParallel) each see a part "
+                "of them; start one process per GPU (torchrun, accelerate launch)"
+            )
         self.distillation_loss = loss.to(self.args.device)
         self.teacher = (
             teacher
@@ -94,7 +99,8 @@ class DistillationTrainer(Trainer):
         self._tap = None if student_feature is None else FeatureTap(student, student_feature)
         self._loss: nn.Module = self.distillation_loss
         self.add_callback(_ZeroGradients(self.distillation_loss))
-        self._seen: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
 
     def compute_loss(
         self,
@@ -114,8 +120,8 @@ class DistillationTrainer(Trainer):
         """
         if inputs.get("labels") is None:
             raise ValueError(
-                f"labels: not among the inputs ({', '.join(inputs)}); the loss needs them, and "
-                "the Trainer drops columns it does not know unless remove_unused_columns=False"
+                f"labels: not among the inputs ({', '.join(inputs)}); the loss needs them, and the "
+                "Trainer drops what forward() does not name unless remove_unused_columns=False"
             )
         given = {name: value for name, value in inputs.items() if name != "labels"}
         self.distillation_loss.process_group = world("auto") if model.training else None
@@ -131,10 +137,11 @@ class DistillationTrainer(Trainer):
             **found,
         )
         if model.training:
+            self._batches += 1
             for name in _TERMS:
                 value = getattr(output, name)
                 if value is not None:
-                    self._seen.setdefault(name, []).append(value)
+                    self._sums[name] = self._sums.get(name, 0.0) + value
         return (output.loss, outputs) if return_outputs else output.loss
 
     def _normalizer(self, items: Tensor | int | None) -> Tensor | float | None:
@@ -175,9 +182,8 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the terms' means since the last time, of this process."""
         if "loss" in logs:
-            means = {name: torch.stack(v).mean().item() for name, v in self._seen.items()}
-            logs = {**logs, **means}
-            self._seen.clear()
+            logs = {**logs, **{k: v.item() / self._batches for k, v in self._sums.items()}}
+            self._sums, self._batches = {}, 0
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

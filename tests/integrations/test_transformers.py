@@ -213,6 +213,46 @@ def test_projectors_are_saved_and_resumed(tmp_path: Path) -> None:
     assert set(saved) == set(started[1].state_dict())
 
 
+def test_logs_the_mean_of_the_terms(tmp_path: Path) -> None:
+    """Over the batches since the last time, accumulated ones included."""
+    (student, teacher), loss = tiny.models(), tiny.make_loss(hetero_weight=0.0)
+    trainer = InOrder(
+        student,
+        arguments(
+            tmp_path,
+            gradient_accumulation_steps=2,
+            learning_rate=0.0,
+            average_tokens_across_devices=False,
+        ),
+        train_dataset=dataset(),
+        teacher=teacher,
+        loss=loss,
+    )
+    trainer.train()
+    images, target = tiny.data()
+    for step, entry in enumerate(trainer.state.log_history[:2]):
+        rows = slice(4 * step, 4 * step + 4)
+        with torch.no_grad():
+            plain = tiny.plain_loss(student, teacher, loss, images[rows], target[rows])
+        assert float(entry["ce"]) == pytest.approx(float(plain.ce), rel=1e-3)
+        assert float(entry["kd"]) == pytest.approx(float(plain.kd), rel=1e-3)
+
+
+def test_refuses_features_under_data_parallel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = tiny.models()
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="features: 2 GPUs in one process"):
+        DistillationTrainer(
+            student,
+            arguments(tmp_path),
+            teacher=teacher,
+            loss=tiny.make_loss(features=True),
+            features=tiny.FEATURES,
+        )
+
+
 def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
     student, teacher = tiny.models()
     with pytest.raises(ValueError, match="features: got None, but the loss has projectors"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
+import mmengine
 import mmseg.models
 import pytest
 import tiny
@@ -360,6 +363,18 @@ def test_refuses_checkpoints_and_weights_that_do_not_fit(tmp_path: Path) -> None
         loss(logits, target, weight=torch.ones(1, 4, 4))
     with pytest.raises(ValueError, match="reduction_override: got 'sum', expected 'mean'"):
         loss(logits, target, reduction_override="sum")
+
+
+def test_with_mmengine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is registered with mmengine; the segmentor says what it lacks."""
+    name = "heteroakd_fast.integrations.mmseg"
+    monkeypatch.setitem(sys.modules, "mmseg.models.segmentors", None)
+    monkeypatch.delitem(sys.modules, name)
+    alone = importlib.import_module(name)
+    assert alone is not ours
+    assert mmengine.registry.MODELS.get("HeteroAKDLoss") is alone.HeteroAKDLoss
+    with pytest.raises(ImportError, match="DistilledEncoderDecoder needs mmseg.*: pip install mms"):
+        alone.DistilledEncoderDecoder(teacher={})
 
 
 def test_example() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -82,6 +83,19 @@ class Environment:
             "--no-build-isolation", "--constraint", str(constraint), "--editable", f".[{extra}]"
         )
         stamp.write_text(state)
+
+    def prepare_zoo(self) -> None:
+        """Libraries that would replace torch, or break others, if they were installed beside it:
+        in a folder of their own, for the one test that puts it on its path."""
+        wanted = ROOT / "tests" / "integrations" / "zoo.txt"
+        stamp = self.directory / "installed-zoo"
+        if stamp.exists() and stamp.read_text() == wanted.read_text():
+            return
+        zoo = self.directory / "zoo"
+        shutil.rmtree(zoo, ignore_errors=True)
+        say("fetching the libraries that the integration tests train with")
+        self.pip("--no-deps", "--target", str(zoo), "--requirement", str(wanted))
+        stamp.write_text(wanted.read_text())
 
 
 def fingerprint(torch: str | None) -> str:
@@ -155,6 +169,7 @@ def main(arguments: list[str]) -> None:
         environment.run("-m", "benchmarks", *rest)
         return
     environment.prepare("test")
+    environment.prepare_zoo()
     if not rest:
         environment.run("-m", "ruff", "check", ".")
         environment.run("-m", "ruff", "format", "--check", ".")

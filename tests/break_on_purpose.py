@@ -112,6 +112,10 @@ INPUTS, OUTPUTS, SYSTEMS, ORACLE, CPU_CE = (
 TRITON = "tests/test_triton_kernels.py"
 PROJECTING = "tests/test_projection.py"
 CUDA = "tests/test_cuda_kernels.py"
+TRAINERS = "tests/integrations"
+TEACHER, LIGHTNING, HUGGING = (
+    f"{PACKAGE}/integrations/{name}.py" for name in ("teacher", "lightning", "transformers")
+)
 
 DEFECTS = [
     # CUDA kernels, through the shim
@@ -294,6 +298,15 @@ DEFECTS = [
     Defect("running statistics lost", PROJECTOR, "buffer.copy_(wide[name])", "pass", f"{INPUTS} -k mix_of_dtypes"),
     Defect("inference tensors refused", LOSSES, "features.is_inference():", "False:", f"{INPUTS} -k inference_mode_made"),
     Defect("class weights shared with the caller", LOSSES, "torch.as_tensor(class_weight).detach().clone()", "torch.as_tensor(class_weight)", f"{OUTPUTS} -k own_class_weights"),
+    # drop-ins for other trainers
+    Defect("trainers: teacher left in training mode", TEACHER, "        self.module.eval()  # somebody else may hold it too\n", "", f"{TRAINERS}/test_teacher.py"),
+    Defect("trainers: tap outlives its block", TEACHER, "            hook.remove()\n", "", f"{TRAINERS}/test_teacher.py"),
+    Defect("trainers: Lightning's denominators of one rank", LIGHTNING, "world(self.process_group) if self.training else None", "None", f"{TRAINERS}/test_ranks.py"),
+    Defect("trainers: accumulated batches count alike", HUGGING, "self._normalizer(num_items_in_batch) if model.training else None", "None", f"{TRAINERS}/test_transformers.py"),
+    Defect("trainers: gradients of projectors add up", HUGGING, "        self.loss.zero_grad()\n", "        pass\n", f"{TRAINERS}/test_transformers.py"),
+    Defect("trainers: gradients of projectors of one rank", HUGGING, "self._loss = self.accelerator.prepare_model(self.distillation_loss)", "pass", f"{TRAINERS}/test_ranks.py"),
+    Defect("trainers: projectors not resumed", HUGGING, "            self.distillation_loss.load_state_dict(state)\n", "            pass\n", f"{TRAINERS}/test_transformers.py"),
+    Defect("trainers: counts what the Trainer ignores", HUGGING, "!= ignored)", "!= -100)", f"{TRAINERS}/test_transformers.py"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,14 @@
+"""Drop-ins for the trainers that people already have, one module per library.
+
+    heteroakd_fast.integrations.lightning      DistillationModule
+    heteroakd_fast.integrations.transformers   DistillationTrainer
+    heteroakd_fast.integrations.mmseg          HeteroAKDLoss and DistilledEncoderDecoder in MODELS
+    heteroakd_fast.integrations.smp            DistillationLoss, low_resolution
+
+What is imported here needs torch only: `FrozenTeacher`, `FeatureTap` and `logits_of`, for loops of
+one's own. How each library's arguments map to ours: `docs/integrations.md`.
+"""
+
+from .teacher import FeatureTap, FrozenTeacher, logits_of
+
+__all__ = ["FeatureTap", "FrozenTeacher", "logits_of"]

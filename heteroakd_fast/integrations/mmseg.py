@@ -1,0 +1,388 @@
+"""For mmengine and mmsegmentation: a loss and a segmentor for configs.
+
+    custom_imports = dict(imports=["heteroakd_fast.integrations.mmseg"])
+    model = dict(
+        type="DistilledEncoderDecoder",  # instead of EncoderDecoder: everything else is the student
+        teacher=dict(type="EncoderDecoder", ...),
+        teacher_checkpoint="teacher.pth",
+        decode_head=dict(..., loss_decode=dict(type="HeteroAKDLoss", kd_weight=0.1)),
+    )
+
+Registered with mmseg's MODELS, or with mmengine's where mmseg cannot be imported (then without the
+segmentor). The module does not need mmcv's compiled operators.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import DistillationOutput
+from .. import HeteroAKDLoss as PlainLoss
+from .teacher import FrozenTeacher, projects, world
+
+try:
+    from mmengine.registry import MODELS
+    from mmengine.runner import CheckpointLoader
+except ImportError as error:
+    raise ImportError(
+        f"heteroakd_fast.integrations.mmseg needs mmengine ({error}): pip install mmengine"
+    ) from error
+
+_missing: ImportError | None = None
+try:
+    from mmseg.models.segmentors import EncoderDecoder
+    from mmseg.registry import MODELS
+except ImportError as error:  # the loss does without
+    EncoderDecoder, _missing = object, error
+
+__all__ = ["DistilledEncoderDecoder", "HeteroAKDLoss"]
+
+_TERMS = tuple(name for name in DistillationOutput._fields if name not in ("loss", "valid", "maps"))
+
+
+@MODELS.register_module()
+class HeteroAKDLoss(nn.Module):
+    """`heteroakd_fast.HeteroAKDLoss` with the conventions of mmseg's losses.
+
+    In the decode head of a `DistilledEncoderDecoder`, alone or in a list with others, it gets the
+    logits as the heads made them, and the teacher's. In any other head it gets upsampled logits
+    and no teacher: then only `ce_weight` may be other than 0, and it equals `CrossEntropyLoss`.
+
+    The number of classes, `align_corners` and `ignore_index` are the decode head's.
+
+    Args:
+        loss_weight: weight of the whole.
+        loss_name: key in the dict of losses; must begin with "loss" to be part of the sum.
+        avg_non_ignore: True divides by the pixels that are not ignored, False (mmseg's default)
+            by all, wherever the number of pixels is the denominator. It changes no class-weighted
+            cross entropy, which divides by the sum of the valid labels' weights.
+        class_weight: list, or a file that holds one.
+        use_sigmoid, use_mask: only False; accepted for configs of `CrossEntropyLoss`.
+        process_group: "auto" makes the denominators global over all ranks in training; None
+            leaves each rank its own, as mmseg's losses do.
+        **options: every other one of `heteroakd_fast.HeteroAKDLoss`.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; names it and what was expected.
+    """
+
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        loss_name: str = "loss_heteroakd",
+        avg_non_ignore: bool = False,
+        class_weight: Any = None,
+        use_sigmoid: bool = False,
+        use_mask: bool = False,
+        process_group: Any = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("use_sigmoid", use_sigmoid), ("use_mask", use_mask)):
+            if value:
+                raise ValueError(
+                    f"{name}: got {value!r}, expected False: classes exclude each other"
+                )
+        for name in ("num_classes", "align_corners", "ignore_index"):
+            if name in options:
+                raise ValueError(f"{name}: is the decode head's; leave it out of the loss")
+        if isinstance(class_weight, str):
+            from mmseg.models.losses.utils import get_class_weight
+
+            class_weight = get_class_weight(class_weight)
+        if class_weight is not None:
+            options["class_weight"] = [float(value) for value in class_weight]
+        self.loss_weight = loss_weight
+        self._loss_name = loss_name
+        self.avg_non_ignore = avg_non_ignore
+        self.process_group = process_group
+        self.options = options
+        self.loss: PlainLoss | None = None
+        self.terms: DistillationOutput | None = None
+        PlainLoss(len(options.get("class_weight", [0])), **options)  # a typo shows now
+
+    @property
+    def loss_name(self) -> str:
+        return self._loss_name
+
+    @property
+    def needs_features(self) -> bool:
+        return self.options.get("student_channels") is not None
+
+    def bind(self, num_classes: int, ignore_index: int, align_corners: bool) -> PlainLoss:
+        """Builds the loss for a head, or returns the one built for it already.
+
+        Raises:
+            ValueError: it was built for another head and has projectors.
+        """
+        head: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
+        built = self.loss
+        if built is not None:
+            if built.num_classes == num_classes and head.items() <= built.options.items():
+                return built
+            if projects(built):
+                raise ValueError(f"loss_decode: {self.loss_name} was built for another decode head")
+        self.loss = PlainLoss(num_classes, **head, **self.options)
+        return self.loss
+
+    def forward(
+        self,
+        seg_logits: Tensor,
+        seg_label: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        **inputs: Any,
+    ) -> Tensor:
+        """`loss_weight` times the weighted sum of the terms; `terms` then holds them.
+
+        Args:
+            seg_logits: [B, C, h, w], the student's logits at any resolution.
+            seg_label: [B, H, W].
+            weight: must be None; there are no weights of single pixels.
+            avg_factor: replaces the number of pixels.
+            reduction_override: None or "mean".
+            **inputs: `teacher_logits`, `student_features`, `teacher_features`.
+        """
+        if weight is not None:
+            raise ValueError(
+                f"weight: got a {type(weight).__name__}, expected None: the loss has no weights "
+                "of single pixels; build the decode head with sampler=None"
+            )
+        if reduction_override not in (None, "mean"):
+            raise ValueError(f"reduction_override: got {reduction_override!r}, expected 'mean'")
+        loss = self.bind(seg_logits.shape[1], ignore_index, align_corners)
+        loss.to(seg_logits.device)
+        loss.process_group = world(self.process_group) if self.training else None
+        if avg_factor is None and not self.avg_non_ignore:
+            grid = seg_logits if loss.options["resolution"] == "logits" else seg_label
+            avg_factor = float(len(seg_label) * grid.shape[-2] * grid.shape[-1])
+        output: DistillationOutput = loss(seg_logits, seg_label, normalizer=avg_factor, **inputs)
+        self.terms = output._replace(loss=output.loss.detach())
+        return self.loss_weight * output.loss
+
+
+class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
+    """An `EncoderDecoder`, the student, that learns from a frozen teacher.
+
+    Its configuration, weights, checkpoints and predictions are those of an `EncoderDecoder`: what
+    was trained with it is tested and deployed with the student's own config. Only `loss` differs:
+    every `HeteroAKDLoss` of the decode head gets both models' logits before they are upsampled;
+    other losses of the list and auxiliary heads are computed as always.
+
+    Args:
+        teacher: config of an `EncoderDecoder` with as many classes. It gets the images as the
+            student's data preprocessor makes them.
+        teacher_checkpoint: file or URL with its weights; None leaves them to its own `init_cfg`.
+        trust_checkpoint: True reads a file that holds more than tensors, as the checkpoints that
+            mmengine writes while training do. That may run code of the file: only for your own.
+        feature_index: (index in the student's features, in the teacher's) as backbone or neck
+            give them, for a loss with projectors.
+        log_accuracy: logs `decode.acc_seg` as mmseg does; upsamples one image at a time.
+        **student: of `EncoderDecoder`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; names it and what was expected.
+        ImportError: mmseg cannot be imported; says why and what to install.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        teacher_checkpoint: str | None = None,
+        trust_checkpoint: bool = False,
+        feature_index: tuple[int, int] = (-1, -1),
+        log_accuracy: bool = True,
+        **student: Any,
+    ) -> None:
+        if _missing is not None:
+            raise ImportError(
+                f"DistilledEncoderDecoder needs mmsegmentation ({_missing}): "
+                'pip install mmsegmentation "mmcv>=2.0.0,<2.2.0" ftfy regex'
+            ) from _missing
+        if isinstance(student.get("decode_head"), (list, tuple)):
+            raise ValueError("decode_head: got a list, expected one; cascades are not supported")
+        _check_preprocessors(student.get("data_preprocessor"), teacher.get("data_preprocessor"))
+        super().__init__(**student)
+        head = self.decode_head
+        losses = head.loss_decode
+        losses = list(losses) if isinstance(losses, nn.ModuleList) else [losses]
+        self.distillation = nn.ModuleList(one for one in losses if isinstance(one, HeteroAKDLoss))
+        # What is left is the head's own business; it upsamples for nothing else.
+        head.loss_decode = nn.ModuleList(
+            one for one in losses if not isinstance(one, HeteroAKDLoss)
+        )
+        if not self.distillation:
+            raise ValueError(
+                "decode_head.loss_decode: has no dict(type='HeteroAKDLoss', ...); "
+                f"found {', '.join(type(one).__name__ for one in losses)}"
+            )
+        if getattr(head, "sampler", None) is not None:
+            raise ValueError(
+                "decode_head.sampler: expected None, the loss has no weights of single pixels"
+            )
+        if head.out_channels != head.num_classes:
+            raise ValueError(
+                f"decode_head.out_channels: got {head.out_channels}, expected "
+                f"num_classes={head.num_classes}; a binary task is one of two classes"
+            )
+        one: Any
+        for one in self.distillation:
+            one.bind(head.num_classes, head.ignore_index, head.align_corners)
+        self.feature_index = feature_index
+        self.log_accuracy = log_accuracy
+        self.teacher = FrozenTeacher(
+            _build_teacher(teacher, teacher_checkpoint, trust_checkpoint, head.num_classes)
+        )
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
+        """Losses and logged values by name, as `EncoderDecoder.loss` gives them."""
+        features = self.extract_feat(inputs)
+        losses = {
+            f"decode.{name}": value
+            for name, value in self._distill(inputs, features, data_samples).items()
+        }
+        if self.with_auxiliary_head:
+            losses.update(self._auxiliary_head_forward_train(features, data_samples))
+        return losses
+
+    def _distill(self, inputs: Tensor, features: Any, data_samples: Any) -> dict[str, Any]:
+        head = self.decode_head
+        logits = head.forward(features)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"decode_head: {type(head).__name__} gave a {type(logits).__name__}, expected "
+                "logits [B, C, h, w]"
+            )
+        target = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1)
+        teacher_logits, teacher_features = self._teach(inputs, target)
+        losses: dict[str, Any] = {}
+        one: Any
+        for one in self.distillation:
+            extra = {}
+            if one.needs_features:
+                extra["student_features"] = features[self.feature_index[0]]
+                extra["teacher_features"] = teacher_features[self.feature_index[1]]
+            value = one(
+                logits,
+                target,
+                ignore_index=head.ignore_index,
+                align_corners=head.align_corners,
+                teacher_logits=teacher_logits,
+                **extra,
+            )
+            losses[one.loss_name] = losses.get(one.loss_name, 0.0) + value
+            for term in _TERMS:  # none has "loss" in its name: shown, and not added up again
+                if getattr(one.terms, term) is not None:
+                    losses[term] = getattr(one.terms, term)
+        if len(head.loss_decode):
+            for name, value in head.loss_by_feat(logits, data_samples).items():
+                losses[name] = losses[name] + value if name in losses else value
+        elif self.log_accuracy:
+            losses["acc_seg"] = _accuracy(logits, target, head)
+        return losses
+
+    @torch.no_grad()
+    def _teach(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Any]:
+        self.teacher.to(inputs.device)
+        teacher: Any = self.teacher.module.eval()
+        features = teacher.extract_feat(inputs)
+        logits = teacher.decode_head.forward(features)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"teacher.decode_head: {type(teacher.decode_head).__name__} gave a "
+                f"{type(logits).__name__}, expected logits [B, C, h, w]"
+            )
+        if teacher.align_corners != self.align_corners:
+            # The loss interpolates both alike; on the label grid there is nothing left to do.
+            logits = F.interpolate(
+                logits, target.shape[1:], mode="bilinear", align_corners=teacher.align_corners
+            )
+        return logits, features
+
+
+if _missing is None:
+    MODELS.register_module()(DistilledEncoderDecoder)
+
+
+def _check_preprocessors(student: Any, teacher: Any) -> None:
+    """One preprocessor serves both: what it does to the colours must suit the teacher."""
+    if student is None or teacher is None:
+        return
+    for name in ("mean", "std", "bgr_to_rgb", "rgb_to_bgr"):
+        if student.get(name) != teacher.get(name):
+            raise ValueError(
+                f"teacher.data_preprocessor: has {name}={teacher.get(name)}, the student's "
+                f"{student.get(name)}; both get the same images"
+            )
+
+
+def _build_teacher(config: Any, checkpoint: str | None, trusted: bool, classes: int) -> Any:
+    config = config.copy()
+    config.pop("auxiliary_head", None)  # only training needs them
+    teacher: Any = MODELS.build(config)
+    if not isinstance(teacher, EncoderDecoder) or isinstance(teacher.decode_head, nn.ModuleList):
+        raise ValueError(
+            f"teacher: got {type(teacher).__name__}, expected an EncoderDecoder with one "
+            "decode head"
+        )
+    found = getattr(teacher, "out_channels", None)
+    if found != classes:
+        raise ValueError(f"teacher: has {found} classes, the student {classes}")
+    if checkpoint is None:
+        if hasattr(teacher, "init_weights"):
+            teacher.init_weights()
+        return teacher
+    try:
+        result = teacher.load_state_dict(_read(checkpoint, trusted), strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(
+            f"teacher_checkpoint: {checkpoint} does not fit the teacher: {error}"
+        ) from error
+    unknown = [
+        name
+        for name in result.unexpected_keys
+        if not name.startswith(("auxiliary_head.", "decode_head.loss_decode.", "distillation."))
+    ]
+    if result.missing_keys or unknown:
+        raise ValueError(
+            f"teacher_checkpoint: {checkpoint} does not fit the teacher: missing "
+            f"{result.missing_keys[:4]}, unknown {unknown[:4]}"
+        )
+    return teacher
+
+
+def _read(checkpoint: str, trusted: bool) -> dict[str, Tensor]:
+    try:
+        if trusted:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        else:
+            content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu", logger=None)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"teacher_checkpoint: {checkpoint} holds more than tensors, as checkpoints that "
+            "mmengine writes while training do; if it is your own, set trust_checkpoint=True"
+        ) from error
+    state = content.get("state_dict", content)
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+@torch.no_grad()
+def _accuracy(logits: Tensor, target: Tensor, head: Any) -> Tensor:
+    """Percentage of right pixels, without the logits of the whole batch at full resolution."""
+    right = torch.zeros((), device=logits.device)
+    valid = target != head.ignore_index
+    for one, labels, counted in zip(logits, target, valid, strict=True):
+        full = F.interpolate(
+            one[None].float(), labels.shape, mode="bilinear", align_corners=head.align_corners
+        )
+        right += ((full[0].argmax(0) == labels) & counted).sum()
+    percentage: Tensor = 100.0 * right / valid.sum().clamp(min=1)
+    return percentage

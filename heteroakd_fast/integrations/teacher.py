@@ -1,0 +1,169 @@
+"""A teacher that stays as it is, and what a loss wants to see of both models."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["FeatureTap", "FrozenTeacher", "logits_of"]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, C, h, w] in what a segmentation model returns.
+
+    A tensor, an object or mapping with `logits` (transformers) or `out` (torchvision), or a
+    sequence that begins with them.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", output.get("out"))
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"logits: the model returned a {type(output).__name__}, expected a tensor, or an "
+            "object or mapping with `logits` or `out`; pass logits= to say where they are"
+        )
+    return found
+
+
+class FeatureTap:
+    """The output of one inner module, for forward passes inside the `with` block.
+
+    Args:
+        model: the model, not its data-parallel wrapper.
+        name: dotted name of the module, as in `model.named_modules()`; its output is a feature
+            map [B, D, h, w], or a sequence or mapping that holds one (the first counts).
+
+    Raises:
+        ValueError: there is no such module; names near ones.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        modules = dict(model.named_modules())
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=4)
+            raise ValueError(
+                f"feature: got {name!r}, {type(model).__name__} has no such module"
+                + (f"; near names: {', '.join(near)}" if near else "")
+            )
+        self.name = name
+        self._module = modules[name]
+        self._value: Tensor | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[FeatureTap]:
+        """Neither the hook nor the feature, with its whole graph, outlives the block."""
+        hook = self._module.register_forward_hook(self._keep)
+        try:
+            yield self
+        finally:
+            hook.remove()
+            self._value = None
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        parts = output.values() if isinstance(output, Mapping) else output
+        for part in parts if not isinstance(output, Tensor) else (output,):
+            if isinstance(part, Tensor) and part.dim() == 4:
+                self._value = part
+                return
+        raise TypeError(
+            f"feature: {self.name} gave a {type(output).__name__} without a [B, D, h, w] tensor"
+        )
+
+    def take(self) -> Tensor:
+        """The feature of the last forward pass.
+
+        Raises:
+            RuntimeError: the module did not run.
+        """
+        if self._value is None:
+            raise RuntimeError(f"feature: {self.name} did not run in the last forward pass")
+        value, self._value = self._value, None
+        return value
+
+
+class FrozenTeacher:
+    """A teacher in eval mode, without gradients, on the device of its input.
+
+    No `nn.Module`, and so never a submodule: what holds it does not train it, save it, wrap it,
+    initialise it again or put it in training mode.
+
+    Args:
+        module: the trained network; its parameters stop requiring gradients.
+        feature: dotted name of the module whose output is `teacher_features`, or None.
+        logits: finds the logits in the network's output.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        feature: str | None = None,
+        logits: Callable[[Any], Tensor] = logits_of,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"teacher: got {type(module).__name__}, expected a torch.nn.Module")
+        self.module = module.eval().requires_grad_(False)
+        self.tap = None if feature is None else FeatureTap(module, feature)
+        self.logits = logits
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """`teacher_logits`, and `teacher_features` if asked for: keyword arguments of the loss."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                self.to(value.device)
+                break
+        self.module.eval()  # somebody else may hold it too
+        listening = contextlib.nullcontext() if self.tap is None else self.tap.listening()
+        with torch.no_grad(), listening:
+            found = {"teacher_logits": self.logits(self.module(*args, **kwargs))}
+            if self.tap is not None:
+                found["teacher_features"] = self.tap.take()
+        return found
+
+    def to(self, device: torch.device) -> None:
+        """Moves it there, once."""
+        parameter = next(self.module.parameters(), None)
+        if parameter is not None and parameter.device != device:
+            self.module.to(device)
+
+
+def world(process_group: Any) -> Any:
+    """ "auto" becomes the group of all ranks where there are several, otherwise None."""
+    if process_group != "auto":
+        return process_group
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
+
+
+def projects(loss: Any) -> bool:
+    """Whether the loss wants features."""
+    return getattr(loss, "student_projector", None) is not None
+
+
+def check_features(loss: Any, features: Any) -> tuple[str | None, str | None]:
+    """Names of the two tapped modules, as the loss needs them."""
+    if projects(loss) != (features is not None):
+        raise ValueError(
+            f"features: got {features!r}, but the loss has "
+            + (
+                "projectors; expected (module of the student, module of the teacher)"
+                if features is None
+                else "no projectors; build it with student_channels and teacher_channels"
+            )
+        )
+    if features is None:
+        return (None, None)
+    student, teacher = features
+    return (student, teacher)

@@ -1,0 +1,381 @@
+"""With real mmsegmentation models and mmengine's Runner; `test_zoo.py` runs it where they are."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import mmseg.models
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.registry import DATASETS, MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+import heteroakd_fast.integrations.mmseg as ours
+from heteroakd_fast import HeteroAKDLoss
+
+assert mmseg.models, "imported, so that all of mmseg is registered"
+init_default_scope("mmseg")
+LR = 0.1
+OURS = {"type": "HeteroAKDLoss", "kd_weight": 0.7, "temperature": 2.0, "avg_non_ignore": True}
+CE = {"type": "CrossEntropyLoss", "avg_non_ignore": True}
+
+
+def fcn(loss: Any = OURS, **options: Any) -> dict[str, Any]:
+    """A student: ResNet-18 with an FCN head and an auxiliary one."""
+    head = {"type": "FCNHead", "num_convs": 1, "num_classes": tiny.CLASSES, "dropout_ratio": 0.0}
+    head["norm_cfg"] = {"type": "BN"}
+    return {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {"type": "SegDataPreProcessor", "size": (32, 32)},
+        "backbone": {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8},
+        "decode_head": {
+            **head, "in_channels": 64, "channels": 16, "loss_decode": loss, **options,
+        },
+        "auxiliary_head": {
+            **head, "in_channels": 32, "in_index": 2, "channels": 8,
+            "loss_decode": {**CE, "loss_weight": 0.4},
+        },
+        "train_cfg": {},
+        "test_cfg": {"mode": "whole"},
+    }  # fmt: skip
+
+
+def segformer(**options: Any) -> dict[str, Any]:
+    return {
+        "type": "EncoderDecoder",
+        "backbone": {
+            "type": "MixVisionTransformer",
+            "embed_dims": 8,
+            "num_layers": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 4],
+        },
+        "decode_head": {
+            "type": "SegformerHead",
+            "in_channels": [8, 8, 16, 32],
+            "in_index": [0, 1, 2, 3],
+            "channels": 16,
+            "num_classes": tiny.CLASSES,
+            **options,
+        },
+    }
+
+
+def distilled(teacher: Any = None, **options: Any) -> dict[str, Any]:
+    student = {**fcn(options.pop("loss", OURS)), **options}
+    return {**student, "type": "DistilledEncoderDecoder", "teacher": teacher or segformer()}
+
+
+def build(config: dict[str, Any]) -> Any:
+    torch.manual_seed(3)
+    return MODELS.build(ConfigDict(config))
+
+
+def samples(count: int = 2) -> tuple[Tensor, list[SegDataSample], Tensor]:
+    images, target = tiny.data(count, size=32)
+    meta = {"img_shape": (32, 32), "ori_shape": (32, 32), "pad_shape": (32, 32)}
+    return (
+        images,
+        [SegDataSample(gt_sem_seg=PixelData(data=one[None]), metainfo=meta) for one in target],
+        target,
+    )
+
+
+def plain_loss(model: Any, images: Tensor, target: Tensor, **options: Any) -> Any:
+    """The student's low-resolution logits and the teacher's, by the plain call."""
+    features = model.extract_feat(images)
+    teacher = model.teacher.module
+    with torch.no_grad():
+        taught = teacher.decode_head(teacher.extract_feat(images))
+    loss = HeteroAKDLoss(tiny.CLASSES, kd_weight=0.7, temperature=2.0, **options)
+    return features, loss(model.decode_head(features), target, teacher_logits=taught)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return dict(zip(named, grads, strict=True))
+
+
+def test_the_loss_is_the_plain_loss() -> None:
+    model = build(distilled()).eval()
+    images, data, target = samples()
+    model.decode_head.loss_by_feat = None  # would upsample: must not be needed
+    losses = model.loss(images, data)
+    features, plain = plain_loss(model, images, target)
+    torch.testing.assert_close(losses["decode.loss_heteroakd"], plain.loss)
+    for term in ("ce", "kd", "hetero"):
+        torch.testing.assert_close(losses[f"decode.{term}"], getattr(plain, term))
+    aux = model._auxiliary_head_forward_train(features, data)
+    torch.testing.assert_close(losses["aux.loss_ce"], aux["aux.loss_ce"])
+    total, _ = model.parse_losses(losses)
+    expected = plain.loss + aux["aux.loss_ce"]
+    torch.testing.assert_close(total, expected)
+    got, wanted = gradients(model, total), gradients(model, expected)
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, wanted[name], msg=name)
+    assert sum(grad is not None and bool(grad.any()) for grad in got.values()) > 20
+
+
+def test_runner_is_the_plain_loop(tmp_path: Path) -> None:
+    """Two steps of mmengine's Runner, checkpoint and all."""
+
+    @DATASETS.register_module(force=True)
+    class TinyData(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            images, data, _ = samples(4)
+            return {"inputs": images[index], "data_samples": data[index]}
+
+    config = {
+        "default_scope": "mmseg",
+        "model": distilled(),
+        "train_dataloader": {
+            "dataset": {"type": "TinyData"},
+            "batch_size": 2,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+        },
+        "optim_wrapper": {"optimizer": {"type": "SGD", "lr": LR}},
+        "train_cfg": {"by_epoch": False, "max_iters": 2},
+        "default_hooks": {
+            "checkpoint": {"type": "CheckpointHook", "interval": 2, "by_epoch": False}
+        },
+        "work_dir": str(tmp_path),
+        "log_level": "ERROR",
+    }
+    runner = Runner.from_cfg(Config(config))
+    model = runner.model
+    model.init_weights()
+    model._is_init = True
+    start = copy.deepcopy(model)
+    plain = copy.deepcopy(model).train()
+    taught = {k: v.clone() for k, v in model.teacher.module.state_dict().items()}
+    runner.train()
+
+    images, data, target = samples(4)
+
+    def step(rows: slice) -> Tensor:
+        features, output = plain_loss(plain, images[rows], target[rows])
+        return (
+            output.loss + plain._auxiliary_head_forward_train(features, data[rows])["aux.loss_ce"]
+        )
+
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    tiny.plain_steps(parameters, [lambda: step(slice(0, 2)), lambda: step(slice(2, 4))], LR)
+    changed = 0
+    for (name, got), wanted, before in zip(
+        model.named_parameters(), plain.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6, msg=name)
+        changed += not torch.equal(got, before)
+    assert changed > 20
+    for name, value in model.teacher.module.state_dict().items():
+        assert torch.equal(value, taught[name]), name
+
+    # what mmengine saved is a student's checkpoint ...
+    file = tmp_path / "iter_2.pth"
+    saved = torch.load(file, weights_only=False)["state_dict"]
+    student = build(fcn(CE))
+    assert set(saved) == set(student.state_dict())
+    # ... and it can teach, when trusted: it holds more than tensors
+    again = distilled(teacher=fcn(CE), teacher_checkpoint=str(file))
+    with pytest.raises(ValueError, match=r"teacher_checkpoint: .* set trust_checkpoint=True"):
+        build(again)
+    teacher = build({**again, "trust_checkpoint": True}).teacher.module
+    assert torch.equal(teacher.decode_head.conv_seg.weight, model.decode_head.conv_seg.weight)
+
+
+def test_predicts_as_the_student_alone() -> None:
+    model, student = build(distilled()).eval(), build(fcn(CE)).eval()
+    assert model.state_dict().keys() == student.state_dict().keys()
+    student.load_state_dict(model.state_dict())
+    images, data, _ = samples()
+    with torch.no_grad():
+        one, two = model.predict(images, data), student.predict(images, copy.deepcopy(data))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.pred_sem_seg.data, b.pred_sem_seg.data)
+
+
+def test_the_teacher_is_nobodys_child() -> None:
+    model = build(distilled())
+    model.train()
+    assert not model.teacher.module.training
+    assert not any(p.requires_grad for p in model.teacher.module.parameters())
+    own = {id(p) for p in model.parameters()}
+    assert not own & {id(p) for p in model.teacher.module.parameters()}
+    weight = model.teacher.module.decode_head.conv_seg.weight.clone()
+    model.init_weights()  # the Runner does it, after the teacher was loaded
+    assert torch.equal(model.teacher.module.decode_head.conv_seg.weight, weight)
+
+
+def test_a_list_of_losses() -> None:
+    dice = {"type": "DiceLoss", "loss_weight": 3.0}
+    half = {**OURS, "loss_weight": 0.5}
+    model = build(distilled(loss=[OURS, dice, half])).eval()
+    images, data, target = samples()
+    losses = model.loss(images, data)
+    _, plain = plain_loss(model, images, target)
+    torch.testing.assert_close(losses["decode.loss_heteroakd"], 1.5 * plain.loss)
+    alone = build(fcn(dice)).eval()
+    alone.load_state_dict(model.state_dict())
+    expected = alone.loss(images, data)
+    for name in ("decode.loss_dice", "decode.acc_seg", "aux.loss_ce"):
+        torch.testing.assert_close(losses[name], expected[name])
+
+
+def test_accuracy_is_that_of_mmseg() -> None:
+    model, alone = build(distilled()).eval(), build(fcn(CE)).eval()
+    alone.load_state_dict(model.state_dict())
+    images, data, _ = samples()
+    got, expected = model.loss(images, data), alone.loss(images, data)
+    torch.testing.assert_close(got["decode.acc_seg"], expected["decode.acc_seg"][0])
+    assert "decode.acc_seg" not in build(distilled(log_accuracy=False)).loss(images, data)
+
+
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+def test_without_a_teacher_it_is_the_cross_entropy(avg_non_ignore: bool) -> None:
+    """In an ordinary head, called as mmseg calls its losses."""
+    theirs = {**CE, "avg_non_ignore": avg_non_ignore, "loss_weight": 0.7}
+    only_ce = {
+        "type": "HeteroAKDLoss",
+        "kd_weight": 0.0,
+        "hetero_weight": 0.0,
+        "use_sigmoid": False,
+    }
+    mine = {**only_ce, "avg_non_ignore": avg_non_ignore, "loss_weight": 0.7}
+    results = []
+    images, data, _ = samples()
+    for loss in (theirs, mine):
+        model = build(fcn(loss)).eval()
+        value = model.loss(images, data)[
+            "decode.loss_ce" if loss is theirs else "decode.loss_heteroakd"
+        ]
+        results.append((value, gradients(model, value)["decode_head.conv_seg.weight"]))
+    torch.testing.assert_close(results[1], results[0])
+    with pytest.raises(ValueError, match="teacher_logits: got None, but kd_weight is not 0"):
+        build(fcn(OURS)).loss(images, data)
+
+
+def test_features_and_projectors() -> None:
+    loss = {**OURS, "student_channels": 32, "teacher_channels": 16}
+    config = distilled(loss=loss, feature_index=(2, 2))
+    model = build(config).eval()
+    images, data, target = samples()
+    losses = model.loss(images, data)
+    features = model.extract_feat(images)
+    teacher = model.teacher.module
+    with torch.no_grad():
+        taught = teacher.extract_feat(images)
+    plain = HeteroAKDLoss(tiny.CLASSES, 32, 16, kd_weight=0.7, temperature=2.0)
+    plain.load_state_dict(model.distillation[0].loss.state_dict())
+    expected = plain(
+        model.decode_head(features),
+        target,
+        teacher_logits=teacher.decode_head(taught).detach(),
+        student_features=features[2],
+        teacher_features=taught[2],
+    )
+    torch.testing.assert_close(losses["decode.loss_heteroakd"], expected.loss)
+    assert "decode.projector" in losses
+    names = [name for name, _ in model.named_parameters() if "projector" in name]
+    assert len(names) == 4, "the optimizer gets them"
+
+
+@pytest.mark.parametrize("teachers", [False, True])
+def test_align_corners_are_the_heads(teachers: bool) -> None:
+    config = distilled(teacher=segformer(align_corners=teachers))
+    config["decode_head"] = {**config["decode_head"], "align_corners": True}
+    model = build(config).eval()
+    images, data, target = samples()
+    got = model.loss(images, data)["decode.loss_heteroakd"]
+    # as mmseg does it: each upsamples its own logits
+    teacher = model.teacher.module
+    with torch.no_grad():
+        taught = teacher.decode_head(teacher.extract_feat(images))
+        taught = F.interpolate(taught, (32, 32), mode="bilinear", align_corners=teachers)
+    logits = F.interpolate(
+        model.decode_head(model.extract_feat(images)), (32, 32), mode="bilinear", align_corners=True
+    )
+    plain = HeteroAKDLoss(tiny.CLASSES, kd_weight=0.7, temperature=2.0)
+    expected = plain(logits, target, teacher_logits=taught).loss
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": CE}, "decode_head.loss_decode: has no .*; found CrossEntropyLoss"),
+        ({"decode_head": [fcn()["decode_head"]]}, "decode_head: got a list, expected one"),
+        (
+            {
+                "teacher": {
+                    **segformer(),
+                    "type": "CascadeEncoderDecoder",
+                    "num_stages": 1,
+                    "decode_head": [segformer()["decode_head"]],
+                }
+            },
+            "teacher: got CascadeEncoderDecoder, expected an EncoderDecoder with one decode head",
+        ),
+        ({"teacher": segformer(num_classes=4)}, "teacher: has 4 classes, the student 5"),
+        (
+            {"teacher": {**segformer(), "data_preprocessor": {"mean": [1.0]}}},
+            r"teacher.data_preprocessor: has mean=\[1.0\], the student's None",
+        ),
+        ({"loss": {**OURS, "align_corners": True}}, "align_corners: is the decode head's"),
+        ({"loss": {**OURS, "use_sigmoid": True}}, "use_sigmoid: got True, expected False"),
+        ({"loss": {**OURS, "tau": 0.0}}, "tau: got 0.0, expected a number > 0"),
+    ],
+)
+def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(distilled(**change))
+
+
+def test_refuses_checkpoints_and_weights_that_do_not_fit(tmp_path: Path) -> None:
+    file = tmp_path / "other.pth"
+    torch.save({"state_dict": build(fcn(CE)).state_dict()}, file)
+    with pytest.raises(ValueError, match=r"teacher_checkpoint: .* does not fit the teacher: Error"):
+        build(distilled(teacher_checkpoint=str(file)))
+    state = build(segformer()).state_dict()
+    torch.save({"state_dict": state | {"auxiliary_head.conv.weight": torch.zeros(1)}}, file)
+    assert build(distilled(teacher_checkpoint=str(file)))  # heads that only training needs
+    state.popitem()
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"does not fit the teacher: missing \['decode_head"):
+        build(distilled(teacher_checkpoint=str(file)))
+    loss = ours.HeteroAKDLoss(kd_weight=0.0, hetero_weight=0.0)
+    logits, target = torch.randn(1, 5, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="weight: got a Tensor, expected None"):
+        loss(logits, target, weight=torch.ones(1, 4, 4))
+    with pytest.raises(ValueError, match="reduction_override: got 'sum', expected 'mean'"):
+        loss(logits, target, reduction_override="sum")
+
+
+def test_with_mmengine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is registered with mmengine; the segmentor says what it lacks."""
+    name = "heteroakd_fast.integrations.mmseg"
+    monkeypatch.setitem(sys.modules, "mmseg.models.segmentors", None)
+    monkeypatch.delitem(sys.modules, name)
+    alone = importlib.import_module(name)
+    assert alone is not ours
+    assert mmengine.registry.MODELS.get("HeteroAKDLoss") is alone.HeteroAKDLoss
+    with pytest.raises(ImportError, match="DistilledEncoderDecoder needs mmseg.*: pip install mms"):
+        alone.DistilledEncoderDecoder(teacher={})
+
+
+def test_example() -> None:
+    tiny.run_example("mmseg_config")

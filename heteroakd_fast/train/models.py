@@ -186,9 +186,9 @@ def _imported_model(config: ModelConfig, num_classes: int) -> Any:
     build = _imported(config.arch)
     name = "num_classes"
     try:
-        parameters = inspect.signature(build).parameters
+        parameters = set(inspect.signature(build).parameters)
     except (TypeError, ValueError):  # a callable without a signature
-        parameters = {}
+        parameters = set()
     if "classes" in parameters and "num_classes" not in parameters:
         name = "classes"  # as segmentation_models_pytorch calls them
     return build(**{name: num_classes}, **config.kwargs)

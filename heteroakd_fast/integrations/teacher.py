@@ -53,19 +53,18 @@ class FeatureTap:
     def __init__(self, model: nn.Module, name: str) -> None:
         modules = dict(model.named_modules())
         if name not in modules:
-            near = difflib.get_close_matches(name, modules, n=4)
             raise ValueError(
-                f"feature: got {name!r}, {type(model).__name__} has no such module"
-                + (f"; near names: {', '.join(near)}" if near else "")
+                f"feature: got {name!r}, {type(model).__name__} has no such module; "
+                f"near names: {', '.join(_near(name, list(modules)))}"
             )
         self.name = name
-        self._module = modules[name]
+        self.module = modules[name]
         self._value: Tensor | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[FeatureTap]:
         """Neither the hook nor the feature, with its whole graph, outlives the block."""
-        hook = self._module.register_forward_hook(self._keep)
+        hook = self.module.register_forward_hook(self._keep)
         try:
             yield self
         finally:
@@ -73,13 +72,21 @@ class FeatureTap:
             self._value = None
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        parts = output.values() if isinstance(output, Mapping) else output
-        for part in parts if not isinstance(output, Tensor) else (output,):
+        parts = [output]
+        if isinstance(output, Mapping):
+            parts = list(output.values())
+        elif isinstance(output, (tuple, list)):
+            parts = list(output)
+        for part in parts:
             if isinstance(part, Tensor) and part.dim() == 4:
                 self._value = part
                 return
+        came = ", ".join(
+            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+            for part in parts
+        )
         raise TypeError(
-            f"feature: {self.name} gave a {type(output).__name__} without a [B, D, h, w] tensor"
+            f"feature: {self.name} gave {came or 'nothing'}; expected a feature map [B, D, h, w]"
         )
 
     def take(self) -> Tensor:
@@ -92,6 +99,16 @@ class FeatureTap:
             raise RuntimeError(f"feature: {self.name} did not run in the last forward pass")
         value, self._value = self._value, None
         return value
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    """Names alike, and what follows the part of the name that exists."""
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    parent = name.rpartition(".")[0]
+    while parent and parent not in names:
+        parent = parent.rpartition(".")[0]
+    children = [n for n in names if n and n.rpartition(".")[0] == parent]
+    return near + [n for n in children if n not in near][: 8 - len(near)]
 
 
 class FrozenTeacher:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import integrations
 from .config import ModelConfig
 from .errors import ModelError
 
@@ -287,20 +288,10 @@ def load_part(model: nn.Module, path: Path) -> None:
 
 def logits_of(output: Any) -> Tensor:
     """The logits in whatever a segmentation model returns: a tensor, a mapping or an object."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits  # type: ignore[no-any-return]
-    if isinstance(output, Mapping):
-        for key in ("logits", "out"):
-            if isinstance(output.get(key), Tensor):
-                return output[key]  # type: ignore[no-any-return]
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise ModelError(
-        f"the model returned a {type(output).__name__}; "
-        "expected a tensor, or a mapping or object with `logits` or `out`"
-    )
+    try:
+        return integrations.logits_of(output)
+    except TypeError as error:
+        raise ModelError(str(error)) from None
 
 
 def check_logits(

@@ -157,7 +157,7 @@ class DistillObjective(Objective):
         teacher = self._teacher[0]
         if self.taps is None:
             return Teaching(logits_of(teacher(images)), None)
-        with self.taps[1] as tap:
+        with self.taps[1].listening() as tap:
             return Teaching(logits_of(teacher(images)), tap.take())
 
     def forward(
@@ -174,7 +174,7 @@ class DistillObjective(Objective):
         if self.taps is None:
             student_logits = logits_of(self.model(images))
         else:
-            with self.taps[0] as tap:
+            with self.taps[0].listening() as tap:
                 student_logits = logits_of(self.model(images))
                 features = {
                     "student_features": tap.take(),

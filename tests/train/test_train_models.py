@@ -176,7 +176,7 @@ def test_tap_gives_the_output_of_the_module() -> None:
     kept = []
     model.decoder[1].register_forward_hook(lambda *arguments: kept.append(arguments[2]))
     images = torch.rand(2, 3, 32, 32)
-    with FeatureTap(model, "decoder.1") as tap:
+    with FeatureTap(model, "decoder.1").listening() as tap:
         model(images)
         assert tap.take() is kept[0]
         with pytest.raises(ModelError, match="did not run"):
@@ -187,7 +187,7 @@ def test_tap_leaves_no_hook_and_no_feature_behind() -> None:
     model = UNet(3, width=4, levels=3)
     tap = FeatureTap(model, "decoder.1")
     model.classifier = nn.Conv2d(7, 3, 1)  # fails after the tapped module has run
-    with pytest.raises(RuntimeError), tap:
+    with pytest.raises(RuntimeError), tap.listening():
         model(torch.rand(1, 3, 32, 32))
     assert not model.decoder[1]._forward_hooks
     with pytest.raises(ModelError, match="did not run"):

@@ -210,7 +210,7 @@ class Trainer:
         self._resume()
         if self.scores is None or self.step < self.steps:
             self._train()
-        self.parallel.collect()
+        self.parallel.close()
         assert self.scores is not None
         return StageResult(self.scores, self.best_miou, self.seconds, self.step)
 
@@ -499,9 +499,9 @@ class Trainer:
 
     def _export(self, file_name: str) -> None:
         path = self.folder / file_name
-        # clone: tied weights share memory, which the format refuses.
+        # The format refuses memory that is shared (tied weights) or not dense (channels-last).
         weights = {
-            key: value.detach().cpu().clone()
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, value in self.objective.model.state_dict().items()
         }
         try:

@@ -55,8 +55,7 @@ class Parallel:
                 device_ids=[device] if device.type == "cuda" else None,
                 find_unused_parameters=bool(unused_parameters(objective, device, side)),
             )
-        if config.compile:
-            compile_model(self._trained)
+        self._compiled = compile_model(self._trained) if config.compile else []
 
     def _shard(self, objective: Objective) -> Objective:
         from torch.distributed.device_mesh import init_device_mesh
@@ -79,6 +78,13 @@ class Parallel:
         if self.sharded:
             self.objective.to(self.device)
             self.objective.load_state_dict(get_model_state_dict(self.module, options=_FULL))
+
+    def close(self) -> None:
+        """Training is over: the objective has the weights, and its network runs as it is, so that
+        a feature tap finds every module of what is a teacher from now on."""
+        self.collect()
+        for module in self._compiled:
+            del module.forward
 
     def release(self) -> None:
         """The plain objective is not needed for a while."""
@@ -131,31 +137,29 @@ def _like(value: Any, parameter: nn.Parameter) -> Any:
     return value
 
 
-def compile_model(objective: Objective) -> None:
+def compile_model(objective: Objective) -> list[nn.Module]:
     """Compile the trained network, in place, so that names of weights stay as they are.
 
     A compiled graph knows no hook inside it: around a feature tap, the tapped module and the parts
-    beside the way to it are compiled one by one.
+    beside the way to it are compiled one by one. Returns what was compiled.
     """
     taps = getattr(objective, "taps", None)
-    if taps is None:
-        _compile(objective.model)
-    else:
-        _compile_around(objective.model, taps[0].module)
+    parts = [objective.model] if taps is None else _around(objective.model, taps[0].module)
+    for module in parts:
+        # Its forward and not `module.compile()`, which leaves torch's own containers as they are.
+        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+    return parts
 
 
-def _compile_around(module: nn.Module, tapped: nn.Module) -> None:
+def _around(module: nn.Module, tapped: nn.Module) -> list[nn.Module]:
+    parts: list[nn.Module] = []
     for child in module.children():
         on_the_way = child is not tapped and any(inner is tapped for inner in child.modules())
         if on_the_way or isinstance(child, nn.ModuleList):
-            _compile_around(child, tapped)
+            parts += _around(child, tapped)
         else:
-            _compile(child)
-
-
-def _compile(module: nn.Module) -> None:
-    # Its forward and not `module.compile()`, which leaves torch's own containers as they are.
-    module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+            parts.append(child)
+    return parts
 
 
 def unused_parameters(

@@ -73,8 +73,9 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device, world)
-    # Rank 0 first: what it fetches and prepares the others find in the cache.
-    data = world.on_main_first(lambda: load_data(config.data, config.seed))
+    # Rank 0 first: what it fetches, prepares and checks the others need not.
+    own = config.data if world.main else config.data.model_copy(update={"check": False})
+    data = world.on_main_first(lambda: load_data(own, config.seed))
     console.print(
         f"{len(data.train)} training and {len(data.val)} validation pictures, "
         f"{data.num_classes} classes, on {device}",

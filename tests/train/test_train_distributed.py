@@ -337,3 +337,19 @@ def test_a_killed_rank_is_reported_and_the_run_resumes_to_the_same_bits(tmp_path
         )
         for key in one:
             assert torch.equal(one[key], other[key]), (stage, key)
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    """Running statistics and random states come back, and the real pass draws the same masks."""
+    from heteroakd_fast.train.parallel import rehearsal
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    images = torch.randn(2, 3, 8, 8)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with rehearsal(module, CPU):
+        seen = module(images)
+        assert not seen.requires_grad
+        assert not torch.equal(module[1].running_mean, before["1.running_mean"])  # type: ignore[arg-type, union-attr]
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(module(images), seen)

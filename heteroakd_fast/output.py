@@ -44,3 +44,9 @@ class DistillationOutput(NamedTuple):
     final logits and projected features have grids of their own (`resolution="logits"`)."""
     cwd: Tensor | None = None
     """Channel-wise distillation (`ChannelWiseLoss` only)."""
+
+    def terms(self) -> dict[str, Tensor]:
+        """The terms that were computed, by name, for a log."""
+        names = ("ce", "teacher_ce", "kd", "hetero", "feature", "projector", "cwd")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}

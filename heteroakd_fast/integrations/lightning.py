@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillationModule"]
 
-_TERMS = tuple(name for name in DistillationOutput._fields if name not in ("valid", "maps"))
-
 
 class DistillationModule(LightningModule):
     """Trains a student, and the loss's projectors, from a frozen teacher.
@@ -140,9 +138,9 @@ class DistillationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
     def _log(self, output: DistillationOutput, stage: str, size: int, **options: Any) -> None:
-        values = {f"{stage}/{name}": getattr(output, name) for name in _TERMS}
+        values = {"loss": output.loss.detach(), **output.terms()}
         self.log_dict(
-            {name: value.detach() for name, value in values.items() if value is not None},
+            {f"{stage}/{name}": value for name, value in values.items()},
             batch_size=size,
             **options,
         )

@@ -42,8 +42,6 @@ except ImportError as error:  # the loss does without
 
 __all__ = ["DistilledEncoderDecoder", "HeteroAKDLoss"]
 
-_TERMS = tuple(name for name in DistillationOutput._fields if name not in ("loss", "valid", "maps"))
-
 
 @MODELS.register_module()
 class HeteroAKDLoss(nn.Module):
@@ -279,9 +277,8 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
                 **extra,
             )
             losses[one.loss_name] = losses.get(one.loss_name, 0.0) + value
-            for term in _TERMS:  # none has "loss" in its name: shown, and not added up again
-                if getattr(one.terms, term) is not None:
-                    losses[term] = getattr(one.terms, term)
+            # None has "loss" in its name: shown, and not added up again.
+            losses.update(one.terms.terms())
         if len(head.loss_decode):
             for name, value in head.loss_by_feat(logits, data_samples).items():
                 losses[name] = losses[name] + value if name in losses else value

@@ -30,7 +30,6 @@ except ImportError as error:
 
 __all__ = ["DistillationTrainer"]
 
-_TERMS = tuple(name for name in DistillationOutput._fields if name not in ("loss", "valid", "maps"))
 _FILE = "distillation_loss.pt"
 
 
@@ -138,10 +137,8 @@ class DistillationTrainer(Trainer):
         )
         if model.training:
             self._batches += 1
-            for name in _TERMS:
-                value = getattr(output, name)
-                if value is not None:
-                    self._sums[name] = self._sums.get(name, 0.0) + value
+            for name, value in output.terms().items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
         return (output.loss, outputs) if return_outputs else output.loss
 
     def _normalizer(self, items: Tensor | int | None) -> Tensor | float | None:

@@ -33,7 +33,6 @@ from .parallel import Parallel, rehearsal
 
 log = logging.getLogger("heteroakd_fast.train")
 
-_TERMS = ("ce", "teacher_ce", "kd", "hetero", "feature", "projector", "cwd")
 # Ctrl-C reaches a rank twice, from the terminal and from torchrun: within this many seconds it is
 # one request.
 _SAME_REQUEST = 2.0
@@ -365,10 +364,9 @@ class Trainer:
                     )
                 loss = output.loss / len(prepared) if len(prepared) > 1 else output.loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            terms = {name: getattr(output, name) for name in _TERMS}
-            self._names = ["loss", *(name for name, value in terms.items() if value is not None)]
-            values = [output.loss.detach(), *(v for v in terms.values() if v is not None)]
-            rows.append(torch.stack([value.float() for value in values]))
+            terms = {"loss": output.loss.detach(), **output.terms()}
+            self._names = list(terms)
+            rows.append(torch.stack([value.float() for value in terms.values()]))
         if self.config.optim.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parallel.module.parameters(), self.config.optim.grad_clip)

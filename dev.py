@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
         environment.run("-m", "ruff", "format", "--check", ".")
         environment.run("-m", "mypy")
     # Several workers: kernels that are interpreted, not compiled, take one core each.
-    workers = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+    workers = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "--durations", "30")
     environment.run("-m", "pytest", *(rest or workers))
     if not rest:
         environment.run("-m", "benchmarks", "gate")

@@ -352,7 +352,9 @@ class Trainer:
         ]
         normalizer: LossNormalizer | None = None
         teachings: list[Teaching | None] = [None] * len(prepared)
-        if len(prepared) > 1:
+        if len(prepared) > 1 and self.objective.knows_denominators:
+            normalizer = self._valid_pixels([target for _, target in micro_batches])
+        elif len(prepared) > 1:
             normalizer, teachings = self._rehearse(prepared)
         self.optimizer.zero_grad(set_to_none=True)
         rows = []
@@ -375,22 +377,23 @@ class Trainer:
         self._rows.append(torch.stack(rows).mean(0) if len(rows) > 1 else rows[0])
         self.step += 1
 
+    def _valid_pixels(self, targets: Sequence[Tensor]) -> Tensor:
+        """What every micro-batch is to be divided by, so that the mean of their losses is exactly
+        the loss of the whole batch: the mean over ranks and micro-batches of what they count.
+
+        Counted where the labels were read: a GPU is not waited for.
+        """
+        ignored = self.data.ignore_index
+        counts = [(target != ignored).sum(dtype=torch.float64) for target in targets]
+        return self.world.mean(torch.stack(counts).mean())
+
     def _rehearse(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[LossNormalizer, list[Teaching | None]]:
-        """What every micro-batch is to be divided by, so that the mean of their losses is exactly
-        the loss of the whole batch: the mean of the micro-batches' own denominators.
-
-        Where a term divides by more than a count of pixels, they have to be looked at first, at
-        the price of another forward pass of the student (in training mode, without a trace of
-        it). The teacher's answers are kept, if they are only logits.
+        """The same where a term divides by more than a count of pixels: every term's denominator,
+        looked at first, at the price of another forward pass of the student (in training mode,
+        without a trace of it). The teacher's answers are kept, if they are only logits.
         """
-        if self.objective.knows_denominators:
-            valid = [
-                (target != self.data.ignore_index).sum(dtype=torch.float64)
-                for _, target in micro_batches
-            ]
-            return self.world.mean(torch.stack(valid).mean()), [None] * len(valid)
         own, teachings = [], []
         with (
             rehearsal(self.parallel.module, self.device),

@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
     "paper": {"distil": True, "preset": "paper"},
     "sharded": {"distil": True, "parallel": "fsdp"},
     "sharded-accumulated": {"distil": True, "parallel": "fsdp", "accumulate": 2},
+    "sharded-projected": {"distil": True, "parallel": "fsdp", "taps": ("norm", "norm")},
 }
 
 

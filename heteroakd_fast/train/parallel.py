@@ -56,6 +56,9 @@ class Parallel:
                 find_unused_parameters=bool(unused_parameters(objective, device, side)),
             )
         if config.compile:
+            # Code is compiled once for all networks of a class, and does not look at hooks: the
+            # student alone would leave the distilled one a network without its tap.
+            torch.compiler.reset()
             self._trained.model.compile()
 
     def _shard(self, objective: Objective) -> Objective:

@@ -26,7 +26,9 @@ from heteroakd_fast.train.data import SegmentationData
 from heteroakd_fast.train.distributed import ALONE, World, connect
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.errors import ConfigError, TrainingError
+from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
+from heteroakd_fast.train.parallel import Parallel
 
 CPU = torch.device("cpu")
 WORLD = 2
@@ -272,6 +274,39 @@ def test_without_torchrun_several_ranks_say_so(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="RANK.*torchrun"), connect("cpu", 1.0):
         pass
+
+
+def test_compiled_tap_after_a_compiled_network_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two students are of one class, and the first one has no tap."""
+    original = torch.nn.Module.compile
+
+    def traced(self: torch.nn.Module) -> None:
+        original(self, backend="eager")  # the code generator would take its time
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    config = configure(tmp_path, "plain")
+    scale = config.scale.model_copy(update={"compile": True})
+    shared: dict[str, Any] = {"side": SIDE, "device": CPU}
+    objectives = [
+        PlainObjective(UNet(3, width=4, levels=2), config.distill, 255),
+        DistillObjective(
+            UNet(3, width=4, levels=2),
+            UNet(3, width=6, levels=2).eval(),
+            config.distill,
+            num_classes=3,
+            ignore_index=255,
+            taps=("decoder.0", "decoder.0"),
+            seed=0,
+            **shared,
+        ),
+    ]
+    images, target = torch.randn(2, 3, *SIDE), torch.zeros(2, *SIDE, dtype=torch.int64)
+    for objective in objectives:
+        parallel = Parallel(objective, scale, world=ALONE, **shared)
+        parallel.module.train()
+        assert parallel.module(images, target).loss.isfinite()
 
 
 # --- the command under torchrun ----------------------------------------------------------------

@@ -26,6 +26,7 @@ from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from .files import write_atomically
 from .logs import Records, StageProgress
+from .looking import Gallery
 from .metrics import ConfusionMatrix, Scores
 from .models import logits_of
 from .objectives import LossNormalizer, Objective, Teaching
@@ -188,6 +189,7 @@ class Trainer:
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console, self.world = device, console, world
         self.normalize = Normalizer(config.data, device, config.scale.channels_last)
+        self.gallery = Gallery(config, data, self.normalize, predict, autocast(device, config.amp))
         self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
@@ -476,6 +478,7 @@ class Trainer:
             | {f"val iou/{name}": value for name, value in per_class.items()},
             self.step,
         )
+        self.gallery.show(records.board, self.objective, self.step)
         progress.say(
             f"{self.name} step {self.step}: val mIoU {scores.miou:.4f}, "
             f"pixel accuracy {scores.pixel_accuracy:.4f}"

@@ -47,7 +47,7 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         # NaN (an absent class) is no JSON.
-        clean = {key: _finite(value) for key, value in record.items()}
+        clean = {key: finite(value) for key, value in record.items()}
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -55,18 +55,51 @@ class MetricsFile:
         self._file.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What can be read of metrics.jsonl, in the order of the steps; nothing where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    known = [line for line in lines if math.isfinite(_step_of(line))]
+    return sorted((json.loads(line) for line in known), key=lambda record: float(record["step"]))
+
+
+def duration(seconds: float) -> str:
+    """Readable at a glance: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def throughput(images: float) -> str:
+    """Of pictures a second; a large network on a CPU may need minutes for one."""
+    if images >= 10:
+        return f"{images:.0f} img/s"
+    if images >= 1:
+        return f"{images:.1f} img/s"
+    return f"{60 * images:.1f} img/min"
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf  # the half-written line of a killed run
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return value
 
 
@@ -192,17 +225,16 @@ class StageProgress:
         rate = steps / seconds if seconds > 0 else 0.0
         if terms is not None:
             self._text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
-        shown = f"{self._text}  {rate * images:.0f} img/s"
+        shown = f"{self._text}  {throughput(rate * images)}"
         if self.waiting > _MUCH_WAITING:
             shown += f", {100 * self.waiting:.0f} % waiting for pictures (data.workers)"
         if self._bar:
             self._bar.update(self._task, completed=step, text=shown)
         elif now - self._last_line >= _PLAIN_SECONDS or step == self.total:
             self._last_line = now
-            left = (self.total - step) / rate if rate else 0.0
-            self.console.print(
-                f"{self.name} {step}/{self.total}  {shown}  {left:.0f} s left", highlight=False
-            )
+            if rate and step < self.total:
+                shown += f"  {duration((self.total - step) / rate)} left"
+            self.console.print(f"{self.name} {step}/{self.total}  {shown}", highlight=False)
 
     def say(self, text: str) -> None:
         (self._bar.console if self._bar else self.console).print(text, highlight=False)

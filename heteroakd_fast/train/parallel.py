@@ -61,8 +61,10 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        # The teacher is not trained: both copies use the same one.
-        kept = {id(module): module for module in getattr(objective, "_teacher", [])}
+        # The teacher is not trained: both copies use the same one. Its parts as well, for a tap
+        # holds on to one of them, and would be left with a copy that nobody calls.
+        teachers = getattr(objective, "_teacher", [])
+        kept = {id(part): part for teacher in teachers for part in teacher.modules()}
         with without_group(objective):  # which cannot be copied
             copied: Objective = copy.deepcopy(objective, kept)
         copied.process_group = objective.process_group

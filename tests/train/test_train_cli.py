@@ -37,6 +37,11 @@ def test_results(finished: tuple[Path, Path, str]) -> None:
     assert results["gain"] == pytest.approx(gain)
     assert results["config"]["amp"] == "bf16"
     assert "one seed" in printed
+    assert str(run / "report.html") in printed.splitlines()[-1]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"by {100 * gain:+.1f} points" in page
+    # Read back from metrics.jsonl: two evaluations of each stage, and its loss.
+    assert page.count("<polyline") >= 6
 
 
 def test_picture_shows_something(finished: tuple[Path, Path, str]) -> None:

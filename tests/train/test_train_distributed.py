@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -26,7 +27,9 @@ from heteroakd_fast.train.data import SegmentationData
 from heteroakd_fast.train.distributed import ALONE, World, connect
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.errors import ConfigError, TrainingError
+from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
+from heteroakd_fast.train.parallel import Parallel
 
 CPU = torch.device("cpu")
 WORLD = 2
@@ -74,6 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "paper": {"distil": True, "preset": "paper"},
     "sharded": {"distil": True, "parallel": "fsdp"},
     "sharded-accumulated": {"distil": True, "parallel": "fsdp", "accumulate": 2},
+    "sharded-projected": {"distil": True, "parallel": "fsdp", "taps": ("norm", "norm")},
 }
 
 
@@ -216,7 +220,7 @@ def test_accumulation_alone_is_exact_and_its_naive_kin_is_not(case: str, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.Trainer, "_rehearse", lambda _, parts: (None, [None] * len(parts)))
-        patch.setattr(engine.Trainer, "_valid_pixels", lambda _, targets: None)
+        patch.setattr(engine.Trainer, "_valid_pixels", lambda *_: None)
         naive = train(tmp_path / "naive", case, ALONE, config=config)
     difference = (naive["model.head.weight"] - expected["model.head.weight"]).abs().max()
     assert difference > 1e-3, "the pictures should differ, or the test proves nothing"
@@ -272,6 +276,35 @@ def test_without_torchrun_several_ranks_say_so(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="RANK.*torchrun"), connect("cpu", 1.0):
         pass
+
+
+def test_compiled_tap_after_a_compiled_network_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two students are of one class, and the first one has no tap."""
+    # The code generator would take its time.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    config = configure(tmp_path, "plain")
+    scale = config.scale.model_copy(update={"compile": True})
+    shared: dict[str, Any] = {"side": SIDE, "device": CPU}
+    objectives = [
+        PlainObjective(UNet(3, width=4, levels=2), config.distill, 255),
+        DistillObjective(
+            UNet(3, width=4, levels=2),
+            UNet(3, width=6, levels=2).eval(),
+            config.distill,
+            num_classes=3,
+            ignore_index=255,
+            taps=("decoder.0", "decoder.0"),
+            seed=0,
+            **shared,
+        ),
+    ]
+    images, target = torch.randn(2, 3, *SIDE), torch.zeros(2, *SIDE, dtype=torch.int64)
+    for objective in objectives:
+        parallel = Parallel(objective, scale, world=ALONE, **shared)
+        parallel.module.train()
+        assert parallel.module(images, target).loss.isfinite()
 
 
 # --- the command under torchrun ----------------------------------------------------------------

@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("ci")
 NOT_INTERPRETED = {"test_4096_classes", "test_bits_do_not_depend_on_threads_or_runs"}
 #: Of each test of the contract, every how manieth combination runs on kernels that are interpreted,
 #: or run by the shim.
-SHARES = {"triton": 24, "cuda": 2}
+SHARES = {"triton": 32, "cuda": 3}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -150,7 +150,9 @@ def test_weights_in_the_folder_layout_of_transformers(tmp_path: Path) -> None:
     config_file = part / "config.json"
     values = json.loads(config_file.read_text()) | {"num_labels": 3}
     config_file.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"not the whole of arch 'segformer', it lacks decode_head"):
+    with pytest.raises(
+        ModelError, match=r"not the whole of arch 'segformer', it lacks decode_head"
+    ):
         build_model(there.model_copy(update={"weights": part}), 3, seed=2)
 
 

@@ -8,6 +8,7 @@ pixels, and needs both sides on one grid.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def channel_wise_distillation(
     ignore_index: int = 255,
     align_corners: bool = False,
     resolution: str = "logits",
-    normalizer: Tensor | float | None = None,
+    normalizer: functional.Normalizer | None = None,
     process_group: Any = None,
 ) -> DistillationOutput:
     """T^2 / (N C) sum over images and classes of KL(softmax over space of z_t / T, of z_s / T).
@@ -47,7 +48,7 @@ def channel_wise_distillation(
         align_corners: of the bilinear resampling.
         resolution: "logits": on the student's grid, labels by nearest neighbour (as published);
             "label": on the label grid, which materialises both sides' full-resolution logits.
-        normalizer: replaces N C, see `functional.distillation_loss`.
+        normalizer: replaces N C; a number, or {"cwd": number} as in `denominators`.
         process_group: makes N C the mean over these ranks.
 
     Returns:
@@ -58,6 +59,9 @@ def channel_wise_distillation(
     """
     temperature = functional.check_temperature(temperature, "temperature")
     functional.check_choice(resolution, "resolution", functional.RESOLUTIONS)
+    ignore_index = functional.check_integer(ignore_index, "ignore_index")
+    if teacher_logits is None:
+        raise TypeError("teacher_logits: got None, expected a tensor [B, C, h', w']")
     functional.check_pair(student_logits, teacher_logits, target)
     _, classes, height, width = student_logits.shape
     valid_count = ops.valid_count(target, classes, ignore_index)
@@ -85,6 +89,13 @@ def channel_wise_distillation(
     if process_group is not None:
         denominator = functional.mean_over_ranks(denominator, process_group)
     divisor = denominator
+    if isinstance(normalizer, Mapping):
+        if normalizer.keys() != {"cwd"}:
+            raise ValueError(
+                f"normalizer: names {', '.join(map(str, normalizer)) or 'nothing'}, this call "
+                "computes cwd"
+            )
+        normalizer = normalizer["cwd"]
     if normalizer is not None:
         functional.check_scalar(normalizer, "normalizer")
         divisor = torch.as_tensor(normalizer, dtype=torch.float64, device=target.device)
@@ -98,8 +109,10 @@ def channel_wise_distillation(
 
 
 def _resample(z: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    if tuple(z.shape[-2:]) == size or z.numel() == 0:
+    if tuple(z.shape[-2:]) == size:
         return z
+    if z.numel() == 0 or 0 in size:  # which torch does not resample
+        return z[..., :1, :1].expand(*z.shape[:2], *size)
     return F.interpolate(z, size=size, mode="bilinear", align_corners=align_corners)
 
 
@@ -138,7 +151,7 @@ class ChannelWiseLoss(nn.Module):
         target: Tensor,
         *,
         teacher_logits: Tensor,
-        normalizer: Tensor | float | None = None,
+        normalizer: functional.Normalizer | None = None,
     ) -> DistillationOutput:
         return channel_wise_distillation(
             student_logits,

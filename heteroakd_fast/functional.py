@@ -282,7 +282,7 @@ def run(
         kd_beta=check_number(kd_beta, "kd_beta"),
         temperature=check_number(temperature, "temperature"),
         tau=check_number(tau, "tau"),
-        ignore_index=_check_integer(ignore_index, "ignore_index"),
+        ignore_index=check_integer(ignore_index, "ignore_index"),
         align_corners=_check_flag(align_corners, "align_corners"),
         label_smoothing=check_number(label_smoothing, "label_smoothing"),
         maps=_check_flag(return_maps, "return_maps"),
@@ -382,7 +382,7 @@ def check_number(value: object, name: str) -> float:
     return float(value)
 
 
-def _check_integer(value: object, name: str) -> int:
+def check_integer(value: object, name: str) -> int:
     try:
         if isinstance(value, (bool, Tensor)):
             raise TypeError

@@ -137,7 +137,7 @@ def projected_distillation_loss(
         kd_beta=functional.check_number(kd_beta, "kd_beta"),
         temperature=functional.check_number(temperature, "temperature"),
         tau=functional.check_number(tau, "tau"),
-        ignore_index=functional._check_integer(ignore_index, "ignore_index"),
+        ignore_index=functional.check_integer(ignore_index, "ignore_index"),
         label_smoothing=functional.check_number(label_smoothing, "label_smoothing"),
         maps=functional._check_flag(return_maps, "return_maps"),
     )

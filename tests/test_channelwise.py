@@ -103,7 +103,23 @@ def test_micro_batches_add_up() -> None:
         for h in halves
     ]
     assert float(sum(again) / 2) == pytest.approx(float(whole.loss), rel=1e-12)
+    # As `denominators` has it, too.
+    named = channel_wise_distillation(*halves[0], normalizer={"cwd": mean}).loss
+    assert float(named) == float(again[0])
     assert float(sum(output.loss for output in first) / 2) != pytest.approx(float(whole.loss))
+
+
+@pytest.mark.parametrize("resolution", ["logits", "label"])
+@pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 0), (2, 0, 8)])
+def test_no_picture_and_no_pixel(resolution: str, shape: tuple[int, int, int]) -> None:
+    student, teacher = (torch.randn(shape[0], 3, side, side) for side in (4, 5))
+    student.requires_grad_()
+    target = torch.zeros(shape, dtype=torch.int64)
+    output = ChannelWiseLoss(resolution=resolution)(student, target, teacher_logits=teacher)
+    assert float(output.loss.detach()) == 0
+    output.loss.backward()
+    assert student.grad is not None
+    assert not student.grad.any()
 
 
 def test_refuses() -> None:
@@ -118,3 +134,11 @@ def test_refuses() -> None:
         channel_wise_distillation(batch.student, batch.teacher, torch.full_like(batch.target, 9))
     with pytest.raises(ValueError, match="normalizer"):
         channel_wise_distillation(*batch, normalizer=-1.0)
+    with pytest.raises(ValueError, match="normalizer: names kd, this call computes cwd"):
+        channel_wise_distillation(*batch, normalizer={"kd": 1.0})
+    with pytest.raises(TypeError, match="teacher_logits: got None"):
+        channel_wise_distillation(batch.student, None, batch.target)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="ignore_index"):
+        ChannelWiseLoss(ignore_index="x")(  # type: ignore[arg-type]
+            batch.student, batch.target, teacher_logits=batch.teacher
+        )

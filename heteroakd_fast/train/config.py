@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from importlib import resources
 from pathlib import Path
@@ -190,6 +191,10 @@ class DataConfig(_Table):
                 f"data.class_names has {len(self.class_names)} names, "
                 f"data.num_classes is {self.num_classes}"
             )
+        names = self.class_names or ()
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # scores are listed by name
+            raise ValueError(f"data.class_names has {twice!r} more than once")
         count = _PUBLISHED.get(self.kind, self.num_classes)
         if count is not None and self.ignore_index < count:
             raise ValueError(
@@ -328,7 +333,12 @@ class DistillConfig(_Table):
             raise ValueError(
                 "every one of the weights "
                 + ", ".join(f"{name}_weight" for name in weights)
-                + " is 0: there would be nothing to train on"
+                + " is 0: "
+                + (
+                    "channel-wise distillation goes beside one of them"
+                    if self.cwd_weight
+                    else "there would be nothing to train on"
+                )
             )
         return self
 
@@ -390,8 +400,9 @@ class Config(_Table):
         default=STAGES,
         description="What to train: the teacher, the student alone, the student distilled.",
     )
+    # Networks start from 2 * seed and 2 * seed + 1, and torch's generators take 64 bits.
     seed: int = Field(
-        default=0, ge=0, description="Seed of initial weights, batches and augmentation."
+        default=0, ge=0, lt=2**63, description="Seed of initial weights, batches and augmentation."
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps ...")
     amp: Literal["off", "bf16", "fp16"] = Field(default="off", description="Mixed precision.")
@@ -466,7 +477,7 @@ def load_config(*sources: str | Path) -> Config:
 def _load_tables(sources: list[str]) -> tuple[dict[str, Any], str]:
     recipes = embedded_recipes()
     tables = [(source, _load_table(source, recipes)) for source in sources]
-    own_files = any(source not in recipes for source in sources)
+    own_files = any(source not in recipes or Path(source).is_file() for source in sources)
     if not own_files and not any("data" in table for _, table in tables):
         tables.insert(0, (DEFAULT_RECIPE, _load_table(DEFAULT_RECIPE, recipes)))
     merged: dict[str, Any] = {}
@@ -730,8 +741,16 @@ def _write_table(table: BaseModel, prefix: str, lines: list[str]) -> None:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        items = (f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+        return "{ " + ", ".join(items) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    # Strings, booleans and numbers are written as in JSON.
-    return json.dumps(value if isinstance(value, (bool, int, float)) else str(value))
+    # Strings, booleans and numbers are written as in JSON, which escapes two things otherwise.
+    text = json.dumps(
+        value if isinstance(value, (bool, int, float)) else str(value), ensure_ascii=False
+    )
+    return text.replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml(key)

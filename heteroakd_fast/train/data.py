@@ -68,8 +68,9 @@ def sample_index(seed: int, step: int, slot: int, batch_size: int, size: int) ->
 def to_tensors(picture: Picture, mask: Mask) -> tuple[Tensor, Tensor]:
     """uint8 3 x H x W and int64 H x W; copies, because flips leave negative strides."""
     return (
-        torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))),
-        torch.from_numpy(np.ascontiguousarray(mask, dtype=np.int64)),
+        # Not `ascontiguousarray`, which keeps a negative stride along an axis of one pixel.
+        torch.from_numpy(np.array(picture.transpose(2, 0, 1), order="C")),
+        torch.from_numpy(np.array(mask, dtype=np.int64, order="C")),
     )
 
 

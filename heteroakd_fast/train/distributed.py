@@ -125,7 +125,7 @@ def connect(device: str, timeout: float) -> Iterator[World]:
         ConfigError: the environment names several ranks, but not how to reach them.
         TrainingError: another rank was lost on the way.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", "1")
     if size == 1:
         yield ALONE
         return
@@ -136,16 +136,27 @@ def connect(device: str, timeout: float) -> Iterator[World]:
             f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; "
             "start several ranks with torchrun"
         )
-    rank = int(os.environ["RANK"])
+    rank, local_rank, _ = _number("RANK"), _number("LOCAL_RANK"), _number("MASTER_PORT")
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     with _answering(rank, timeout):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
         )
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        yield World(rank, size, int(os.environ["LOCAL_RANK"]), control)
+        yield World(rank, size, local_rank, control)
     # Not after an error: with a dead rank the farewell itself would wait.
     dist.destroy_process_group()
+
+
+def _number(name: str, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"{name} is {text!r} in the environment, expected a number; start several ranks with "
+            "torchrun, or unset WORLD_SIZE"
+        ) from None
 
 
 @contextmanager

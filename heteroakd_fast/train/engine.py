@@ -38,6 +38,9 @@ log = logging.getLogger("heteroakd_fast.train")
 # one request.
 _SAME_REQUEST = 2.0
 _RANK_SEED = 1_000_003
+# What a checkpoint holds, see `Trainer._state`.
+_STATE = {"stage", "step", "model", "loss", "optimizer", "scaler", "random", "best_miou", "scores"}
+_STATE |= {"seconds", "names", "rows", "fingerprint"}
 
 
 def choose_device(name: str, world: World = ALONE) -> torch.device:
@@ -241,6 +244,11 @@ class Trainer:
         state = found
         if state is None:
             return
+        if lacking := sorted(_STATE - state.keys()):
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint lacks {', '.join(lacking)}: another version wrote "
+                "it; take another --run folder, or go on with that version"
+            )
         saved: dict[str, str] = state["fingerprint"]
         changed = [
             f"  {key}: {saved.get(key, 'absent')} -> {self.fingerprint.get(key, 'absent')}"
@@ -254,6 +262,11 @@ class Trainer:
                     f"{message}\n"
                     "Take another --run folder, or go on all the same with --resume-anyway"
                 )
+            if state["step"] > self.steps:
+                raise ConfigError(
+                    f"{message}\nIt is at step {state['step']} already, and {self.steps} are asked "
+                    "for: take another --run folder, or more steps"
+                )
             log.warning(message)
         try:
             self.objective.model.load_state_dict(state["model"])
@@ -264,7 +277,8 @@ class Trainer:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint does not fit the model: {error}"
             ) from None
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of a run without fp16 there is none to go on with
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_miou, self.seconds = (
             state["step"],
             state["best_miou"],
@@ -287,6 +301,10 @@ class Trainer:
             self.scores = Scores(
                 scores["miou"], scores["pixel_accuracy"], tuple(scores["class_iou"])
             )
+        if changed:
+            # The terms may be others, and what was not the last step may be it now.
+            self._rows.clear()
+            self.scores = None
         if self.step < self.steps:
             self.console.print(f"{self.name}: going on at step {self.step}", highlight=False)
 
@@ -315,7 +333,7 @@ class Trainer:
             stop_requests() as stop,
             StageProgress(self.console, self.name, self.steps, self.step) as progress,
         ):
-            if self.steps == 0:
+            if self.step == self.steps:
                 self._evaluate(progress, records)
                 self._save()
             while self.step < self.steps:

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from .config import Config, load_config
-from .errors import UserError
+from .errors import ConfigError, UserError
 from .files import write_atomically
+from .logs import finite
 
 #: In the order of the table. "task" is the student alone, which all others are compared with.
 METHODS = ("task", "kd", "cwd", "heteroakd", "heteroakd-paper")
@@ -83,6 +85,30 @@ class Cell:
     seconds: float
 
 
+def check(options: Options) -> None:
+    """What the table needs, and limits that a recipe's keys have as well.
+
+    Raises:
+        ConfigError: an option, a recipe or a file cannot be used; found before anything is trained.
+    """
+    least = {"seeds": 1, "steps": 1, "teacher_steps": 1, "threads": 1, "workers": 0}
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {limit} or more")
+    for name in ("pairs", "methods"):
+        # Folders are called by the stem.
+        stems = [Path(source).stem for source in getattr(options, name)]
+        if not stems or len(set(stems)) != len(stems):
+            raise ConfigError(
+                f"--{name} is {', '.join(stems) or 'empty'}; expected one or more, each once and "
+                "with a name of its own"
+            )
+    for pair in options.pairs:
+        for method in (None, *options.methods):
+            configure(options, pair, method, 0)
+
+
 def configure(options: Options, pair: str, method: str | None, seed: int) -> Config:
     """The configuration of one run; without a method, the teacher's."""
     config = load_config(options.data, pair, *([method] if method else []))
@@ -121,7 +147,9 @@ def run(options: Options, console: Console) -> tuple[list[Cell], dict[str, Any]]
         config = configure(options, pair, None, 0)
         outcome = pipeline.run(config, quiet)
         teachers[pair] = _cell(pair, "teacher", 0, outcome, "teacher")
-        console.print(f"{pair}: teacher {_percent(teachers[pair].miou)}", highlight=False)
+        console.print(
+            f"{pair}: teacher {_percent(teachers[pair].miou)}", markup=False, highlight=False
+        )
     cells = []
     # Seeds outermost: stopped half-way, every method has as many seeds as the others.
     for seed in range(options.seeds):
@@ -134,6 +162,7 @@ def run(options: Options, console: Console) -> tuple[list[Cell], dict[str, Any]]
                 console.print(
                     f"{pair}, seed {seed}, {_title(method)}: {_percent(cell.miou)} "
                     f"({cell.seconds:.0f} s)",
+                    markup=False,
                     highlight=False,
                 )
     return cells, teachers
@@ -274,8 +303,9 @@ def report(
     content = {
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
         "version": __version__,
-        "teachers": {pair: dataclasses.asdict(cell) for pair, cell in teachers.items()},
-        "students": [dataclasses.asdict(cell) for cell in cells],
+        # NaN (labels that are all ignored) is no JSON.
+        "teachers": {pair: finite(dataclasses.asdict(cell)) for pair, cell in teachers.items()},
+        "students": [finite(dataclasses.asdict(cell)) for cell in cells],
     }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(options.run / "results.json", (text.encode(),))
@@ -290,11 +320,14 @@ def report(
         gain = (
             "" if row.method == options.methods[0] else f"{row.gain:+.1f} ± {row.gain_spread:.1f}"
         )
-        view.add_row(
-            _direction(row.pair), _title(row.method), f"{row.mean:.1f}", f"{row.spread:.1f}", gain
-        )
+        names = Text(_direction(row.pair)), Text(_title(row.method))
+        view.add_row(*names, f"{row.mean:.1f}", f"{row.spread:.1f}", gain)
     console.print(view)
-    console.print(f"Written: {options.run}/results.json, table.md, experiment.png", soft_wrap=True)
+    console.print(
+        f"Written: {options.run}/results.json, table.md, experiment.png",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -302,13 +335,26 @@ def main(argv: list[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True)
     options = tyro.cli(Options, prog="heteroakd-experiment", args=argv, description=__doc__)
     try:
+        check(options)
         options.run.mkdir(parents=True, exist_ok=True)
         with FileLock(options.run / ".lock", timeout=0):
             cells, teachers = run(options, console)
             report(options, cells, teachers, console)
     except UserError as error:
-        errors.print(f"heteroakd-experiment: {error}", markup=False, highlight=False)
+        errors.print(
+            f"heteroakd-experiment: {error}", markup=False, highlight=False, soft_wrap=True
+        )
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, Timeout):  # of the lock
+            reason = f"{options.run}: another experiment is using this folder; take another --run"
+        else:
+            reason = f"{error.filename}: " if error.filename else ""
+            reason += error.strerror or str(error)
+        errors.print(
+            f"heteroakd-experiment: {reason}", markup=False, highlight=False, soft_wrap=True
+        )
+        return 1
     except KeyboardInterrupt:
         errors.print("heteroakd-experiment: interrupted; the same command goes on")
         return 130

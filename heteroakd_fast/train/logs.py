@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -39,7 +40,7 @@ class MetricsFile:
         if path.exists():
             kept = [
                 line
-                for line in path.read_text(encoding="utf-8").splitlines()
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
                 if _step_of(line) <= resumed_step
             ]
             write_atomically(path, [(line + "\n").encode() for line in kept])
@@ -48,11 +49,17 @@ class MetricsFile:
     def write(self, record: dict[str, Any]) -> None:
         # NaN (an absent class) is no JSON.
         clean = {key: finite(value) for key, value in record.items()}
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # A full disk does not say where.
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written has been reported, and would fail here once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +97,7 @@ def throughput(images: float) -> str:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # the half-written line of a killed run
 
 

@@ -38,6 +38,8 @@ class UNet(nn.Module):
             raise ValueError(f"stride is {stride}, expected a power of two")
         if levels < 2:
             raise ValueError(f"levels is {levels}, expected 2 or more")
+        if width < 1:
+            raise ValueError(f"width is {width}, expected 1 or more")
         stem: list[nn.Module] = []
         channels = in_channels
         for _ in range(stride.bit_length() - 1):
@@ -107,10 +109,20 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
     model_class = getattr(transformers, f"{LIBRARY[name]}ForSemanticSegmentation")
     if weights is not None and weights.is_dir():
         # A folder in the library's own layout: it translates the key names of older versions.
-        model: nn.Module = model_class.from_pretrained(weights, local_files_only=True)
+        model: nn.Module
+        model, loaded = model_class.from_pretrained(
+            weights, local_files_only=True, output_loading_info=True
+        )
         found = int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
         if found != num_classes:
             raise ModelError(f"{weights}: has {found} classes, the data has {num_classes}")
+        # The library starts what the folder lacks at random, and only warns.
+        if missing := sorted(loaded["missing_keys"]):
+            more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
+            raise ModelError(
+                f"{weights}: is not the whole of arch {name!r}, it lacks "
+                f"{', '.join(missing[:3])}{more}; a part goes into init"
+            )
         return model
     config_class = getattr(transformers, f"{LIBRARY[name]}Config")
     if name == "upernet":
@@ -166,7 +178,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
             if config.arch == "unet":
                 model: nn.Module = UNet(num_classes, **config.kwargs)
             elif config.arch in LIBRARY:
-                model = _from_library(config.arch, num_classes, config.weights, config.kwargs)
+                model = _built_by_library(config, num_classes)
             else:
                 model = _imported_model(config, num_classes)
         except (TypeError, ValueError) as error:
@@ -177,9 +189,21 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         )
     if config.init is not None:
         load_part(model, config.init)
-    if config.weights is not None and not config.weights.is_dir():
+    if config.weights is not None and not (config.arch in LIBRARY and config.weights.is_dir()):
         load_weights(model, config.weights)
     return model
+
+
+def _built_by_library(config: ModelConfig, num_classes: int) -> nn.Module:
+    """With whatever the library meets in arguments that do not go together as one message."""
+    try:
+        return _from_library(config.arch, num_classes, config.weights, config.kwargs)
+    except (ModelError, OSError, TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"arch {config.arch!r} with {config.kwargs}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _imported_model(config: ModelConfig, num_classes: int) -> Any:
@@ -226,7 +250,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
             state = state[nest]
     if not isinstance(state, Mapping) or not all(
-        isinstance(value, Tensor) for value in state.values()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise ModelError(
             f"{path}: holds a {type(state).__name__}, expected a mapping from names to tensors"

@@ -51,6 +51,7 @@ def write_report(outcome: Outcome, config: Config, console: Console) -> None:
         )
     console.print(
         f"Written: {folder / 'report.html'}, {folder / 'report.png'}, {folder / 'results.json'}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -118,6 +118,13 @@ def test_bad_data_stops_without_a_traceback(
     assert "Traceback" not in message
 
 
+def test_a_run_folder_with_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, steps=1)
+    folder = tmp_path / "[bold]a[" / "red]"  # a closing tag of rich's markup
+    assert main([str(path), "--stages", "alone", "--run", str(folder)]) == 0
+    assert str(folder / "report.html") in capsys.readouterr().out
+
+
 def test_a_run_folder_that_cannot_be_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from heteroakd_fast.train.cli import main
 from heteroakd_fast.train.config import (
+    as_toml,
     load_config,
     parse_command_line,
     parse_config,
@@ -57,6 +58,22 @@ steps = 3
         (("[data]", "[data]\ncrop = true"), ["data.crop: got True"]),
         (("[data]", "[data]\nresize = [512, 2048]"), ["data.resize", "long >= short >= 16"]),
         (("[data]", "[data]\ncrop_max_ratio = 0.75"), ["data.crop_max_ratio needs data.crop"]),
+        (("[data]", "seed = 18446744073709551616\n[data]"), ["seed", "less than"]),
+        (
+            (
+                "[data]",
+                "[distill]\nce_weight = 0\nkd_weight = 0\nhetero_weight = 0\ncwd_weight = 3\n"
+                "[data]",
+            ),
+            ["distill: ", "channel-wise distillation goes beside one of them"],
+        ),
+        (
+            (
+                'kind = "landcover"',
+                'kind = "folder"\nroot = "."\nnum_classes = 2\nclass_names = ["a", "a"]',
+            ),
+            ["data.class_names has 'a' more than once"],
+        ),
         (("[data]", "[data\n"), ["malformed TOML", "line 2"]),
     ],
 )
@@ -138,6 +155,15 @@ def test_embedded_default_is_valid_and_printed(capsys: pytest.CaptureFixture[str
     assert main(["--print-config"]) == 0
     # What is printed is a file that means the same.
     assert parse_config(capsys.readouterr().out, "printed") == config
+
+
+def test_odd_names_are_printed_so_that_they_can_be_read() -> None:
+    config = load_config()
+    teacher = config.teacher.model_copy(
+        update={"kwargs": {"a b": {"ü.": 1}, "x": "\U0001f600\x7f"}}
+    )
+    config = config.model_copy(update={"teacher": teacher, "run": Path('r"\\\t')})
+    assert parse_config(as_toml(config), "printed") == config
 
 
 def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:

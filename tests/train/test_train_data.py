@@ -22,6 +22,7 @@ from heteroakd_fast.train.data import (
     evaluation_batches,
     load_data,
     sample_index,
+    to_tensors,
     training_batches,
 )
 from heteroakd_fast.train.errors import DataError, TrainingError
@@ -201,6 +202,15 @@ def test_crop_pads_small_pictures_with_ignored_pixels() -> None:
     assert image.shape == (16, 16, 3)
     assert (labels[:10] == 1).all()
     assert (labels[10:] == 9).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5)])
+def test_pictures_of_one_pixel_can_be_flipped(shape: tuple[int, int]) -> None:
+    picture = np.arange(np.prod(shape) * 3, dtype=np.uint8).reshape(*shape, 3)
+    mask = np.arange(np.prod(shape), dtype=np.int64).reshape(shape)
+    images, target = to_tensors(picture[:, ::-1], mask[:, ::-1])
+    assert np.array_equal(images.numpy().transpose(1, 2, 0), picture[:, ::-1])
+    assert np.array_equal(target.numpy(), mask[:, ::-1])
 
 
 def test_crop_reaches_every_position() -> None:

@@ -276,6 +276,9 @@ def test_without_torchrun_several_ranks_say_so(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="RANK.*torchrun"), connect("cpu", 1.0):
         pass
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is ''"), connect("cpu", 1.0):
+        pass
 
 
 def test_compiled_tap_after_a_compiled_network_without_one(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train_helpers import command, environment, write_config
 
 from heteroakd_fast.train import pipeline
-from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint
+from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import STAGES, Config, OptimConfig, load_config
 from heteroakd_fast.train.data import SegmentationData, load_data
 from heteroakd_fast.train.engine import (
@@ -29,7 +29,7 @@ from heteroakd_fast.train.engine import (
     learning_rate,
     make_optimizer,
 )
-from heteroakd_fast.train.errors import ConfigError, StoppedError, TrainingError
+from heteroakd_fast.train.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from heteroakd_fast.train.logs import MetricsFile, TensorBoard
 from heteroakd_fast.train.metrics import Scores
 from heteroakd_fast.train.models import UNet
@@ -225,6 +225,45 @@ def test_changed_configuration_is_refused(
     assert "optim.lr" in caplog.text
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_fewer_steps_than_were_taken(config: Config, data: SegmentationData, steps: int) -> None:
+    """The last checkpoint (step 4) is the end, or beyond it."""
+    cut_after(trainer(config, data), 6)
+    changed = {"resume_anyway": True, "fingerprint": {"student.steps": str(steps)}}
+    run = trainer(config, data, steps=steps, **changed)
+    if steps == 2:
+        with pytest.raises(ConfigError, match="at step 4 already, and 2 are asked for"):
+            run.run()
+        return
+    assert run.run().steps == 4
+    assert (config.run / "one" / "model.safetensors").is_file()
+
+
+def test_going_on_anyway_with_other_terms_and_mixed_precision(
+    config: Config, data: SegmentationData
+) -> None:
+    cut_after(trainer(config, data), 6)
+    saved = load_checkpoint(config.run / "one")
+    assert saved is not None
+    assert saved["rows"] is not None
+    saved |= {"rows": torch.ones(1, 5), "names": list("abcde")}
+    save_checkpoint(config.run / "one", saved)
+    other = config.model_copy(update={"amp": "fp16"})
+    run = trainer(other, data, resume_anyway=True, fingerprint={"amp": "fp16"})
+    assert run.run().steps == 10
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "random", "rows"])
+def test_a_checkpoint_of_another_version(config: Config, data: SegmentationData, key: str) -> None:
+    cut_after(trainer(config, data), 6)
+    saved = load_checkpoint(config.run / "one")
+    assert saved is not None
+    del saved[key]
+    save_checkpoint(config.run / "one", saved)
+    with pytest.raises(CheckpointError, match=f"lacks {key}: another version"):
+        trainer(config, data).run()
+
+
 def test_what_does_not_change_the_result_may_change(config: Config) -> None:
     other = config.model_copy(
         update={
@@ -328,6 +367,23 @@ def test_metrics_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     file.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 6, 7]
     assert json.loads(path.read_text().splitlines()[-1])["class_iou"] == {"a": None, "b": 1.0}
+
+
+def test_metrics_that_are_damaged_or_cannot_be_written(tmp_path: Path) -> None:
+    """Neither costs more than its own lines; a message says which file it was."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 3}\n\xff\xfe{"st\n' + b"[" * 100_000 + b"\n")
+    MetricsFile(path, resumed_step=6).close()
+    assert path.read_bytes() == b'{"step": 3}\n'
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    path.unlink()
+    path.symlink_to("/dev/full")
+    file = MetricsFile.__new__(MetricsFile)
+    file.path, file._file = path, path.open("a", encoding="utf-8")
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+        file.write({"step": 1})
+    file.close()
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:

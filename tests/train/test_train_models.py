@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ def test_model_by_import_path() -> None:
         ("unet", {"widht": 3}, "widht"),
         ("unet", {"stride": 3}, "power of two"),
         ("segformer", {"depth": [1, 1, 1, 1]}, "unknown kwargs depth; did you mean depths"),
+        ("unet", {"width": 0}, "width is 0, expected 1 or more"),
+        # Each makes the library meet an error of its own kind.
+        ("segformer", {"hidden_sizes": [8]}, "'segformer' with .*IndexError"),
+        ("segformer", {"hidden_sizes": "x"}, "'segformer' with .*hidden_sizes"),
+        ("segformer", {"hidden_act": "nope"}, "'segformer' with .*nope"),
         ("builtins:dict", {}, "expected a torch.nn.Module"),
     ],
 )
@@ -139,6 +145,22 @@ def test_weights_in_the_folder_layout_of_transformers(tmp_path: Path) -> None:
         assert torch.equal(value, source.state_dict()[key])
     with pytest.raises(ModelError, match="has 3 classes, the data has 4"):
         build_model(there, 4, seed=2)
+    part = tmp_path / "part"
+    source.segformer.save_pretrained(part)  # type: ignore[operator, union-attr]
+    config_file = part / "config.json"
+    values = json.loads(config_file.read_text()) | {"num_labels": 3}
+    config_file.write_text(json.dumps(values))
+    with pytest.raises(
+        ModelError, match=r"not the whole of arch 'segformer', it lacks decode_head"
+    ):
+        build_model(there.model_copy(update={"weights": part}), 3, seed=2)
+
+
+@pytest.mark.parametrize("arch", ["unet", "test_train_models:custom"])
+def test_a_folder_is_no_weights_file(tmp_path: Path, arch: str) -> None:
+    """A teacher that silently stays untrained would teach all the same."""
+    with pytest.raises(ModelError, match="cannot be read as weights"):
+        build_model(ModelConfig(arch=arch, weights=tmp_path, steps=0), 3, seed=0)
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
@@ -167,8 +189,10 @@ def test_unreadable_weights(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="cannot be read as weights"):
             load_weights(model, tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ModelError, match="expected a mapping"):
-        load_weights(model, tmp_path / "list.pt")
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
+    for name in ("list.pt", "numbers.pt"):
+        with pytest.raises(ModelError, match="expected a mapping"):
+            load_weights(model, tmp_path / name)
 
 
 def test_tap_gives_the_output_of_the_module() -> None:

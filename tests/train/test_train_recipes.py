@@ -122,11 +122,19 @@ def test_a_later_architecture_takes_nothing_from_an_earlier_one() -> None:
     assert config.optim.warmup_steps == 50  # of landcover, which the pair says nothing about
 
 
-def test_an_own_file_does_not_fall_back_to_the_example(tmp_path: Path) -> None:
+def test_an_own_file_does_not_fall_back_to_the_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('[teacher]\narch = "unet"\nsteps = 1\n[student]\narch = "unet"\nsteps = 1\n')
     with pytest.raises(ConfigError, match="data: missing"):
         load_config(path)
+    # Nor does one that is called like a recipe, and comes before it.
+    monkeypatch.chdir(tmp_path)
+    path.rename("kd")
+    with pytest.raises(ConfigError, match="data: missing"):
+        load_config("kd")
+    path = Path("kd").rename(path)
     assert load_config("landcover", path, "kd").student.arch == "unet"
 
 

@@ -242,11 +242,9 @@ def markdown(options: Options, cells: list[Cell], teachers: dict[str, Cell]) -> 
             teacher = teachers[row.pair]
             lines.append(f"| {_direction(row.pair)} | teacher | {100 * teacher.miou:.1f} | | |")
         seeds = ", ".join(f"{value:.1f}" for value in row.mious)
-        gain = (
-            "" if row.method == options.methods[0] else f"{row.gain:+.1f} ± {row.gain_spread:.1f}"
-        )
+        gain = "" if row.method == options.methods[0] else _spread(row.gain, row.gain_spread, "+")
         lines.append(
-            f"| | {_title(row.method)} | {row.mean:.1f} ± {row.spread:.1f} | {seeds} | {gain} |"
+            f"| | {_title(row.method)} | {_spread(row.mean, row.spread)} | {seeds} | {gain} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -284,6 +282,11 @@ def draw(options: Options, cells: list[Cell], teachers: dict[str, Cell], path: P
     write_atomically(path, (buffer.getbuffer(),))
 
 
+def _spread(mean: float, spread: float, sign: str = "") -> str:
+    """A mean with its standard deviation, which one seed does not have."""
+    return f"{mean:{sign}.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+
+
 def _direction(pair: str) -> str:
     return next((name for name, recipe in DIRECTIONS.items() if recipe == pair), Path(pair).stem)
 
@@ -317,11 +320,11 @@ def report(
     for column in ("direction", "method", "mean", "sd", "gain"):
         view.add_column(column, justify="left" if column in ("direction", "method") else "right")
     for row in rows(options, cells):
-        gain = (
-            "" if row.method == options.methods[0] else f"{row.gain:+.1f} ± {row.gain_spread:.1f}"
-        )
+        gain = "" if row.method == options.methods[0] else _spread(row.gain, row.gain_spread, "+")
         names = Text(_direction(row.pair)), Text(_title(row.method))
-        view.add_row(*names, f"{row.mean:.1f}", f"{row.spread:.1f}", gain)
+        view.add_row(
+            *names, f"{row.mean:.1f}", "" if math.isnan(row.spread) else f"{row.spread:.1f}", gain
+        )
     console.print(view)
     console.print(
         f"Written: {options.run}/results.json, table.md, experiment.png",

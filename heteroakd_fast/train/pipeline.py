@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,12 +51,28 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
         del table["scale"][key]
     for key in ("accumulate", "eval_batch_size"):
         del table["optim"][key]
+    for role in ("teacher", "student"):
+        for key in ("weights", "init"):
+            if (path := getattr(getattr(config, role), key)) is not None:
+                table[role][f"{key} content"] = _content(path)
     if stage != "distilled":
         for role in ("teacher", "student"):
             del table[role]["tap"]
         sections += ("distill.label_smoothing",)
         table["distill.label_smoothing"] = table["distill"]["label_smoothing"]
     return _flat({name: table[name] for name in sections})
+
+
+@lru_cache(maxsize=16)
+def _content(path: Path) -> str:
+    """A digest of a weights file or folder: the same name may hold other weights tomorrow."""
+    digest = hashlib.sha256()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        with contextlib.suppress(OSError), file.open("rb") as content:  # reading it reports it
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -284,6 +284,19 @@ def test_what_does_not_change_the_result_may_change(config: Config) -> None:
     assert pipeline.fingerprint(distill, "distilled") != pipeline.fingerprint(config, "distilled")
 
 
+def test_other_weights_under_the_same_name_are_noticed(config: Config, tmp_path: Path) -> None:
+    seen = []
+    for content in (b"first", b"second"):
+        path = tmp_path / "teacher.safetensors"
+        path.write_bytes(content)
+        pipeline._content.cache_clear()
+        teacher = config.teacher.model_copy(update={"weights": path})
+        changed = config.model_copy(update={"teacher": teacher})
+        seen.append([pipeline.fingerprint(changed, stage) for stage in STAGES])
+    for stage, before, after in zip(STAGES, *seen, strict=True):
+        assert (before == after) == (stage == "alone"), stage
+
+
 def test_both_students_start_alike(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: dict[str, dict[str, Tensor]] = {}
 

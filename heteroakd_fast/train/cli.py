@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
-from .config import Config, Options, as_toml, embedded_recipes, parse_command_line
+from .config import Config
 from .errors import TrainingError, UserError
+from .reading import Options, as_toml, embedded_recipes, parse_command_line
 
 if TYPE_CHECKING:
     from .distributed import World

@@ -25,10 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .config import Config, load_config
+from .config import Config
 from .errors import ConfigError, UserError
 from .files import write_atomically
 from .logs import finite
+from .reading import load_config
 
 #: In the order of the table. "task" is the student alone, which all others are compared with.
 METHODS = ("task", "kd", "cwd", "heteroakd", "heteroakd-paper")

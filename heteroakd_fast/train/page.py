@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from .config import Config, as_toml
+from .config import Config
 from .data import Picture, SegmentationData
 from .logs import duration, read_metrics
 from .looking import (
@@ -35,6 +35,7 @@ from .looking import (
 )
 from .models import count_parameters
 from .pipeline import Outcome
+from .reading import as_toml
 
 TITLES = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 _NO_TERMS = {"kind", "step", "lr", "seconds", "wait"}

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from heteroakd_fast.train.cli import main
-from heteroakd_fast.train.config import (
+from heteroakd_fast.train.errors import ConfigError
+from heteroakd_fast.train.reading import (
     as_toml,
     load_config,
     parse_command_line,
     parse_config,
 )
-from heteroakd_fast.train.errors import ConfigError
 
 VALID = """
 [data]

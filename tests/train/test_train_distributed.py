@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from train_helpers import environment, write_config
 
 from heteroakd_fast.train import pipeline
-from heteroakd_fast.train.config import Config, load_config
+from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.data import SegmentationData
 from heteroakd_fast.train.distributed import ALONE, World, connect
 from heteroakd_fast.train.engine import Trainer
@@ -30,6 +30,7 @@ from heteroakd_fast.train.errors import ConfigError, TrainingError
 from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
 from heteroakd_fast.train.parallel import Parallel
+from heteroakd_fast.train.reading import load_config
 
 CPU = torch.device("cpu")
 WORLD = 2

@@ -20,7 +20,7 @@ from train_helpers import command, environment, write_config
 
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
-from heteroakd_fast.train.config import STAGES, Config, OptimConfig, load_config
+from heteroakd_fast.train.config import STAGES, Config, OptimConfig
 from heteroakd_fast.train.data import SegmentationData, load_data
 from heteroakd_fast.train.engine import (
     StageResult,
@@ -34,6 +34,7 @@ from heteroakd_fast.train.logs import MetricsFile, TensorBoard
 from heteroakd_fast.train.metrics import Scores
 from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.objectives import PlainObjective
+from heteroakd_fast.train.reading import load_config
 
 QUIET = Console(quiet=True)
 

@@ -19,9 +19,10 @@ from train_helpers import write_config
 
 from heteroakd_fast.train import parallel, pipeline
 from heteroakd_fast.train.checkpoint import NEWEST, load_checkpoint
-from heteroakd_fast.train.config import Config, load_config
+from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.data import sample_index
 from heteroakd_fast.train.errors import CheckpointError, DataError
+from heteroakd_fast.train.reading import load_config
 
 QUIET = Console(quiet=True)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from train_helpers import write_config
 
 from heteroakd_fast.train import logs
-from heteroakd_fast.train.config import Config, load_config
+from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.data import Mask, Picture, SegmentationData, load_data
 from heteroakd_fast.train.engine import StageResult, Trainer
 from heteroakd_fast.train.logs import MetricsFile, StageProgress, duration, read_metrics, throughput
@@ -43,6 +43,7 @@ from heteroakd_fast.train.objectives import DistillObjective
 from heteroakd_fast.train.page import chart, curves, render
 from heteroakd_fast.train.pictures import spread_palette
 from heteroakd_fast.train.pipeline import Outcome
+from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.report import collect, draw, summary, table, write_report
 
 QUIET = Console(quiet=True)

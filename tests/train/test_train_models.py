@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from heteroakd_fast.train.config import DistillConfig, ModelConfig, load_config
+from heteroakd_fast.train.config import DistillConfig, ModelConfig
 from heteroakd_fast.train.errors import ConfigError, ModelError
 from heteroakd_fast.train.models import (
     UNet,
@@ -22,6 +22,7 @@ from heteroakd_fast.train.models import (
     logits_of,
 )
 from heteroakd_fast.train.objectives import DistillObjective, PlainObjective, dry_run
+from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.taps import FeatureTap, probe_channels
 
 CPU = torch.device("cpu")

@@ -11,18 +11,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from heteroakd_fast.train.cli import main
-from heteroakd_fast.train.config import (
-    Config,
-    ModelConfig,
+from heteroakd_fast.train.config import Config, ModelConfig
+from heteroakd_fast.train.errors import ConfigError, ModelError
+from heteroakd_fast.train.models import LIBRARY, build_model, logits_of
+from heteroakd_fast.train.objectives import DistillObjective
+from heteroakd_fast.train.reading import (
     as_toml,
     embedded_recipes,
     load_config,
     parse_command_line,
     parse_config,
 )
-from heteroakd_fast.train.errors import ConfigError, ModelError
-from heteroakd_fast.train.models import LIBRARY, build_model, logits_of
-from heteroakd_fast.train.objectives import DistillObjective
 
 RECIPES = embedded_recipes()
 KINDS = {name: text.split(":")[0].removeprefix("# ") for name, text in RECIPES.items()}

@@ -332,6 +332,7 @@ STAGES: Final = (
     _tests("kernels", 120, *_KERNELS),
     _tests("determinism", 60, *_ON_GPU, "determinism"),
     _tests("graphs", 60, *_ON_GPU, "graph"),
+    _tests("driver", 90, "tests/train/test_train_gpu.py"),
     Stage("sanitizer", 120, _sanitizer_commands, _run_sanitizer),
     Stage("benchmarks", float("inf"), _benchmark_commands, _run_benchmarks),
     Stage("order", 20, _order_commands, _run_order),

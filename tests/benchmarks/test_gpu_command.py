@@ -43,6 +43,7 @@ def test_dry_run_lists_every_stage(capsys: pytest.CaptureFixture[str], tmp_path:
         "kernels",
         "determinism",
         "graphs",
+        "driver",
         "sanitizer",
         "benchmarks",
         "order",

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         if options.print_config:
-            sys.stdout.write(as_toml(options.config))
+            sys.stdout.write(as_toml(options.config, with_run=options.run_named))
             return 0
         if options.list_recipes:
             for name, text in embedded_recipes().items():

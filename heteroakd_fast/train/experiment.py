@@ -232,7 +232,7 @@ def markdown(options: Options, cells: list[Cell], teachers: dict[str, Cell]) -> 
     """The table for a document."""
     base = _title(options.methods[0])
     lines = [
-        f"| direction | method | mIoU, % (mean ± sd of {options.seeds} seeds) | each seed "
+        f"| direction | method | mIoU, % (mean ± sd, seeds: {options.seeds}) | each seed "
         f"| gain over {base} (paired) |",
         "|---|---|---|---|---|",
     ]
@@ -317,7 +317,7 @@ def report(
         options.run / "table.md", (markdown(options, cells, teachers).encode("utf-8"),)
     )
     draw(options, cells, teachers, options.run / "experiment.png")
-    view = Table(title=f"Validation mIoU, %, {options.seeds} seeds")
+    view = Table(title=f"Validation mIoU, %, seeds: {options.seeds}")
     for column in ("direction", "method", "mean", "sd", "gain"):
         view.add_column(column, justify="left" if column in ("direction", "method") else "right")
     for row in rows(options, cells):

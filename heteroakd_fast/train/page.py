@@ -48,6 +48,11 @@ Point = tuple[float, float]
 Record = dict[str, Any]
 
 
+def points(gain: float) -> str:
+    """A difference of two scores in points of a percent; never minus zero."""
+    return f"{round(100 * gain, 1) + 0.0:+.1f}"
+
+
 def render(
     outcome: Outcome, config: Config, results: dict[str, Any], samples: Sequence[Sample]
 ) -> str:
@@ -79,7 +84,7 @@ def _headline(results: dict[str, Any]) -> tuple[str, str]:
     caveat = "One seed: another one gives other numbers. Scores are those of the last step."
     gain = results.get("gain")
     if gain is not None:
-        return f"Distillation changed the student's mIoU by {100 * gain:+.1f} points", caveat
+        return f"Distillation changed the student's mIoU by {points(gain)} points", caveat
     stage = list(results["stages"])[-1]
     return f"{TITLES[stage].capitalize()}: mIoU {_score(results['stages'][stage]['miou'])}", caveat
 
@@ -95,7 +100,7 @@ def _cards(outcome: Outcome, config: Config, results: dict[str, Any]) -> str:
     gain = results.get("gain")
     if gain is not None:
         lines = ("points, distilled against alone", "one seed")
-        cards.append(_card("gain", f"{100 * gain:+.1f}", lines, "better" if gain > 0 else "worse"))
+        cards.append(_card("gain", points(gain), lines, "better" if gain > 0 else "worse"))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 

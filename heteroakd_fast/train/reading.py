@@ -49,11 +49,13 @@ def load_config(*sources: str | Path) -> Config:
     Recipes alone that name no data stand on the embedded land-cover example; a file of the user's
     own does not, or a forgotten table would go unnoticed.
     """
-    table, name = _load_tables([str(source) for source in sources])
+    table, name, folder = _load_tables([str(source) for source in sources])
+    table.setdefault("run", folder)
     return _validate(table, name)
 
 
-def _load_tables(sources: list[str]) -> tuple[dict[str, Any], str]:
+def _load_tables(sources: list[str]) -> tuple[dict[str, Any], str, str]:
+    """The merged tables, how messages call them, and the folder of a run that names none."""
     recipes = embedded_recipes()
     tables = [(source, _load_table(source, recipes)) for source in sources]
     own_files = any(source not in recipes or Path(source).is_file() for source in sources)
@@ -67,8 +69,7 @@ def _load_tables(sources: list[str]) -> tuple[dict[str, Any], str]:
                 merged.pop(role, None)
         _merge(merged, table)
     names = [Path(source).stem for source, _ in tables]
-    merged.setdefault("run", "runs/" + "-".join(names))
-    return merged, " + ".join(source for source, _ in tables)
+    return merged, " + ".join(source for source, _ in tables), "runs/" + "-".join(names)
 
 
 def _load_table(source: str, recipes: dict[str, str]) -> dict[str, Any]:
@@ -167,14 +168,16 @@ class Options:
     resume_anyway: bool
     print_config: bool
     list_recipes: bool
+    run_named: bool
+    """Whether somebody chose the run's folder; otherwise it has the recipes' names."""
 
 
 def parse_command_line(argv: list[str]) -> Options:
     """Read the files and recipes named on the command line, then put the overrides on top."""
-    table, name = _load_tables([])
+    table, name, folder = _load_tables([])
     parsed, mirror = _parse(argv, table)
     if parsed.config:
-        table, name = _load_tables(list(parsed.config))
+        table, name, folder = _load_tables(list(parsed.config))
         parsed, mirror = _parse(argv, table)
     given = dataclasses.asdict(parsed)
     # Only what the command line changed: what is missing or wrong in a file stays so, and the
@@ -183,8 +186,12 @@ def parse_command_line(argv: list[str]) -> Options:
     for option in ("config", "resume_anyway", "print_config", "list_recipes"):
         overrides.pop(option, None)
     _merge(table, overrides)
+    named = "run" in table
+    table.setdefault("run", folder)
     config = _validate(table, f"{name} with the command line" if overrides else name)
-    return Options(config, parsed.resume_anyway, parsed.print_config, parsed.list_recipes)
+    return Options(
+        config, parsed.resume_anyway, parsed.print_config, parsed.list_recipes, run_named=named
+    )
 
 
 def _changes(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -294,10 +301,13 @@ def _merge(table: dict[str, Any], overrides: dict[str, Any]) -> None:
             table[key] = value
 
 
-def as_toml(config: Config) -> str:
-    """The whole configuration as a TOML file, each key with its description."""
+def as_toml(config: Config, with_run: bool = True) -> str:
+    """The whole configuration as a TOML file, each key with its description; the folder of the
+    run only if asked, so that the file can get one of its own."""
     lines: list[str] = []
     _write_table(config, "", lines)
+    if not with_run:
+        lines[0] = "# " + lines[0]
     return "\n".join(lines) + "\n"
 
 

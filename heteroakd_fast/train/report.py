@@ -22,7 +22,7 @@ from .files import write_atomically
 from .logs import finite
 from .looking import UNLABELLED, Sample, choose_samples, colours, hex_colour, look, percent, top_of
 from .models import count_parameters
-from .page import TITLES, render
+from .page import TITLES, points, render
 from .pipeline import Outcome, fingerprint
 
 _LEGEND_LIMIT = 25  # more names than this fit nowhere
@@ -45,7 +45,7 @@ def write_report(outcome: Outcome, config: Config, console: Console) -> None:
     console.print(table(outcome))
     if results.get("gain") is not None:
         console.print(
-            f"Distillation changed the student's mIoU by {100 * results['gain']:+.1f} points "
+            f"Distillation changed the student's mIoU by {points(results['gain'])} points "
             "(one seed).",
             highlight=False,
         )

@@ -80,3 +80,18 @@ def test_the_loss_of_transformers() -> None:
         output.logits, target, ignore_index=config.semantic_loss_ignore_index
     )
     torch.testing.assert_close(ours.loss, output.loss)
+
+
+def test_cwd() -> None:
+    """mmrazor's ChannelWiseDivergence, written out: T^2 / (B C) over the pixels of a channel."""
+    from heteroakd_fast import ChannelWiseLoss
+
+    student = torch.randn(2, 5, 6, 7, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    tau = 3.0
+    p_t = (teacher.flatten(2) / tau).softmax(2)
+    log_p_s = (student.flatten(2) / tau).log_softmax(2)
+    theirs = tau**2 * (p_t * (p_t.log() - log_p_s)).sum() / (2 * 5)
+    target = torch.zeros(2, 24, 28, dtype=torch.int64)
+    ours = ChannelWiseLoss(temperature=tau)(student, target, teacher_logits=teacher).loss
+    torch.testing.assert_close(ours, theirs)

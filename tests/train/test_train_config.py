@@ -149,12 +149,22 @@ def test_wrong_override_exits_with_2(
     assert arguments[0] in printed.err + printed.out or "optim.lr" in printed.err
 
 
-def test_embedded_default_is_valid_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedded_default_is_valid_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_config()
     assert config.data.kind == "landcover"
     assert main(["--print-config"]) == 0
-    # What is printed is a file that means the same.
-    assert parse_config(capsys.readouterr().out, "printed") == config
+    # What is printed is a file that means the same, in a folder of its own name.
+    printed = capsys.readouterr().out
+    assert parse_config(printed, "printed") == config.model_copy(
+        update={"run": Path("runs/default")}
+    )
+    path = tmp_path / "mine.toml"
+    path.write_text(printed, encoding="utf-8")
+    assert load_config(path) == config.model_copy(update={"run": Path("runs/mine")})
+    assert main(["--print-config", "--run", "runs/chosen"]) == 0
+    assert 'run = "runs/chosen"' in capsys.readouterr().out.splitlines()[0]
 
 
 def test_odd_names_are_printed_so_that_they_can_be_read() -> None:

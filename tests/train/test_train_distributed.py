@@ -318,8 +318,9 @@ def torchrun(config: Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)),
-            *("--master-port", str(free_port()), "-m", "heteroakd_fast.train", str(config)),
-            *("--scale.timeout", "30"),
+            # "--": torchrun takes the driver's options for abbreviations of its own.
+            *("--master-port", str(free_port()), "-m", "--", "heteroakd_fast.train"),
+            *(str(config), "--run", str(config.with_suffix("")), "--scale.timeout", "30"),
         ],
         env=environment() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -169,11 +170,13 @@ def main(arguments: list[str]) -> None:
         environment.run("-m", "benchmarks", *rest)
         return
     environment.prepare("test")
-    environment.prepare_zoo()
-    if not rest:
-        environment.run("-m", "ruff", "check", ".")
-        environment.run("-m", "ruff", "format", "--check", ".")
-        environment.run("-m", "mypy")
+    with ThreadPoolExecutor(1) as beside:  # the one waits for a network, the other computes
+        zoo = beside.submit(environment.prepare_zoo)
+        if not rest:
+            environment.run("-m", "ruff", "check", ".")
+            environment.run("-m", "ruff", "format", "--check", ".")
+            environment.run("-m", "mypy")
+        zoo.result()
     # Several workers: kernels that are interpreted, not compiled, take one core each.
     workers = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "--durations", "30")
     environment.run("-m", "pytest", *(rest or workers))

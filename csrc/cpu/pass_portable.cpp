@@ -1,4 +1,4 @@
-// The pass for any processor, and in double.
+// The pass for any processor.
 #define HAKD_ISA portable
 #include "lanes_portable.h"
 //
@@ -6,5 +6,4 @@
 
 namespace heteroakd::cpu {
 const Kernels<float>* kernels_portable() { return portable::table<float>(); }
-const Kernels<double>* kernels_double() { return portable::table<double>(); }
 }  // namespace heteroakd::cpu

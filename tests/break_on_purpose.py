@@ -116,6 +116,21 @@ TRAINERS = "tests/integrations"
 TEACHER, LIGHTNING, HUGGING = (
     f"{PACKAGE}/integrations/{name}.py" for name in ("teacher", "lightning", "transformers")
 )
+TRAINS = "tests/train/test_train"
+D_PARALLEL, D_ENGINE, D_OBJECTIVES, D_DATA, D_AUGMENT, D_FILES, D_CHECKPOINT, D_PAIRS = (
+    f"{PACKAGE}/train/{name}.py"
+    for name in (
+        "parallel",
+        "engine",
+        "objectives",
+        "data",
+        "augment",
+        "files",
+        "checkpoint",
+        "pairs",
+    )
+)
+CHANNELWISE, CWD = f"{PACKAGE}/channelwise.py", "tests/test_channelwise.py"
 
 DEFECTS = [
     # CUDA kernels, through the shim
@@ -307,6 +322,40 @@ DEFECTS = [
     Defect("trainers: gradients of projectors of one rank", HUGGING, "self._loss = self.accelerator.prepare_model(self.distillation_loss)", "pass", f"{TRAINERS}/test_ranks.py"),
     Defect("trainers: projectors not resumed", HUGGING, "            self.distillation_loss.load_state_dict(state)\n", "            pass\n", f"{TRAINERS}/test_transformers.py"),
     Defect("trainers: counts what the Trainer ignores", HUGGING, "!= ignored)", "!= -100)", f"{TRAINERS}/test_transformers.py"),
+    # the driver
+    Defect("driver: rehearsal leaves its statistics", D_PARALLEL, "            own[name].copy_(buffer)\n", "            pass\n", f"{TRAINS}_distributed.py -k rehearsal"),
+    Defect("driver: momenta not resumed", D_PARALLEL, "        optimizer.load_state_dict(own)\n", "", f"{TRAINS}_engine.py -k resumed_weights"),
+    Defect("driver: random states not resumed", D_ENGINE, '            restore_random_states(state["random"][self.world.rank])\n', "            pass\n", f"{TRAINS}_engine.py -k resumed_weights"),
+    Defect("driver: log rows not resumed", D_ENGINE, 'self._rows = [] if state["rows"] is None else list(state["rows"].to(self.device))', "self._rows = []", f"{TRAINS}_engine.py"),
+    Defect("driver: denominators of the first micro-batch", D_ENGINE, "torch.stack([one[name] for one in own]).mean() for name in own[0]", "own[0][name] for name in own[0]", f"{TRAINS}_distributed.py -k accumulation_alone"),
+    Defect("driver: pixels of the first micro-batch", D_ENGINE, "self.world.mean(torch.stack(counts).mean())", "self.world.mean(counts[0])", f"{TRAINS}_distributed.py -k accumulation_alone"),
+    Defect("driver: pixels of this rank only", D_ENGINE, "self.world.mean(torch.stack(counts).mean())", "torch.stack(counts).mean()", f"{TRAINS}_distributed.py -k ranks_take"),
+    Defect("driver: losses of micro-batches add up", D_ENGINE, "loss = output.loss / len(prepared) if len(prepared) > 1 else output.loss", "loss = output.loss", f"{TRAINS}_distributed.py -k accumulation_alone"),
+    Defect("driver: scores of this rank only", D_ENGINE, "    matrix.counts = world.total(matrix.counts)\n", "", f"{TRAINS}_distributed.py -k ranks"),
+    Defect("driver: terms of this rank only", D_ENGINE, "return self.world.total(torch.stack(self._rows)) / self.world.size", "return torch.stack(self._rows)", f"{TRAINS}_distributed.py -k ranks"),
+    Defect("driver: denominators of this rank only", D_OBJECTIVES, "        self.loss.process_group = self.cwd.process_group = group\n", "        self.cwd.process_group = group\n", f"{TRAINS}_distributed.py -k ranks_take"),
+    Defect("driver: channel-wise term of this rank only", D_OBJECTIVES, "        self.loss.process_group = self.cwd.process_group = group\n", "        self.loss.process_group = group\n", f"{TRAINS}_distributed.py -k ranks_take"),
+    Defect("driver: sharded weights not saved", D_PARALLEL, "            self.objective.load_state_dict(get_model_state_dict(self.module, options=_FULL))\n", "", f"{TRAINS}_distributed.py -k ranks_take"),
+    Defect("driver: sharded weights not resumed", D_PARALLEL, "            set_model_state_dict(self.module, self.objective.state_dict(), options=_FULL)\n", "            pass\n", f"{TRAINS}_distributed.py -k another_number"),
+    Defect("driver: ranks read the same pictures", D_DATA, "(micro * world + rank) * size", "micro * world * size", f"{TRAINS}_data.py -k share_out"),
+    Defect("driver: the same augmentation at every step", D_DATA, "(self.seed, _AUGMENT, step, slot)", "(self.seed, _AUGMENT, slot)", f"{TRAINS}_data.py -k function_of_seed"),
+    Defect("driver: a worker's error in a wrapping", D_DATA, "            if isinstance(batch, UserError):\n                raise batch\n", "            if isinstance(batch, UserError):\n                raise RuntimeError(str(batch))\n", f"{TRAINS}_data.py -k comes_out_of_a_worker"),
+    Defect("driver: mask not flipped", D_AUGMENT, "picture, mask = picture[:, ::-1], mask[:, ::-1]", "picture = picture[:, ::-1]", f"{TRAINS}_data.py -k move"),
+    Defect("driver: padding counts", D_AUGMENT, "np.pad(mask, ((0, y), (0, x)), constant_values=ignore)", "np.pad(mask, ((0, y), (0, x)))", f"{TRAINS}_data.py -k pads"),
+    Defect("driver: largest class not limited", D_AUGMENT, "if 0 < counts.max() <= config.crop_max_ratio * counts.sum():", "if 0 < counts.max():", f"{TRAINS}_augment.py"),
+    Defect("driver: hue as large as saturation", D_AUGMENT, "_HUE = 0.1", "_HUE = 0.5", f"{TRAINS}_augment.py"),
+    Defect("driver: checkpoint written in place", D_FILES, 'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "temporary = path", f"{TRAINS}_faults.py -k disk"),
+    Defect("driver: damage is not noticed", D_CHECKPOINT, "if hashlib.sha256(content).digest() != data[len(_MAGIC) : head]:", "if False:", f"{TRAINS}_engine.py -k damaged_newest"),
+    Defect("driver: no checkpoint before the newest", D_CHECKPOINT, ", keep_as=folder / PREVIOUS)", ")", f"{TRAINS}_engine.py -k damaged_newest"),
+    Defect("driver: ADE20K's 0 is a class", D_PAIRS, "(value, value - 1) for value in range(1, num_classes + 1)", "(value, value) for value in range(num_classes)", f"{TRAINS}_layouts.py -k ade20k"),
+    Defect("driver: values beyond the classes pass", D_PAIRS, "        if wrong.size:", "        if wrong.size > 10**9:", f"{TRAINS}_layouts.py -k none_of_the_classes"),
+    Defect("driver: Cityscapes ids shifted", f"{PACKAGE}/train/cityscapes.py", "(value, index) for index, value in enumerate(_IDS)", "(value, index) for index, value in enumerate(_IDS[::-1])", f"{TRAINS}_layouts.py -k cityscapes"),
+    Defect("driver: VOC validates what it trains on", f"{PACKAGE}/train/voc.py", "stems = sorted(listed - set(val_stems))", "stems = sorted(listed)", f"{TRAINS}_layouts.py -k mat_files"),
+    # channel-wise distillation
+    Defect("cwd: softmax over classes", CHANNELWISE, ".log_softmax(dim=2)", ".log_softmax(dim=1)", CWD),
+    Defect("cwd: without T^2", CHANNELWISE, "temperature**2 * divergence", "divergence", CWD),
+    Defect("cwd: images without a pixel count", CHANNELWISE, "counted.sum(dtype=torch.float64) * classes", "float(counted.numel()) * counted.new_ones((), dtype=torch.float64) * classes", CWD),
+    Defect("cwd: ignored pixels in the softmax", CHANNELWISE, "torch.where(valid, z.flatten(2) / temperature, nothing)", "(z.flatten(2) / temperature)", CWD),
 ]  # fmt: skip
 
 

@@ -338,7 +338,7 @@ DEFECTS = [
     Defect("driver: sharded weights not saved", D_PARALLEL, "            self.objective.load_state_dict(get_model_state_dict(self.module, options=_FULL))\n", "", f"{TRAINS}_distributed.py -k ranks_take"),
     Defect("driver: sharded weights not resumed", D_PARALLEL, "            set_model_state_dict(self.module, self.objective.state_dict(), options=_FULL)\n", "            pass\n", f"{TRAINS}_distributed.py -k another_number"),
     Defect("driver: ranks read the same pictures", D_DATA, "(micro * world + rank) * size", "micro * world * size", f"{TRAINS}_data.py -k share_out"),
-    Defect("driver: the same augmentation at every step", D_DATA, "(self.seed, _AUGMENT, step, slot)", "(self.seed, _AUGMENT, slot)", f"{TRAINS}_data.py -k function_of_seed"),
+    Defect("driver: the same augmentation at every step", D_DATA, "(self.seed, _AUGMENT, step, slot)", "(self.seed, _AUGMENT, slot)", f"{TRAINS}_data.py -k augmented_anew"),
     Defect("driver: a worker's error in a wrapping", D_DATA, "            if isinstance(batch, UserError):\n                raise batch\n", "            if isinstance(batch, UserError):\n                raise RuntimeError(str(batch))\n", f"{TRAINS}_data.py -k comes_out_of_a_worker"),
     Defect("driver: mask not flipped", D_AUGMENT, "picture, mask = picture[:, ::-1], mask[:, ::-1]", "picture = picture[:, ::-1]", f"{TRAINS}_data.py -k move"),
     Defect("driver: padding counts", D_AUGMENT, "np.pad(mask, ((0, y), (0, x)), constant_values=ignore)", "np.pad(mask, ((0, y), (0, x)))", f"{TRAINS}_data.py -k pads"),

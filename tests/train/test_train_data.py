@@ -26,6 +26,7 @@ from heteroakd_fast.train.data import (
     training_batches,
 )
 from heteroakd_fast.train.errors import DataError, TrainingError
+from heteroakd_fast.train.pictures import Mask, Picture
 
 
 def folder_config(root: Path, **options: object) -> DataConfig:
@@ -170,6 +171,24 @@ def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(whole[5][0], batches(1, 5, 6)[0][0])
     assert not torch.equal(whole[0][0], whole[3][0])
+
+
+def test_a_picture_is_augmented_anew_in_each_pass(tmp_path: Path) -> None:
+    config = folder_config(tmp_path, augment="dihedral")
+
+    class One:
+        def __len__(self) -> int:
+            return 1
+
+        def read(self, index: int) -> tuple[Picture, Mask]:
+            mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
+            return np.stack([mask] * 3, axis=2), mask
+
+    batches = training_batches(One(), config, seed=0, batch_size=2, start=0, stop=40)
+    ways = [[tuple(target.flatten().tolist()) for target in targets] for _, targets in batches]
+    for slot in (0, 1):
+        assert len({step[slot] for step in ways}) == 8
+    assert any(step[0] != step[1] for step in ways)
 
 
 def test_each_pass_shows_every_picture_once_in_a_new_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -162,8 +163,12 @@ def rank_main(rank: int, folder: str) -> None:
     with connect("cpu", 60.0) as world:
         for case in CASES:
             results[case] = train(Path(folder), case, world)
-        # The half of a run that one rank begins is finished by two, and the other way round.
+        # What two ranks begin is finished by one (in the test), and the other way round.
         results["went on"] = train(Path(folder) / "handed", "sharded", world, steps=2)
+        begun = Path(folder) / "begun"
+        world.on_main(lambda: train(begun, "sharded", ALONE, steps=2))
+        world.on_main(lambda: (begun / "sharded-1").rename(begun / "sharded-2"))
+        results["taken up"] = train(begun, "sharded", world, steps=3)
         try:
             world.on_main(lambda: 1 // 0 if False else _fail())
         except TrainingError as error:
@@ -207,6 +212,21 @@ def test_ranks_take_the_step_of_one_rank(
         assert got.keys() == expected.keys()
         for key in expected:
             torch.testing.assert_close(got[key], expected[key], rtol=1e-6, atol=1e-9, msg=key)
+    logs = [logged(ranks[0] / f"{case}-{WORLD}"), logged(tmp_path / f"{case}-1")]
+    assert len(logs[0]) == len(logs[1]) == 2
+    for got, wanted in zip(*logs, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)  # in float32
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The terms of every line about training."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    left_out = {"kind", "seconds", "wait"}
+    return [
+        {name: value for name, value in line.items() if name not in left_out}
+        for line in lines
+        if line["kind"] == "train"
+    ]
 
 
 @pytest.mark.parametrize("case", ["plain-accumulated", "distilled-accumulated"])
@@ -237,7 +257,7 @@ def test_ranks_agree(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
 def test_a_run_goes_on_with_another_number_of_ranks(
     ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """Two steps on two ranks (sharded), the third on one."""
+    """Two steps on two ranks (sharded), the third on one; and two on one, the third on two."""
     folder = ranks[0] / "handed"
     (folder / "sharded-2").rename(folder / "sharded-1")
     finished = train(folder, "sharded", ALONE, steps=3)
@@ -245,10 +265,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     begun = train(tmp_path, "sharded", ALONE, steps=2)
     for key, value in ranks[1][0]["went on"].items():
         torch.testing.assert_close(begun[key], value, rtol=1e-6, atol=1e-9)
-    (tmp_path / "sharded-1").exists()
     expected = train(tmp_path, "sharded", ALONE, steps=3)
-    for key in expected:
-        torch.testing.assert_close(finished[key], expected[key], rtol=1e-6, atol=1e-9)
+    moved = expected["model.head.weight"] - begun["model.head.weight"]
+    assert moved.abs().max() > 0.01
+    for results in (finished, ranks[1][0]["taken up"], ranks[1][1]["taken up"]):
+        for key in expected:
+            torch.testing.assert_close(results[key], expected[key], rtol=1e-6, atol=1e-9)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

@@ -321,15 +321,24 @@ def test_finished_stage_is_not_trained_again(config: Config, data: SegmentationD
     assert again.run() == result
 
 
+@pytest.mark.parametrize("damage", ["cut short", "a bit of a weight"])
 def test_damaged_newest_checkpoint_costs_only_its_steps(
-    config: Config, data: SegmentationData
+    config: Config, data: SegmentationData, damage: str
 ) -> None:
     whole = trainer(config, data, "whole")
     whole.run()
     cut_after(trainer(config, data, "cut"), 9)
     newest = config.run / "cut" / NEWEST
     assert (config.run / "cut" / PREVIOUS).exists()
-    newest.write_bytes(newest.read_bytes()[:-100])
+    content = bytearray(newest.read_bytes())
+    if damage == "cut short":
+        del content[-100:]
+    else:
+        state = load_checkpoint(config.run / "cut")
+        assert state is not None
+        weight = max(state["model"].values(), key=torch.Tensor.numel)
+        content[content.index(weight.numpy().tobytes()) + 2] ^= 1
+    newest.write_bytes(content)
     resumed = trainer(config, data, "cut")
     resumed.run()
     for key, value in resumed.objective.state_dict().items():

@@ -1,5 +1,5 @@
-// The pass in double, for any processor. A file of its own because loops over lanes take the
-// compiler half a minute for each type.
+// The pass in double, for any processor. A file of its own, to be compiled beside the one in float,
+// which takes far longer.
 #define HAKD_ISA portable
 #include "lanes_portable.h"
 //

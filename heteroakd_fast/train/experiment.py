@@ -284,8 +284,8 @@ def draw(options: Options, cells: list[Cell], teachers: dict[str, Cell], path: P
 
 
 def _spread(mean: float, spread: float, sign: str = "") -> str:
-    """A mean with its standard deviation, which one seed does not have."""
-    return f"{mean:{sign}.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+    """A mean, never minus zero, with its standard deviation, which one seed does not have."""
+    return f"{round(mean, 1) + 0.0:{sign}.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
 
 
 def _direction(pair: str) -> str:

@@ -26,7 +26,7 @@ pytestmark = [
     ],
     ids=["plain", "bf16", "fp16", "channels_last", "compiled", "accumulated"],
 )
-def test_a_run_learns_and_resumes(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_run_learns_and_is_not_repeated(tmp_path: Path, changes: dict[str, Any]) -> None:
     # Not at the top: a machine lent for its GPU may have torch and nothing else.
     for library in ("pydantic", "tyro", "rich", "safetensors", "filelock"):
         pytest.importorskip(library)

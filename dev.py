@@ -80,6 +80,7 @@ class Environment:
         constraint.write_text(f"torch=={torch}\n" if torch else f"{TORCH}\n")
         self.pip(*BUILD_TOOLS)
         say("building and installing heteroakd_fast")
+        self.run("-c", "import setup; setup.announce()")  # pip does not show it
         self.pip(
             "--no-build-isolation", "--constraint", str(constraint), "--editable", f".[{extra}]"
         )
@@ -115,21 +116,31 @@ def fingerprint(torch: str | None) -> str:
 def settle_cuda(job: str) -> None:
     """What of the CUDA part is built, unless the environment says so: for the GPUs that are here.
     Without one nothing of it could run: it is left out, or for the tests built for one
-    architecture, because it must compile without a warning and link."""
-    if any(os.environ.get(name) for name in ("HETEROAKD_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")):
+    architecture, whatever torch is for, because it must compile without a warning and link."""
+    if os.environ.get("HETEROAKD_BUILD_CUDA"):
         return
-    capabilities = compute_capabilities()
-    if capabilities:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
-            "9.0a" if capability == "9.0" else capability for capability in capabilities
-        )
-    elif job == "test":
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a"
-        # Slow code, soon compiled: the tests that read machine code compile their own.
-        quick = " -Ofc=max" if "-Ofc" in output_of("nvcc", "--help") else ""
-        os.environ.setdefault("NVCC_FLAGS", "-Werror all-warnings" + quick)
-    else:
-        os.environ["HETEROAKD_BUILD_CUDA"] = "0"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else "nvcc"
+    capabilities = [
+        one for one in compute_capabilities() if float(one) >= 8.0
+    ]  # the kernels' least
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if capabilities:
+            # A GPU that is newer than nvcc runs PTX of the default architectures.
+            known = output_of(nvcc, "--list-gpu-arch").split()
+            if all("compute_" + one.replace(".", "") in known for one in capabilities):
+                os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
+                    "9.0a" if one == "9.0" else one for one in capabilities
+                )
+        elif job == "test":
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a"
+            # Slow code, soon compiled: the tests that read machine code compile their own.
+            quick = " -Ofc=max" if "-Ofc" in output_of(nvcc, "--help") else ""
+            os.environ.setdefault("NVCC_FLAGS", "-Werror all-warnings" + quick)
+        else:
+            os.environ["HETEROAKD_BUILD_CUDA"] = "0"
+    if job == "test" and output_of(nvcc, "--version"):
+        os.environ["HETEROAKD_BUILD_CUDA"] = "1"
 
 
 def compute_capabilities() -> list[str]:

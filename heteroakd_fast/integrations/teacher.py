@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .resolution import low_resolution, warn_of_full_resolution
 
 __all__ = ["FeatureTap", "FrozenTeacher", "logits_of"]
 
@@ -121,6 +124,9 @@ class FrozenTeacher:
         module: the trained network; its parameters stop requiring gradients.
         feature: dotted name of the module whose output is `teacher_features`, or None.
         logits: finds the logits in the network's output.
+        align_corners: that of the loss. UperNet (False) and DPT (True) of transformers upsample
+            their logits themselves; where the loss does the same, it gets them before that step
+            (see `low_resolution`). Where it does not, a warning says so.
     """
 
     def __init__(
@@ -128,12 +134,15 @@ class FrozenTeacher:
         module: nn.Module,
         feature: str | None = None,
         logits: Callable[[Any], Tensor] = logits_of,
+        align_corners: bool = False,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"teacher: got {type(module).__name__}, expected a torch.nn.Module")
+        warn_of_full_resolution(module, align_corners, "teacher")
         self.module = module.eval().requires_grad_(False)
         self.tap = None if feature is None else FeatureTap(module, feature)
         self.logits = logits
+        self.align_corners = align_corners
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`teacher_logits`, and `teacher_features` if asked for: keyword arguments of the loss."""
@@ -143,7 +152,8 @@ class FrozenTeacher:
                 break
         self.module.eval()  # somebody else may hold it too
         listening = contextlib.nullcontext() if self.tap is None else self.tap.listening()
-        with torch.no_grad(), listening:
+        leave_out = low_resolution(self.module, align_corners=self.align_corners)
+        with torch.no_grad(), listening, leave_out:
             found = {"teacher_logits": self.logits(self.module(*args, **kwargs))}
             if self.tap is not None:
                 found["teacher_features"] = self.tap.take()
@@ -154,6 +164,23 @@ class FrozenTeacher:
         parameter = next(self.module.parameters(), None)
         if parameter is not None and parameter.device != device:
             self.module.to(device)
+
+
+def freeze(
+    teacher: nn.Module | FrozenTeacher,
+    feature: str | None,
+    loss: Any,
+    logits: Callable[[Any], Tensor] = logits_of,
+) -> FrozenTeacher:
+    """The teacher as `loss` takes it, from a network or from a `FrozenTeacher` of one."""
+    align_corners = loss.options["align_corners"]
+    if not isinstance(teacher, FrozenTeacher):
+        return FrozenTeacher(teacher, feature, logits, align_corners)
+    warn_of_full_resolution(teacher.module, align_corners, "teacher")
+    frozen = copy.copy(teacher)  # the caller's may serve another loss, too
+    frozen.tap = None if feature is None else FeatureTap(frozen.module, feature)
+    frozen.align_corners = align_corners
+    return frozen
 
 
 def world(process_group: Any) -> Any:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from ..integrations.metrics import ConfusionMatrix, Scores, predict_classes
 from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
 from .config import Config, ModelConfig, OptimConfig
 from .data import Normalizer, SegmentationData, evaluation_batches, training_batches
@@ -27,8 +27,7 @@ from .errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from .files import write_atomically
 from .logs import Records, StageProgress
 from .looking import Gallery
-from .metrics import ConfusionMatrix, Scores
-from .models import logits_of
+from .models import forward_logits
 from .objectives import LossNormalizer, Objective, Teaching
 from .parallel import Parallel, rehearsal
 
@@ -98,8 +97,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, size: tuple[int, int]) -> Tensor:
     """Class ids at `size`."""
-    logits = logits_of(model(images)).float()
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)
+    return predict_classes(forward_logits(model, images), size)
 
 
 def evaluate(

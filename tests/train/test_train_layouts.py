@@ -277,7 +277,7 @@ def test_mask_of_another_size(tmp_path: Path, kind: str) -> None:
 
 
 @ALL
-@pytest.mark.parametrize(("which", "message"), [(0, "as a picture"), (1, "as a mask")])
+@pytest.mark.parametrize(("which", "message"), [(0, "as an image"), (1, "as a mask")])
 def test_corrupt_file(tmp_path: Path, kind: str, which: int, message: str) -> None:
     root = tree(kind, tmp_path)
     path = root / TRAIN_FILES[kind][which]

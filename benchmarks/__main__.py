@@ -92,8 +92,12 @@ def _run(options: argparse.Namespace) -> int:
         re.compile(options.only)
     except re.error as error:
         raise ValueError(f"--only: {options.only!r} is no regular expression: {error}") from None
-    if unknown := set(options.phases or ()) - set(runner.PHASES):
+    phases = tuple(options.phases or runner.PHASES)
+    if unknown := set(phases) - set(runner.PHASES):
         raise ValueError(f"--phases: got {sorted(unknown)}, known are {', '.join(runner.PHASES)}")
+    if options.device == "cpu":
+        # A machine with a GPU may have no network: there, what needs them is left out, and named.
+        _require("matplotlib", *(["transformers"] if "steps" in phases else []))
     # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
     # last cases rather than the promise.
     seconds = 560.0 if options.seconds is None and suite == "cpu" else (options.seconds or 0.0)
@@ -106,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
         providers=tuple(options.providers),
         visits=options.visits,
         rounds=options.rounds,
-        phases=tuple(options.phases or runner.PHASES),
+        phases=phases,
         say=lambda text: print(text, flush=True),
     )
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,14 @@ def _run(options: argparse.Namespace) -> int:
     print(report.summary(results))
     print(f"\nreport: {page}\nfigures: {page.parent / 'results.json'}, results.csv")
     return 0
+
+
+def _require(*modules: str) -> None:
+    """Raises ValueError: one is not installed; before minutes are spent without it."""
+    from heteroakd_fast import _requirements
+
+    if problem := _requirements.explain({name: name for name in modules}, "bench"):
+        raise ValueError(problem)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -140,6 +152,7 @@ def _report(options: argparse.Namespace) -> int:
     from . import report
     from .results import Results
 
+    _require("matplotlib")
     where = options.results if options.results.is_dir() else options.results.parent
     print(report.write(Results.load(options.results), options.output or where))
     return 0

@@ -21,6 +21,7 @@ from .. import DistillationOutput, HeteroAKDLoss
 from .teacher import FeatureTap, FrozenTeacher, check_features, logits_of, world
 
 try:
+    import accelerate  # noqa: F401  (without it, the Trainer fails later)
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(

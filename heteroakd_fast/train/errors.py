@@ -25,6 +25,12 @@ class ModelError(UserError):
     """A model cannot be built, or weights do not fit it."""
 
 
+class DependencyError(UserError):
+    """An optional dependency is not installed; the message has the command that installs it."""
+
+    exit_code = 2
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read."""
 

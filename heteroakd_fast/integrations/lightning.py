@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
+from ..modules import SharesGroup
+from .taps import Feature
 from .teacher import FeatureTap, FrozenTeacher, check_features, logits_of, world
 
 # A Trainer takes modules of its own library only. Both are often installed; the one that the
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["DistillationModule"]
 
 
-class DistillationModule(LightningModule):
+class DistillationModule(SharesGroup, LightningModule):
     """Trains a student, and the loss's projectors, from a frozen teacher.
 
     Logs the loss and every term as `train/ce`, `val/kd` and so on. The state dict holds `student`
@@ -53,7 +55,7 @@ class DistillationModule(LightningModule):
         scheduler: gets the optimizer and returns what `configure_optimizers` may return as
             `lr_scheduler`, or None.
         features: (module of the student, module of the teacher), dotted names of the feature
-            maps for a loss with projectors.
+            maps for a loss with projectors; or `Feature`s, for maps with other axes.
         process_group: "auto" makes the denominators global over all ranks while training; None
             leaves each rank its own.
         batch_keys: keys of images and labels where a batch is a mapping; otherwise it is a pair.
@@ -71,7 +73,7 @@ class DistillationModule(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         *,
         scheduler: Callable[[Optimizer], Any] | None = None,
-        features: tuple[str, str] | None = None,
+        features: tuple[str | Feature, str | Feature] | None = None,
         process_group: Any = "auto",
         batch_keys: tuple[str, str] = ("image", "mask"),
         logits: Callable[[Any], Tensor] = logits_of,

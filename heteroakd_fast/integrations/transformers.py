@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
+from ..checks import check_ignore_index
+from .taps import Feature
 from .teacher import FeatureTap, FrozenTeacher, check_features, logits_of, world
 
 try:
@@ -59,7 +61,7 @@ class DistillationTrainer(Trainer):
         loss: the loss; its `ignore_index` says which labels are ignored (the Trainer itself
             knows -100 only).
         features: (module of the student, module of the teacher), dotted names of the feature
-            maps for a loss with projectors.
+            maps for a loss with projectors; or `Feature`s, for maps with other axes.
         teacher_inputs: names of the inputs that the teacher gets.
 
     Raises:
@@ -74,7 +76,7 @@ class DistillationTrainer(Trainer):
         *args: Any,
         teacher: nn.Module | FrozenTeacher,
         loss: HeteroAKDLoss,
-        features: tuple[str, str] | None = None,
+        features: tuple[str | Feature, str | Feature] | None = None,
         teacher_inputs: Sequence[str] = ("pixel_values",),
         **kwargs: Any,
     ) -> None:
@@ -144,7 +146,7 @@ class DistillationTrainer(Trainer):
     def _normalizer(self, items: Tensor | int | None) -> Tensor | float | None:
         """What a batch divides by, so that after the division by the number of accumulated
         batches, and data parallelism's by that of processes, all valid pixels count alike."""
-        if items is None or self.distillation_loss.options["resolution"] == "logits":
+        if items is None or self.distillation_loss.resolution == "logits":
             return None
         batches = getattr(self, "current_gradient_accumulation_steps", None)
         shares: int = batches or self.args.gradient_accumulation_steps
@@ -155,7 +157,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The Trainer's, with a count of the pixels that this loss takes for valid."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        ignored = self.distillation_loss.options["ignore_index"]
+        ignored = check_ignore_index(self.distillation_loss.ignore_index)
         if not batches or any(batch.get("labels") is None for batch in batches):
             return batches, None
         counts = [(batch["labels"] != ignored).sum().to(device) for batch in batches]

@@ -65,9 +65,7 @@ class Parallel:
         # holds on to one of them, and would be left with a copy that nobody calls.
         teachers = getattr(objective, "_teacher", [])
         kept = {id(part): part for teacher in teachers for part in teacher.modules()}
-        with without_group(objective):  # which cannot be copied
-            copied: Objective = copy.deepcopy(objective, kept)
-        copied.process_group = objective.process_group
+        copied: Objective = copy.deepcopy(objective, kept)
         mesh = init_device_mesh(self.device.type, (self.world.size,))
         for part in copied.model.children():
             if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):

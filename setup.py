@@ -273,11 +273,12 @@ def write_ninja(
     path.write_text("\n".join(lines))
 
 
-with_extension = wants_extension()
-setup(
-    ext_modules=[Extension("heteroakd_fast._C", sources=[], py_limited_api=True)]
-    if with_extension
-    else [],
-    cmdclass={"build_ext": NinjaBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if with_extension else {},
-)
+if __name__ == "__main__":  # not where `benchmarks.gpu_workers` imports it, to build
+    with_extension = wants_extension()
+    setup(
+        ext_modules=[Extension("heteroakd_fast._C", sources=[], py_limited_api=True)]
+        if with_extension
+        else [],
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if with_extension else {},
+    )

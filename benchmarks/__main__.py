@@ -2,7 +2,7 @@
 
 python -m benchmarks                           the CPU report: tables, plots, JSON, CSV
 python -m benchmarks run --suite full          every combination
-python -m benchmarks run --device cuda         on a GPU (see also python -m benchmarks.gpu)
+python -m benchmarks run --device cuda         on a GPU (see also python3 dev.py gpu)
 python -m benchmarks compare OLD NEW           what changed beyond the noise; 1 if worse
 python -m benchmarks report DIRECTORY          tables and plots again from its results.json
 python -m benchmarks gate                      the regression gate of CI

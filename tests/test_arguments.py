@@ -430,6 +430,11 @@ def test_features_with_other_axes() -> None:
             loss(S, Y, student_features=features, teacher_features=FEATURES["teacher_features"])
     with pytest.raises(ValueError, match=r"got C=2 classes.*its last axis has 5.*permute"):
         HeteroAKDLoss(5)(S.permute(0, 2, 3, 1), Y, teacher_logits=T)
+    with pytest.raises(ValueError, match=r"teacher_logits: got C=3.*last axis has 5.*: teacher_lo"):
+        HeteroAKDLoss(5)(S, Y, teacher_logits=T.permute(0, 2, 3, 1))
+    weight = torch.ones(5, 7)
+    with pytest.raises(ValueError, match=r"features has 2; its last axis has 7.*layout=\"NHWC\""):
+        projected_distillation_loss(last, weight, None, None, None, None, Y[:, :2, :3])
 
 
 # --- the result ----------------------------------------------------------------------------------

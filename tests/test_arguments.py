@@ -4,6 +4,7 @@ is said about those that do not fit."""
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -463,5 +464,9 @@ def test_the_result_is_no_tensor() -> None:
     (2 * out.loss).backward()
 
 
-def test_every_setting_is_tested() -> None:
+def test_every_argument_is_an_attribute() -> None:
     assert set(SETTINGS) == set(HeteroAKDLoss._adjustable)
+    for loss in (HeteroAKDLoss(5), ChannelWiseLoss()):
+        arguments = set(inspect.signature(type(loss)).parameters) - {"unknown"}
+        assert arguments == set(loss._arguments())
+        assert all(hasattr(loss, name) for name in arguments)

@@ -184,17 +184,18 @@ def label_hint(shape: torch.Size, num_classes: int) -> str:
     return ""
 
 
-def axis_hint(shape: torch.Size, channels: int, name: str) -> str:
-    """What to do with a map whose channels are not its second axis; empty where they may be."""
+def axis_hint(shape: torch.Size, channels: int, name: str, tapped: bool = True) -> str:
+    """What to do with a map whose channels are its last axis; empty where they are not.
+
+    `tapped`: whether it may come out of a `FeatureTap`.
+    """
     if len(shape) == 3 and shape[2] == channels:
-        return (
-            f"; its last axis has {channels}, as the tokens [B, N, D] of a transformer do: "
-            'FeatureTap(..., layout="tokens", grid=(h, w)), or '
-            f"{name}.transpose(1, 2).unflatten(2, (h, w)) without class tokens"
-        )
-    if len(shape) == 4 and shape[1] != channels and shape[3] == channels:
-        return (
-            f"; its last axis has {channels}, so it seems to be [B, h, w, D]: "
-            f'FeatureTap(..., layout="NHWC"), or {name}.permute(0, 3, 1, 2)'
-        )
-    return ""
+        kind, options = "the tokens [B, N, D] of a transformer", 'layout="tokens", grid=(h, w)'
+        change = f"{name}.transpose(1, 2).unflatten(2, (h, w)) without class tokens"
+    elif len(shape) == 4 and shape[1] != channels and shape[3] == channels:
+        kind, options = "a map [B, h, w, D]", 'layout="NHWC"'
+        change = f"{name}.permute(0, 3, 1, 2)"
+    else:
+        return ""
+    ways = f"FeatureTap(..., {options}), or {change}" if tapped else change
+    return f"; its last axis has {channels}, as of {kind}: {ways}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .checks import (
+    axis_hint,
     check_choice,
     check_flag,
     check_ignore_index,
@@ -521,10 +522,14 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor | None, target: Te
     check_tensor(teacher_logits, "teacher_logits", 4, "[B, C, h', w']", LOGITS_DTYPES)
     _check_beside(teacher_logits, "teacher_logits", batch, student_logits)
     if teacher_logits.shape[1] != classes:
+        hint = axis_hint(teacher_logits.shape, classes, "teacher_logits", tapped=False)
         raise ValueError(
-            f"teacher_logits: got C={teacher_logits.shape[1]} classes, student_logits has "
-            f"{classes}; to distil from a teacher of other classes, project features: "
-            "HeteroAKDLoss with student_channels, teacher_channels and kd_weight=0"
+            f"teacher_logits: got C={teacher_logits.shape[1]} classes, student_logits has {classes}"
+            + (
+                hint
+                or "; to distil from a teacher of other classes, project features: HeteroAKDLoss "
+                "with student_channels, teacher_channels and kd_weight=0"
+            )
         )
     _check_grid(teacher_logits, "teacher_logits", target)
 
@@ -564,8 +569,4 @@ def _check_normalizer(
             check_scalar(value, f"normalizer[{name!r}]")
         return {i: normalizer[term] for i, (_, term) in enumerate(slots) if term in normalizer}
     check_scalar(normalizer, "normalizer")
-    return {
-        i: plain_tensor(normalizer)
-        for i, (one, term) in enumerate(slots)
-        if one.counts_valid_pixels(term)
-    }
+    return {i: normalizer for i, (one, term) in enumerate(slots) if one.counts_valid_pixels(term)}

@@ -431,7 +431,7 @@ class HeteroAKDLoss(AdjustableLoss):
             raise ValueError(
                 f"student_logits: got C={student_logits.shape[1]} classes, the loss was built "
                 f"with num_classes={self.num_classes}"
-                + axis_hint(student_logits.shape, self.num_classes, "student_logits")
+                + axis_hint(student_logits.shape, self.num_classes, "student_logits", tapped=False)
             )
 
 

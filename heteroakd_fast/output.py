@@ -13,9 +13,10 @@ class DistillationOutput(NamedTuple):
     """The loss, its parts, and what to look at.
 
     The terms are detached scalars, each a mean before its weight; a term that was not asked for
-    was not computed and is None. Only `loss` has a graph: to weigh terms otherwise, set the weights
-    of the loss. A NamedTuple, so that data-parallel wrappers, `torch.compile` and pytree code look
-    inside without being taught; but no tensor and no sum of tuples, so arithmetic raises.
+    was not computed and is None. Only `loss` has a graph: `(out.ce + out.kd).backward()` is torch's
+    "element 0 of tensors does not require grad"; to weigh terms otherwise, set the weights of the
+    loss. A NamedTuple, so that data-parallel wrappers, `torch.compile` and pytree code look inside
+    without being taught; but no tensor and no sum of tuples, so arithmetic raises.
     """
 
     loss: Tensor

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import backends, functional, ops, reference
 from .backends._gpu import check_labels
 from .checks import (
+    axis_hint,
     check_choice,
     check_flag,
     check_ignore_index,
@@ -399,16 +400,18 @@ def _check_teacher(teacher: Projection, student: Projection) -> None:
 
 def _check_side(side: Projection, name: str, student: Projection) -> None:
     dtypes = functional.LOGITS_DTYPES
-    functional.check_tensor(side.features, f"{name}_features", 4, "[B, D, h, w]", dtypes)
+    weight, hint = side.weight, ""
+    if isinstance(side.features, Tensor) and isinstance(weight, Tensor) and weight.dim() > 1:
+        hint = axis_hint(side.features.shape, weight.shape[1], f"{name}_features")
+    functional.check_tensor(side.features, f"{name}_features", 4, "[B, D, h, w]", dtypes, hint)
     depth = side.features.shape[1]
-    weight = side.weight
     if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1):
         functional.check_tensor(weight, f"{name}_weight", 4, "[C, D, 1, 1]", dtypes)
     else:
         functional.check_tensor(weight, f"{name}_weight", 2, "[C, D] or [C, D, 1, 1]", dtypes)
     if depth < 1 or weight.shape[1] != depth:
         raise ValueError(
-            f"{name}_weight: got D={weight.shape[1]} channels, {name}_features has {depth}"
+            f"{name}_weight: got D={weight.shape[1]} channels, {name}_features has {depth}{hint}"
         )
     _check_device(side.features, f"{name}_features", student)
     _check_device(weight, f"{name}_weight", student)

@@ -240,7 +240,7 @@ DEFECTS = [
     Defect("normalizer replaces every denominator", FUNCTIONAL, "if one.counts_valid_pixels(term)}", "if True}", f"{OUTPUTS} -k plain_normalizer"),
     Defect("normalizer ignored by name", FUNCTIONAL, "if term in normalizer}", "if False}", f"{OUTPUTS} -k micro_batches"),
     Defect("kd taken on the projected pair", LOSSES, '("ce", "kd")}\n        on', '("ce",)}\n        on', f"{OUTPUTS} -k module_on_features"),
-    Defect("teacher's projector trained by every term", LOSSES, 'if not self.weights["projector"]:', "if False:", f"{OUTPUTS} -k only_teacher_ce"),
+    Defect("teacher's projector trained by every term", LOSSES, 'if not self.projector_weight:', "if False:", f"{OUTPUTS} -k only_teacher_ce"),
     Defect("teacher features not detached", LOSSES, 'if side == "teacher":', "if False:", f"{OUTPUTS} -k module_on_features"),
     # the CPU backend
     Defect("writes to the caller's logits", CPU, "            by_term = sums.tolist()", "            student_logits.detach().zero_()\n            by_term = sums.tolist()", f"{INPUTS} -k never_written"),

@@ -4,6 +4,7 @@ is said about those that do not fit."""
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -430,6 +431,11 @@ def test_features_with_other_axes() -> None:
             loss(S, Y, student_features=features, teacher_features=FEATURES["teacher_features"])
     with pytest.raises(ValueError, match=r"got C=2 classes.*its last axis has 5.*permute"):
         HeteroAKDLoss(5)(S.permute(0, 2, 3, 1), Y, teacher_logits=T)
+    with pytest.raises(ValueError, match=r"teacher_logits: got C=3.*last axis has 5.*: teacher_lo"):
+        HeteroAKDLoss(5)(S, Y, teacher_logits=T.permute(0, 2, 3, 1))
+    weight = torch.ones(5, 7)
+    with pytest.raises(ValueError, match=r"features has 2; its last axis has 7.*layout=\"NHWC\""):
+        projected_distillation_loss(last, weight, None, None, None, None, Y[:, :2, :3])
 
 
 # --- the result ----------------------------------------------------------------------------------
@@ -458,5 +464,9 @@ def test_the_result_is_no_tensor() -> None:
     (2 * out.loss).backward()
 
 
-def test_every_setting_is_tested() -> None:
+def test_every_argument_is_an_attribute() -> None:
     assert set(SETTINGS) == set(HeteroAKDLoss._adjustable)
+    for loss in (HeteroAKDLoss(5), ChannelWiseLoss()):
+        arguments = set(inspect.signature(type(loss)).parameters) - {"unknown"}
+        assert arguments == set(loss._arguments())
+        assert all(hasattr(loss, name) for name in arguments)

@@ -17,8 +17,8 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# Classes of the data sets that are read as they are published.
-_PUBLISHED = {"cityscapes": 19, "voc": 21, "ade20k": 150}
+# Classes of the data sets that have their own.
+_CLASSES = {"landcover": 8, "cityscapes": 19, "voc": 21, "ade20k": 150}
 
 
 class DataConfig(_Table):
@@ -169,7 +169,7 @@ class DataConfig(_Table):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:  # scores are listed by name
             raise ValueError(f"data.class_names has {twice!r} more than once")
-        count = _PUBLISHED.get(self.kind, self.num_classes)
+        count = _CLASSES.get(self.kind, self.num_classes)
         if count is not None and self.ignore_index < count:
             raise ValueError(
                 f"data.ignore_index is {self.ignore_index}, which is also a class "

@@ -395,6 +395,7 @@ def test_different_sizes_need_a_crop(tmp_path: Path) -> None:
         ({"kind": "ade20k", "root": ".", "voc_split": "trainaug"}, 'only for data.kind = "voc"'),
         ({"kind": "voc", "root": ".", "sbd_root": "."}, 'only for data.voc_split = "trainaug"'),
         ({"kind": "cityscapes", "root": ".", "ignore_index": 18}, "18, which is also a class"),
+        ({"kind": "landcover", "ignore_index": 7}, "7, which is also a class .* is 8"),
         ({"kind": "landcover", "root": "."}, 'data.root is not for data.kind = "landcover"'),
         (
             {"kind": "folder", "root": ".", "num_classes": 9, "ignore_index": 9}

@@ -5,10 +5,12 @@
     python3 dev.py experiment [its arguments]             every method, both directions, 3 seeds
     python3 dev.py bench [arguments of benchmarks]        the benchmark report of this machine
     python3 dev.py test [arguments of pytest]             lint, types, all tests, the speed gate
+    python3 dev.py gpu [--minutes 6]                      everything that only a GPU can tell
 
 Needs Python 3.10+ and a C++ compiler. The torch of the calling interpreter is used when it has
 one (the environment then sees that interpreter's packages); otherwise a pinned one is installed.
-Run again at any time: what is already in place is not done twice.
+Run again at any time: what is already in place is not done twice. The job `gpu` needs no network
+and no environment: it takes torch, Triton and nvcc as the calling interpreter sees them.
 """
 
 from __future__ import annotations
@@ -165,10 +167,15 @@ def say(text: str) -> None:
 def main(arguments: list[str]) -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this file runs before anything is checked)
         raise SystemExit("dev.py: needs Python 3.10 or newer")
-    if not arguments or arguments[0] not in ("demo", "experiment", "bench", "test"):
+    if not arguments or arguments[0] not in ("demo", "experiment", "bench", "test", "gpu"):
         print(__doc__)
         raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
     job, rest = arguments[0], arguments[1:]
+    if job == "gpu":
+        sys.path.insert(0, str(ROOT))  # it is there already, unless Python was told otherwise
+        from benchmarks import gpu
+
+        raise SystemExit(gpu.main(rest))
     settle_cuda(job)
     environment = Environment(ROOT / ".venv")
     if job in ("demo", "experiment"):

@@ -2,7 +2,7 @@
 
 python -m benchmarks                           the CPU report: tables, plots, JSON, CSV
 python -m benchmarks run --suite full          every combination
-python -m benchmarks run --device cuda         on a GPU (see also python -m benchmarks.gpu)
+python -m benchmarks run --device cuda         on a GPU (see also python3 dev.py gpu)
 python -m benchmarks compare OLD NEW           what changed beyond the noise; 1 if worse
 python -m benchmarks report DIRECTORY          tables and plots again from its results.json
 python -m benchmarks gate                      the regression gate of CI
@@ -96,8 +96,12 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--visits, --rounds: expected at least 1")
     if options.seconds is not None and not 0 < options.seconds < float("inf"):
         raise ValueError(f"--seconds: got {options.seconds}, expected more than 0")
-    if unknown := set(options.phases or ()) - set(runner.PHASES):
+    phases = tuple(options.phases or runner.PHASES)
+    if unknown := set(phases) - set(runner.PHASES):
         raise ValueError(f"--phases: got {sorted(unknown)}, known are {', '.join(runner.PHASES)}")
+    if options.device == "cpu":
+        # A machine with a GPU may have no network: there, what needs them is left out, and named.
+        _require("matplotlib", *(["transformers"] if "steps" in phases else []))
     # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
     # last cases rather than the promise.
     seconds = 560.0 if options.seconds is None and suite == "cpu" else (options.seconds or 0.0)
@@ -110,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
         providers=tuple(options.providers),
         visits=options.visits,
         rounds=options.rounds,
-        phases=tuple(options.phases or runner.PHASES),
+        phases=phases,
         say=lambda text: print(text, flush=True),
     )
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -122,6 +126,14 @@ def _run(options: argparse.Namespace) -> int:
     print(report.summary(results))
     print(f"\nreport: {page}\nfigures: {page.parent / 'results.json'}, results.csv")
     return 0
+
+
+def _require(*modules: str) -> None:
+    """Raises ValueError: one is not installed; before minutes are spent without it."""
+    from heteroakd_fast import _requirements
+
+    if problem := _requirements.explain({name: name for name in modules}, "bench"):
+        raise ValueError(problem)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -144,6 +156,7 @@ def _report(options: argparse.Namespace) -> int:
     from . import report
     from .results import Results
 
+    _require("matplotlib")
     where = options.results if options.results.is_dir() else options.results.parent
     print(report.write(Results.load(options.results), options.output or where))
     return 0

@@ -18,6 +18,14 @@ from torch import Tensor
 
 from . import backends, functional, ops, reference
 from .backends._gpu import check_labels
+from .checks import (
+    check_choice,
+    check_flag,
+    check_ignore_index,
+    check_ignored_class,
+    check_number,
+    plain_tensor,
+)
 from .functional import Normalizer, WeightedPass
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
@@ -76,7 +84,8 @@ def projected_distillation_loss(
     weight_axis: str = "class",
     kd_divergence: str = "forward",
     kd_beta: float = 0.5,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    allow_ignored_class: bool = False,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     normalizer: Normalizer | None = None,
@@ -125,7 +134,7 @@ def projected_distillation_loss(
         "hetero": hetero_weight,
         "feature": feature_weight,
     }
-    checked = {name: functional.check_number(weights[name], f"{name}_weight") for name in TERMS}
+    checked = {name: check_number(weights[name], f"{name}_weight") for name in TERMS}
     asked = {name: weight for name, weight in checked.items() if weight != 0.0}
     spec = LossSpec(
         terms=tuple(asked),
@@ -134,18 +143,27 @@ def projected_distillation_loss(
         evaluation="discrepancy" if evaluation is None else evaluation,
         weight_axis=weight_axis,
         kd_divergence=kd_divergence,
-        kd_beta=functional.check_number(kd_beta, "kd_beta"),
-        temperature=functional.check_number(temperature, "temperature"),
-        tau=functional.check_number(tau, "tau"),
-        ignore_index=functional.check_integer(ignore_index, "ignore_index"),
-        label_smoothing=functional.check_number(label_smoothing, "label_smoothing"),
-        maps=functional._check_flag(return_maps, "return_maps"),
+        kd_beta=check_number(kd_beta, "kd_beta"),
+        temperature=check_number(temperature, "temperature"),
+        tau=check_number(tau, "tau"),
+        ignore_index=check_ignore_index(ignore_index),
+        label_smoothing=check_number(label_smoothing, "label_smoothing"),
+        maps=check_flag(return_maps, "return_maps"),
     )
     functional.check_spec(spec)
-    functional.check_choice(precision, "precision", PRECISIONS)
-    student = Projection(student_features, student_weight, student_bias)
-    teacher = _teacher(teacher_features, teacher_weight, teacher_bias, spec)
+    check_choice(precision, "precision", PRECISIONS)
+    student = Projection(
+        plain_tensor(student_features), plain_tensor(student_weight), plain_tensor(student_bias)
+    )
+    teacher = _teacher(
+        plain_tensor(teacher_features),
+        plain_tensor(teacher_weight),
+        plain_tensor(teacher_bias),
+        spec,
+    )
+    target, class_weight = plain_tensor(target), plain_tensor(class_weight)
     _check(student, teacher, target, class_weight, spec)
+    check_ignored_class(ignore_index, student.weight.shape[0], allow_ignored_class)
     if not (spec.maps or any(TERMS[term].needs_teacher for term in spec.terms)):
         teacher = None
     if not {"ce", "teacher_ce"} & set(spec.terms):
@@ -194,7 +212,7 @@ def fused_pass(
         return None
     if not _fuses(backend, student, teacher, spec):
         return None
-    functional.check_tensor(target, "target", 3, "[B, H, W]", functional._LABEL_DTYPES)
+    functional.check_target(target, student.weight.shape[0])
     if target.device.type == "cpu" or check_synchronously():
         ops.valid_count(target, student.weight.shape[0], spec.ignore_index)
     labels = nearest_labels(target, (student.features.shape[2], student.features.shape[3]))
@@ -345,7 +363,7 @@ def _check(
         raise ValueError(
             f"student_weight: got C={classes} classes, expected 1 to {functional.MAX_CLASSES}"
         )
-    functional.check_tensor(target, "target", 3, "[B, h, w]", functional._LABEL_DTYPES)
+    functional.check_target(target, classes)
     _check_device(target, "target", student)
     batch, _, height, width = student.features.shape
     if target.shape != (batch, height, width):
@@ -415,7 +433,7 @@ def _select(
 ) -> str:
     """The backend's name; one that was named runs or says why not."""
     if requested not in (None, _IF_POSSIBLE):
-        functional.check_choice(requested, "backend", _BACKENDS)
+        check_choice(requested, "backend", _BACKENDS)
     name = requested if requested is not None else backends._requests[-1].name
     wide = any(
         x is not None and x.dtype == torch.float64 for x in (*student, *(teacher or _NOBODY))

@@ -6,11 +6,12 @@
     heteroakd_fast.integrations.smp            DistillationLoss, low_resolution
 
 What is imported here needs torch only, for loops of one's own: `FrozenTeacher`, `FeatureTap`,
-`logits_of` and, for networks of transformers, `low_resolution`. How each library's arguments map
-to ours: `docs/integrations.md`.
+`Feature`, `logits_of` and, for networks of transformers, `low_resolution`. How each library's
+arguments map to ours: `docs/integrations.md`.
 """
 
 from .resolution import low_resolution
-from .teacher import FeatureTap, FrozenTeacher, logits_of
+from .taps import Feature, FeatureTap
+from .teacher import FrozenTeacher, logits_of
 
-__all__ = ["FeatureTap", "FrozenTeacher", "logits_of", "low_resolution"]
+__all__ = ["Feature", "FeatureTap", "FrozenTeacher", "logits_of", "low_resolution"]

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
+from ..checks import check_ignore_index
+from ..modules import SharesGroup
 from .metrics import ConfusionMatrix, predict_classes
 from .resolution import low_resolution, warn_of_full_resolution
+from .taps import Feature
 from .teacher import FeatureTap, FrozenTeacher, check_features, freeze, logits_of, world
 
 # A Trainer takes modules of its own library only. Both are often installed; the one that the
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["DistillationModule"]
 
 
-class DistillationModule(LightningModule):
+class DistillationModule(SharesGroup, LightningModule):
     """Trains a student, and the loss's projectors, from a frozen teacher.
 
     Logs the loss and every term as `train/ce`, `val/kd`, `test/hetero` and so on, and the student's
@@ -58,7 +61,7 @@ class DistillationModule(LightningModule):
         scheduler: gets the optimizer and returns what `configure_optimizers` may return as
             `lr_scheduler`, or None.
         features: (module of the student, module of the teacher), dotted names of the feature
-            maps for a loss with projectors.
+            maps for a loss with projectors; or `Feature`s, for maps with other axes.
         process_group: "auto" makes the denominators global over all ranks while training; None
             leaves each rank its own.
         batch_keys: keys of images [B, 3, H, W] and labels [B, H, W] where a batch is a mapping,
@@ -77,7 +80,7 @@ class DistillationModule(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         *,
         scheduler: Callable[[Optimizer], Any] | None = None,
-        features: tuple[str, str] | None = None,
+        features: tuple[str | Feature, str | Feature] | None = None,
         process_group: Any = "auto",
         batch_keys: tuple[str, str] = ("image", "mask"),
         logits: Callable[[Any], Tensor] = logits_of,
@@ -93,7 +96,7 @@ class DistillationModule(LightningModule):
         self.student = student.train()
         self.loss = loss
         self.teacher = freeze(teacher, teacher_feature, loss, logits)
-        self.align_corners: bool = loss.options["align_corners"]
+        self.align_corners: bool = loss.align_corners
         warn_of_full_resolution(student, self.align_corners, "student")
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -202,7 +205,7 @@ class DistillationModule(LightningModule):
         output, logits = self._distill(images, target)
         self._log(output, stage, len(images), sync_dist=True)
         if loader not in self._matrices:
-            ignored = self.loss.options["ignore_index"]
+            ignored = check_ignore_index(self.loss.ignore_index)
             self._matrices[loader] = ConfusionMatrix(self.loss.num_classes, ignored)
         self._matrices[loader].update(self._classes(logits, target), target)
         return output.loss

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .resolution import low_resolution, warn_of_full_resolution
+from .taps import Feature, FeatureTap
 
 __all__ = ["FeatureTap", "FrozenTeacher", "logits_of"]
 
@@ -41,79 +41,6 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-class FeatureTap:
-    """The output of one inner module, for forward passes inside the `with` block.
-
-    Args:
-        model: the model, not its data-parallel wrapper.
-        name: dotted name of the module, as in `model.named_modules()`; its output is a feature
-            map [B, D, h, w], or a sequence or mapping that holds one (the first counts).
-
-    Raises:
-        ValueError: there is no such module; names near ones.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        modules = dict(model.named_modules())
-        if name not in modules:
-            raise ValueError(
-                f"feature: got {name!r}, {type(model).__name__} has no such module; "
-                f"near names: {', '.join(_near(name, list(modules)))}"
-            )
-        self.name = name
-        self.module = modules[name]
-        self._value: Tensor | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[FeatureTap]:
-        """Neither the hook nor the feature, with its whole graph, outlives the block."""
-        hook = self.module.register_forward_hook(self._keep)
-        try:
-            yield self
-        finally:
-            hook.remove()
-            self._value = None
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        parts = [output]
-        if isinstance(output, Mapping):
-            parts = list(output.values())
-        elif isinstance(output, (tuple, list)):
-            parts = list(output)
-        for part in parts:
-            if isinstance(part, Tensor) and part.dim() == 4:
-                self._value = part
-                return
-        came = ", ".join(
-            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
-            for part in parts
-        )
-        raise TypeError(
-            f"feature: {self.name} gave {came or 'nothing'}; expected a feature map [B, D, h, w]"
-        )
-
-    def take(self) -> Tensor:
-        """The feature of the last forward pass.
-
-        Raises:
-            RuntimeError: the module did not run.
-        """
-        if self._value is None:
-            raise RuntimeError(f"feature: {self.name} did not run in the last forward pass")
-        value, self._value = self._value, None
-        return value
-
-
-def _near(name: str, names: list[str]) -> list[str]:
-    """Names alike, and what follows the part of the name that exists."""
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    parent = name.rpartition(".")[0]
-    while parent and parent not in names:
-        parent = parent.rpartition(".")[0]
-    children = [n for n in names if n and n.rpartition(".")[0] == parent]
-    return near + [n for n in children if n not in near][: 8 - len(near)]
-
-
 class FrozenTeacher:
     """A teacher in eval mode, without gradients, on the device of its input.
 
@@ -122,7 +49,8 @@ class FrozenTeacher:
 
     Args:
         module: the trained network; its parameters stop requiring gradients.
-        feature: dotted name of the module whose output is `teacher_features`, or None.
+        feature: dotted name of the module whose output is `teacher_features`, or a `Feature`
+            that says its axes too; None for none.
         logits: finds the logits in the network's output.
         align_corners: that of the loss. UperNet (False) and DPT (True) of transformers upsample
             their logits themselves; where the loss does the same, it gets them before that step
@@ -132,7 +60,7 @@ class FrozenTeacher:
     def __init__(
         self,
         module: nn.Module,
-        feature: str | None = None,
+        feature: str | Feature | None = None,
         logits: Callable[[Any], Tensor] = logits_of,
         align_corners: bool = False,
     ) -> None:
@@ -168,12 +96,12 @@ class FrozenTeacher:
 
 def freeze(
     teacher: nn.Module | FrozenTeacher,
-    feature: str | None,
+    feature: str | Feature | None,
     loss: Any,
     logits: Callable[[Any], Tensor] = logits_of,
 ) -> FrozenTeacher:
     """The teacher as `loss` takes it, from a network or from a `FrozenTeacher` of one."""
-    align_corners = loss.options["align_corners"]
+    align_corners = loss.align_corners
     if not isinstance(teacher, FrozenTeacher):
         return FrozenTeacher(teacher, feature, logits, align_corners)
     warn_of_full_resolution(teacher.module, align_corners, "teacher")
@@ -196,7 +124,7 @@ def projects(loss: Any) -> bool:
     return getattr(loss, "student_projector", None) is not None
 
 
-def check_features(loss: Any, features: Any) -> tuple[str | None, str | None]:
+def check_features(loss: Any, features: Any) -> tuple[str | Feature | None, str | Feature | None]:
     """Names of the two tapped modules, as the loss needs them."""
     if projects(loss) != (features is not None):
         raise ValueError(

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
+from ..checks import check_ignore_index
 from .metrics import ConfusionMatrix, predict_classes
 from .resolution import low_resolution, unwrapped, warn_of_full_resolution
+from .taps import Feature
 from .teacher import FeatureTap, FrozenTeacher, check_features, freeze, logits_of, world
 
 try:
+    import accelerate  # noqa: F401  (without it, the Trainer fails later)
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
@@ -67,7 +70,7 @@ class DistillationTrainer(Trainer):
         loss: the loss; its `ignore_index` says which labels are ignored (the Trainer itself
             knows -100 only).
         features: (module of the student, module of the teacher), dotted names of the feature
-            maps for a loss with projectors.
+            maps for a loss with projectors; or `Feature`s, for maps with other axes.
         teacher_inputs: names of the inputs that the teacher gets.
 
     Raises:
@@ -82,7 +85,7 @@ class DistillationTrainer(Trainer):
         *args: Any,
         teacher: nn.Module | FrozenTeacher,
         loss: HeteroAKDLoss,
-        features: tuple[str, str] | None = None,
+        features: tuple[str | Feature, str | Feature] | None = None,
         teacher_inputs: Sequence[str] = ("pixel_values",),
         **kwargs: Any,
     ) -> None:
@@ -92,7 +95,7 @@ class DistillationTrainer(Trainer):
             # The Trainer takes what forward() names, drops the rest, and then evaluates no loss.
             self.label_names = ["labels"]
         metric = self.args.metric_for_best_model
-        if metric is not None and metric.rpartition("_")[-1] in loss.weights:
+        if metric is not None and hasattr(loss, f"{metric.rpartition('_')[-1]}_weight"):
             self.args.greater_is_better = False
         # What older releases look at instead of `loss_is_scaled_for_ga`.
         self.model_accepts_loss_kwargs = False
@@ -105,7 +108,7 @@ class DistillationTrainer(Trainer):
         self.teacher = freeze(teacher, teacher_feature, loss)
         self.teacher_inputs = tuple(teacher_inputs)
         student: nn.Module = self.accelerator.unwrap_model(self.model)
-        self._align_corners: bool = loss.options["align_corners"]
+        self._align_corners: bool = loss.align_corners
         warn_of_full_resolution(student, self._align_corners, "model")
         self._tap = None if student_feature is None else FeatureTap(student, student_feature)
         self._loss: nn.Module = self.distillation_loss
@@ -198,7 +201,7 @@ class DistillationTrainer(Trainer):
         """The Trainer's, with the terms and the mean IoU among the metrics."""
         loss = self.distillation_loss
         self._evaluation = _Evaluation(
-            ConfusionMatrix(loss.num_classes, loss.options["ignore_index"])
+            ConfusionMatrix(loss.num_classes, check_ignore_index(loss.ignore_index))
         )
         try:
             output = super().evaluation_loop(
@@ -223,7 +226,7 @@ class DistillationTrainer(Trainer):
     def _normalizer(self, items: Tensor | int | None) -> Tensor | float | None:
         """What a batch divides by, so that after the division by the number of accumulated
         batches, and data parallelism's by that of processes, all valid pixels count alike."""
-        if items is None or self.distillation_loss.options["resolution"] == "logits":
+        if items is None or self.distillation_loss.resolution == "logits":
             return None
         batches = getattr(self, "current_gradient_accumulation_steps", None)
         shares: int = batches or self.args.gradient_accumulation_steps
@@ -234,7 +237,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The Trainer's, with a count of the pixels that this loss takes for valid."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        ignored = self.distillation_loss.options["ignore_index"]
+        ignored = check_ignore_index(self.distillation_loss.ignore_index)
         if not batches or any(batch.get("labels") is None for batch in batches):
             return batches, None
         counts = [(batch["labels"] != ignored).sum().to(device) for batch in batches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -109,13 +110,16 @@ class DataConfig(_Table):
     @classmethod
     def _one_side_or_two(cls, value: Any) -> Any:
         # One message instead of one for each of the types it may have.
-        sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-        if value is not None and any(type(side) is not int or side < 16 for side in sides):
+        if value is None:
+            return None
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        sides = value if pair else [value]
+        if any(not isinstance(s, Integral) or isinstance(s, bool) or s < 16 for s in sides):
             raise ValueError(
                 f"got {value!r}; expected: a side of at least 16 pixels, or [height, width]"
             )
         # A list out of JSON is none any more for what checks the type next.
-        return tuple(value) if isinstance(value, list) else value
+        return tuple(map(int, sides)) if pair else int(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -197,7 +201,9 @@ class ModelConfig(_Table):
         "name and shape is taken, the rest starts from the seed.",
     )
     tap: str | None = Field(
-        default=None, description="Dotted name of the module whose output is distilled."
+        default=None,
+        description="Dotted name of the module whose output is distilled; with :NHWC behind it "
+        "where that is [B, h, w, D].",
     )
     steps: int = Field(ge=0, description="Training steps; 0 with weights: use them as they are.")
     lr: float | None = Field(

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import integrations
+from .._requirements import pip_command
 from .config import ModelConfig
-from .errors import ModelError
+from .errors import DependencyError, ModelError, UserError
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -102,9 +103,9 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
     try:
         import transformers
     except ImportError as error:
-        raise ModelError(
+        raise DependencyError(
             f'arch = "{name}" needs transformers, which cannot be imported ({error}); '
-            'pip install "heteroakd-fast[train]"'
+            + pip_command("train")
         ) from None
     model_class = getattr(transformers, f"{LIBRARY[name]}ForSemanticSegmentation")
     model: nn.Module
@@ -185,7 +186,7 @@ def _built_by_library(config: ModelConfig, num_classes: int) -> nn.Module:
     """With whatever the library meets in arguments that do not go together as one message."""
     try:
         return _from_library(config.arch, num_classes, config.weights, config.kwargs)
-    except (ModelError, OSError, TypeError, ValueError):
+    except (UserError, OSError, TypeError, ValueError):
         raise
     except Exception as error:
         raise ModelError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import BackendUnavailableError, ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
 from ..functional import cross_entropy
+from ..modules import SharesGroup
 from .config import DistillConfig
 from .errors import ConfigError
 from .models import forward_logits
@@ -30,12 +31,12 @@ class Teaching(NamedTuple):
     features: Tensor | None
 
 
-class Objective(nn.Module):
+class Objective(SharesGroup, nn.Module):
     """A model with its loss; `model` and `loss` are what is trained and saved."""
 
     model: nn.Module
     loss: nn.Module
-    process_group: Any
+    process_group: Any = None
     """The ranks that share a batch; None: this one alone."""
     knows_denominators: bool
     """Whether what the terms divide by follows from the labels alone."""

@@ -106,6 +106,7 @@ def test_the_truth_of_images_is_the_truth_of_the_batch() -> None:
         inputs.student_logits,
         inputs.teacher_logits,
         inputs.target,
+        ignore_index=IGNORE_INDEX,
         backend="reference",
         **OBJECTIVES["ce+hetero"].options,
     ).loss

@@ -113,6 +113,8 @@ def channel_wise_distillation(
     difference = torch.where(valid, log_p_t - log_p_s, 0.0)
     divergence = (torch.where(valid, log_p_t.exp(), 0.0) * difference).sum(dim=(1, 2))
     numerator = temperature**2 * divergence.sum(dtype=torch.float64)
+    # A sum of divergences is never negative, its rounding may be; the gradient is the sum's.
+    numerator = numerator - numerator.detach().clamp(max=0.0)
     denominator = counted.sum(dtype=torch.float64) * classes
     if process_group is not None:
         denominator = functional.mean_over_ranks(denominator, process_group)

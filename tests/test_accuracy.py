@@ -9,6 +9,8 @@ import pytest
 import torch
 from common import BACKENDS, Batch, assert_accurate, evaluate, truth
 
+from heteroakd_fast.channelwise import channel_wise_distillation
+
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "kd": {"kd_weight": 1.0},
     "reverse": {"kd_weight": 1.0, "kd_divergence": "reverse"},
@@ -43,6 +45,20 @@ def test_values_near_agreement(backend: str, case: str, difference: float, size:
     # The instruction of GPUs has a logarithm of 22 digits.
     digits = 24 if backend == "cpu" or not torch.cuda.is_available() else 22
     assert got == pytest.approx(expected, rel=1e-5, abs=2.0**-digits * 20.0**2)
+
+
+@pytest.mark.parametrize("difference", [1e-6, 1e-5])
+def test_channel_wise_near_agreement(difference: float) -> None:
+    batch = near_agreement(difference, 40, 32)
+    expected = channel_wise(Batch(*(x.double() for x in batch[:2]), batch.target))
+    got = channel_wise(batch)
+    assert got >= 0.0
+    assert got == pytest.approx(expected, rel=1e-5, abs=2.0**-24 * 4.0**2)
+
+
+def channel_wise(batch: Batch) -> float:
+    loss = channel_wise_distillation(batch.student, batch.teacher, batch.target, temperature=4.0)
+    return loss.loss.item()
 
 
 @pytest.mark.parametrize("rest", [1e-3, 1e-4, 1e-8])

@@ -5,10 +5,12 @@
     python3 dev.py experiment [its arguments]             every method, both directions, 3 seeds
     python3 dev.py bench [arguments of benchmarks]        the benchmark report of this machine
     python3 dev.py test [arguments of pytest]             lint, types, all tests, the speed gate
+    python3 dev.py gpu [--minutes 6]                      everything that only a GPU can tell
 
 Needs Python 3.10+ and a C++ compiler. The torch of the calling interpreter is used when it has
 one (the environment then sees that interpreter's packages); otherwise a pinned one is installed.
-Run again at any time: what is already in place is not done twice.
+Run again at any time: what is already in place is not done twice. The job `gpu` needs no network
+and no environment: it takes torch, Triton and nvcc as the calling interpreter sees them.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ class Environment:
         constraint.write_text(f"torch=={torch}\n" if torch else f"{TORCH}\n")
         self.pip(*BUILD_TOOLS)
         say("building and installing heteroakd_fast")
+        self.run("-c", "import setup; setup.announce()")  # pip does not show it
         self.pip(
             "--no-build-isolation", "--constraint", str(constraint), "--editable", f".[{extra}]"
         )
@@ -115,21 +118,31 @@ def fingerprint(torch: str | None) -> str:
 def settle_cuda(job: str) -> None:
     """What of the CUDA part is built, unless the environment says so: for the GPUs that are here.
     Without one nothing of it could run: it is left out, or for the tests built for one
-    architecture, because it must compile without a warning and link."""
-    if any(os.environ.get(name) for name in ("HETEROAKD_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")):
+    architecture, whatever torch is for, because it must compile without a warning and link."""
+    if os.environ.get("HETEROAKD_BUILD_CUDA"):
         return
-    capabilities = compute_capabilities()
-    if capabilities:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
-            "9.0a" if capability == "9.0" else capability for capability in capabilities
-        )
-    elif job == "test":
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a"
-        # Slow code, soon compiled: the tests that read machine code compile their own.
-        quick = " -Ofc=max" if "-Ofc" in output_of("nvcc", "--help") else ""
-        os.environ.setdefault("NVCC_FLAGS", "-Werror all-warnings" + quick)
-    else:
-        os.environ["HETEROAKD_BUILD_CUDA"] = "0"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else "nvcc"
+    capabilities = [
+        one for one in compute_capabilities() if float(one) >= 8.0
+    ]  # the kernels' least
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if capabilities:
+            # A GPU that is newer than nvcc runs PTX of the default architectures.
+            known = output_of(nvcc, "--list-gpu-arch").split()
+            if all("compute_" + one.replace(".", "") in known for one in capabilities):
+                os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
+                    "9.0a" if one == "9.0" else one for one in capabilities
+                )
+        elif job == "test":
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0a"
+            # Slow code, soon compiled: the tests that read machine code compile their own.
+            quick = " -Ofc=max" if "-Ofc" in output_of(nvcc, "--help") else ""
+            os.environ.setdefault("NVCC_FLAGS", "-Werror all-warnings" + quick)
+        else:
+            os.environ["HETEROAKD_BUILD_CUDA"] = "0"
+    if job == "test" and output_of(nvcc, "--version"):
+        os.environ["HETEROAKD_BUILD_CUDA"] = "1"
 
 
 def compute_capabilities() -> list[str]:
@@ -154,10 +167,15 @@ def say(text: str) -> None:
 def main(arguments: list[str]) -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this file runs before anything is checked)
         raise SystemExit("dev.py: needs Python 3.10 or newer")
-    if not arguments or arguments[0] not in ("demo", "experiment", "bench", "test"):
+    if not arguments or arguments[0] not in ("demo", "experiment", "bench", "test", "gpu"):
         print(__doc__)
         raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
     job, rest = arguments[0], arguments[1:]
+    if job == "gpu":
+        sys.path.insert(0, str(ROOT))  # it is there already, unless Python was told otherwise
+        from benchmarks import gpu
+
+        raise SystemExit(gpu.main(rest))
     settle_cuda(job)
     environment = Environment(ROOT / ".venv")
     if job in ("demo", "experiment"):

@@ -2,7 +2,7 @@
 
 python -m benchmarks                           the CPU report: tables, plots, JSON, CSV
 python -m benchmarks run --suite full          every combination
-python -m benchmarks run --device cuda         on a GPU (see also python -m benchmarks.gpu)
+python -m benchmarks run --device cuda         on a GPU (see also python3 dev.py gpu)
 python -m benchmarks compare OLD NEW           what changed beyond the noise; 1 if worse
 python -m benchmarks report DIRECTORY          tables and plots again from its results.json
 python -m benchmarks gate                      the regression gate of CI
@@ -12,7 +12,6 @@ python -m benchmarks list                      suites, cases, providers
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--suite", help="cpu, gpu, full or smoke; by default that of the device")
     run.add_argument("--output", type=Path, help="directory; default runs/benchmarks/SUITE")
     run.add_argument("--seconds", type=float, default=None, help="limit of the whole run")
-    run.add_argument("--only", default="", help="regular expression on the cases' names")
+    run.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="cases, groups, objectives or data sets as `list` prints them; * and ? stand for "
+        "any text and any character",
+    )
     run.add_argument("--providers", nargs="+", default=(), help="names, see `list`")
     run.add_argument("--visits", type=int, default=2, help="times that each case is come back to")
     run.add_argument("--rounds", type=int, default=5, help="rounds in each visit, at most")
@@ -69,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="directory; default: that of the results")
     report.set_defaults(command=_report)
 
-    commands.add_parser("list", help="suites, cases, providers").set_defaults(command=_list)
+    commands.add_parser(
+        "list", help="suites, cases, objectives, data sets, providers"
+    ).set_defaults(command=_list)
     return parser
 
 
@@ -88,12 +96,12 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--visits, --rounds: expected at least 1")
     if options.seconds is not None and not 0 < options.seconds < float("inf"):
         raise ValueError(f"--seconds: got {options.seconds}, expected more than 0")
-    try:
-        re.compile(options.only)
-    except re.error as error:
-        raise ValueError(f"--only: {options.only!r} is no regular expression: {error}") from None
-    if unknown := set(options.phases or ()) - set(runner.PHASES):
+    phases = tuple(options.phases or runner.PHASES)
+    if unknown := set(phases) - set(runner.PHASES):
         raise ValueError(f"--phases: got {sorted(unknown)}, known are {', '.join(runner.PHASES)}")
+    if options.device == "cpu":
+        # A machine with a GPU may have no network: there, what needs them is left out, and named.
+        _require("matplotlib", *(["transformers"] if "steps" in phases else []))
     # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
     # last cases rather than the promise.
     seconds = 560.0 if options.seconds is None and suite == "cpu" else (options.seconds or 0.0)
@@ -102,11 +110,11 @@ def _run(options: argparse.Namespace) -> int:
         device=options.device,
         output=options.output or Path("runs/benchmarks") / suite,
         seconds=seconds,
-        only=options.only,
+        only=tuple(options.only),
         providers=tuple(options.providers),
         visits=options.visits,
         rounds=options.rounds,
-        phases=tuple(options.phases or runner.PHASES),
+        phases=phases,
         say=lambda text: print(text, flush=True),
     )
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -118,6 +126,14 @@ def _run(options: argparse.Namespace) -> int:
     print(report.summary(results))
     print(f"\nreport: {page}\nfigures: {page.parent / 'results.json'}, results.csv")
     return 0
+
+
+def _require(*modules: str) -> None:
+    """Raises ValueError: one is not installed; before minutes are spent without it."""
+    from heteroakd_fast import _requirements
+
+    if problem := _requirements.explain({name: name for name in modules}, "bench"):
+        raise ValueError(problem)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -140,13 +156,14 @@ def _report(options: argparse.Namespace) -> int:
     from . import report
     from .results import Results
 
+    _require("matplotlib")
     where = options.results if options.results.is_dir() else options.results.parent
     print(report.write(Results.load(options.results), options.output or where))
     return 0
 
 
 def _list(options: argparse.Namespace) -> int:
-    from .cases import SUITES, cases_of
+    from .cases import DATASETS, OBJECTIVES, SUITES, cases_of
     from .providers import names
 
     for name, suite in SUITES.items():
@@ -154,6 +171,8 @@ def _list(options: argparse.Namespace) -> int:
         for group, cases in suite.items():
             for one in cases:
                 print(f"  {group:12} {one.key}")
+    print("objectives:", ", ".join(OBJECTIVES))
+    print("data sets:", ", ".join(DATASETS))
     print("providers:", ", ".join(names()))
     return 0
 

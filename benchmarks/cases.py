@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
-__all__ = ["DATASETS", "OBJECTIVES", "SUITES", "Case", "Objective", "cases_of"]
+__all__ = ["DATASETS", "OBJECTIVES", "SUITES", "Case", "Objective", "cases_of", "select"]
 
 
 @dataclass(frozen=True)
@@ -291,3 +293,50 @@ def cases_of(suite: Suite) -> Iterator[Case]:
             if one.key not in seen:
                 seen.add(one.key)
                 yield one
+
+
+def select(name: str, only: Sequence[str]) -> Suite:
+    """Return the cases of a suite that `only` names, all of them where it is empty.
+
+    Args:
+        name: of the suite.
+        only: names as `python -m benchmarks list` prints them, of cases, groups, objectives or data
+            sets; in all of them `*` and `?` stand for any text and any character.
+
+    Raises:
+        ValueError: an entry names nothing in the suite; close names are in the message.
+    """
+    suite = SUITES[name]
+    if not only:
+        return suite
+    names = {text for group, cases in suite.items() for one in cases for text in _names(group, one)}
+    for entry in only:
+        if not any(fnmatchcase(text, entry) for text in names):
+            raise ValueError(f"--only: got {entry!r}, {_expected(name, entry, names)}")
+    kept = {
+        group: [
+            one
+            for one in cases
+            if any(fnmatchcase(text, entry) for entry in only for text in _names(group, one))
+        ]
+        for group, cases in suite.items()
+    }
+    return {group: cases for group, cases in kept.items() if cases}
+
+
+def _names(group: str, one: Case) -> tuple[str, ...]:
+    return one.key, group, one.objective, one.dataset
+
+
+def _expected(suite: str, entry: str, names: set[str]) -> str:
+    others = [
+        other
+        for other, groups in SUITES.items()
+        for group, cases in groups.items()
+        for one in cases
+        if other != suite and any(fnmatchcase(text, entry) for text in _names(group, one))
+    ]
+    if others:
+        return f"which suite {suite!r} lacks; --suite {others[0]} has it"
+    close = get_close_matches(entry, sorted(names), n=3) or ["as `list` prints them"]
+    return f"expected names of suite {suite!r}: {'; '.join(close)}"

@@ -11,7 +11,7 @@ from .cases import Case
 
 __all__ = ["IGNORE_INDEX", "Inputs", "make_inputs"]
 
-IGNORE_INDEX = 255
+IGNORE_INDEX = 65535  # no class of any case
 _PATCH = 32
 
 

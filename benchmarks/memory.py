@@ -24,7 +24,14 @@ from .cases import Case
 from .inputs import make_inputs
 from .providers import find
 
-__all__ = ["death", "fresh_process", "high_water", "largest_crop", "peak_bytes"]
+__all__ = [
+    "death",
+    "fresh_process",
+    "gpu_high_water",
+    "high_water",
+    "largest_crop",
+    "peak_bytes",
+]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -108,7 +115,7 @@ def peak_bytes(case: Case, provider: str, device: str = "cpu") -> int:
         RuntimeError: as `fresh_process`.
     """
     if device != "cpu":
-        return _peak_on_gpu(case, provider, device)
+        return gpu_high_water(_step(case, provider, device))
     value: int = fresh_process(_peak_on_cpu, case, provider)
     return value
 
@@ -130,10 +137,9 @@ def _peak_on_cpu(case: Case, provider: str) -> int:
     return high_water(_step(case, provider, "cpu"))
 
 
-def _peak_on_gpu(case: Case, provider: str, device: str) -> int:
-    step = _step(case, provider, device)
+def gpu_high_water(step: Callable[[], object]) -> int:
+    """Bytes of GPU memory that `step` allocates at its peak beyond what was allocated before it."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import OBJECTIVES, Case
+from .markdown import table
 from .plots import draw_all, three_sides
 from .results import RUN_TO_RUN, Results, Spread, expected, ratio, spread, total_ms
 
@@ -40,6 +41,8 @@ def summary(results: Results) -> str:
             f"{_times(_ratio(sides['eager'], ours))}, {_times(_ratio(sides['compile'], ours))}"
             f"  {ours['provider']}")  # fmt: skip
         lines.append(f"{name:58} {' '.join(times)}  {over}")
+    for phase, items in _not_reached(results).items():
+        lines += ["", f"not reached, {phase}:", *(f"  {item}" for item in items)]
     return "\n".join(lines)
 
 
@@ -49,6 +52,14 @@ def _page(results: Results, pictures: dict[str, str]) -> list[str]:
     lines = ["# Benchmark report", ""]
     lines += _environment(data, about)
     lines += _how_to_read(data)
+    if missing := _not_reached(results):
+        lines += ["## Not reached", ""]
+        lines += ["Planned, and not measured before the run's time was over or it was stopped:", ""]
+        lines += [
+            f"- {phase}: {'; '.join(f'`{item}`' for item in items)}"
+            for phase, items in missing.items()
+        ]
+        lines.append("")
 
     def picture(name: str) -> None:
         if name in pictures:
@@ -125,11 +136,9 @@ def _measured(results: Results, group: str) -> list[Case]:
 
 
 def _case_table(results: Results, group: str) -> list[str]:
-    lines = [
-        "| case | eager ms | compile ms | ours ms | over eager | over compile | "
-        "MiB eager / compile / ours | error loss, gradient: eager; ours | floor |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["case", "eager ms", "compile ms", "ours ms", "over eager", "over compile"]
+    header += ["MiB eager / compile / ours", "error loss, gradient: eager; ours", "floor"]
+    rows = []
     for one in _measured(results, group):
         sides = three_sides(results, one)
         ours, eager, compiled = sides["ours"], sides["eager"], sides["compile"]
@@ -142,36 +151,43 @@ def _case_table(results: Results, group: str) -> list[str]:
         share = f"{100 * floor['ms'] / both.median:.1f} % ({floor['binds']})" if both else "-"
         name = _short(ours["provider"]) if ours else "cannot"
         dtype = "" if one.dtype == "float32" else f", {one.dtype}"
-        lines.append(
-            f"| {one.objective}{dtype}, {one.label} | {_ms(eager)} | {_ms(compiled)} | "
-            f"{_ms(ours)} ({name}) | {_bold(_ratio(eager, ours))} | {_bold(_ratio(compiled, ours))}"
-            f" | {memory} | {_errors(eager)}; {_errors(ours)} | {share} |"
+        rows.append(
+            [
+                f"{one.objective}{dtype}, {one.label}",
+                _ms(eager),
+                _ms(compiled),
+                f"{_ms(ours)} ({name})",
+                _bold(_ratio(eager, ours)),
+                _bold(_ratio(compiled, ours)),
+                memory,
+                f"{_errors(eager)}; {_errors(ours)}",
+                share,
+            ]
         )
-    return [*lines, ""]
+    return [table(header, rows), ""]
 
 
 def _default_malloc(results: Results) -> list[str]:
     keys = [key for key in results.cases if results.rows(key, "default-malloc")]
     if not keys:
         return []
-    lines = [
+    cells = []
+    for key in keys:
+        rows = results.rows(key, "default-malloc")
+        eager, compiled, ours = rows.get("eager"), results.best_compiled(rows), results.ours(rows)
+        one = results.cases[key]
+        times = [_ms(eager), _ms(compiled), _ms(ours)]
+        ratios = [_bold(_ratio(eager, ours)), _bold(_ratio(compiled, ours))]
+        cells.append([f"{one.objective}, {one.label}", *times, *ratios])
+    return [
         "## The same with malloc as the system ships it",
         "",
         "Page faults of freshly mapped memory are then part of everybody's time, and more of those "
         "who allocate more.",
         "",
-        "| case | eager ms | compile ms | ours ms | over eager | over compile |",
-        "|---|---|---|---|---|---|",
+        table(["case", "eager ms", "compile ms", "ours ms", "over eager", "over compile"], cells),
+        "",
     ]
-    for key in keys:
-        rows = results.rows(key, "default-malloc")
-        eager, compiled, ours = rows.get("eager"), results.best_compiled(rows), results.ours(rows)
-        one = results.cases[key]
-        lines.append(
-            f"| {one.objective}, {one.label} | {_ms(eager)} | {_ms(compiled)} | {_ms(ours)} | "
-            f"{_bold(_ratio(eager, ours))} | {_bold(_ratio(compiled, ours))} |"
-        )
-    return [*lines, ""]
 
 
 def _threads(results: Results) -> list[str]:
@@ -192,37 +208,37 @@ def _threads(results: Results) -> list[str]:
 def _everyone(results: Results) -> list[str]:
     """Every provider on every case that has more than the three sides; reasons as footnotes."""
     reasons: dict[str, int] = {}
-    lines: list[str] = []
-    for group in ("headline", "large", "objectives", "dtypes", "projections"):
-        for one in _measured(results, group):
-            rows = results.rows(one.key)
-            title = f"**{one.key}**"
-            if any(title in line for line in lines):
+    groups = ("headline", "large", "objectives", "dtypes", "projections")
+    keys = dict.fromkeys(one.key for group in groups for one in _measured(results, group))
+    cells: list[list[str]] = []
+    for key in keys:
+        cells.append([f"**{key}**"])
+        for name, row in results.rows(key).items():
+            if row["cannot"] is not None:
+                number = reasons.setdefault(row["cannot"], len(reasons) + 1)
+                cells.append([name, f"cannot [{number}]"])
                 continue
-            lines.append(f"| {title} | | | | | |")
-            for name, row in rows.items():
-                if row["cannot"] is not None:
-                    number = reasons.setdefault(row["cannot"], len(reasons) + 1)
-                    lines.append(f"| {name} | cannot [{number}] | | | | |")
-                    continue
-                forward, backward = spread(row["forward_ms"]), spread(row["backward_ms"])
-                both = spread(total_ms(row))
-                if forward is None or backward is None or both is None:
-                    continue
-                peak = results.data["peak_bytes"].get(one.key, {}).get(name)
-                lines.append(
-                    f"| {name} | {forward.median:.3g} | {backward.median:.3g} | "
-                    f"{both.median:.3g} ({both.low:.3g}-{both.high:.3g}) | {_mib(peak)} | "
-                    f"{_errors(row)} |"
-                )
-    if not lines:
+            forward, backward = spread(row["forward_ms"]), spread(row["backward_ms"])
+            both = spread(total_ms(row))
+            if forward is None or backward is None or both is None:
+                continue
+            cells.append(
+                [
+                    name,
+                    f"{forward.median:.3g}",
+                    f"{backward.median:.3g}",
+                    f"{both.median:.3g} ({both.low:.3g}-{both.high:.3g})",
+                    _mib(results.data["peak_bytes"].get(key, {}).get(name)),
+                    _errors(row),
+                ]
+            )
+    if not cells:
         return []
+    header = ["provider", "forward ms", "backward ms", "both (10 %-90 %)", "peak MiB", "error"]
     return [
         "## Every provider",
         "",
-        "| provider | forward ms | backward ms | both (10 %-90 %) | peak MiB | error |",
-        "|---|---|---|---|---|---|",
-        *lines,
+        table(header, cells),
         "",
         *(f"[{number}] {reason}  " for reason, number in reasons.items()),
         "",
@@ -230,14 +246,14 @@ def _everyone(results: Results) -> list[str]:
 
 
 def _curve_table(results: Results, group: str) -> list[str]:
-    lines = ["| case | eager ms | ours ms | over eager |", "|---|---|---|---|"]
+    cells = []
     for one in _measured(results, group):
         sides = three_sides(results, one)
-        lines.append(
-            f"| {one.objective}, {one.label} | {_ms(sides['eager'])} | {_ms(sides['ours'])} | "
-            f"{_bold(_ratio(sides['eager'], sides['ours']))} |"
-        )
-    return [*lines, "", *_fit(results, group), ""]
+        eager, ours = sides["eager"], sides["ours"]
+        name = f"{one.objective}, {one.label}"
+        cells.append([name, _ms(eager), _ms(ours), _bold(_ratio(eager, ours))])
+    header = ["case", "eager ms", "ours ms", "over eager"]
+    return [table(header, cells), "", *_fit(results, group), ""]
 
 
 def _fit(results: Results, group: str) -> list[str]:
@@ -271,63 +287,66 @@ def _crops(results: Results) -> list[str]:
     if not crops:
         return []
     budget = results.data["crop_budget"] / MIB
-    lines = [
+    cells = []
+    for one in crops:
+        found = [one["objective"], one["provider"]]
+        if "cannot" in one:
+            cells.append([*found, one["cannot"]])
+            continue
+        more = " or more" if one["capped"] else ""
+        side, peak = one["side"], one["peak_bytes"] / MIB
+        cells.append([*found, f"{side} x {side}{more}", f"{peak:.0f}"])
+    return [
         f"## Largest crop whose loss fits in {budget:.0f} MiB",
         "",
         "B1 C19, stride 4, float32; each size was measured, not extrapolated.",
         "",
-        "| objective | provider | largest crop | peak MiB |",
-        "|---|---|---|---|",
+        table(["objective", "provider", "largest crop", "peak MiB"], cells),
+        "",
     ]
-    for one in crops:
-        if "cannot" in one:
-            lines.append(f"| {one['objective']} | {one['provider']} | {one['cannot']} | |")
-            continue
-        more = " or more" if one["capped"] else ""
-        lines.append(
-            f"| {one['objective']} | {one['provider']} | {one['side']} x {one['side']}{more} | "
-            f"{one['peak_bytes'] / MIB:.0f} |"
-        )
-    return [*lines, ""]
 
 
 def _steps(results: Results) -> list[str]:
     data = results.data
     if not data["steps"]:
         return []
-    lines = [
-        "| step | provider | step ms | loss ms | loss's share | loss error |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in data["steps"]:
+        found = [row["key"], row["provider"]]
         if row.get("cannot"):
-            lines.append(f"| {row['key']} | {row['provider']} | cannot: {row['cannot']} | | | |")
+            cells.append([*found, f"cannot: {row['cannot']}"])
             continue
-        lines.append(
-            f"| {row['key']} | {row['provider']} | {row['step_ms']:.0f} "
-            f"({row['step_p10_ms']:.0f}-{row['step_p90_ms']:.0f}) | {row['loss_ms']:.0f} | "
-            f"{100 * row['loss_share']:.1f} % | {row['relative_error']:.1e} |"
+        cells.append(
+            [
+                *found,
+                f"{row['step_ms']:.0f} ({row['step_p10_ms']:.0f}-{row['step_p90_ms']:.0f})",
+                f"{row['loss_ms']:.0f}",
+                f"{100 * row['loss_share']:.1f} %",
+                f"{row['relative_error']:.1e}",
+            ]
         )
-    lines.append("")
+    header = ["step", "provider", "step ms", "loss ms", "loss's share", "loss error"]
+    lines = [table(header, cells), ""]
     if data["step_batches"]:
-        lines += [
-            "| step | provider | largest batch | budget MiB | how; peak of a step by batch |",
-            "|---|---|---|---|---|",
-        ]
+        cells = []
         for row in data["step_batches"]:
-            batch = row.get("batch", f"cannot: {row.get('cannot')}")
+            batch = str(row.get("batch", f"cannot: {row.get('cannot')}"))
             how = row.get("how", "")
             if row.get("points"):
                 how += "; " + ", ".join(
                     f"B{p['batch']} " + (f"{p['bytes'] / MIB:.0f} MiB" if p["bytes"] else "no")
                     for p in row["points"]
                 )
-            lines.append(
-                f"| {row['key']} | {row['provider']} | {batch} | {row['budget'] / MIB:.0f} | "
-                f"{how} |"
-            )
-        lines.append("")
+            cells.append([row["key"], row["provider"], batch, f"{row['budget'] / MIB:.0f}", how])
+        header = ["step", "provider", "largest batch", "budget MiB"]
+        lines += [table([*header, "how; peak of a step by batch"], cells), ""]
     return lines
+
+
+def _not_reached(results: Results) -> dict[str, list[str]]:
+    """What each phase was to measure and did not come to; nothing in files that do not say."""
+    found: dict[str, list[str]] = results.data.get("not_reached", {})
+    return {phase: items for phase, items in found.items() if items}
 
 
 # --- cells -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 
-from . import floor, memory, provenance, timing
-from .cases import SUITES, Case, Suite, case, cases_of
+from . import floor, memory, provenance, steps, timing
+from .cases import Case, Suite, case, cases_of, select
 from .providers import EAGER, find
 from .results import SCHEMA, Results
 
@@ -38,6 +37,10 @@ REFERENCE = "heteroakd[reference]"
 CURVES = ("strides", "pixels", "classes", "batches")
 #: On a CPU a graph with the interpolation inside is slower than one without: the weaker baseline.
 WEAK_ON_CPU = ("compile-whole",)
+#: Groups whose peaks of memory are measured
+PEAKS = ("headline", "large", "objectives", "projections", "batches")
+#: Objectives whose largest crop is measured
+CROPS = ("ce", "ce+hetero")
 CROP_BUDGET = 512 * MIB
 STEP_BUDGET = {"cpu": 4096 * MIB, "cuda": 40 * 1024 * MIB}
 
@@ -49,8 +52,8 @@ class Plan:
     output: Path
     seconds: float = 0.0
     """For the whole run; 0: no limit. Cases are begun in the order of the suite."""
-    only: str = ""
-    """Regular expression that a case's key must match."""
+    only: tuple[str, ...] = ()
+    """What to measure, as `cases.select` takes it; empty: all of the suite"""
     providers: tuple[str, ...] = ()
     """Names to time; empty: all that fit"""
     visits: int = 2
@@ -63,7 +66,7 @@ def run(plan: Plan) -> Results:
     """Measures, saves, and returns what it found."""
     started = time.time()
     deadline = started + plan.seconds if plan.seconds else 0.0
-    suite = _selected(SUITES[plan.suite], plan.only)
+    suite = select(plan.suite, plan.only)
     cases = list(cases_of(suite))
     extra = _single_thread_case(suite) if plan.device == "cpu" else None
     plan.say(f"suite {plan.suite}: {len(cases)} cases on {plan.device}")
@@ -90,18 +93,12 @@ def run(plan: Plan) -> Results:
         "steps": [],
         "step_batches": [],
         "seconds": 0.0,
+        "not_reached": {},
     }
     results = Results(data)
 
     def left() -> float:
         return deadline - time.time() if deadline else float("inf")
-
-    def phase(name: str, work: Callable[[], None]) -> None:
-        if name in plan.phases and left() > 0:
-            plan.say(f"-- {name} ({time.time() - started:.0f} s)")
-            work()
-            data["seconds"] = round(time.time() - started, 1)
-            results.save(plan.output)
 
     plan.output.mkdir(parents=True, exist_ok=True)
 
@@ -113,38 +110,47 @@ def run(plan: Plan) -> Results:
         return lambda: until(share) - time.time() if plan.seconds else float("inf")
 
     names = _providers_of(suite, plan)
-    phase("times", lambda: _times(plan, cases, names, results, "main", deadline=until(0.5)))
-    phase("memory", lambda: _peaks(plan, suite, names, results, left_until(0.7)))
+    #: name, what it measures, and the work, which removes from a list of these what it reached
+    phases: list[tuple[str, Sequence[str], Callable[[list[str]], None]]] = []
+
+    def phase(name: str, items: Sequence[str], work: Callable[[list[str]], None]) -> None:
+        if name in plan.phases:
+            phases.append((name, items, work))
+
+    phase("times", [one.key for one in cases], lambda pending: _times(
+        plan, cases, names, results, "main", pending, deadline=until(0.5)))  # fmt: skip
+    peaks = list(cases_of({name: suite[name] for name in PEAKS if name in suite}))
+    phase("memory", [one.key for one in peaks], lambda pending: _peaks(
+        plan, peaks, names, results, pending, left_until(0.7)))  # fmt: skip
     if plan.device == "cpu":
         headline = suite.get("headline", [])[:4]
         few = {key: [n for n in names[key] if n in (EAGER, "compile") or n.startswith("heteroakd")]
                for key in (one.key for one in headline)}  # fmt: skip
         data["settings"]["default-malloc"] = "as main, with malloc as the system ships it"
-        phase("default-malloc", lambda: _times(
-            replace(plan, visits=1, rounds=3), headline, few, results, "default-malloc",
+        phase("default-malloc", list(few), lambda pending: _times(
+            replace(plan, visits=1, rounds=3), headline, few, results, "default-malloc", pending,
             deadline=until(0.76)))  # fmt: skip
         if extra is not None:
             data["settings"]["1 thread"] = "as main, with one thread"
             ours = {extra.key: [n for n in names[extra.key] if n.startswith("heteroakd")]}
             once = replace(plan, visits=1)
-            phase("threads", lambda: _times(once, [extra], ours, results, "1 thread", threads=1))
-    phase("crops", lambda: _crops(plan, results, left_until(0.86)))
-    phase("steps", lambda: _steps(plan, results, left))
+            phase("threads", [extra.key], lambda pending: _times(
+                once, [extra], ours, results, "1 thread", pending, threads=1))  # fmt: skip
+    phase("crops", CROPS if plan.suite != "smoke" else (), lambda pending: _crops(
+        plan, results, pending, left_until(0.86)))  # fmt: skip
+    phase("steps", [one.key for one in steps.STEP_CASES[plan.suite]], lambda pending: _steps(
+        plan, results, pending, left))  # fmt: skip
+
+    # Whenever a run is stopped, its file names what it has not come to.
+    data["not_reached"] = {name: list(items) for name, items, _ in phases}
+    for name, items, work in phases:
+        if items and left() > 0:
+            plan.say(f"-- {name} ({time.time() - started:.0f} s)")
+            work(data["not_reached"][name])
+            data["seconds"] = round(time.time() - started, 1)
+            results.save(plan.output)
     results.save(plan.output)
     return results
-
-
-def _selected(suite: Suite, only: str) -> Suite:
-    """The cases whose key matches, or the name of whose data set does."""
-    pattern = re.compile(only)
-    kept = {
-        name: [one for one in group if pattern.search(one.key) or pattern.search(one.dataset)]
-        for name, group in suite.items()
-    }
-    kept = {name: group for name, group in kept.items() if group}
-    if not kept:
-        raise ValueError(f"--only: no case of the suite matches {only!r}")
-    return kept
 
 
 def _single_thread_case(suite: Suite) -> Case | None:
@@ -196,6 +202,7 @@ def _times(
     names: dict[str, list[str]],
     results: Results,
     setting: str,
+    pending: list[str],
     threads: int = 0,
     deadline: float = 0.0,
 ) -> None:
@@ -220,9 +227,11 @@ def _times(
             plan.say(f"[{len(begun)}/{len(cases)}] {event['begin']}")
         if "done" in event:
             found[event["done"]] = event["rows"]
+            _reach(pending, event["done"])
         if "died" in event:
             key, reason = event["died"], f"the process died here: {memory.death(event['code'])}"
             plan.say(f"   {reason}")
+            _reach(pending, key)
             # What an earlier visit measured stays.
             dead = [timing.Timed(everyone[name], cannot=reason) for name in names[key]]
             found.setdefault(key, [one.row(results.cases[key]) for one in dead])
@@ -233,58 +242,69 @@ def _times(
             results.save(plan.output)  # a run that is stopped leaves what it had
 
 
+def _reach(pending: list[str], item: str, parts: Sequence[str] = ()) -> None:
+    """Removes an item, or puts the parts that it has in its place."""
+    if item in pending:
+        place = pending.index(item)
+        pending[place : place + 1] = parts
+
+
 def _peaks(
     plan: Plan,
-    suite: Suite,
+    cases: Sequence[Case],
     names: dict[str, list[str]],
     results: Results,
+    pending: list[str],
     left: Callable[[], float],
 ) -> None:
     if plan.device == "cpu" and (reason := memory.supported()):
         plan.say(f"   left out: {reason}")
+        pending.clear()
         return
-    wanted = ("headline", "large", "objectives", "projections", "batches")
-    for one in cases_of({name: suite[name] for name in wanted if name in suite}):
+    for one in cases:
         peaks: dict[str, Any] = results.data["peak_bytes"].setdefault(one.key, {})
         rows = results.rows(one.key)
         able = [n for n in names[one.key] if n in rows and rows[n]["cannot"] is None]
         if any(n.startswith("heteroakd") and n != REFERENCE for n in able):
             able = [n for n in able if n != REFERENCE]  # it is there for want of a kernel only
+        _reach(pending, one.key, [f"{one.key}: {name}" for name in able])
         for name in able:
             if left() < 0:
-                plan.say("   the rest is left out for want of time")
                 return
             try:
-                peaks[name] = memory.peak_bytes(one, name, plan.device)
+                measured = rows[name].get("peak_bytes")  # on a GPU, beside the times
+                peaks[name] = measured or memory.peak_bytes(one, name, plan.device)
             except RuntimeError as error:
                 peaks[name] = str(error)
+            _reach(pending, f"{one.key}: {name}")
         plan.say(f"   {one.key}: " + ", ".join(
             f"{n} {b / MIB:.0f} MiB" for n, b in peaks.items() if isinstance(b, int)))  # fmt: skip
 
 
-def _crops(plan: Plan, results: Results, left: Callable[[], float]) -> None:
-    if plan.suite == "smoke":
-        return
-    for objective in ("ce", "ce+hetero"):
+def _crops(plan: Plan, results: Results, pending: list[str], left: Callable[[], float]) -> None:
+    everyone = find()
+    for objective in CROPS:
         one = case(objective, "Cityscapes", 1, 4)
-        everyone = find()
         # The case of the suite that tells who can, and who is the fastest of ours.
         key = next((key for key, known in results.cases.items() if known.objective == objective
                     and results.rows(key)), None)  # fmt: skip
         ours = results.ours(results.rows(key)) if key else None
         names = [EAGER, "compile", *([ours["provider"]] if ours else [])]
-        for name in names:
-            if everyone[name].cannot(one, plan.device) or left() < 0:
+        able = [name for name in names if everyone[name].cannot(one, plan.device) is None]
+        _reach(pending, objective, [f"{objective}: {name}" for name in able])
+        for name in able:
+            if left() < 0:
                 continue
             try:
                 found = memory.largest_crop(one, name, CROP_BUDGET, plan.device)
             except RuntimeError as error:
                 found = {"cannot": str(error)}
+            _reach(pending, f"{objective}: {name}")
             results.data["crops"].append({"objective": objective, "provider": name, **found})
             plan.say(f"   {objective}, {name}: {found.get('side', found.get('cannot'))}")
 
 
-def _steps(plan: Plan, results: Results, left: Callable[[], float]) -> None:
+def _steps(plan: Plan, results: Results, pending: list[str], left: Callable[[], float]) -> None:
     """In a process with the same malloc as the times."""
     key = next((key for key, one in results.cases.items() if one.objective == "ce+hetero"
                 and results.rows(key)), None)  # fmt: skip
@@ -301,6 +321,7 @@ def _steps(plan: Plan, results: Results, left: Callable[[], float]) -> None:
         text=True,
         env=_environment("main", plan.device),
     )
+    pending.clear()
     if process.returncode != 0 or not process.stdout.strip():
         results.data["steps"] = [{"key": "all", "provider": "-", "cannot": (
             f"the process of the training steps ended with {process.returncode}")}]  # fmt: skip
@@ -309,8 +330,6 @@ def _steps(plan: Plan, results: Results, left: Callable[[], float]) -> None:
 
 
 def _steps_job(text: str) -> None:
-    from . import steps
-
     job = json.loads(text)
     started = time.time()
     cases = steps.STEP_CASES[job["suite"]]

@@ -158,7 +158,7 @@ def _transformers_missing() -> str | None:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        return 'transformers is not installed (pip install "heteroakd-fast[train]")'
+        return 'transformers is not installed (pip install "heteroakd_fast[bench]")'
     return None
 
 

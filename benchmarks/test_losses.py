@@ -9,15 +9,20 @@ against float64 and measures memory as well: prefer it for figures that are to b
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from .cases import SUITES, cases_of
 from .inputs import make_inputs
 from .providers import find
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+pytest.importorskip("pytest_benchmark", reason='pip install "heteroakd_fast[bench]"')
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUITE = SUITES["gpu" if DEVICE == "cuda" else "cpu"]
 CASES = {

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .cases import Case
 from .inputs import Inputs, make_inputs
+from .memory import gpu_high_water
 from .oracle import errors_of, truth_of
 from .providers import Forward, Provider, find
 
@@ -81,6 +83,8 @@ class Timed:
     backward_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
     graph_cannot: str | None = None
+    peak_bytes: int | None = None
+    """Above the inputs; on a GPU"""
 
     def row(self, case: Case) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name != "provider"}
@@ -93,7 +97,6 @@ def time_cases(job: Job, announce: Callable[[dict[str, Any]], None]) -> None:
         torch.set_num_threads(job.threads)
     providers = find()
     timed: dict[str, list[Timed]] = {}
-    steps: dict[tuple[str, str], Callable[[Inputs], Forward]] = {}
     for visit in range(job.visits):
         for case in job.cases:
             if job.deadline and time.time() > job.deadline and case.key not in timed:
@@ -103,7 +106,7 @@ def time_cases(job: Job, announce: Callable[[dict[str, Any]], None]) -> None:
                 timed[case.key] = [Timed(providers[name]) for name in job.providers[case.key]]
             if job.deadline and time.time() > job.deadline and visit > 0:
                 continue
-            _visit(case, timed[case.key], job, steps, check=visit == 0)
+            _visit(case, timed[case.key], job, check=visit == 0)
             announce({"done": case.key, "rows": [one.row(case) for one in timed[case.key]]})
             gc.collect()
 
@@ -112,7 +115,6 @@ def _visit(
     case: Case,
     timed: list[Timed],
     job: Job,
-    steps: dict[tuple[str, str], Callable[[Inputs], Forward]],
     check: bool,
 ) -> None:
     sets = _input_sets(case, job.device)
@@ -124,7 +126,6 @@ def _visit(
         if one.cannot is not None:
             continue
         try:
-            # Compiled functions are kept from visit to visit; they read their inputs anew.
             forwards = [one.provider.build(case, inputs) for inputs in sets]
             for inputs, forward in zip(sets, forwards, strict=True):
                 loss = _step(forward, inputs)
@@ -138,6 +139,8 @@ def _visit(
                         f"gradient {one.grad_error:.1e}"
                     )
                     continue
+                if job.device != "cpu":
+                    one.peak_bytes = _peak_on_gpu(forwards[0], sets[0])
         except Exception as error:  # a peer may raise anything; the others go on
             one.cannot = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             continue
@@ -180,6 +183,12 @@ def _step(forward: Forward, inputs: Inputs) -> Tensor:
     loss = forward()
     loss.backward(torch.full_like(loss, inputs.loss_scale))
     return loss
+
+
+def _peak_on_gpu(forward: Forward, inputs: Inputs) -> int:
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    return gpu_high_water(partial(_step, forward, inputs))
 
 
 def _measure_on_cpu(forward: Forward, inputs: Inputs) -> tuple[float, float]:

@@ -25,6 +25,9 @@ std::string build_info() {
   info += "cuda=" HAKD_STRING(HAKD_CUDA_VERSION) "\n";
   info += "cuda_architectures=" HAKD_STRING(HAKD_CUDA_ARCHITECTURES) "\n";
 #endif
+#ifdef HAKD_CUDA_ABSENT
+  info += "cuda_absent=" HAKD_CUDA_ABSENT "\n";
+#endif
   return info;
 }
 

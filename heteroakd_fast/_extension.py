@@ -16,8 +16,9 @@ from ._environment import flag
 
 __all__ = [
     "cpu_isa",
+    "cuda_note",
+    "cuda_unavailable",
     "description",
-    "has_cuda",
     "library_path",
     "loaded",
     "operators",
@@ -93,6 +94,42 @@ def cpu_isa() -> str | None:
     return isa
 
 
-def has_cuda() -> bool:
-    """Whether CUDA kernels were compiled in."""
-    return bool(description().get("cuda"))
+def cuda_unavailable() -> str | None:
+    """Why the compiled CUDA kernels cannot run with this torch and driver, or None."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    built = description()
+    if "cuda" not in built:
+        absent = f" ({built['cuda_absent']})" if "cuda_absent" in built else ""
+        return (
+            f"the compiled extension was built without CUDA{absent}; rebuild with nvcc on the PATH "
+            "and HETEROAKD_BUILD_CUDA=1."
+        )
+    if torch.version.hip:
+        return f"torch {torch.__version__} is for ROCm, the compiled kernels are for CUDA."
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch."
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if driver // 1000 < int(_major(built["cuda"])):  # 12080 is 12.8
+        return (
+            f"the compiled kernels are of CUDA {built['cuda']}, the driver supports CUDA up to "
+            f"{driver // 1000}.{driver % 1000 // 10}; update the driver, or rebuild with CUDA_HOME "
+            f"at a toolkit of CUDA {driver // 1000}."
+        )
+    return None
+
+
+def cuda_note() -> str | None:
+    """The CUDA versions of the compiled kernels and of torch where their majors differ."""
+    built, of_torch = description().get("cuda"), torch.version.cuda
+    if built is None or of_torch is None or _major(built) == _major(of_torch):
+        return None
+    return (
+        f"the compiled kernels are of CUDA {built}, torch is of CUDA {of_torch}: the kernels need "
+        f"a driver for CUDA {_major(built)}, whatever torch needs."
+    )
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]

@@ -9,17 +9,38 @@ pixels, and needs both sides on one grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Final, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional, ops
+from .checks import (
+    check_choice,
+    check_flag,
+    check_ignore_index,
+    check_ignored_class,
+    check_integer,
+    check_scalar,
+    check_temperature,
+    plain_tensor,
+    refuse_unknown,
+)
 from .labels import nearest_labels
+from .modules import AdjustableLoss
 from .output import DistillationOutput
 
 __all__ = ["ChannelWiseLoss", "channel_wise_distillation"]
+
+_OPTIONS: Final = (
+    "temperature",
+    "ignore_index",
+    "allow_ignored_class",
+    "align_corners",
+    "resolution",
+)
+_RENAMED: Final = {"tau": "temperature", "T": "temperature"}  # mmrazor and others
 
 
 def channel_wise_distillation(
@@ -28,11 +49,13 @@ def channel_wise_distillation(
     target: Tensor,
     *,
     temperature: float = 4.0,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    allow_ignored_class: bool = False,
     align_corners: bool = False,
     resolution: str = "logits",
     normalizer: functional.Normalizer | None = None,
     process_group: Any = None,
+    **unknown: NoReturn,
 ) -> DistillationOutput:
     """T^2 / (N C) sum over images and classes of KL(softmax over space of z_t / T, of z_s / T).
 
@@ -43,8 +66,8 @@ def channel_wise_distillation(
         student_logits: [B, C, h, w], float32, bfloat16, float16 or float64.
         teacher_logits: [B, C, h', w'], resampled to the grid of the loss.
         target: [B, H, W], int64, int32 or uint8; only which pixels are ignored matters.
-        temperature: T, from 1e-4 to 1e4; 4 in the paper.
-        ignore_index: label of pixels that count nowhere.
+        temperature: T, from 1e-4 to 1e4; 4 in the paper. mmrazor calls it tau.
+        ignore_index, allow_ignored_class: see `functional.cross_entropy`.
         align_corners: of the bilinear resampling.
         resolution: "logits": on the student's grid, labels by nearest neighbour (as published);
             "label": on the label grid, which materialises both sides' full-resolution logits.
@@ -57,14 +80,19 @@ def channel_wise_distillation(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    temperature = functional.check_temperature(temperature, "temperature")
-    functional.check_choice(resolution, "resolution", functional.RESOLUTIONS)
-    ignore_index = functional.check_integer(ignore_index, "ignore_index")
+    refuse_unknown(unknown, _OPTIONS, _RENAMED)
+    temperature = check_temperature(temperature, "temperature")
+    check_choice(resolution, "resolution", functional.RESOLUTIONS)
+    check_flag(align_corners, "align_corners")
+    ignored = check_ignore_index(ignore_index)
     if teacher_logits is None:
         raise TypeError("teacher_logits: got None, expected a tensor [B, C, h', w']")
+    student_logits, teacher_logits = plain_tensor(student_logits), plain_tensor(teacher_logits)
+    target = plain_tensor(target)
     functional.check_pair(student_logits, teacher_logits, target)
     _, classes, height, width = student_logits.shape
-    valid_count = ops.valid_count(target, classes, ignore_index)
+    check_ignored_class(ignore_index, classes, allow_ignored_class)
+    valid_count = ops.valid_count(target, classes, ignored)
 
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student_z, teacher_z = student_logits.to(dtype), teacher_logits.detach().to(dtype)
@@ -75,7 +103,7 @@ def channel_wise_distillation(
 
     # `where` on the way in and on the way out: what an ignored pixel holds, NaN included, must
     # reach neither the values nor the gradients. A picture without a valid pixel has no softmax.
-    valid = (target != ignore_index).flatten(1)[:, None]
+    valid = (target != ignored).flatten(1)[:, None]
     counted = valid.any(dim=2, keepdim=True)
     nothing = torch.where(counted, -torch.inf, 0.0).to(dtype)
     log_p_s, log_p_t = (
@@ -85,6 +113,8 @@ def channel_wise_distillation(
     difference = torch.where(valid, log_p_t - log_p_s, 0.0)
     divergence = (torch.where(valid, log_p_t.exp(), 0.0) * difference).sum(dim=(1, 2))
     numerator = temperature**2 * divergence.sum(dtype=torch.float64)
+    # A sum of divergences is never negative, its rounding may be; the gradient is the sum's.
+    numerator = numerator - numerator.detach().clamp(max=0.0)
     denominator = counted.sum(dtype=torch.float64) * classes
     if process_group is not None:
         denominator = functional.mean_over_ranks(denominator, process_group)
@@ -97,8 +127,10 @@ def channel_wise_distillation(
             )
         normalizer = normalizer["cwd"]
     if normalizer is not None:
-        functional.check_scalar(normalizer, "normalizer")
-        divisor = torch.as_tensor(normalizer, dtype=torch.float64, device=target.device)
+        check_scalar(normalizer, "normalizer")
+        divisor = torch.as_tensor(
+            plain_tensor(normalizer), dtype=torch.float64, device=target.device
+        )
     cwd = (numerator * torch.where(divisor == 0, 0.0, 1.0 / divisor.reshape(()))).to(dtype)
     return DistillationOutput(
         loss=cwd,
@@ -116,34 +148,54 @@ def _resample(z: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     return F.interpolate(z, size=size, mode="bilinear", align_corners=align_corners)
 
 
-class ChannelWiseLoss(nn.Module):
-    """`channel_wise_distillation` as a module; arguments as there.
+class ChannelWiseLoss(AdjustableLoss):
+    """`channel_wise_distillation` as a module; arguments as there, and attributes: they may be
+    set, and are checked then.
 
     Published weights: 3 beside the cross entropy for logits (T = 4, mean over images and classes);
     5 on Cityscapes and 10 on ADE20K with T = 1 in other configurations.
     """
 
+    _adjustable = _OPTIONS
+    _renamed: ClassVar = _RENAMED
+
+    temperature: float
+    ignore_index: int | None
+    allow_ignored_class: bool
+    align_corners: bool
+    resolution: str
+
     def __init__(
         self,
         *,
         temperature: float = 4.0,
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
+        allow_ignored_class: bool = False,
         align_corners: bool = False,
         resolution: str = "logits",
         process_group: Any = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
-            "temperature": functional.check_temperature(temperature, "temperature"),
-            "ignore_index": ignore_index,
-            "align_corners": align_corners,
-            "resolution": resolution,
-        }
-        functional.check_choice(resolution, "resolution", functional.RESOLUTIONS)
+        refuse_unknown(unknown, self._arguments(), self._renamed)
+        given = locals()
+        self.__dict__.update(self._check_settings({name: given[name] for name in _OPTIONS}))
         self.process_group = process_group
 
+    def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        checked = {
+            **settings,
+            "temperature": check_temperature(settings["temperature"], "temperature"),
+        }
+        if settings["ignore_index"] is not None:
+            checked["ignore_index"] = check_integer(settings["ignore_index"], "ignore_index")
+        check_flag(settings["allow_ignored_class"], "allow_ignored_class")
+        check_flag(settings["align_corners"], "align_corners")
+        check_choice(settings["resolution"], "resolution", functional.RESOLUTIONS)
+        return checked
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
 
     def forward(
         self,
@@ -159,5 +211,5 @@ class ChannelWiseLoss(nn.Module):
             target,
             normalizer=normalizer,
             process_group=self.process_group,
-            **self.options,
+            **self._settings(),
         )

@@ -5,8 +5,6 @@ The formulas are in `docs/method.md`, what every call promises in `docs/contract
 
 from __future__ import annotations
 
-import numbers
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +13,18 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
+from .checks import (
+    axis_hint,
+    check_choice,
+    check_flag,
+    check_ignore_index,
+    check_ignored_class,
+    check_number,
+    check_scalar,
+    check_temperature,
+    label_hint,
+    plain_tensor,
+)
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
 from .spec import (
@@ -32,20 +42,18 @@ __all__ = ["Normalizer", "WeightedPass", "combine", "cross_entropy", "distillati
 Normalizer = Tensor | float | Mapping[str, Tensor | float]
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 MAX_CLASSES = 4096
 RESOLUTIONS = ("label", "logits")
 BACKENDS = (backends.AUTO, *backends.names())
-_LARGEST = sys.float_info.max
-# Beyond, T^2 and logits / T leave float32's range, or keep too few of its digits.
-_SMALLEST_TEMPERATURE = 1e-4
 
 
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    allow_ignored_class: bool = False,
     align_corners: bool = False,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -64,7 +72,10 @@ def cross_entropy(
     Args:
         logits: [B, C, h, w], float32, bfloat16, float16 or float64, any strides, 1 <= C <= 4096.
         target: [B, H, W], int64, int32 or uint8; values in [0, C) or `ignore_index`.
-        ignore_index: label of the pixels that count for nothing; any integer.
+        ignore_index: label of the pixels that are excluded from every term; any integer outside
+            [0, C), or None if no pixel is ignored.
+        allow_ignored_class: True lets `ignore_index` be one of the classes: its pixels are then
+            excluded, and the class has no loss of its own.
         align_corners: as in `torch.nn.functional.interpolate`.
         class_weight: [C] floating point, >= 0, or None for ones.
         label_smoothing: in [0, 1].
@@ -90,6 +101,7 @@ def cross_entropy(
         None,
         target,
         ignore_index=ignore_index,
+        allow_ignored_class=allow_ignored_class,
         align_corners=align_corners,
         class_weight=class_weight,
         label_smoothing=label_smoothing,
@@ -118,7 +130,8 @@ def distillation_loss(
     weight_axis: str = "class",
     kd_divergence: str = "forward",
     kd_beta: float = 0.5,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    allow_ignored_class: bool = False,
     align_corners: bool = False,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -160,8 +173,8 @@ def distillation_loss(
         return_maps: fills `DistillationOutput.maps`.
         normalizer: a scalar that replaces the number of valid pixels wherever that is the
             denominator, or a mapping from term names to denominators.
-        ignore_index, align_corners, class_weight, label_smoothing, resolution, process_group,
-            backend: as in `cross_entropy`.
+        ignore_index, allow_ignored_class, align_corners, class_weight, label_smoothing,
+            resolution, process_group, backend: as in `cross_entropy`.
 
     Returns:
         `DistillationOutput`; `loss` is the weighted sum.
@@ -191,6 +204,7 @@ def distillation_loss(
         kd_divergence=kd_divergence,
         kd_beta=kd_beta,
         ignore_index=ignore_index,
+        allow_ignored_class=allow_ignored_class,
         align_corners=align_corners,
         class_weight=class_weight,
         label_smoothing=label_smoothing,
@@ -259,7 +273,8 @@ def run(
     weight_axis: str = "class",
     kd_divergence: str = "forward",
     kd_beta: float = 0.5,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    allow_ignored_class: bool = False,
     align_corners: bool = False,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -268,6 +283,8 @@ def run(
     backend: str | None = None,
 ) -> WeightedPass:
     """Checks the input of one pass and runs it; arguments as in `distillation_loss`."""
+    student_logits, teacher_logits = plain_tensor(student_logits), plain_tensor(teacher_logits)
+    target, class_weight = plain_tensor(target), plain_tensor(class_weight)
     checked = {
         name: check_number(weights[name], f"{name}_weight") for name in TERMS if name in weights
     }
@@ -282,14 +299,15 @@ def run(
         kd_beta=check_number(kd_beta, "kd_beta"),
         temperature=check_number(temperature, "temperature"),
         tau=check_number(tau, "tau"),
-        ignore_index=check_integer(ignore_index, "ignore_index"),
-        align_corners=_check_flag(align_corners, "align_corners"),
+        ignore_index=check_ignore_index(ignore_index),
+        align_corners=check_flag(align_corners, "align_corners"),
         label_smoothing=check_number(label_smoothing, "label_smoothing"),
-        maps=_check_flag(return_maps, "return_maps"),
+        maps=check_flag(return_maps, "return_maps"),
     )
     check_spec(spec)
     check_choice(resolution, "resolution", RESOLUTIONS)
     _check_tensors(student_logits, teacher_logits, target, class_weight, spec)
+    check_ignored_class(ignore_index, student_logits.shape[1], allow_ignored_class)
     if resolution == "logits":
         if target.device.type == "cpu" or check_synchronously():
             # Those that resampling skips count too.
@@ -339,7 +357,7 @@ def combine(
                 denominators[i]
                 if i not in replaced
                 else torch.as_tensor(
-                    replaced[i], dtype=denominators.dtype, device=denominators.device
+                    plain_tensor(replaced[i]), dtype=denominators.dtype, device=denominators.device
                 ).reshape(())
                 for i in range(len(denominators))
             ]
@@ -372,61 +390,12 @@ def mean_over_ranks(denominators: Tensor, process_group: Any) -> Tensor:
 # --- checks ------------------------------------------------------------------------------------
 
 
-def check_number(value: object, name: str) -> float:
-    """A finite number, as a float; NumPy's scalars are numbers too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name}: got {_kind(value)}, expected a number")
-    value = value if isinstance(value, (int, float)) else float(value)
-    if not -_LARGEST < value < _LARGEST:  # comparisons: a traced float knows nothing else
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
-
-
-def check_integer(value: object, name: str) -> int:
-    try:
-        if isinstance(value, (bool, Tensor)):
-            raise TypeError
-        integer = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: got {_kind(value)}, expected an integer") from None
-    if not -(2**63) <= integer < 2**63:
-        raise ValueError(f"{name}: got {integer}, expected a 64-bit integer")
-    return integer
-
-
-def _check_flag(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {_kind(value)}, expected True or False")
-    return value
-
-
-def _kind(value: object) -> str:
-    """What came, for an error: strings and None by value, others by type."""
-    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
-
-
-def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
 def resolve_mix(preset: str, mix: str | None) -> str:
     """The preset's own mix when none is named."""
     check_choice(preset, "preset", PRESETS)
     if mix is None:
         return "logits" if preset == "paper" else "probs"
     return mix
-
-
-def check_temperature(value: object, name: str) -> float:
-    """A temperature that float32 can divide by."""
-    number = check_number(value, name)
-    if not _SMALLEST_TEMPERATURE <= number <= 1.0 / _SMALLEST_TEMPERATURE:
-        raise ValueError(
-            f"{name}: got {number}, expected a number > 0, from {_SMALLEST_TEMPERATURE:g} "
-            f"to {1.0 / _SMALLEST_TEMPERATURE:g}"
-        )
-    return number
 
 
 def check_spec(spec: LossSpec) -> None:
@@ -467,8 +436,9 @@ def check_tensor(
     rank: int,
     shape: str,
     dtypes: Sequence[torch.dtype],
+    hint: str = "",
 ) -> Tensor:
-    """Type, rank and dtype of one argument."""
+    """Type, rank and dtype of one argument; `hint` is for one of another rank."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor {shape}")
     if _is_dtensor(tensor):
@@ -481,13 +451,19 @@ def check_tensor(
         raise TypeError(f"{name}: got {kind}, expected a dense tensor {shape}")
     if tensor.dim() != rank:
         raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)}, expected {rank} dimensions {shape}"
+            f"{name}: got shape {tuple(tensor.shape)}, expected {rank} dimensions {shape}{hint}"
         )
     if tensor.dtype not in dtypes:
         raise TypeError(
             f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}"
         )
     return tensor
+
+
+def check_target(target: object, num_classes: int) -> None:
+    """Type, rank and dtype of labels, before they meet the logits of `num_classes`."""
+    hint = label_hint(target.shape, num_classes) if isinstance(target, Tensor) else ""
+    check_tensor(target, "target", 3, "[B, H, W]", LABEL_DTYPES, hint)
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -535,8 +511,8 @@ def _check_tensors(
 def check_pair(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> None:
     """Types, shapes and devices of what every loss on logits takes."""
     check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
-    check_tensor(target, "target", 3, "[B, H, W]", _LABEL_DTYPES)
     batch, classes = student_logits.shape[:2]
+    check_target(target, classes)
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {MAX_CLASSES}")
     _check_beside(target, "target", batch, student_logits)
@@ -546,9 +522,14 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor | None, target: Te
     check_tensor(teacher_logits, "teacher_logits", 4, "[B, C, h', w']", LOGITS_DTYPES)
     _check_beside(teacher_logits, "teacher_logits", batch, student_logits)
     if teacher_logits.shape[1] != classes:
+        hint = axis_hint(teacher_logits.shape, classes, "teacher_logits", tapped=False)
         raise ValueError(
-            f"teacher_logits: got C={teacher_logits.shape[1]} classes, student_logits has "
-            f"{classes}; project both to the same classes (HeteroAKDLoss does)"
+            f"teacher_logits: got C={teacher_logits.shape[1]} classes, student_logits has {classes}"
+            + (
+                hint
+                or "; to distil from a teacher of other classes, project features: HeteroAKDLoss "
+                "with student_channels, teacher_channels and kd_weight=0"
+            )
         )
     _check_grid(teacher_logits, "teacher_logits", target)
 
@@ -589,15 +570,3 @@ def _check_normalizer(
         return {i: normalizer[term] for i, (_, term) in enumerate(slots) if term in normalizer}
     check_scalar(normalizer, "normalizer")
     return {i: normalizer for i, (one, term) in enumerate(slots) if one.counts_valid_pixels(term)}
-
-
-def check_scalar(value: object, name: str) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one element")
-        if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"{name}: got {value.dtype}, expected a real number")
-        if value.requires_grad:
-            raise ValueError(f"{name}: requires grad; pass .detach()")
-    elif check_number(value, name) < 0.0:
-        raise ValueError(f"{name}: got {value}, expected a number >= 0")

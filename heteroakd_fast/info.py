@@ -34,6 +34,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus,
         "extension": None if path is None else path.name,
         "extension_build": _extension.description(),
+        "cuda_note": _extension.cuda_note(),
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith("HETEROAKD_")
         },
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(report, indent=2))
         return 0
     for name, value in report.items():
-        if name in ("backends", "preference", "order"):
+        if name in ("backends", "preference", "order") or (name == "cuda_note" and not value):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items()) or "-"

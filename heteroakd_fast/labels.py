@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _extension
 from ._environment import flag
+from .checks import label_range
 
 __all__ = [
     "check_synchronously",
@@ -70,8 +71,8 @@ def raise_bad_label(report: Tensor, target: Tensor, num_classes: int, ignore_ind
     _, height, width = target.shape
     b, y, x = first // (height * width), first // width % height, first % width
     raise ValueError(
-        f"target: label {int(target[b, y, x])} at (b={b}, y={y}, x={x}) is neither in "
-        f"[0, {num_classes}) nor ignore_index={ignore_index}; {count} such pixels. "
+        f"target: label {int(target[b, y, x])} at (b={b}, y={y}, x={x}) is "
+        f"{label_range(num_classes, ignore_index)}; {count} such pixels. "
         f"Map the labels of your data set to class indices, or set ignore_index."
     )
 

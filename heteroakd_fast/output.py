@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -13,8 +13,10 @@ class DistillationOutput(NamedTuple):
     """The loss, its parts, and what to look at.
 
     The terms are detached scalars, each a mean before its weight; a term that was not asked for
-    was not computed and is None. A NamedTuple, so that data-parallel wrappers, `torch.compile`
-    and pytree code look inside without being taught.
+    was not computed and is None. Only `loss` has a graph: `(out.ce + out.kd).backward()` is torch's
+    "element 0 of tensors does not require grad"; to weigh terms otherwise, set the weights of the
+    loss. A NamedTuple, so that data-parallel wrappers, `torch.compile` and pytree code look inside
+    without being taught; but no tensor and no sum of tuples, so arithmetic raises.
     """
 
     loss: Tensor
@@ -50,3 +52,23 @@ class DistillationOutput(NamedTuple):
         names = ("ce", "teacher_ce", "kd", "hetero", "feature", "projector", "cwd")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _refuse(self, *other: Any) -> NoReturn:
+        raise TypeError(
+            "DistillationOutput: is a result and not a tensor; take its loss, as in 2 * out.loss. "
+            "The terms are detached, for logs: their weights are arguments of the loss"
+        )
+
+    def __radd__(self, other: Any) -> tuple[Any, ...]:
+        # What collects results may put tuples together; sum() begins with 0.
+        return (*other, *self) if isinstance(other, tuple) else self._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        hint = (
+            f"; it is a result and not a tensor: out.loss.{name}" if hasattr(Tensor, name) else ""
+        )
+        raise AttributeError(f"DistillationOutput has no attribute {name!r}{hint}")
+
+
+for _name in ("add", "mul", "rmul", "sub", "rsub", "truediv", "rtruediv", "pow", "neg"):
+    setattr(DistillationOutput, f"__{_name}__", DistillationOutput._refuse)

@@ -17,6 +17,15 @@ from torch import Tensor
 
 from . import backends, functional, ops, reference
 from .backends._gpu import check_labels
+from .checks import (
+    axis_hint,
+    check_choice,
+    check_flag,
+    check_ignore_index,
+    check_ignored_class,
+    check_number,
+    plain_tensor,
+)
 from .functional import Normalizer, WeightedPass
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
@@ -75,7 +84,8 @@ def projected_distillation_loss(
     weight_axis: str = "class",
     kd_divergence: str = "forward",
     kd_beta: float = 0.5,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
+    allow_ignored_class: bool = False,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     normalizer: Normalizer | None = None,
@@ -124,7 +134,7 @@ def projected_distillation_loss(
         "hetero": hetero_weight,
         "feature": feature_weight,
     }
-    checked = {name: functional.check_number(weights[name], f"{name}_weight") for name in TERMS}
+    checked = {name: check_number(weights[name], f"{name}_weight") for name in TERMS}
     asked = {name: weight for name, weight in checked.items() if weight != 0.0}
     spec = LossSpec(
         terms=tuple(asked),
@@ -133,18 +143,27 @@ def projected_distillation_loss(
         evaluation="discrepancy" if evaluation is None else evaluation,
         weight_axis=weight_axis,
         kd_divergence=kd_divergence,
-        kd_beta=functional.check_number(kd_beta, "kd_beta"),
-        temperature=functional.check_number(temperature, "temperature"),
-        tau=functional.check_number(tau, "tau"),
-        ignore_index=functional.check_integer(ignore_index, "ignore_index"),
-        label_smoothing=functional.check_number(label_smoothing, "label_smoothing"),
-        maps=functional._check_flag(return_maps, "return_maps"),
+        kd_beta=check_number(kd_beta, "kd_beta"),
+        temperature=check_number(temperature, "temperature"),
+        tau=check_number(tau, "tau"),
+        ignore_index=check_ignore_index(ignore_index),
+        label_smoothing=check_number(label_smoothing, "label_smoothing"),
+        maps=check_flag(return_maps, "return_maps"),
     )
     functional.check_spec(spec)
-    functional.check_choice(precision, "precision", PRECISIONS)
-    student = Projection(student_features, student_weight, student_bias)
-    teacher = _teacher(teacher_features, teacher_weight, teacher_bias, spec)
+    check_choice(precision, "precision", PRECISIONS)
+    student = Projection(
+        plain_tensor(student_features), plain_tensor(student_weight), plain_tensor(student_bias)
+    )
+    teacher = _teacher(
+        plain_tensor(teacher_features),
+        plain_tensor(teacher_weight),
+        plain_tensor(teacher_bias),
+        spec,
+    )
+    target, class_weight = plain_tensor(target), plain_tensor(class_weight)
     _check(student, teacher, target, class_weight, spec)
+    check_ignored_class(ignore_index, student.weight.shape[0], allow_ignored_class)
     if not (spec.maps or any(TERMS[term].needs_teacher for term in spec.terms)):
         teacher = None
     if not {"ce", "teacher_ce"} & set(spec.terms):
@@ -193,7 +212,7 @@ def fused_pass(
         return None
     if not _fuses(backend, student, teacher, spec):
         return None
-    functional.check_tensor(target, "target", 3, "[B, H, W]", functional._LABEL_DTYPES)
+    functional.check_target(target, student.weight.shape[0])
     if target.device.type == "cpu" or check_synchronously():
         ops.valid_count(target, student.weight.shape[0], spec.ignore_index)
     labels = nearest_labels(target, (student.features.shape[2], student.features.shape[3]))
@@ -339,7 +358,7 @@ def _check(
         raise ValueError(
             f"student_weight: got C={classes} classes, expected 1 to {functional.MAX_CLASSES}"
         )
-    functional.check_tensor(target, "target", 3, "[B, h, w]", functional._LABEL_DTYPES)
+    functional.check_target(target, classes)
     _check_device(target, "target", student)
     batch, _, height, width = student.features.shape
     if target.shape != (batch, height, width):
@@ -375,16 +394,18 @@ def _check_teacher(teacher: Projection, student: Projection) -> None:
 
 def _check_side(side: Projection, name: str, student: Projection) -> None:
     dtypes = functional.LOGITS_DTYPES
-    functional.check_tensor(side.features, f"{name}_features", 4, "[B, D, h, w]", dtypes)
+    weight, hint = side.weight, ""
+    if isinstance(side.features, Tensor) and isinstance(weight, Tensor) and weight.dim() > 1:
+        hint = axis_hint(side.features.shape, weight.shape[1], f"{name}_features")
+    functional.check_tensor(side.features, f"{name}_features", 4, "[B, D, h, w]", dtypes, hint)
     depth = side.features.shape[1]
-    weight = side.weight
     if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1):
         functional.check_tensor(weight, f"{name}_weight", 4, "[C, D, 1, 1]", dtypes)
     else:
         functional.check_tensor(weight, f"{name}_weight", 2, "[C, D] or [C, D, 1, 1]", dtypes)
     if depth < 1 or weight.shape[1] != depth:
         raise ValueError(
-            f"{name}_weight: got D={weight.shape[1]} channels, {name}_features has {depth}"
+            f"{name}_weight: got D={weight.shape[1]} channels, {name}_features has {depth}{hint}"
         )
     _check_device(side.features, f"{name}_features", student)
     _check_device(weight, f"{name}_weight", student)
@@ -409,7 +430,7 @@ def _select(
 ) -> str:
     """The backend's name; one that was named runs or says why not."""
     if requested not in (None, _IF_POSSIBLE):
-        functional.check_choice(requested, "backend", _BACKENDS)
+        check_choice(requested, "backend", _BACKENDS)
     name = requested if requested is not None else backends._requests[-1].name
     wide = any(
         x is not None and x.dtype == torch.float64 for x in (*student, *(teacher or _NOBODY))

@@ -119,6 +119,12 @@ def _total(per_pixel: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, per_pixel, 0).sum(dtype=torch.float64)
 
 
+def _total_divergence(per_pixel: Tensor, valid: Tensor) -> Tensor:
+    """`_total` of what is never negative, though its rounding may be; the gradient is the sum's."""
+    total = _total(per_pixel, valid)
+    return total - total.detach().clamp(max=0.0)
+
+
 def _valid_count(valid: Tensor) -> Tensor:
     return valid.sum(dtype=torch.float64)
 
@@ -215,7 +221,7 @@ def kd(
     else:
         log_m = torch.logaddexp(log_p_t + math.log(beta), log_p_s + math.log1p(-beta))
         per_pixel = beta * _kl(log_p_t, log_m) + (1.0 - beta) * _kl(log_p_s, log_m)
-    return _total(temperature**2 * per_pixel, valid), _valid_count(valid)
+    return _total_divergence(temperature**2 * per_pixel, valid), _valid_count(valid)
 
 
 def feature(student_z: Tensor, teacher_z: Tensor, valid: Tensor) -> Fraction:
@@ -343,15 +349,16 @@ def hetero(student_z: Tensor, knowledge: Knowledge, valid: Tensor, spec: LossSpe
     if spec.preset == "softmax-kl":
         log_m, log_p_s = knowledge.mixed_target, (student_z / t).log_softmax(dim=1)
         per_pixel = weight.squeeze(1) * (t**2 * _kl(log_m, log_p_s))
-        return _total(per_pixel, valid), _total(weight.squeeze(1), valid)
+        return _total_divergence(per_pixel, valid), _total(weight.squeeze(1), valid)
     if spec.weight_axis == "class":
         m, log_p_s = knowledge.mixed_target.exp(), (student_z / t).log_softmax(dim=1)
         return _total(-(weight * m * log_p_s).sum(dim=1), valid), _valid_count(valid)
     per_pixel = (weight * bernoulli_kl(knowledge.mixed_target, student_z / t)).sum(dim=1)
     if spec.evaluation == "none":  # W = 1: a mean over pixels and classes, as the weights' own is
-        return _total(t**2 * per_pixel / student_z.shape[1], valid), _valid_count(valid)
+        per_pixel = per_pixel / student_z.shape[1]
+        return _total_divergence(t**2 * per_pixel, valid), _valid_count(valid)
     images = valid.flatten(1).any(dim=1).sum(dtype=torch.float64)
-    return _total(t**2 * per_pixel, valid), images * student_z.shape[1]
+    return _total_divergence(t**2 * per_pixel, valid), images * student_z.shape[1]
 
 
 # --- one pass ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .distillation import BAD, ROW, VALID
+from .formulas import max_or_nan
 
 
 @triton.jit(do_not_specialize=["programs", "images", "classes", "row0", "row1", "row2", "row3"])
@@ -40,7 +41,10 @@ def finish_sums(
     if column < 4:
         row = tl.where(column == 0, row0, tl.where(column == 1, row1, row2))
         row = tl.where(column == 3, row3, row)
-        tl.store(numerators + row, total, mask=row >= 0)
+        # A sum of divergences is never negative, its rounding may be. A NaN comes through.
+        divergence = (column == 1) | (column == 2)
+        numerator = tl.where(divergence, max_or_nan(total, total * 0.0), total)
+        tl.store(numerators + row, numerator, mask=row >= 0)
     if column == 4 and WEIGHTED:
         tl.store(denominators + row0, total, mask=row0 >= 0)
     if column == 6:

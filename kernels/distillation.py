@@ -40,6 +40,7 @@ from .formulas import (
     discrepancy,
     fast_log2,
     feature_gradient_scale,
+    js_weights,
     kl,
     log,
     log2,
@@ -54,13 +55,13 @@ from .interpolation import CORNERS, DIRECT, between, corner_bounds, pixel_bounds
 from .statistics import (
     _SMALLEST_NORMAL,
     SMALLEST_TOTAL,
-    js_mean,
-    js_sums,
+    log_ratio,
     mixed_logits,
     one_model,
     paper_at_label,
     paper_class,
     paper_sums,
+    ratio_sums,
     read,
     squared_difference,
     two_models,
@@ -314,6 +315,7 @@ def distillation_pass(
     temperature = number(temperature_bits, FLOAT)
     inverse_tau = 1.0 / number(tau_bits, FLOAT)
     beta = number(beta_bits, FLOAT)
+    one_minus_beta = (1.0 - number(beta_bits, tl.float64)).to(FLOAT)
     smoothing = number(smoothing_bits, FLOAT)
     scale = LOG2_E / temperature if SOFT else temperature * 0.0 + LOG2_E
     # e at T = 1 is e to this power
@@ -444,9 +446,8 @@ def distillation_pass(
                 student_label,
                 teacher_label,
                 difference,
-                reverse,
-                teacher_cross,
-                student_self,
+                student_top,
+                teacher_top,
                 weighted,
                 weight_sum,
             ) = two_models(
@@ -464,8 +465,7 @@ def distillation_pass(
                 TEACHER_FOLDED,
                 2 if KNOWLEDGE else (1 if CE else 0),
                 PICK_LABEL,
-                PROBS,
-                KD == REVERSE,
+                KD == REVERSE or KD == JS,
                 CE and SMOOTHING,
                 WEIGHTED,
                 POWER,
@@ -541,6 +541,7 @@ def distillation_pass(
             teacher_inverse = reciprocal(teacher_total, PTX)
             teacher_log2 = log2(teacher_total)
             least = tl.minimum(least, teacher_total)
+            total_ratio = student_total * teacher_inverse
             kl_teacher_student = kl(difference, teacher_inverse, teacher_log2, student_log2)
 
         # --- pixel: cross entropy, kd, feature -------------------------------------------------
@@ -583,23 +584,26 @@ def distillation_pass(
                 value = kl_teacher_student
                 kd_student = on_student * student_inverse
                 kd_other = on_student * teacher_inverse
-            elif KD == REVERSE:
-                mean = reverse * student_inverse
-                value = LN_2 * (mean - student_log2 + teacher_log2)
-                kd_other = -on_student * LN_2 * student_inverse
-                kd_student = kd_other * mean
             else:
-                js_student, js_teacher = js_sums(
+                js_teacher_weight, js_student_weight = js_weights(beta, one_minus_beta, total_ratio)
+                pivot = log_ratio(
+                    student_top,
+                    teacher_top,
+                    js_teacher_weight,
+                    js_student_weight,
+                    KD == REVERSE,
+                    PTX,
+                )
+                ratios, js_teacher = ratio_sums(
                     student_model,
                     teacher_model,
                     classes,
                     valid,
                     scale,
-                    student_inverse,
-                    teacher_inverse,
-                    student_log2,
-                    teacher_log2,
-                    beta,
+                    js_teacher_weight,
+                    js_student_weight,
+                    pivot,
+                    KD == REVERSE,
                     STUDENT,
                     TEACHER,
                     STUDENT_FOLDED,
@@ -608,9 +612,16 @@ def distillation_pass(
                     CAREFUL,
                     FLOAT,
                 )
-                value = LN_2 * (beta * js_teacher + (1.0 - beta) * js_student)
-                kd_other = -on_student * LN_2 * (1.0 - beta)
-                kd_student = kd_other * js_student * student_inverse
+                log2_ratio = student_log2 - teacher_log2
+                mean = ratios * student_inverse
+                kd_other = -on_student * LN_2 * student_inverse
+                if KD == REVERSE:
+                    value = LN_2 * (mean + pivot - log2_ratio)
+                else:
+                    of_teacher = js_teacher * teacher_inverse + log2_ratio
+                    value = LN_2 * (beta * of_teacher + one_minus_beta * (mean + pivot))
+                    kd_other *= one_minus_beta
+                kd_student = kd_other * mean
             kd_sum += over_pixels(one * (temperature * temperature) * value)
         if FEATURE:
             squares = squared_difference(
@@ -671,17 +682,12 @@ def distillation_pass(
                     hetero_student = on_student * student_inverse
                     hetero_other = on_student * teacher_inverse
                 else:
-                    teacher_weight = r_t * teacher_inverse
-                    student_weight = r_s * student_inverse
-                    hetero_student = on_student * r_t * student_inverse
-                    hetero_other = on_student
-                    # the value without sum_c m_c log2 m_c, which the last loop adds
-                    cross = mixed_target(
-                        teacher_weight, teacher_cross, student_weight, student_self
-                    )
-                    value = weight * (student_log2 - cross)
-                    hetero_sum += over_pixels(value) * (temperature * temperature * LN_2)
-                    # weights of what comes late; where a gradient is scaled, no value is read
+                    teacher_weight = r_t * total_ratio
+                    student_weight = r_s
+                    hetero_other = on_student * student_inverse
+                    hetero_student = hetero_other * r_t
+                    # the value, sum_c x_c (log2 x_c - a_s,c), comes with the last loop; where a
+                    # gradient is scaled, no value is read
                     late_scale = temperature * LN_2
                     late_sum = tl.zeros(label.shape, FLOAT)
             if MAPS:
@@ -823,18 +829,16 @@ def distillation_pass(
                 if KD > 0 and GRAD:
                     if KD == FORWARD:
                         other = teacher_e
-                    elif KD == REVERSE:
-                        other = student_e * (student_a - teacher_a)
                     else:
-                        p_s, _, log2_m = js_mean(
+                        f = log_ratio(
                             student_a,
                             teacher_a,
-                            student_inverse,
-                            teacher_inverse,
-                            beta,
+                            js_teacher_weight,
+                            js_student_weight,
+                            KD == REVERSE,
                             PTX,
                         )
-                        other = p_s * (student_a - student_log2 - log2_m)
+                        other = student_e * (f - pivot)
                     g = kd_student * student_e - kd_other * other
                     if STUDENT == DIRECT:
                         merged += g
@@ -855,8 +859,9 @@ def distillation_pass(
                 if HETERO_TERM:
                     if PROBS:
                         teacher_e *= teacher_weight
-                        m = mixed_target(1.0, teacher_e, student_weight, student_e)
-                        late_sum += m * fast_log2(max_or_nan(m, _SMALLEST_NORMAL), PTX)
+                        x = mixed_target(1.0, teacher_e, student_weight, student_e)
+                        log2_x = fast_log2(max_or_nan(x, _SMALLEST_NORMAL), PTX)
+                        late_sum += x * (log2_x - student_a)
                         g = hetero_student * student_e - hetero_other * teacher_e
                     elif KNOWLEDGE and MIX_TEACHER:
                         g = hetero_student * student_e - hetero_other * teacher_e

@@ -176,8 +176,27 @@ def kl(weighted_difference, inverse_total_a, log2_total_a, log2_total_b):
 
 
 # d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)
-# d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (log p_s,c - log p_t,c - KL(p_s || p_t))
+# d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = log p_s,c - log p_t,c
 # d (T^2 JS) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = (1 - beta) (log p_s,c - log m_c)
+#
+# The last two do not change when a constant is subtracted from every f_c. It is the f_c of the
+# student's most likely class, the pivot: that class of a confident pixel then gets 0 - 0, where it
+# would get the difference of two numbers as large as the logits. f_c is in units of log2, and with
+# a_c in the place of log2 p_c = a_c - log2(total), which is a constant too.
+
+
+@triton.jit
+def reverse_ratio(student_a, teacher_a):
+    """Reverse KL: f_c. Bounded so that the difference of two is finite."""
+    return -max_or_nan(-max_or_nan(student_a - teacher_a, -1e38), -1e38)
+
+
+@triton.jit
+def js_weights(beta, one_minus_beta, total_ratio):
+    """js: total_s m_c = mixed_target(beta total_s / total_t, e_t,c, 1 - beta, e_s,c), and f_c =
+    a_s,c minus its logarithm (times 1 - beta). Near agreement both are as small as the a_c, where
+    log2 m_c is as large as log2 C, and its rounding with it."""
+    return beta * total_ratio, one_minus_beta
 
 
 @triton.jit
@@ -206,8 +225,9 @@ def reliability(teacher_nll, student_nll, inverse_tau, PTX: tl.constexpr):
 
 @triton.jit
 def mixed_target(teacher_weight, teacher, student_weight, student):
-    """mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with
-    r. mix = teacher needs none of it: m is p_t, z_h is z_t, and r is for looking at only."""
+    """mix = probs: total_s m_c from e_c, with r_t total_s / total_t and r_s; mix = logits: a_h,c
+    from a_c, with r. mix = teacher needs none of it: m is p_t, z_h is z_t, and r is for looking at
+    only."""
     return teacher_weight * teacher + student_weight * student
 
 

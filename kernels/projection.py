@@ -63,6 +63,7 @@ from heteroakd_fast.spec import LossSpec
 from .combine import finish_sums
 from .distillation import BAD, ROW, VALID, number
 from .formulas import (
+    LN_2,
     LOG2_E,
     cross_entropy,
     cross_entropy_gradient_numerator,
@@ -501,16 +502,16 @@ def projected_pass(
             elif MIX_TEACHER:
                 value = kl_teacher_student
             else:
+                # m times the student's total
                 mixed = mixed_target(
                     r_t[:, None],
-                    softmax(teacher_x, scale, teacher_log2),
+                    softmax(teacher_x, scale, teacher_log2 - student_log2),
                     r_s[:, None],
-                    softmax(student_x, scale, student_log2),
+                    tl.exp2(student_x * scale),
                 )
                 mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
-                # of b only e is without its total, of a neither is
                 cross = tl.sum(mixed * (mixed_log2 - student_x * scale), 1)
-                value = kl(cross, 1.0, 0.0, student_log2)
+                value = LN_2 * cross * tl.exp2(-student_log2)
             hetero_sum = over_pixels(weight * (temperature * temperature) * value, valid)
             hetero_weight = over_pixels(weight, valid)
 

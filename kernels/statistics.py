@@ -19,6 +19,7 @@ from .formulas import (
     max_or_nan,
     mixed_target,
     power,
+    reverse_ratio,
 )
 from .interpolation import CORNERS, exactly_scaled, read_logits
 
@@ -156,8 +157,7 @@ def two_models(
     TEACHER_FOLDED: tl.constexpr,
     HARD: tl.constexpr,
     PICK_LABEL: tl.constexpr,
-    CROSS: tl.constexpr,
-    REVERSE: tl.constexpr,
+    PICK_TOP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     WEIGHTED: tl.constexpr,
     POWER: tl.constexpr,
@@ -167,9 +167,7 @@ def two_models(
     """Both at once. HARD: whose sums at T = 1 are wanted: 0 none, 1 the student's, 2 both;
     PICK_LABEL: and the label's a with them.
 
-    difference = sum e_t (a_t - a_s); reverse = sum e_s (a_s - a_t); CROSS: teacher_cross = sum
-    e_t a_s and student_self = sum e_s a_s, which the value of KL(m || p_s) takes besides its
-    logarithms.
+    difference = sum e_t (a_t - a_s); PICK_TOP: both a of the class where the student's is largest.
     """
     student_total = tl.zeros(label.shape, FLOAT)
     teacher_total = student_total
@@ -178,9 +176,9 @@ def two_models(
     student_label = student_total
     teacher_label = student_total
     difference = student_total
-    reverse = student_total
-    teacher_cross = student_total
-    student_self = student_total
+    lowest = -1e300 if FLOAT == tl.float64 else -3e38
+    student_top = student_total + lowest
+    teacher_top = student_total
     weighted = student_total
     weight_sum = tl.sum(tl.zeros([1], FLOAT))
     student_plane = student[0]
@@ -197,11 +195,10 @@ def two_models(
         student_total += student_e
         teacher_total += teacher_e
         difference += teacher_e * (teacher_a - student_a)
-        if REVERSE:
-            reverse += student_e * (student_a - teacher_a)
-        if CROSS:
-            teacher_cross += teacher_e * student_a
-            student_self += student_e * student_a
+        if PICK_TOP:
+            above = student_a > student_top
+            student_top = tl.where(above, student_a, student_top)
+            teacher_top = tl.where(above, teacher_a, teacher_top)
         if HARD > 0:
             is_label = label == c
             if POWER == 0:
@@ -237,9 +234,8 @@ def two_models(
         student_label,
         teacher_label,
         difference,
-        reverse,
-        teacher_cross,
-        student_self,
+        student_top,
+        teacher_top,
         weighted,
         weight_sum,
     )
@@ -330,17 +326,16 @@ def mixed_logits(
 
 
 @triton.jit
-def js_sums(
+def ratio_sums(
     student,
     teacher,
     classes,
     valid,
     scale,
-    student_inverse,
-    teacher_inverse,
-    student_log2,
-    teacher_log2,
-    beta,
+    teacher_weight,
+    student_weight,
+    pivot,
+    REVERSE: tl.constexpr,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
     STUDENT_FOLDED: tl.constexpr,
@@ -349,7 +344,7 @@ def js_sums(
     CAREFUL: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """Jensen-Shannon: sum_c p_c (log2 p_c - log2 m_c) of the student and of the teacher."""
+    """sum e_s (f_c - pivot), and of js sum e_t (a_t - log2 x_c)."""
     of_student = tl.zeros(valid.shape, FLOAT)
     of_teacher = of_student
     student_plane = student[0]
@@ -361,23 +356,38 @@ def js_sums(
         _, teacher_a = read(
             teacher, teacher_plane, scale, valid, TEACHER, TEACHER_FOLDED, CAREFUL, FLOAT
         )
-        p_s, p_t, log2_m = js_mean(
-            student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX
-        )
-        of_student += p_s * (student_a - student_log2 - log2_m)
-        of_teacher += p_t * (teacher_a - teacher_log2 - log2_m)
+        f = log_ratio(student_a, teacher_a, teacher_weight, student_weight, REVERSE, PTX)
+        of_student += tl.exp2(student_a) * (f - pivot)
+        if not REVERSE:
+            log2_x = js_log2(student_a, teacher_a, teacher_weight, student_weight, PTX)
+            of_teacher += tl.exp2(teacher_a) * (teacher_a - log2_x)
         student_plane += student[1]
         teacher_plane += teacher[1]
     return of_student, of_teacher
 
 
 @triton.jit
-def js_mean(student_a, teacher_a, student_inverse, teacher_inverse, beta, PTX: tl.constexpr):
-    """p_s, p_t and log2 of m = beta p_t + (1 - beta) p_s, of one class."""
-    p_s = tl.exp2(student_a) * student_inverse
-    p_t = tl.exp2(teacher_a) * teacher_inverse
-    m = mixed_target(beta, p_t, 1.0 - beta, p_s)
-    return p_s, p_t, fast_log2(max_or_nan(m, _SMALLEST_NORMAL), PTX)
+def js_log2(student_a, teacher_a, teacher_weight, student_weight, PTX: tl.constexpr):
+    """js: log2 of x_c."""
+    x = mixed_target(teacher_weight, tl.exp2(teacher_a), student_weight, tl.exp2(student_a))
+    return fast_log2(max_or_nan(x, _SMALLEST_NORMAL), PTX)
+
+
+@triton.jit
+def log_ratio(
+    student_a,
+    teacher_a,
+    teacher_weight,
+    student_weight,
+    REVERSE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """f_c of the reverse KL, or of js with its weights; see `formulas.py`."""
+    if REVERSE:
+        f = reverse_ratio(student_a, teacher_a)
+    else:
+        f = student_a - js_log2(student_a, teacher_a, teacher_weight, student_weight, PTX)
+    return f
 
 
 @triton.jit

@@ -22,6 +22,8 @@ from typing import Any, Final
 
 import torch
 
+from heteroakd_fast import _requirements
+
 from . import config
 
 __all__ = ["candidates", "fastest", "main"]
@@ -91,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--labels: the logits have that size, and nothing there is tuned")
     if not torch.cuda.is_available():
         print("no GPU is visible to torch: there is nothing to measure", file=sys.stderr)
+        return 2
+    if problem := _requirements.explain({"triton": "triton"}, "triton"):
+        print(problem, file=sys.stderr)
         return 2
     from triton.testing import do_bench
 

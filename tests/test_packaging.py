@@ -16,7 +16,7 @@ pytestmark = pytest.mark.packaging
 
 _USE = """
 import torch, heteroakd_fast as hf, heteroakd_fast.kernels
-from heteroakd_fast import backends
+from heteroakd_fast import _extension, backends
 from heteroakd_fast.spec import LossSpec
 assert "site-packages" not in {root!r} and not hf.__file__.startswith({root!r}), hf.__file__
 x = torch.randn(2, 19, 8, 8, requires_grad=True)
@@ -25,6 +25,7 @@ hf.HeteroAKDLoss(19)(x, y, teacher_logits=torch.randn(2, 19, 4, 4)).loss.backwar
 hf.functional.cross_entropy(x, y).loss.backward()
 assert x.grad.abs().sum() > 0
 print(backends.select(None, LossSpec(terms=("ce",)), "cpu"), backends.available()["cpu"])
+print(_extension.description().get("cuda_absent"))
 """
 
 
@@ -87,8 +88,11 @@ def test_wheel_with_the_extension(source: Path, tmp_path: Path) -> None:
     for needed in ("py.typed", "kernels/__init__.py", "train/recipes/landcover.toml"):
         assert f"heteroakd_fast/{needed}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "kernels"))]
-    chosen = use(wheel, tmp_path)
+    chosen, absent = use(wheel, tmp_path).splitlines()
     assert chosen.split() == ["cpu", "None"]
+    left_out = settings["HETEROAKD_BUILD_CUDA"] == "0"
+    assert absent == ("HETEROAKD_BUILD_CUDA=0" if left_out else "None")
+    assert "heteroakd_fast: CUDA: " in run.stdout
 
 
 def test_wheel_without_a_compiler(source: Path, tmp_path: Path) -> None:
@@ -102,34 +106,7 @@ def test_wheel_without_a_compiler(source: Path, tmp_path: Path) -> None:
     assert chosen.startswith("reference the package was installed without its compiled extension")
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"CXX": "no-such-compiler"}, "HETEROAKD_BUILD_EXTENSION=1, but no C++ compiler"),
-        ({"HETEROAKD_BUILD_EXTENSION": "maybe"}, "got 'maybe', expected 1, 0 or nothing"),
-        ({"CUDA_HOME": "/nonexistent", "HETEROAKD_BUILD_CUDA": "1"}, "nvcc was not found"),
-        ({"CXX": "false"}, "HETEROAKD_BUILD_EXTENSION=0"),
-    ],
-)
-def test_a_forced_build_that_cannot_be_done_fails_with_the_reason(
-    source: Path, tmp_path: Path, environment: dict[str, str], message: str
-) -> None:
-    settings = {"HETEROAKD_BUILD_EXTENSION": "1", "HETEROAKD_BUILD_CUDA": "0", **environment}
-    run = build(source, tmp_path, **settings)
+def test_a_build_that_does_not_compile_fails_with_what_to_do(source: Path, tmp_path: Path) -> None:
+    run = build(source, tmp_path, HETEROAKD_BUILD_CUDA="0", CXX="false")
     assert run.returncode != 0
-    assert message in run.stdout + run.stderr
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_a_wrong_architecture_list_is_refused(source: Path, tmp_path: Path) -> None:
-    run = build(
-        source,
-        tmp_path,
-        HETEROAKD_BUILD_EXTENSION="1",
-        HETEROAKD_BUILD_CUDA="1",
-        TORCH_CUDA_ARCH_LIST="Hopper",
-    )
-    assert run.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST: got 'Hopper', expected entries such as 9.0" in (
-        run.stdout + run.stderr
-    )
+    assert "HETEROAKD_BUILD_EXTENSION=0" in run.stdout + run.stderr

@@ -7,6 +7,7 @@ formulas that count are those of `heteroakd_fast.reference`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -129,11 +130,11 @@ class Eager:
     def cannot(self, case: Case, device: str) -> str | None:
         return None
 
-    def prepare(self, loss: FullResolutionLoss) -> FullResolutionLoss:
-        return loss
+    def loss(self, case: Case) -> FullResolutionLoss:
+        return loss_of(case)
 
     def build(self, case: Case, inputs: Inputs) -> Forward:
-        loss = self.prepare(loss_of(case))
+        loss = self.loss(case)
 
         def forward() -> Tensor:
             student, teacher = student_and_teacher(case, inputs)
@@ -148,8 +149,8 @@ class Compiled(Eager):
 
     name = "compile"
 
-    def prepare(self, loss: FullResolutionLoss) -> FullResolutionLoss:
-        return torch.compile(loss, fullgraph=True, dynamic=False)
+    def loss(self, case: Case) -> FullResolutionLoss:
+        return compiled_loss(case)
 
 
 class CompiledWhole(Eager):
@@ -158,15 +159,26 @@ class CompiledWhole(Eager):
     name = "compile-whole"
 
     def build(self, case: Case, inputs: Inputs) -> Forward:
-        loss = loss_of(case)
-
-        def whole(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-            teacher_z = upsample(teacher, case) if case.target.needs_teacher else teacher
-            return loss(upsample(student, case), teacher_z, target)
-
-        whole.__code__ = whole.__code__.replace()
-        compiled = torch.compile(whole, fullgraph=True, dynamic=False)
+        compiled = compiled_whole(case)
         return lambda: compiled(*student_and_teacher(case, inputs), inputs.target)
+
+
+# Compiled once, whatever inputs they get and however often a case is visited.
+@cache
+def compiled_loss(case: Case) -> FullResolutionLoss:
+    return torch.compile(loss_of(case), fullgraph=True, dynamic=False)
+
+
+@cache
+def compiled_whole(case: Case) -> FullResolutionLoss:
+    loss = loss_of(case)
+
+    def whole(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        teacher_z = upsample(teacher, case) if case.target.needs_teacher else teacher
+        return loss(upsample(student, case), teacher_z, target)
+
+    whole.__code__ = whole.__code__.replace()
+    return torch.compile(whole, fullgraph=True, dynamic=False)
 
 
 def providers() -> list[Provider]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ..markdown import table
 from . import cuda_cases
 from .cuda import MAIN_ARCH, Instance, Result
 from .cuda_launches import Launch, names_of
@@ -28,7 +29,6 @@ from .tables import (
     rounded,
     spilled,
     step_tables,
-    table,
 )
 from .times import cost_of, executions
 from .units import BANDWIDTH, CLOCK, MULTIPROCESSORS, UNITS

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ..markdown import table
 from .cases import CASES, PAPER_FLOOR, USUAL_FLOOR
 from .kernel import Row
 from .launches import Launch, launches_of, method_bytes
@@ -23,7 +24,6 @@ from .tables import (
     rounded,
     spilled,
     step_tables,
-    table,
 )
 from .units import BANDWIDTH, CLOCK, MULTIPROCESSORS, UNITS
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from ..markdown import table
 from .kernel import Kernel, Row, W, loop_costs
 from .loops import LoopCount
 from .times import cost_of
@@ -46,11 +47,6 @@ def cost_json(row: Row[Any]) -> dict[str, Any]:
         "bound_us": cost.bound_us,
         "elements": row.launch.elements,
     }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def by_case(rows: Sequence[Row[W]]) -> dict[str, list[Row[W]]]:

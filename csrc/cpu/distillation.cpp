@@ -203,6 +203,10 @@ class Runner {
         s[k] += sums_[static_cast<size_t>(band * kTerms * 2 + k)];
       }
     }
+    // A sum of divergences is never negative, its rounding may be. A NaN comes through.
+    for (const Term term : {kKd, kHetero}) {
+      if (s[term * 2] < 0.0) s[term * 2] = 0.0;
+    }
     // Most denominators are the number of valid pixels.
     Tensor labels = label_counts();
     const auto valid = static_cast<double>(static_cast<const int64_t*>(labels.const_data_ptr())[0]);
@@ -298,6 +302,7 @@ class Runner {
     pass_.temperature = static_cast<T>(o.temperature);
     pass_.tau = static_cast<T>(o.tau);
     pass_.kd_beta = static_cast<T>(o.kd_beta);
+    pass_.kd_one_minus_beta = static_cast<T>(1.0 - o.kd_beta);
     pass_.huge = sizeof(T) == 4 ? 1e30 : 1e290;
     pass_.space_statistics = false;
     STD_TORCH_CHECK(pass_.has_teacher || (pass_.kd == KdDivergence::kNone && !pass_.feature &&

@@ -97,7 +97,7 @@ struct Pass {
   bool hetero_term;
   Mix mix;
   bool evaluation;
-  T temperature, tau, kd_beta;
+  T temperature, tau, kd_beta, kd_one_minus_beta;
   double huge;     // logits beyond this are handled with care
 
   // Bands of student rows: the units of work. Unless identity: bands * band_rows rows.

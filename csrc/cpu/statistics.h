@@ -191,7 +191,7 @@ Lanes<T> squared_difference(int64_t classes, const T* student_z, const T* teache
   return sum;
 }
 
-// sum_c m_c log2 m_c of m = mixed_target(teacher_weight, e_t, student_weight, e_s).
+// sum_c x_c log2 x_c of x = mixed_target(teacher_weight, e_t, student_weight, e_s).
 template <typename T>
 Lanes<T> mixed_entropy(int64_t classes, const T* student_e, const T* teacher_e,
                        Lanes<T> student_weight, Lanes<T> teacher_weight) {
@@ -232,18 +232,31 @@ void mixed_logits(int64_t classes, const T* student_z, const T* teacher_z, Lanes
   }
 }
 
-// Reverse KL: q_c = e_s (a_s - a_t) into q[C][N]; returns its sum.
+// a_t of the class where z_s is largest, and a_s therefore 0.
+template <typename T>
+Lanes<T> teacher_at_top(int64_t classes, const T* student_z, const T* teacher_z,
+                        Lanes<T> student_m, Lanes<T> teacher_m, T scale) {
+  using F = Lanes<T>;
+  F z = teacher_m;
+  for (int64_t c = 0; c < classes; ++c) {
+    const auto top = equal(F::load(student_z + c * F::N), student_m);
+    z = select(top, F::load(teacher_z + c * F::N), z);
+  }
+  return (z - teacher_m) * F(scale);
+}
+
+// Reverse KL: q_c = e_s (f_c - pivot) into q[C][N]; returns its sum.
 template <typename T>
 Lanes<T> reverse_products(int64_t classes, const T* student_z, const T* teacher_z,
                           const T* student_e, Lanes<T> student_m, Lanes<T> teacher_m, T scale,
-                          T* q) {
+                          Lanes<T> pivot, T* q) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   F sum(T(0));
   for (int64_t c = 0; c < classes; ++c) {
     const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
     const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
-    const F x = F::load(student_e + c * N) * (student_a - teacher_a);
+    const F x = F::load(student_e + c * N) * (reverse_ratio(student_a, teacher_a) - pivot);
     x.store(q + c * N);
     sum = sum + x;
   }
@@ -252,31 +265,29 @@ Lanes<T> reverse_products(int64_t classes, const T* student_z, const T* teacher_
 
 template <typename F>
 struct JsSums {
-  F teacher, student;  // sum_c p_c (log2 p_c - log2 m_c) of each model
+  F teacher, student;  // sum_c e_t (a_t - log2 x), sum_c e_s (f_c - pivot)
 };
 
-// Jensen-Shannon with m = beta p_t + (1 - beta) p_s: q_c = p_s,c (log2 p_s,c - log2 m_c).
+// Jensen-Shannon, with x = mixed_target of `weights`: q_c = e_s (f_c - pivot) into q[C][N].
 template <typename T>
 JsSums<Lanes<T>> js_products(int64_t classes, const T* student_z, const T* teacher_z,
                              const T* student_e, const T* teacher_e, Lanes<T> student_m,
-                             Lanes<T> teacher_m, T scale, const Statistics<Lanes<T>>& s,
-                             Lanes<T> student_log2, Lanes<T> teacher_log2, T beta, T* q) {
+                             Lanes<T> teacher_m, T scale, const JsWeights<Lanes<T>>& weights,
+                             Lanes<T> pivot, T* q) {
   using F = Lanes<T>;
   constexpr int N = F::N;
-  const F student_inverse = F(T(1)) / s.student_total;
-  const F teacher_inverse = F(T(1)) / s.teacher_total;
   JsSums<F> sums{F(T(0)), F(T(0))};
   for (int64_t c = 0; c < classes; ++c) {
     const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
     const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
-    const F p_s = F::load(student_e + c * N) * student_inverse;
-    const F p_t = F::load(teacher_e + c * N) * teacher_inverse;
-    const F m = mixed_target(F(beta), p_t, F(T(1) - beta), p_s);
-    const F log2_m = log2(max(F(kTiny<T>), m));
-    const F x = p_s * (student_a - student_log2 - log2_m);
-    x.store(q + c * N);
-    sums.student = sums.student + x;
-    sums.teacher = fma(p_t, teacher_a - teacher_log2 - log2_m, sums.teacher);
+    const F e_s = F::load(student_e + c * N);
+    const F e_t = F::load(teacher_e + c * N);
+    const F log2_x =
+        log2(max(F(kTiny<T>), mixed_target(weights.teacher, e_t, weights.student, e_s)));
+    const F y = e_s * (student_a - log2_x - pivot);
+    y.store(q + c * N);
+    sums.student = sums.student + y;
+    sums.teacher = fma(e_t, teacher_a - log2_x, sums.teacher);
   }
   return sums;
 }

@@ -501,22 +501,34 @@ class Terms {
       value = x.kl;
       on_student = gradient * x.student_inverse;
       on_other = gradient * x.teacher_inverse;
-    } else if (p.kd == KdDivergence::kReverse) {
-      const F mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, x.student_m,
-                                         x.teacher_m, scale_, kd_q_ + r * tile) *
-                     x.student_inverse;
-      value = ln2 * (mean - x.student_log2 + x.teacher_log2);
-      on_other = zero - gradient * ln2 * x.student_inverse;
-      on_student = on_other * mean;
     } else {
-      const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e,
-                                          teacher_e_ + r * tile, x.student_m, x.teacher_m, scale_,
-                                          x.s, x.student_log2, x.teacher_log2, p.kd_beta,
-                                          kd_q_ + r * tile);
-      const F student_share(T(1) - p.kd_beta);
-      value = ln2 * fma(F(p.kd_beta), js.teacher, student_share * js.student);
-      on_other = zero - gradient * ln2 * student_share;
-      on_student = on_other * js.student * x.student_inverse;
+      const F log2_ratio = x.student_log2 - x.teacher_log2;
+      const F top = teacher_at_top<T>(p.classes, student_z, teacher_z, x.student_m, x.teacher_m,
+                                      scale_);
+      F mean;
+      on_other = zero - gradient * ln2 * x.student_inverse;
+      if (p.kd == KdDivergence::kReverse) {
+        const F pivot = reverse_ratio(zero, top);
+        mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, x.student_m,
+                                   x.teacher_m, scale_, pivot, kd_q_ + r * tile) *
+               x.student_inverse;
+        value = mean + pivot - log2_ratio;
+      } else {
+        const F one_minus_beta(p.kd_one_minus_beta);
+        const JsWeights<F> w =
+            js_weights(F(p.kd_beta), one_minus_beta, x.s.student_total * x.teacher_inverse);
+        const F pivot = zero - log2(max(F(kTiny<T>), mixed_target(w.teacher, exp2(top), w.student,
+                                                                  F(T(1)))));
+        const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e,
+                                            teacher_e_ + r * tile, x.student_m, x.teacher_m,
+                                            scale_, w, pivot, kd_q_ + r * tile);
+        mean = js.student * x.student_inverse;
+        value = fma(F(p.kd_beta), fma(js.teacher, x.teacher_inverse, log2_ratio),
+                    one_minus_beta * (mean + pivot));
+        on_other = on_other * one_minus_beta;
+      }
+      value = ln2 * value;
+      on_student = on_other * mean;
     }
     if (p.values) {
       sums[kKd * 2] = sums[kKd * 2] + select(x.valid, F(t * t) * value, zero);
@@ -555,14 +567,14 @@ class Terms {
       on_student = gradient * x.student_inverse;
       on_other = gradient * x.teacher_inverse;
     } else if (p.mix == Mix::kProbs) {
-      const F teacher_weight = x.reliable.teacher * x.teacher_inverse;
-      const F student_weight = x.reliable.student * x.student_inverse;
       if (p.values) {
+        const F teacher_weight = x.reliable.teacher * (x.s.student_total * x.teacher_inverse);
+        const F student_weight = x.reliable.student;
         const F entropy = mixed_entropy<T>(p.classes, student_e_ + r * tile, teacher_e_ + r * tile,
                                            student_weight, teacher_weight);
         const F cross = mixed_target(teacher_weight, x.s.teacher_cross, student_weight,
                                      x.s.student_self);
-        value = F(static_cast<T>(kLn2)) * (entropy - cross + x.student_log2);
+        value = F(static_cast<T>(kLn2)) * (entropy - cross) * x.student_inverse;
       }
       const F gradient = F(p.scale[kHetero] * t) * x.weight * x.reliable.teacher;
       on_student = gradient * x.student_inverse;

@@ -215,7 +215,7 @@ class CellPass {
           k.hetero_other[r][c] = hetero.other;
           k.teacher_weight[r][c] = valid ? hetero.teacher_weight : 0.0f;
           k.student_weight[r][c] = valid ? hetero.student_weight : 0.0f;
-          k.late[r][c] = valid ? totals.student_log2 : 0.0f;
+          k.late[r][c] = 0.0f;
           if (p.maps && own_.own && inside(r, c)) {
             write_maps(p, image_, y_ + r, x_ + c, valid, hetero.r_t, hetero.d);
           }

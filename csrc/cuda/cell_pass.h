@@ -126,7 +126,7 @@ struct CellCoefficients {
   float kd_student[R][S], kd_other[R][S];
   float hetero_student[R][S], hetero_other[R][S];
   float teacher_weight[R][S], student_weight[R][S];
-  float late[R][S];  // sum_c m_c (log2 m_c - log2 p_s,c), begun with log2 of the student's total
+  float late[R][S];  // sum_c x_c (log2 x_c - a_s,c)
 };
 
 // Adds a column of pixels, which has the weight x on the right side.

@@ -8,7 +8,7 @@
 //     maxima       exact, per pixel
 //     statistics   and z becomes what the last loop needs: e_s and e_t backward, a_s and e_t forward
 //     pixel        reliability, discrepancy, values, coefficients of the gradients
-//     late         forward: sum_c m_c (log2 m_c - log2 p_s,c)
+//     late         forward: sum_c x_c (log2 x_c - a_s,c)
 //     gradients    backward, when the terms' scales are known: all terms in two coefficients and
 //                  the label's own, g_c = student e_s,c - other e_t,c + ce_c
 //
@@ -97,7 +97,7 @@ class LabelPass {
       weight_[i] = k.other;
       teacher_weight_[i] = k.teacher_weight;
       student_weight_[i] = k.student_weight;
-      late_[i] = t.student_log2;
+      late_[i] = 0.0f;
       if (!kGrad && p.maps && i < wide_) write_maps(p, image_, y_, x_ + i, valid, k.r_t, k.d);
     }
     if (kGrad) {

@@ -58,6 +58,7 @@ struct Numbers {
   F temperature, inverse_tau, scale;  // scale: log2(e) / T, or log2(e) where no T is used
   F to_logits;                        // 1 / scale
   F hard_exponent;                    // e at T = 1 is e to this power
+  F beta, one_minus_beta;             // of js
   F term_scale[kTerms];               // of a term's gradient
 };
 
@@ -70,6 +71,8 @@ HAKD_DEVICE Numbers<F> numbers_of(const Pass& p) {
   n.scale = softened ? F(kLog2E) / n.temperature : F(kLog2E);
   n.to_logits = F(1) / n.scale;
   n.hard_exponent = softened ? n.temperature : F(1);
+  n.beta = static_cast<F>(p.kd_beta);
+  n.one_minus_beta = static_cast<F>(1.0 - p.kd_beta);
   for (int k = 0; k < kTerms; ++k) {
     n.term_scale[k] = F(1);
     if (p.grad_numerators != nullptr) {
@@ -85,7 +88,7 @@ struct Statistics {
   F student_total, teacher_total;    // sum e at T
   F student_others, teacher_others;  // sum e at T = 1, without the label
   F difference;                      // sum e_t (a_t - a_s)
-  F reverse;                         // sum e_s (a_s - a_t)
+  F teacher_at_top;                  // a_t of the class where a_s is 0
   F weighted;                        // sum w_c a_s (label smoothing)
 };
 
@@ -98,6 +101,7 @@ template <typename F>
 struct Totals {
   F hard_total, hard_inverse, student_nll, teacher_nll;
   F student_inverse, teacher_inverse, student_log2, teacher_log2;
+  F total_ratio;  // student_total / teacher_total
   F kl_teacher_student;
 };
 
@@ -129,6 +133,7 @@ HAKD_DEVICE Totals<F> totals_of(const Pass& p, const Statistics<F>& s, F student
     const F total = valid ? s.teacher_total : F(1);
     t.teacher_inverse = reciprocal(total);
     t.teacher_log2 = log2(total);
+    t.total_ratio = (valid ? s.student_total : F(1)) * t.teacher_inverse;
     t.kl_teacher_student = kl(s.difference, t.teacher_inverse, t.teacher_log2, t.student_log2);
   }
   return t;
@@ -222,14 +227,14 @@ HAKD_DEVICE PairCoefficients<F> kd_forward_pixel(const Numbers<F>& n, const Tota
   return {on_student * t.student_inverse, on_student * t.teacher_inverse};
 }
 
-// preset softmax-kl, mix = probs: m_c = teacher_weight e_t,c + student_weight e_s,c,
-// g_c = student e_s,c - other teacher_weight e_t,c; value = other T ln 2 sum_c m_c (log2 m_c -
-// log2 p_s,c) where gradients are not scaled. mix = teacher is the same with r_t = 1 and r_s = 0,
-// but for r_t in the maps.
+// preset softmax-kl, mix = probs: x_c = teacher_weight e_t,c + student_weight e_s,c, which is m_c
+// times the student's total, g_c = student e_s,c - other teacher_weight e_t,c; value = other T ln 2
+// sum_c x_c (log2 x_c - a_s,c) where gradients are not scaled. mix = teacher is the same with r_t = 1
+// and r_s = 0, but for r_t in the maps. on_student: T times the pixel's weight.
 template <typename F>
 struct HeteroCoefficients {
   F student, other, teacher_weight, student_weight;
-  F r_t, d;
+  F on_student, r_t, d;
 };
 
 template <class Set, typename F>
@@ -242,10 +247,12 @@ HAKD_DEVICE HeteroCoefficients<F> hetero_probs_pixel(const Pass& p, const Number
   const F weight = valid ? (p.evaluation ? d : F(1)) : F(0);
   if (p.hetero_term) sums.hetero_weight += weight;
   const F on_student = n.term_scale[kHetero] * n.temperature * weight;
-  return {on_student * mixed.teacher * t.student_inverse,
+  const F other = on_student * t.student_inverse;
+  return {other * mixed.teacher,
+          other,
+          mixed.teacher * t.total_ratio,
+          mixed.student,
           on_student,
-          mixed.teacher * t.teacher_inverse,
-          mixed.student * t.student_inverse,
           r.teacher,
           d};
 }

@@ -43,20 +43,6 @@ HAKD_DEVICE PaperClass<F> paper_class(F z_s, F z_t, bool is_label, bool mixes) {
 
 constexpr double kSmallestNormal = 1.1754943508222875e-38;
 
-// p_s, p_t and log2 of m = beta p_t + (1 - beta) p_s, of one class.
-template <typename F>
-struct JsMean {
-  F p_s, p_t, log2_m;
-};
-
-template <typename F>
-HAKD_DEVICE JsMean<F> js_mean(F student_a, F teacher_a, const Totals<F>& t, F beta) {
-  const F p_s = exp2(student_a) * t.student_inverse;
-  const F p_t = exp2(teacher_a) * t.teacher_inverse;
-  const F m = mixed_target(beta, p_t, F(1) - beta, p_s);
-  return {p_s, p_t, fast_log2(max_or_nan(m, F(kSmallestNormal)))};
-}
-
 // preset paper: with q_c = W_c m_c, without their denominators.
 template <typename F>
 struct PaperSums {
@@ -99,7 +85,7 @@ class SegmentPass {
                                                : F(0),
                              valid);
     }
-    if (Set::kd(p) == KdDivergence::kJs) find_js();
+    if (ratios()) find_ratios(s);
     if (Set::hetero(p) == Hetero::kPaper) find_paper();
 #pragma unroll
     for (int i = 0; i < S; ++i) pixel(i, s[i], weight_sum, squares[i], sums);
@@ -119,6 +105,10 @@ class SegmentPass {
  private:
   HAKD_DEVICE static bool probs(const Pass& p) {
     return knowledge<Set>(p) && p.hetero_term && Set::mix(p) == Mix::kProbs;
+  }
+  // Whether kd's gradient is one of log ratios f_c.
+  HAKD_DEVICE bool ratios() const {
+    return Set::kd(p) == KdDivergence::kReverse || Set::kd(p) == KdDivergence::kJs;
   }
   HAKD_DEVICE bool mixes() const { return Set::mix(p) != Mix::kTeacher; }
   HAKD_DEVICE bool late() const {
@@ -307,7 +297,7 @@ class SegmentPass {
         const F h_t = hard(a_t, e_t);
         s[i].teacher_others += is_label ? F(0) : h_t;
         s[i].difference = fma(e_t, a_t - a_s, s[i].difference);
-        s[i].reverse = fma(e_s, a_s - a_t, s[i].reverse);
+        if (ratios() && a_s == F(0)) s[i].teacher_at_top = a_t;
       }
     }
   }
@@ -331,11 +321,25 @@ class SegmentPass {
     return read_pixel_carefully(model, u, at.label[i], i) - m[i];
   }
 
-  // Jensen-Shannon: sum_c p_c (log2 p_c - log2 m_c) of the student and of the teacher.
-  HAKD_DEVICE void find_js() {
+  // js: log2 of x_c, and of js and the reverse KL f_c; see ../math/distillation.h.
+  HAKD_DEVICE F js_log2(F e_s, F e_t, int i) const {
+    const F x = mixed_target(js_weights_[i].teacher, e_t, js_weights_[i].student, e_s);
+    return fast_log2(max_or_nan(x, F(kSmallestNormal)));
+  }
+  HAKD_DEVICE F log_ratio(F a_s, F e_s, F a_t, F e_t, int i) const {
+    if (Set::kd(p) == KdDivergence::kReverse) return reverse_ratio(a_s, a_t);
+    return a_s - js_log2(e_s, e_t, i);
+  }
+
+  // Reverse KL and js: the pivot, and sum_c e_s (f_c - pivot); of js sum_c e_t (a_t - log2 x_c) too.
+  HAKD_DEVICE void find_ratios(const Statistics<F> (&s)[S]) {
 #pragma unroll
-    for (int i = 0; i < S; ++i) js_student_[i] = js_teacher_[i] = F(0);
-    const F beta = static_cast<F>(p.kd_beta);
+    for (int i = 0; i < S; ++i) {
+      const F top = s[i].teacher_at_top;
+      js_weights_[i] = js_weights(n.beta, n.one_minus_beta, t_[i].total_ratio);
+      pivot_[i] = log_ratio(F(0), F(1), top, exp2(top), i);
+      ratios_[i] = js_teacher_[i] = F(0);
+    }
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
       F z_s[S], z_t[S];
@@ -345,9 +349,12 @@ class SegmentPass {
       for (int i = 0; i < S; ++i) {
         const F a_s = student_a(z_s[i], i);
         const F a_t = teacher_a(z_t[i], i);
-        const JsMean<F> js = js_mean(a_s, a_t, t_[i], beta);
-        js_student_[i] = fma(js.p_s, a_s - t_[i].student_log2 - js.log2_m, js_student_[i]);
-        js_teacher_[i] = fma(js.p_t, a_t - t_[i].teacher_log2 - js.log2_m, js_teacher_[i]);
+        const F e_s = exp2(a_s);
+        const F e_t = exp2(a_t);
+        ratios_[i] = fma(e_s, log_ratio(a_s, e_s, a_t, e_t, i) - pivot_[i], ratios_[i]);
+        if (Set::kd(p) == KdDivergence::kJs) {
+          js_teacher_[i] = fma(e_t, a_t - js_log2(e_s, e_t, i), js_teacher_[i]);
+        }
       }
     }
   }
@@ -409,21 +416,19 @@ class SegmentPass {
       const PairCoefficients<F> k = kd_forward_pixel(n, t_[i], valid, sums);
       kd_student_[i] = k.student;
       kd_other_[i] = k.other;
-    } else if (Set::kd(p) != KdDivergence::kNone) {
+    } else if (ratios()) {
       const F on_student = valid ? n.temperature * n.term_scale[kKd] : F(0);
-      F value;
-      if (Set::kd(p) == KdDivergence::kReverse) {
-        const F mean = s.reverse * t_[i].student_inverse;
-        value = F(kLn2) * (mean - t_[i].student_log2 + t_[i].teacher_log2);
-        kd_other_[i] = F(0) - on_student * F(kLn2) * t_[i].student_inverse;
-        kd_student_[i] = valid ? kd_other_[i] * mean : F(0);
-      } else {
-        const F beta = static_cast<F>(p.kd_beta);
-        value = F(kLn2) * fma(beta, js_teacher_[i], (F(1) - beta) * js_student_[i]);
-        kd_other_[i] = F(0) - on_student * F(kLn2) * (F(1) - beta);
-        kd_student_[i] = valid ? kd_other_[i] * js_student_[i] * t_[i].student_inverse : F(0);
+      const F log2_ratio = t_[i].student_log2 - t_[i].teacher_log2;
+      const F mean = ratios_[i] * t_[i].student_inverse;
+      F value = mean + pivot_[i] - log2_ratio;
+      kd_other_[i] = F(0) - on_student * F(kLn2) * t_[i].student_inverse;
+      if (Set::kd(p) == KdDivergence::kJs) {
+        value = fma(n.beta, fma(js_teacher_[i], t_[i].teacher_inverse, log2_ratio),
+                    n.one_minus_beta * (mean + pivot_[i]));
+        kd_other_[i] *= n.one_minus_beta;
       }
-      sums.of_term[kKd] += valid ? square * value : F(0);
+      kd_student_[i] = valid ? kd_other_[i] * mean : F(0);
+      sums.of_term[kKd] += valid ? square * (F(kLn2) * value) : F(0);
     }
     if (Set::feature(p)) {
       const F classes = static_cast<F>(p.classes);
@@ -434,13 +439,13 @@ class SegmentPass {
     if (knowledge<Set>(p)) {
       const HeteroCoefficients<F> k = hetero_probs_pixel<Set>(p, n, t_[i], valid, sums);
       hetero_student_[i] = k.student;
-      hetero_other_[i] = k.other;
+      hetero_other_[i] = Set::mix(p) == Mix::kLogits ? k.on_student : k.other;
       teacher_weight_[i] = k.teacher_weight;
       student_weight_[i] = k.student_weight;
-      late_[i] = t_[i].student_log2;
-      if (!mixes() && p.hetero_term) {  // KL(m || p_s) is known; other: as in find_mixed
+      late_[i] = F(0);
+      if (!mixes() && p.hetero_term) {  // KL(m || p_s) is known; on_student: as in find_mixed
         const F value = t_[i].kl_teacher_student;
-        sums.of_term[kHetero] += valid ? k.other * n.temperature * value : F(0);
+        sums.of_term[kHetero] += valid ? k.on_student * n.temperature * value : F(0);
       }
       r_t = k.r_t;
       d = k.d;
@@ -510,7 +515,7 @@ class SegmentPass {
       const F mixed_total = valid ? total[i] : F(1);
       const F inverse = reciprocal(mixed_total);
       const F value = kl(difference[i], inverse, log2(mixed_total), t_[i].student_log2);
-      // other = T weight (times the gradient's scale, where no value is read)
+      // other is on_student until here (times the gradient's scale, where no value is read)
       sums.of_term[kHetero] += valid ? hetero_other_[i] * n.temperature * value : F(0);
       hetero_student_[i] = hetero_other_[i] * t_[i].student_inverse;
       hetero_other_[i] = hetero_other_[i] * inverse;
@@ -534,12 +539,7 @@ class SegmentPass {
 
   HAKD_DEVICE F kd_gradient(F a_s, F e_s, F a_t, F e_t, int i) const {
     F other = e_t;
-    if (Set::kd(p) == KdDivergence::kReverse) {
-      other = e_s * (a_s - a_t);
-    } else if (Set::kd(p) == KdDivergence::kJs) {
-      const JsMean<F> js = js_mean(a_s, a_t, t_[i], static_cast<F>(p.kd_beta));
-      other = js.p_s * (a_s - t_[i].student_log2 - js.log2_m);
-    }
+    if (ratios()) other = e_s * (log_ratio(a_s, e_s, a_t, e_t, i) - pivot_[i]);
     return fnma(kd_other_[i], other, kd_student_[i] * e_s);
   }
 
@@ -651,7 +651,8 @@ class SegmentPass {
   F student_m_[S], teacher_m_[S];
   Totals<F> t_[S];
   CrossEntropyCoefficients<F> ce_[S];
-  F kd_student_[S], kd_other_[S], js_student_[S], js_teacher_[S];
+  F kd_student_[S], kd_other_[S], pivot_[S], ratios_[S], js_teacher_[S];
+  JsWeights<F> js_weights_[S];
   F hetero_student_[S], hetero_other_[S], teacher_weight_[S], student_weight_[S], late_[S];
   F mixed_bound_[S], feature_[S];
   PaperSums<F> paper_[S];

@@ -49,7 +49,10 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
   const auto set = [&](double* out, int32_t place, double value) {
     if (place >= 0) out[place] = value;
   };
-  if (column < kTerms) set(f.numerators, f.place[column], total);
+  // A sum of divergences is never negative, its rounding may be. A NaN comes through.
+  const bool divergence = column == kKd || column == kHetero;
+  const double numerator = divergence ? max_or_nan(0.0, total) : total;
+  if (column < kTerms) set(f.numerators, f.place[column], numerator);
   if (column == kWeightOfLabels && f.weighted) set(f.denominators, f.place[kCe], total);
   if (column == kHeteroWeight && f.knowledge) set(f.denominators, f.place[kHetero], total);
   if (column == kHeteroWeight && f.per_image) {

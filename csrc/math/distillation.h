@@ -60,8 +60,31 @@ HAKD_FN F kl(F weighted_difference, F inverse_total_a, F log2_total_a, F log2_to
 }
 
 // d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)
-// d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (log p_s,c - log p_t,c - KL(p_s || p_t))
+// d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = log p_s,c - log p_t,c
 // d (T^2 JS) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = (1 - beta) (log p_s,c - log m_c)
+//
+// The last two do not change when a constant is subtracted from every f_c. It is the f_c of the
+// student's most likely class, the pivot: that class of a confident pixel then gets 0 - 0, where it
+// would get the difference of two numbers as large as the logits. f_c is in units of log2, and with
+// a_c in the place of log2 p_c = a_c - log2(total), which is a constant too.
+
+// Reverse KL: f_c. Bounded so that the difference of two is finite.
+template <typename F>
+HAKD_FN F reverse_ratio(F student_a, F teacher_a) {
+  return min(F(1e38f), max(F(-1e38f), student_a - teacher_a));
+}
+
+// js: total_s m_c = mixed_target(beta total_s / total_t, e_t,c, 1 - beta, e_s,c), and f_c = a_s,c
+// minus its logarithm (times 1 - beta). Near agreement both are as small as the a_c, where log2 m_c
+// is as large as log2 C, and its rounding with it.
+template <typename F>
+struct JsWeights {
+  F teacher, student;
+};
+template <typename F>
+HAKD_FN JsWeights<F> js_weights(F beta, F one_minus_beta, F total_ratio) {
+  return {beta * total_ratio, one_minus_beta};
+}
 
 // d (z_s,c - z_t,c)^2 / d z_s,c, for the mean over C classes
 template <typename F>
@@ -88,7 +111,8 @@ HAKD_FN Reliability<F> reliability(F teacher_e, F student_e, F inverse_tau) {
   return {select(student_is_better, smaller, larger), select(student_is_better, larger, smaller)};
 }
 
-// mix = probs: m_c from e_c, with r / total of each side; mix = logits: a_h,c from a_c, with r.
+// mix = probs: total_s m_c from e_c, with r_t total_s / total_t and r_s; mix = logits: a_h,c from
+// a_c, with r.
 // mix = teacher needs none of it: m is p_t, z_h is z_t, and r is for looking at only.
 template <typename F>
 HAKD_FN F mixed_target(F teacher_weight, F teacher, F student_weight, F student) {

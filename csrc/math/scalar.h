@@ -24,9 +24,11 @@ HAKD_FN float fnma(float a, float b, float c) { return ::fmaf(-a, b, c); }
 HAKD_FN double fnma(double a, double b, double c) { return ::fma(-a, b, c); }
 HAKD_FN float abs(float x) { return ::fabsf(x); }
 HAKD_FN double abs(double x) { return ::fabs(x); }
-// A NaN in b comes through, one in a does not.
+// Of max and min a NaN in b comes through, one in a does not.
 HAKD_FN float max(float a, float b) { return a > b ? a : b; }
 HAKD_FN double max(double a, double b) { return a > b ? a : b; }
+HAKD_FN float min(float a, float b) { return a < b ? a : b; }
+HAKD_FN double min(double a, double b) { return a < b ? a : b; }
 
 // Double is the plain path: the library's functions, good to an ulp.
 HAKD_FN double exp2(double x) { return ::exp2(x); }

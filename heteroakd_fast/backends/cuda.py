@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from .. import _extension
@@ -40,17 +39,7 @@ class CudaBackend(GpuBackend):
     def unavailable(self) -> str | None:
         if "cuda" not in self._device_types:
             return None
-        reason = _extension.unavailable()
-        if reason is not None:
-            return reason
-        if not _extension.has_cuda():
-            return (
-                "the compiled extension was built without CUDA; rebuild with nvcc on the PATH and "
-                "HETEROAKD_BUILD_CUDA=1."
-            )
-        if not torch.cuda.is_available():
-            return "no CUDA device is visible to torch."
-        return None
+        return _extension.cuda_unavailable()
 
     def kernel(
         self,

@@ -1,11 +1,10 @@
 """In which order the compiled backends of a device are tried, and why.
 
 CUDA C++ and Triton both run on NVIDIA GPUs. Which is faster is a matter of measurement: of a
-table, `order.json`, by name of the device and kind of call, which `python -m benchmarks.gpu` makes
-from its benchmarks (stage "order") and which is committed. Never of a measurement made while
-training: every rank and every run gets the same backend, hence the same bits. A device that is not
-in the table gets the order that the kernels' machine code suggests (docs/cuda.md), and the reason
-says so.
+table, `order.json`, by name of the device and kind of call, which `python3 dev.py gpu` makes from
+its benchmarks (stage "order") and which is committed. Never of a measurement made while training:
+every rank and every run gets the same backend, hence the same bits. A device that is not in the
+table gets the order that the kernels' machine code suggests (docs/cuda.md), and the reason says so.
 """
 
 from __future__ import annotations

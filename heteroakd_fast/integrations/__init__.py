@@ -5,10 +5,13 @@
     heteroakd_fast.integrations.mmseg          HeteroAKDLoss and DistilledEncoderDecoder in MODELS
     heteroakd_fast.integrations.smp            DistillationLoss, low_resolution
 
-What is imported here needs torch only: `FrozenTeacher`, `FeatureTap` and `logits_of`, for loops of
-one's own. How each library's arguments map to ours: `docs/integrations.md`.
+What is imported here needs torch only, for loops of one's own: `FrozenTeacher`, `FeatureTap`,
+`Feature`, `logits_of` and, for networks of transformers, `low_resolution`. How each library's
+arguments map to ours: `docs/integrations.md`.
 """
 
-from .teacher import FeatureTap, FrozenTeacher, logits_of
+from .resolution import low_resolution
+from .taps import Feature, FeatureTap
+from .teacher import FrozenTeacher, logits_of
 
-__all__ = ["FeatureTap", "FrozenTeacher", "logits_of"]
+__all__ = ["Feature", "FeatureTap", "FrozenTeacher", "logits_of", "low_resolution"]

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from .. import DistillationOutput
 from .. import HeteroAKDLoss as PlainLoss
+from ..modules import AdjustableLoss
+from .taps import Kept
 from .teacher import FrozenTeacher, projects, world
 
 try:
@@ -43,15 +45,19 @@ except ImportError as error:  # the loss does without
 __all__ = ["DistilledEncoderDecoder", "HeteroAKDLoss"]
 
 
+_HEADS = ("num_classes", "align_corners", "ignore_index")
+
+
 @MODELS.register_module()
-class HeteroAKDLoss(nn.Module):
+class HeteroAKDLoss(AdjustableLoss):
     """`heteroakd_fast.HeteroAKDLoss` with the conventions of mmseg's losses.
 
     In the decode head of a `DistilledEncoderDecoder`, alone or in a list with others, it gets the
     logits as the heads made them, and the teacher's. In any other head it gets upsampled logits
     and no teacher: then only `ce_weight` may be other than 0, and it equals `CrossEntropyLoss`.
 
-    The number of classes, `align_corners` and `ignore_index` are the decode head's.
+    The number of classes, `align_corners` and `ignore_index` are the decode head's. The other
+    arguments are attributes, too, and may be set in a hook: `model.distillation[0].kd_weight = 1`.
 
     Args:
         loss_weight: weight of the whole.
@@ -63,11 +69,16 @@ class HeteroAKDLoss(nn.Module):
         use_sigmoid, use_mask: only False; accepted for configs of `CrossEntropyLoss`.
         process_group: "auto" makes the denominators global over all ranks in training; None
             leaves each rank its own, as mmseg's losses do.
-        **options: every other one of `heteroakd_fast.HeteroAKDLoss`.
+        **options: every other one of `heteroakd_fast.HeteroAKDLoss`. mmrazor's `tau` is
+            `temperature`; `tau` is another option here.
 
     Raises:
         TypeError, ValueError: an option is wrong; names it and what was expected.
     """
+
+    _adjustable = tuple(name for name in PlainLoss._adjustable if name not in _HEADS)
+    _fixed = (*PlainLoss._fixed, *_HEADS, "use_sigmoid", "use_mask")
+    loss_weight: float = 1.0
 
     def __init__(
         self,
@@ -86,7 +97,7 @@ class HeteroAKDLoss(nn.Module):
                 raise ValueError(
                     f"{name}: got {value!r}, expected False: classes exclude each other"
                 )
-        for name in ("num_classes", "align_corners", "ignore_index"):
+        for name in _HEADS:
             if name in options:
                 raise ValueError(f"{name}: is the decode head's; leave it out of the loss")
         if isinstance(class_weight, str):
@@ -99,18 +110,38 @@ class HeteroAKDLoss(nn.Module):
         self._loss_name = loss_name
         self.avg_non_ignore = avg_non_ignore
         self.process_group = process_group
-        self.options = options
         self.loss: PlainLoss | None = None
         self.terms: DistillationOutput | None = None
-        PlainLoss(len(options.get("class_weight", [0])), **options)  # a typo shows now
+        self._options = options
+        self._check_options(options)  # a typo shows now
 
     @property
     def loss_name(self) -> str:
         return self._loss_name
 
+    @staticmethod
+    def _check_options(options: dict[str, Any]) -> None:
+        PlainLoss(len(options.get("class_weight") or [0]), ignore_index=None, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._adjustable:
+            super().__setattr__(name, value)
+            return
+        options = {**self._options, name: value}
+        if self.loss is None:
+            self._check_options(options)
+        else:
+            setattr(self.loss, name, value)
+        self._options = options
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self)._adjustable and self.loss is not None:
+            return getattr(self.loss, name)
+        return super().__getattr__(name)
+
     @property
     def needs_features(self) -> bool:
-        return self.options.get("student_channels") is not None
+        return self._options.get("student_channels") is not None
 
     def bind(self, num_classes: int, ignore_index: int, align_corners: bool) -> PlainLoss:
         """Builds the loss for a head, or returns the one built for it already.
@@ -121,11 +152,12 @@ class HeteroAKDLoss(nn.Module):
         head: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
         built = self.loss
         if built is not None:
-            if built.num_classes == num_classes and head.items() <= built.options.items():
+            same = all(getattr(built, name) == value for name, value in head.items())
+            if same and built.num_classes == num_classes:
                 return built
             if projects(built):
                 raise ValueError(f"loss_decode: {self.loss_name} was built for another decode head")
-        self.loss = PlainLoss(num_classes, **head, **self.options)
+        self.loss = PlainLoss(num_classes, **head, **self._options)
         return self.loss
 
     def forward(
@@ -160,7 +192,7 @@ class HeteroAKDLoss(nn.Module):
         loss.to(seg_logits.device)
         loss.process_group = world(self.process_group) if self.training else None
         if avg_factor is None and not self.avg_non_ignore:
-            grid = seg_logits if loss.options["resolution"] == "logits" else seg_label
+            grid = seg_logits if loss.resolution == "logits" else seg_label
             avg_factor = float(len(seg_label) * grid.shape[-2] * grid.shape[-1])
         output: DistillationOutput = loss(seg_logits, seg_label, normalizer=avg_factor, **inputs)
         self.terms = output._replace(loss=output.loss.detach())
@@ -253,21 +285,25 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
 
     def _distill(self, inputs: Tensor, features: Any, data_samples: Any) -> dict[str, Any]:
         head = self.decode_head
+        projecting = any(one.needs_features for one in self.distillation)
+        # A head may begin with an operation in place.
+        kept = Kept.of(features[self.feature_index[0]]) if projecting else None
         logits = head.forward(features)
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"decode_head: {type(head).__name__} gave a {type(logits).__name__}, expected "
                 "logits [B, C, h, w]"
             )
+        student_feature = None if kept is None else kept.value()
         target = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1)
-        teacher_logits, teacher_features = self._teach(inputs, target)
+        teacher_logits, teacher_feature = self._teach(inputs, target, projecting)
         losses: dict[str, Any] = {}
         one: Any
         for one in self.distillation:
-            extra = {}
+            extra: dict[str, Any] = {}
             if one.needs_features:
-                extra["student_features"] = features[self.feature_index[0]]
-                extra["teacher_features"] = teacher_features[self.feature_index[1]]
+                extra["student_features"] = student_feature
+                extra["teacher_features"] = teacher_feature
             value = one(
                 logits,
                 target,
@@ -287,10 +323,13 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
         return losses
 
     @torch.no_grad()
-    def _teach(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Any]:
+    def _teach(
+        self, inputs: Tensor, target: Tensor, projecting: bool
+    ) -> tuple[Tensor, Tensor | None]:
         self.teacher.to(inputs.device)
         teacher: Any = self.teacher.module.eval()
         features = teacher.extract_feat(inputs)
+        kept = Kept.of(features[self.feature_index[1]]) if projecting else None
         logits = teacher.decode_head.forward(features)
         if not isinstance(logits, Tensor):
             raise TypeError(
@@ -302,7 +341,7 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             logits = F.interpolate(
                 logits, target.shape[1:], mode="bilinear", align_corners=teacher.align_corners
             )
-        return logits, features
+        return logits, None if kept is None else kept.value()
 
 
 if _missing is None:

@@ -17,30 +17,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
+from ..modules import AdjustableLoss, forwarded
 
 __all__ = ["DistillationLoss", "low_resolution"]
 
-# `smp.losses` mean "nothing is ignored" by None. No label can be this.
-_NOTHING = -(2**31)
 
-
-class DistillationLoss(nn.Module):
+class DistillationLoss(AdjustableLoss):
     """`HeteroAKDLoss` with the conventions of `smp.losses`; returns the loss alone.
 
     Args:
         mode: "multiclass"; the others have no distribution over classes to distil.
         num_classes: C, `classes=` of the models.
         from_logits: must be True.
-        ignore_index: label that counts for nothing, None for none.
+        ignore_index: label of the pixels that are excluded, None for none.
         smooth_factor: label smoothing, None for 0.
         align_corners: True, as in the upsampling that `low_resolution` leaves out.
         **options: every other one of `HeteroAKDLoss`.
 
-    After a call, `terms` holds its `DistillationOutput` without graph, for logs.
+    Its arguments are attributes and may be set, as in `HeteroAKDLoss`. After a call, `terms` holds
+    its `DistillationOutput` without graph, for logs.
 
     Raises:
         TypeError, ValueError: an option is wrong; names it and what was expected.
     """
+
+    _fixed = ("mode", "from_logits", *HeteroAKDLoss._fixed)
+    smooth_factor = forwarded("label_smoothing")
+
+    @classmethod
+    def _arguments(cls) -> tuple[str, ...]:
+        return (*HeteroAKDLoss._arguments(), "smooth_factor")
 
     def __init__(
         self,
@@ -73,10 +79,10 @@ class DistillationLoss(nn.Module):
                     f"{name}: "
                     + (f"is called {ours} here" if ours else "the loss is always a mean")
                 )
-        self.mode = mode
+        self.__dict__["mode"] = mode
         self.loss = HeteroAKDLoss(
             num_classes,
-            ignore_index=_NOTHING if ignore_index is None else ignore_index,
+            ignore_index=ignore_index,
             label_smoothing=0.0 if smooth_factor is None else smooth_factor,
             align_corners=align_corners,
             **options,
@@ -101,6 +107,11 @@ class DistillationLoss(nn.Module):
         )
         self.terms = output._replace(loss=output.loss.detach())
         return output.loss
+
+
+for _name in (*HeteroAKDLoss._adjustable, "process_group"):
+    if _name != "label_smoothing":
+        setattr(DistillationLoss, _name, forwarded(_name))
 
 
 @contextlib.contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .resolution import low_resolution, warn_of_full_resolution
+from .taps import Feature, FeatureTap
 
 __all__ = ["FeatureTap", "FrozenTeacher", "logits_of"]
 
@@ -38,79 +41,6 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-class FeatureTap:
-    """The output of one inner module, for forward passes inside the `with` block.
-
-    Args:
-        model: the model, not its data-parallel wrapper.
-        name: dotted name of the module, as in `model.named_modules()`; its output is a feature
-            map [B, D, h, w], or a sequence or mapping that holds one (the first counts).
-
-    Raises:
-        ValueError: there is no such module; names near ones.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        modules = dict(model.named_modules())
-        if name not in modules:
-            raise ValueError(
-                f"feature: got {name!r}, {type(model).__name__} has no such module; "
-                f"near names: {', '.join(_near(name, list(modules)))}"
-            )
-        self.name = name
-        self.module = modules[name]
-        self._value: Tensor | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[FeatureTap]:
-        """Neither the hook nor the feature, with its whole graph, outlives the block."""
-        hook = self.module.register_forward_hook(self._keep)
-        try:
-            yield self
-        finally:
-            hook.remove()
-            self._value = None
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        parts = [output]
-        if isinstance(output, Mapping):
-            parts = list(output.values())
-        elif isinstance(output, (tuple, list)):
-            parts = list(output)
-        for part in parts:
-            if isinstance(part, Tensor) and part.dim() == 4:
-                self._value = part
-                return
-        came = ", ".join(
-            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
-            for part in parts
-        )
-        raise TypeError(
-            f"feature: {self.name} gave {came or 'nothing'}; expected a feature map [B, D, h, w]"
-        )
-
-    def take(self) -> Tensor:
-        """The feature of the last forward pass.
-
-        Raises:
-            RuntimeError: the module did not run.
-        """
-        if self._value is None:
-            raise RuntimeError(f"feature: {self.name} did not run in the last forward pass")
-        value, self._value = self._value, None
-        return value
-
-
-def _near(name: str, names: list[str]) -> list[str]:
-    """Names alike, and what follows the part of the name that exists."""
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    parent = name.rpartition(".")[0]
-    while parent and parent not in names:
-        parent = parent.rpartition(".")[0]
-    children = [n for n in names if n and n.rpartition(".")[0] == parent]
-    return near + [n for n in children if n not in near][: 8 - len(near)]
-
-
 class FrozenTeacher:
     """A teacher in eval mode, without gradients, on the device of its input.
 
@@ -119,21 +49,28 @@ class FrozenTeacher:
 
     Args:
         module: the trained network; its parameters stop requiring gradients.
-        feature: dotted name of the module whose output is `teacher_features`, or None.
+        feature: dotted name of the module whose output is `teacher_features`, or a `Feature`
+            that says its axes too; None for none.
         logits: finds the logits in the network's output.
+        align_corners: that of the loss. UperNet (False) and DPT (True) of transformers upsample
+            their logits themselves; where the loss does the same, it gets them before that step
+            (see `low_resolution`). Where it does not, a warning says so.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        feature: str | None = None,
+        feature: str | Feature | None = None,
         logits: Callable[[Any], Tensor] = logits_of,
+        align_corners: bool = False,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"teacher: got {type(module).__name__}, expected a torch.nn.Module")
+        warn_of_full_resolution(module, align_corners, "teacher")
         self.module = module.eval().requires_grad_(False)
         self.tap = None if feature is None else FeatureTap(module, feature)
         self.logits = logits
+        self.align_corners = align_corners
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """`teacher_logits`, and `teacher_features` if asked for: keyword arguments of the loss."""
@@ -143,7 +80,8 @@ class FrozenTeacher:
                 break
         self.module.eval()  # somebody else may hold it too
         listening = contextlib.nullcontext() if self.tap is None else self.tap.listening()
-        with torch.no_grad(), listening:
+        leave_out = low_resolution(self.module, align_corners=self.align_corners)
+        with torch.no_grad(), listening, leave_out:
             found = {"teacher_logits": self.logits(self.module(*args, **kwargs))}
             if self.tap is not None:
                 found["teacher_features"] = self.tap.take()
@@ -154,6 +92,23 @@ class FrozenTeacher:
         parameter = next(self.module.parameters(), None)
         if parameter is not None and parameter.device != device:
             self.module.to(device)
+
+
+def freeze(
+    teacher: nn.Module | FrozenTeacher,
+    feature: str | Feature | None,
+    loss: Any,
+    logits: Callable[[Any], Tensor] = logits_of,
+) -> FrozenTeacher:
+    """The teacher as `loss` takes it, from a network or from a `FrozenTeacher` of one."""
+    align_corners = loss.align_corners
+    if not isinstance(teacher, FrozenTeacher):
+        return FrozenTeacher(teacher, feature, logits, align_corners)
+    warn_of_full_resolution(teacher.module, align_corners, "teacher")
+    frozen = copy.copy(teacher)  # the caller's may serve another loss, too
+    frozen.tap = None if feature is None else FeatureTap(frozen.module, feature)
+    frozen.align_corners = align_corners
+    return frozen
 
 
 def world(process_group: Any) -> Any:
@@ -169,7 +124,7 @@ def projects(loss: Any) -> bool:
     return getattr(loss, "student_projector", None) is not None
 
 
-def check_features(loss: Any, features: Any) -> tuple[str | None, str | None]:
+def check_features(loss: Any, features: Any) -> tuple[str | Feature | None, str | Feature | None]:
     """Names of the two tapped modules, as the loss needs them."""
     if projects(loss) != (features is not None):
         raise ValueError(

@@ -1,15 +1,17 @@
 """Checkpoints that survive a kill, a full disk and a damaged file.
 
 The newest file and the one before it are kept; a checksum in front of the content tells a
-damaged file from a good one.
+damaged file from a good one. Weights that are not finite are neither written nor read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shortened
 from .files import remove_leftovers, write_atomically
 
 log = logging.getLogger("heteroakd_fast.train")
@@ -27,10 +29,45 @@ _DIGEST_BYTES = 32
 
 NEWEST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
+NOT_WRITTEN = "; it is not written, and what was written before is as it was"
+
+
+def non_finite(state: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of the tensors in nested mappings that have a NaN or an infinity."""
+    found: set[str] = set()
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= non_finite(value, f"{name}.")
+        elif isinstance(value, Tensor) and not value.isfinite().all():
+            found.add(name)
+    return found
+
+
+def check_finite(path: Path, state: Mapping[str, Any], then: str = "") -> None:
+    """Refuse what `path` holds, or is to hold, where it is not finite.
+
+    Args:
+        state: its key "never_finite" names the tensors, see `non_finite`, that may be anything.
+        then: what follows from it, for the message.
+
+    Raises:
+        CheckpointError: another tensor has a NaN or an infinity.
+    """
+    if bad := sorted(non_finite(state) - set(state.get("never_finite", ()))):
+        raise CheckpointError(
+            f"{path}: got values that are not finite in {shortened(bad, 4)}, expected finite ones"
+            + then
+        )
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as the newest checkpoint; the newest so far becomes the previous one."""
+    """Write `state` as the newest checkpoint; the newest so far becomes the previous one.
+
+    Raises:
+        CheckpointError: it cannot be written, or see `check_finite`; the earlier ones are intact.
+    """
+    check_finite(folder / NEWEST, state, NOT_WRITTEN)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
@@ -51,7 +88,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest readable checkpoint, or None where there was never one."""
+    """The newest checkpoint that can be used, or None where there was never one.
+
+    One that cannot is set aside as `*.unusable`: it must not become the previous one in place of
+    the one that can.
+
+    Raises:
+        CheckpointError: there are some, and none can be used.
+    """
     remove_leftovers(folder)
     problems = []
     for name in (NEWEST, PREVIOUS):
@@ -60,11 +104,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state = _read(path)
+            check_finite(path, state)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         if problems:
             log.warning("%s; going on from %s, step %s", problems[0], name, state.get("step"))
+            with contextlib.suppress(OSError):  # which the next checkpoint will report
+                (folder / NEWEST).replace(folder / f"{NEWEST}.unusable")
         return state
     if problems:
         raise CheckpointError(

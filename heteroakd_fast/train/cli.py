@@ -9,23 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.logging import RichHandler
-
-from .config import Config
+from .. import _requirements
 from .errors import TrainingError, UserError
-from .reading import Options, as_toml, embedded_recipes, parse_command_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .config import Config
     from .distributed import World
+    from .reading import Options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+    """Entry point; returns the exit code, 2 where an optional dependency is missing."""
     # torchrun mixes what all ranks print.
     rank = os.environ.get("RANK")
     name = "heteroakd-train" + (f" (rank {rank})" if rank is not None else "")
+    if problem := _requirements.explain(_requirements.TRAINING, "train"):
+        print(f"{name}: {problem}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    from .reading import as_toml, embedded_recipes, parse_command_line
+
+    console, errors = Console(), Console(stderr=True)
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         if options.print_config:
@@ -65,8 +73,7 @@ def _run(options: Options, console: Console) -> None:
 
     config = options.config
     with connect(config.device, config.scale.timeout) as world, _locked(config, world):
-        if not world.main:
-            console = Console(quiet=True)
+        console.quiet |= not world.main
         outcome = pipeline.run(config, console, options.resume_anyway, world)
         if world.main:
             report.write_report(outcome, config, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,8 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# Classes of the data sets that are read as they are published.
-_PUBLISHED = {"cityscapes": 19, "voc": 21, "ade20k": 150}
+# Classes of the data sets that have their own.
+_CLASSES = {"landcover": 8, "cityscapes": 19, "voc": 21, "ade20k": 150}
 
 
 class DataConfig(_Table):
@@ -109,13 +110,16 @@ class DataConfig(_Table):
     @classmethod
     def _one_side_or_two(cls, value: Any) -> Any:
         # One message instead of one for each of the types it may have.
-        sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-        if value is not None and any(type(side) is not int or side < 16 for side in sides):
+        if value is None:
+            return None
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        sides = value if pair else [value]
+        if any(not isinstance(s, Integral) or isinstance(s, bool) or s < 16 for s in sides):
             raise ValueError(
                 f"got {value!r}; expected: a side of at least 16 pixels, or [height, width]"
             )
         # A list out of JSON is none any more for what checks the type next.
-        return tuple(value) if isinstance(value, list) else value
+        return tuple(map(int, sides)) if pair else int(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -165,7 +169,7 @@ class DataConfig(_Table):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:  # scores are listed by name
             raise ValueError(f"data.class_names has {twice!r} more than once")
-        count = _PUBLISHED.get(self.kind, self.num_classes)
+        count = _CLASSES.get(self.kind, self.num_classes)
         if count is not None and self.ignore_index < count:
             raise ValueError(
                 f"data.ignore_index is {self.ignore_index}, which is also a class "
@@ -197,7 +201,9 @@ class ModelConfig(_Table):
         "name and shape is taken, the rest starts from the seed.",
     )
     tap: str | None = Field(
-        default=None, description="Dotted name of the module whose output is distilled."
+        default=None,
+        description="Dotted name of the module whose output is distilled; with :NHWC behind it "
+        "where that is [B, h, w, D].",
     )
     steps: int = Field(ge=0, description="Training steps; 0 with weights: use them as they are.")
     lr: float | None = Field(

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .augment import augment, fit_picture
 from .config import DataConfig
 from .errors import DataError, TrainingError, UserError
+from .pairs import FileSource
 from .pictures import Mask as Mask
 from .pictures import Picture as Picture
 
@@ -63,6 +64,15 @@ def sample_index(seed: int, step: int, slot: int, batch_size: int, size: int) ->
     """Which picture is at `slot` of the batch of `step`; a new order in each pass."""
     epoch, offset = divmod(step * batch_size + slot, size)
     return int(_order(seed, epoch, size)[offset])
+
+
+def batch_names(source: Source, seed: int, step: int, batch_size: int) -> list[str]:
+    """The images of a step on all ranks, for messages: their files, where they are files."""
+    slots = range(batch_size)
+    indices = {sample_index(seed, step, slot, batch_size, len(source)) for slot in slots}
+    if isinstance(source, FileSource):
+        return [str(source.pairs[index][0]) for index in sorted(indices)]
+    return [f"training image {index}" for index in sorted(indices)]
 
 
 def to_tensors(picture: Picture, mask: Mask) -> tuple[Tensor, Tensor]:

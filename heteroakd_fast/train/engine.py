@@ -11,24 +11,37 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
+from ..integrations.metrics import ConfusionMatrix, Scores, predict_classes
+from .checkpoint import (
+    NOT_WRITTEN,
+    check_finite,
+    load_checkpoint,
+    non_finite,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
 from .config import Config, ModelConfig, OptimConfig
-from .data import Normalizer, SegmentationData, evaluation_batches, training_batches
+from .data import (
+    Normalizer,
+    SegmentationData,
+    batch_names,
+    evaluation_batches,
+    training_batches,
+)
 from .distributed import ALONE, World
-from .errors import CheckpointError, ConfigError, StoppedError, TrainingError
+from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
 from .files import write_atomically
 from .logs import Records, StageProgress
 from .looking import Gallery
-from .metrics import ConfusionMatrix, Scores
-from .models import logits_of
+from .models import forward_logits
 from .objectives import LossNormalizer, Objective, Teaching
 from .parallel import Parallel, rehearsal
 
@@ -38,6 +51,8 @@ log = logging.getLogger("heteroakd_fast.train")
 # one request.
 _SAME_REQUEST = 2.0
 _RANK_SEED = 1_000_003
+# A scale of fp16 below this cannot be what makes gradients overflow.
+_LEAST_SCALE = 1e-4
 # What a checkpoint holds, see `Trainer._state`.
 _STATE = {"stage", "step", "model", "loss", "optimizer", "scaler", "random", "best_miou", "scores"}
 _STATE |= {"seconds", "names", "rows", "fingerprint"}
@@ -98,8 +113,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, size: tuple[int, int]) -> Tensor:
     """Class ids at `size`."""
-    logits = logits_of(model(images)).float()
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)
+    return predict_classes(forward_logits(model, images), size)
 
 
 def evaluate(
@@ -198,6 +212,10 @@ class Trainer:
         self.lr = optim.lr
         self.optimizer = make_optimizer(self.parallel.module, optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        # Such as a mask of -inf among the buffers; what is trained has no excuse.
+        trained = {name for name, p in objective.named_parameters() if p.requires_grad}
+        self._never_finite: list[str] = []
+        self._never_finite = sorted(non_finite(self._weights()) - trained)
         self.step = 0
         self.seconds = 0.0
         self.best_miou = -1.0
@@ -220,14 +238,20 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------
 
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "model": self.objective.model.state_dict(),
+            "loss": self.objective.loss.state_dict(),
+            "never_finite": self._never_finite,
+        }
+
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds; all ranks take part, rank 0 has the result."""
         rows = self._mean_rows()
         return {
             "stage": self.name,
             "step": self.step,
-            "model": self.objective.model.state_dict(),
-            "loss": self.objective.loss.state_dict(),
+            **self._weights(),
             "optimizer": self.parallel.optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "random": self.world.gather(random_states()),
@@ -389,13 +413,51 @@ class Trainer:
             terms = {"loss": output.loss.detach(), **output.terms()}
             self._names = list(terms)
             rows.append(torch.stack([value.float() for value in terms.values()]))
-        if self.config.optim.grad_clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parallel.module.parameters(), self.config.optim.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self._rows.append(torch.stack(rows).mean(0) if len(rows) > 1 else rows[0])
         self.step += 1
+        self._update()
+
+    def _update(self) -> None:
+        """The optimiser's part of a step. A gradient that is not finite is never applied: with fp16
+        the scaler skips the step and lowers its scale, otherwise the run stops.
+
+        Raises:
+            TrainingError: it is not finite; on every rank, for all know the norm of all.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = self.parallel.gradient_norm()
+        finite = bool(norm.isfinite())
+        if not (finite or self.scaler.is_enabled()):
+            self._report_gradient(float(norm))
+        # Clipped by a norm that is not finite, every gradient would be 0 or NaN.
+        if finite and self.config.optim.grad_clip is not None:
+            self.parallel.clip_gradients(self.config.optim.grad_clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if not finite and self.scaler.get_scale() < _LEAST_SCALE:
+            self._report_gradient(float(norm), ", whatever the scale of fp16")
+
+    def _report_gradient(self, norm: float, more: str = "") -> NoReturn:
+        self._check_finite()  # which explains it, where the loss is no better
+        names = self.parallel.non_finite_gradients()
+        rows = self._mean_rows()
+        assert rows is not None
+        raise TrainingError(
+            f"{self.name}: the gradient of step {self.step} is not finite{more}: norm {norm:g}"
+            + (f", in {shortened(names, 4)}" if names else "")
+            + f" ({self._terms(rows[-1])}); {self._batch_of(self.step)}. "
+            'No weight was changed by it; a lower optim.lr or amp = "off" may help'
+        )
+
+    def _terms(self, row: Tensor) -> str:
+        return ", ".join(
+            f"{name} {value:g}" for name, value in zip(self._names, row.tolist(), strict=True)
+        )
+
+    def _batch_of(self, step: int) -> str:
+        """The images of the step that is counted as `step`, from 1."""
+        seed, size = self.config.seed, self.config.optim.batch_size
+        return f"its batch: {shortened(batch_names(self.data.train, seed, step - 1, size))}"
 
     def _valid_pixels(self, targets: Sequence[Tensor]) -> Tensor:
         """What every micro-batch is to be divided by, so that the mean of their losses is exactly
@@ -443,13 +505,10 @@ class Trainer:
         if bad.any():
             index = int(bad.nonzero()[0])
             step = self.step - len(rows) + index + 1
-            terms = ", ".join(
-                f"{name} {value:g}"
-                for name, value in zip(self._names, rows[index].tolist(), strict=True)
-            )
             raise TrainingError(
-                f"{self.name}: the loss of step {step} is not finite ({terms}); "
-                'a lower optim.lr, optim.grad_clip, or amp = "off" may help'
+                f"{self.name}: the loss of step {step} is not finite "
+                f"({self._terms(rows[index])}); {self._batch_of(step)}. "
+                'A lower optim.lr, optim.grad_clip, or amp = "off" may help'
             )
 
     def _log(self, records: Records, progress: StageProgress) -> dict[str, float]:
@@ -521,6 +580,7 @@ class Trainer:
 
     def _export(self, file_name: str) -> None:
         path = self.folder / file_name
+        check_finite(path, self._weights(), NOT_WRITTEN)
         # The format refuses memory that is shared (tied weights) or not dense (channels-last).
         weights = {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)

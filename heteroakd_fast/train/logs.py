@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .._requirements import pip_command
 from .files import write_atomically
 
 log = logging.getLogger("heteroakd_fast.train")
@@ -124,7 +125,10 @@ class TensorBoard:
         except ImportError:
             if not TensorBoard._said:
                 TensorBoard._said = True
-                log.info("TensorBoard is not installed: only metrics.jsonl is written")
+                log.info(
+                    "TensorBoard is not installed: only metrics.jsonl is written; %s",
+                    pip_command("train"),
+                )
             return
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 

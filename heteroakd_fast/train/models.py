@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import integrations
+from .._requirements import pip_command
 from .config import ModelConfig
-from .errors import ModelError
+from .errors import DependencyError, ModelError, UserError
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -102,14 +103,14 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
     try:
         import transformers
     except ImportError as error:
-        raise ModelError(
+        raise DependencyError(
             f'arch = "{name}" needs transformers, which cannot be imported ({error}); '
-            'pip install "heteroakd-fast[train]"'
+            + pip_command("train")
         ) from None
     model_class = getattr(transformers, f"{LIBRARY[name]}ForSemanticSegmentation")
+    model: nn.Module
     if weights is not None and weights.is_dir():
         # A folder in the library's own layout: it translates the key names of older versions.
-        model: nn.Module
         model, loaded = model_class.from_pretrained(
             weights, local_files_only=True, output_loading_info=True
         )
@@ -138,7 +139,7 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
     if "use_auxiliary_head" in known:  # whose logits no loss here looks at
         kwargs = {"use_auxiliary_head": False, **kwargs}
     model = model_class(config_class(**{**kwargs, "num_labels": num_classes}))
-    return _LowResolution(model) if name == "upernet" else model
+    return model
 
 
 def _with_backbone(kwargs: dict[str, Any], transformers: Any) -> dict[str, Any]:
@@ -155,19 +156,6 @@ def _with_backbone(kwargs: dict[str, Any], transformers: Any) -> dict[str, Any]:
     kind = options.pop("model_type", "resnet")
     backbone = transformers.AutoConfig.for_model(kind, **options)
     return {**kwargs, "backbone_config": backbone}
-
-
-class _LowResolution(nn.Module):
-    """UperNet without its last step, which upsamples the logits: the loss does that itself."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.backbone, self.decode_head = model.backbone, model.decode_head
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.backbone.forward_with_filtered_kwargs(images).feature_maps
-        logits: Tensor = self.decode_head(features)
-        return logits
 
 
 def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
@@ -198,7 +186,7 @@ def _built_by_library(config: ModelConfig, num_classes: int) -> nn.Module:
     """With whatever the library meets in arguments that do not go together as one message."""
     try:
         return _from_library(config.arch, num_classes, config.weights, config.kwargs)
-    except (ModelError, OSError, TypeError, ValueError):
+    except (UserError, OSError, TypeError, ValueError):
         raise
     except Exception as error:
         raise ModelError(
@@ -318,6 +306,13 @@ def logits_of(output: Any) -> Tensor:
         raise ModelError(str(error)) from None
 
 
+def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits [B, C, h, w] of a forward pass, before an upsampling that the loss does itself."""
+    with integrations.low_resolution(model):
+        output = model(images)
+    return logits_of(output)
+
+
 def check_logits(
     model: nn.Module, num_classes: int, side: tuple[int, int], device: torch.device
 ) -> None:
@@ -326,7 +321,7 @@ def check_logits(
     model.eval()
     try:
         with torch.no_grad():
-            logits = logits_of(model(torch.zeros(1, 3, *side, device=device)))
+            logits = forward_logits(model, torch.zeros(1, 3, *side, device=device))
     finally:
         model.train(was_training)
     if logits.dim() != 4 or logits.shape[1] != num_classes:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .. import BackendUnavailableError, ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
 from ..functional import cross_entropy
+from ..modules import SharesGroup
 from .config import DistillConfig
 from .errors import ConfigError
-from .models import logits_of
+from .models import forward_logits
 from .taps import FeatureTap, probe_channels
 
 #: What terms are divided by: the count of valid pixels, or each term's denominator by name.
@@ -30,12 +31,12 @@ class Teaching(NamedTuple):
     features: Tensor | None
 
 
-class Objective(nn.Module):
+class Objective(SharesGroup, nn.Module):
     """A model with its loss; `model` and `loss` are what is trained and saved."""
 
     model: nn.Module
     loss: nn.Module
-    process_group: Any
+    process_group: Any = None
     """The ranks that share a batch; None: this one alone."""
     knows_denominators: bool
     """Whether what the terms divide by follows from the labels alone."""
@@ -90,7 +91,7 @@ class PlainObjective(Objective):
         normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
     ) -> DistillationOutput:
-        logits = logits_of(self.model(images))
+        logits = forward_logits(self.model, images)
         return cross_entropy(
             logits, target, normalizer=normalizer, process_group=self.process_group, **self.options
         )
@@ -156,9 +157,9 @@ class DistillObjective(Objective):
     def teach(self, images: Tensor) -> Teaching:
         teacher = self._teacher[0]
         if self.taps is None:
-            return Teaching(logits_of(teacher(images)), None)
+            return Teaching(forward_logits(teacher, images), None)
         with self.taps[1].listening() as tap:
-            return Teaching(logits_of(teacher(images)), tap.take())
+            return Teaching(forward_logits(teacher, images), tap.take())
 
     def forward(
         self,
@@ -172,10 +173,10 @@ class DistillObjective(Objective):
         teaching = self.teach(images) if teaching is None else teaching
         features: dict[str, Tensor | None] = {}
         if self.taps is None:
-            student_logits = logits_of(self.model(images))
+            student_logits = forward_logits(self.model, images)
         else:
             with self.taps[0].listening() as tap:
-                student_logits = logits_of(self.model(images))
+                student_logits = forward_logits(self.model, images)
                 features = {
                     "student_features": tap.take(),
                     "teacher_features": teaching.features,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .config import DataConfig
 from .errors import DataError
-from .pictures import Mask, Picture, picture_size, read_mask, read_picture
+from .pictures import Mask, Picture, read_mask, read_picture
 
 Pair = tuple[Path, Path]
 
@@ -107,9 +107,11 @@ class FileSource:
         picture = read_picture(image_path)
         values = dict(self.readers).get(mask_path.suffix, read_mask)(mask_path)
         if picture.shape[:2] != values.shape:
+            turned = picture.shape[1::-1] == values.shape
             raise DataError(
                 f"{mask_path}: {values.shape[1]} x {values.shape[0]} pixels, "
                 f"but its picture {image_path} has {picture.shape[1]} x {picture.shape[0]}"
+                + (" (with its EXIF orientation, which masks do not have)" if turned else "")
             )
         encoding = next(e for ending, e in self.encodings if mask_path.name.endswith(ending))
         return picture, encoding.decode(values, mask_path)
@@ -163,25 +165,25 @@ def pair_up(
 
 
 def check_files(train: FileSource, val: FileSource, config: DataConfig) -> None:
-    """Read what `data.check` asks for, and find pictures that cannot share a batch."""
+    """Read what `data.check` asks for, and find images that cannot share a batch.
+
+    Raises:
+        DataError: a file cannot be used, or training images differ in size without `data.crop`.
+    """
+    if config.check is False:
+        return
     own = config.kind == "folder"
-    if config.check is not False:
-        count = None if config.check or own else _FIRST
-        for source in (train, val):
-            for index in range(len(source))[:count]:
-                source.read(index)
-    if config.crop is None:
-        # Headers only. Of published sets the rest is seen to when batches are put together.
-        _same_size([image for image, _ in train.pairs[: None if own else _FIRST]])
-
-
-def _same_size(images: list[Path]) -> None:
-    first = picture_size(images[0])
-    for path in images[1:]:
-        size = picture_size(path)
-        if size != first:
+    count = None if config.check or own else _FIRST
+    sizes = [train.read(index)[1].shape for index in range(len(train))[:count]]
+    for index in range(len(val))[:count]:
+        val.read(index)
+    if config.crop is not None:
+        return
+    # Of published sets the rest is seen to when batches are put together.
+    for (image, _), size in zip(train.pairs, sizes[: None if own else _FIRST], strict=False):
+        if size != sizes[0]:
             raise DataError(
-                f"{path}: {size[0]} x {size[1]} pixels, "
-                f"but {images[0].name} has {first[0]} x {first[1]}; "
+                f"{image}: {size[1]} x {size[0]} pixels, "
+                f"but {train.pairs[0][0].name} has {sizes[0][1]} x {sizes[0][0]}; "
                 "pictures of different sizes need data.crop"
             )

@@ -65,9 +65,7 @@ class Parallel:
         # holds on to one of them, and would be left with a copy that nobody calls.
         teachers = getattr(objective, "_teacher", [])
         kept = {id(part): part for teacher in teachers for part in teacher.modules()}
-        with without_group(objective):  # which cannot be copied
-            copied: Objective = copy.deepcopy(objective, kept)
-        copied.process_group = objective.process_group
+        copied: Objective = copy.deepcopy(objective, kept)
         mesh = init_device_mesh(self.device.type, (self.world.size,))
         for part in copied.model.children():
             if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
@@ -105,6 +103,24 @@ class Parallel:
         if self.sharded:
             self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients together, a scalar; the same on every rank."""
+        gradients = [p.grad for p in self._trained.parameters() if p.grad is not None]
+        norm: Tensor = _full(nn.utils.get_total_norm(gradients))
+        return norm
+
+    def clip_gradients(self, limit: float, norm: Tensor) -> None:
+        """Scale gradients of the given norm down to one of `limit`, if it is larger."""
+        nn.utils.clip_grads_with_norm_(self._trained.parameters(), limit, norm)
+
+    def non_finite_gradients(self) -> list[str]:
+        """Names of parameters whose gradient has a NaN or an infinity; all ranks take part."""
+        return [
+            name
+            for name, parameter in self._trained.named_parameters()
+            if parameter.grad is not None and not _full(parameter.grad).isfinite().all()
+        ]
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Momenta and counts by the names of their parameters, in full. Rates and decays are the

@@ -14,11 +14,16 @@ from .errors import ModelError
 
 
 class FeatureTap(integrations.FeatureTap):
-    """As there; raises ModelError."""
+    """As there; "name:NHWC" is for a module that gives [B, h, w, D]. Raises ModelError."""
+
+    tokens_hint = "; tokens have no grid here, tap a module behind them that gives a map"
 
     def __init__(self, model: nn.Module, name: str) -> None:
+        name, _, layout = name.partition(":")
         with _as_model_error():
-            super().__init__(model, name)
+            if layout == "tokens":
+                raise ValueError(f"tap {name!r}{self.tokens_hint}")
+            super().__init__(model, name, layout or "NCHW")
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         with _as_model_error():
@@ -40,12 +45,27 @@ def _as_model_error() -> Iterator[None]:
 def probe_channels(
     model: nn.Module, tap: FeatureTap, side: tuple[int, int], device: torch.device
 ) -> int:
-    """Number of channels of the tapped feature, found by a dry run."""
+    """Number of channels of the tapped feature, found by a dry run on images of `side`.
+
+    Raises:
+        ModelError: the axes of the feature that have the images' shape are not the last two.
+    """
     was_training = model.training
     model.eval()  # a dry run in training mode would change the running statistics of BatchNorm
     try:
         with torch.no_grad(), tap.listening():
             model(torch.zeros(1, 3, *side, device=device))
-            return int(tap.take().shape[1])
+            shape = tap.take().shape
     finally:
         model.train(was_training)
+    if _is_grid(shape[1:3], side) and not _is_grid(shape[2:], side):
+        raise ModelError(
+            f"tap {tap.name!r}: gave {tuple(shape)} for images of {side}, so its channels seem to "
+            f'be the last axis; write "{tap.name}:NHWC"'
+        )
+    return int(shape[1])
+
+
+def _is_grid(shape: tuple[int, ...], side: tuple[int, int]) -> bool:
+    """Whether height and width are those of `side` over one stride, rounded in one direction."""
+    return abs(shape[0] * side[1] - shape[1] * side[0]) < max(side)

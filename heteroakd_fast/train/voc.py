@@ -8,9 +8,9 @@ import numpy as np
 
 from .config import DataConfig
 from .data import SegmentationData
-from .errors import DataError
+from .errors import DataError, DependencyError
 from .pairs import Encoding, FileSource, Folders, check_files, pair_up
-from .pictures import Mask
+from .pictures import Mask, check_regular
 
 CLASS_NAMES = (
     "background",
@@ -136,6 +136,7 @@ def _find_sbd(config: DataConfig, root: Path) -> Path:
 def _stems(path: Path) -> list[str]:
     """The pictures a list names: a stem a line, or a path or two."""
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such list; expected {_LAYOUT}") from None
@@ -152,7 +153,7 @@ def _load_mat_reader(sbd: Path) -> None:
     try:
         import scipy.io  # noqa: F401
     except ImportError:
-        raise DataError(
+        raise DependencyError(
             f"{sbd / 'cls'}: holds .mat files, which scipy reads, and it is not installed: "
             "pip install scipy"
         ) from None
@@ -163,8 +164,11 @@ def read_sbd_mask(path: Path) -> Mask:
     from scipy.io import loadmat
 
     try:
+        check_regular(path)
         content = loadmat(str(path), variable_names=["GTcls"])
         values = np.asarray(content["GTcls"]["Segmentation"][0, 0])
+    except DataError:
+        raise
     except Exception as error:  # its parser lets through whatever a broken file makes it meet
         raise DataError(
             f"{path}: cannot be read as a mask of SBD (GTcls.Segmentation): {error!r}"

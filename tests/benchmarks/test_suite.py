@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +16,13 @@ import torch
 
 from benchmarks import floor, memory, report, runner, timing
 from benchmarks.__main__ import main
-from benchmarks.cases import OBJECTIVES, SUITES, Case, case, cases_of
+from benchmarks.cases import OBJECTIVES, SUITES, Case, case, cases_of, select
 from benchmarks.compare import compare, to_text
 from benchmarks.inputs import IGNORE_INDEX, make_inputs
 from benchmarks.oracle import errors_of, truth_of
 from benchmarks.providers import find
 from benchmarks.results import Results, ratio, spread, total_ms
+from benchmarks.steps import STEP_CASES
 
 SMOKE = list(cases_of(SUITES["smoke"]))
 
@@ -27,6 +32,45 @@ def test_keys_name_a_case_uniquely() -> None:
         cases = list(cases_of(suite))
         assert len({one.key for one in cases}) == len(cases)
         assert all(Case(**one.fields()) == one for one in cases)
+
+
+# --- choice of cases ----------------------------------------------------------------------------
+
+
+def _selected(suite: str, *only: str) -> list[str]:
+    return [one.key for one in cases_of(select(suite, only))]
+
+
+def test_only_takes_every_name_that_list_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for name, suite in SUITES.items():
+        assert _selected(name) == [one.key for one in cases_of(suite)]
+        for group, cases in suite.items():
+            assert _selected(name, group) == list(dict.fromkeys(one.key for one in cases))
+            for one in cases:
+                assert f"  {group:12} {one.key}\n" in listed
+                assert _selected(name, one.key) == [one.key]
+    assert {one.objective for one in cases_of(select("cpu", ["ce"]))} == {"ce"}
+    wanted = {*_selected("cpu", "ADE20K"), *_selected("cpu", "*C150*")}
+    assert {*_selected("cpu", "ADE20K", "*C150*")} == wanted
+    assert all("C150" in key for key in wanted)
+    assert re.search("^objectives: ce, .*\n^data sets: .*ADE20K", listed, re.MULTILINE)
+
+
+def test_only_names_close_to_what_it_does_not_know() -> None:
+    with pytest.raises(
+        ValueError, match="--only: got 'ce | B1 C19 64x128 | stride 5 | f"
+    ) as caught:
+        select("smoke", [SMOKE[0].key, SMOKE[0].key.replace("stride 4", "stride 5")])
+    assert f"expected names of suite 'smoke': {SMOKE[0].key}" in str(caught.value)
+    with pytest.raises(ValueError, match="'headlines', expected names .*: headline"):
+        select("smoke", ["headlines"])
+    with pytest.raises(ValueError, match="which suite 'smoke' lacks; --suite cpu has it"):
+        select("smoke", ["classes"])
+
+
+# --- what is timed ------------------------------------------------------------------------------
 
 
 def test_the_targets_rows_are_in_the_suite_of_the_cpu() -> None:
@@ -62,6 +106,7 @@ def test_the_truth_of_images_is_the_truth_of_the_batch() -> None:
         inputs.student_logits,
         inputs.teacher_logits,
         inputs.target,
+        ignore_index=IGNORE_INDEX,
         backend="reference",
         **OBJECTIVES["ce+hetero"].options,
     ).loss
@@ -279,6 +324,67 @@ def test_the_report_shows_losing_rows_and_reasons(tmp_path: Path) -> None:
     assert float(rows[2]["speedup_over_eager"]) == pytest.approx(0.5)
 
 
+def test_cells_of_tables_hold_names_with_bars_and_messages_of_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw_all", lambda *_: [])
+    results = _results(2.0)
+    step = {"key": "step | A -> B | B2 | float32", "provider": "eager"}
+    results.data["crops"].append({"objective": "ce", "provider": "ours", "cannot": "a|b\nc"})
+    results.data["steps"] = [{**step, "cannot": "x | y"}]
+    results.data["step_batches"] = [{**step, "cannot": "x | y", "budget": 2**20}]
+    page = report.write(results, tmp_path).read_text()
+    assert r"| **ce \| B1 C19 64x128 \| stride 4 \| float32** |" in page
+    assert r"a\|b c" in page
+    bars = [len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines()]
+    tables = [list(found) for is_row, found in itertools.groupby(bars, key=bool) if is_row]
+    assert len(tables) == 6
+    assert all(len(set(rows)) == 1 for rows in tables), tables
+
+
+def test_a_run_names_what_it_did_not_come_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    keys = [one.key for one in SMOKE]
+
+    def run_job(job: timing.Job, *_: Any) -> Iterator[dict[str, Any]]:
+        assert job.deadline == 50.0
+        for key in keys[:3]:  # the others are past the deadline
+            for visit in range(2):
+                yield {"begin": key, "visit": visit}
+                rows = [{**_row(name, 1.0), "case": key} for name in ("eager", "compile")]
+                yield {"done": key, "rows": rows}
+        saved = Results.load(tmp_path).data["not_reached"]
+        assert saved == {"times": keys[3:], "memory": peaks, "steps": step}
+
+    def peak_bytes(*_: Any) -> int:
+        now[0] += 110.0
+        return 2**20
+
+    peaks = [one.key for name in ("headline", "objectives") for one in SUITES["smoke"][name]]
+    step = [one.key for one in STEP_CASES["smoke"]]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(runner.timing, "run_job", run_job)
+    monkeypatch.setattr(runner.memory, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(runner.memory, "supported", lambda: None)
+    monkeypatch.setattr(runner.floor, "measure_rates", lambda _: floor.Rates(1e11, 3e10, 0.0))
+    monkeypatch.setattr(report, "draw_all", lambda *_: [])
+    plan = runner.Plan("smoke", "cpu", tmp_path, seconds=100.0, phases=("times", "memory", "steps"))
+    results = runner.run(plan)
+    assert results.data["not_reached"] == {
+        "times": keys[3:],
+        "memory": [f"{peaks[0]}: compile", *peaks[1:]],
+        "steps": step,
+    }
+    page, said = report.write(results, tmp_path).read_text(), report.summary(results)
+    assert f"- times: `{keys[3]}`; `{keys[4]}`" in page
+    assert f"not reached, memory:\n  {peaks[0]}: compile\n  {peaks[1]}\n" in said
+    results.data["not_reached"]["times"].clear()
+    assert "not reached, times" not in report.summary(results)
+    assert "Not reached" not in report.write(_results(2.0), tmp_path).read_text()
+
+
 def test_ours_is_the_compiled_backend_where_there_is_one() -> None:
     ours = _results(99.0).ours(_results(99.0).rows(SMOKE[0].key))
     assert ours is not None
@@ -288,7 +394,7 @@ def test_ours_is_the_compiled_backend_where_there_is_one() -> None:
 
 def test_one_small_run_from_the_command_line(tmp_path: Path) -> None:
     assert main([
-        "run", "--suite", "smoke", "--only", r"^ce \| B1 C19 64x128", "--output", str(tmp_path),
+        "run", "--suite", "smoke", "--only", SMOKE[0].key, "--output", str(tmp_path),
         "--providers", "eager", "heteroakd[reference]", "--visits", "1", "--rounds", "3",
         "--phases", "times", "memory",
     ]) == 0  # fmt: skip

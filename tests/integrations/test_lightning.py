@@ -19,6 +19,7 @@ lightning = pytest.importorskip(
     "lightning.pytorch", reason="needs lightning: pip install lightning"
 )
 
+from heteroakd_fast.integrations import FrozenTeacher  # noqa: E402
 from heteroakd_fast.integrations.lightning import DistillationModule  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -39,6 +40,7 @@ def loader() -> DataLoader:
 @pytest.fixture(params=[False, True], ids=["logits", "features"])
 def parts(request: pytest.FixtureRequest) -> dict[str, Any]:
     student, teacher = tiny.models(norm=True)
+    student.eval()  # as from_pretrained returns it; Lightning leaves it so
     features = tiny.FEATURES if request.param else None
     return {
         "student": student,
@@ -86,18 +88,93 @@ def test_fit_is_the_plain_loop(parts: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_validation_logs_every_term(parts: dict[str, Any]) -> None:
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_evaluation_logs_every_term_and_the_mean_iou(parts: dict[str, Any], stage: str) -> None:
     module = DistillationModule(**parts, optimizer=torch.optim.SGD)
-    (result,) = lightning.Trainer(**QUIET).validate(module, loader(), verbose=False)
+    trainer = lightning.Trainer(**QUIET)
+    run = trainer.validate if stage == "val" else trainer.test
     parts["student"].eval()
     with torch.no_grad():
         values = [
             tiny.plain_loss(parts["student"], parts["teacher"], parts["loss"], *batch)
             for batch in loader()
         ]
-    for name in ("loss", "ce", "kd", "hetero"):
-        mean = sum(getattr(value, name) for value in values) / len(values)
-        assert result[f"val/{name}"] == pytest.approx(float(mean), rel=1e-5)
+    names = ["loss", "ce", "kd", "hetero", *(["projector"] if parts["features"] else [])]
+    expected = {
+        f"{stage}/{name}": float(sum(getattr(value, name) for value in values)) / len(values)
+        for name in names
+    }
+    expected[f"{stage}/miou"] = tiny.mean_iou(parts["student"], *tiny.data())
+    for _ in range(2):  # the second time starts anew
+        (result,) = run(module, loader(), verbose=False)
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluation_of_several_loaders() -> None:
+    student, teacher = tiny.models()
+    module = DistillationModule(student, teacher, tiny.make_loss(), torch.optim.SGD)
+    images, target = tiny.data()
+    halves = [(images[:4], target[:4]), (images[4:], target[4:])]
+    loaders = [DataLoader(TensorDataset(*half), batch_size=4) for half in halves]
+    results = lightning.Trainer(**QUIET).validate(module, loaders, verbose=False)
+    for number, (half, result) in enumerate(zip(halves, results, strict=True)):
+        expected = pytest.approx(tiny.mean_iou(student, *half))
+        assert result[f"val/miou/dataloader_idx_{number}"] == expected
+        assert f"val/ce/dataloader_idx_{number}" in result
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predictions_are_the_students_classes() -> None:
+    student, teacher = tiny.models()
+    module = DistillationModule(student, teacher, tiny.make_loss(), torch.optim.SGD)
+
+    def silent(*args: Any) -> None:
+        raise AssertionError("the teacher was called")
+
+    teacher.register_forward_pre_hook(silent)
+    images, target = tiny.data(4)
+    with torch.no_grad():
+        logits = student(images)["logits"]
+    wide = torch.nn.functional.interpolate(logits, size=images.shape[2:], mode="bilinear")
+    for batch in (images, (images, target), {"image": images}, {"image": images, "mask": target}):
+        data = DataLoader([batch], batch_size=None)
+        (found,) = lightning.Trainer(**QUIET).predict(module, data)
+        assert torch.equal(found, wide.argmax(1))
+
+
+def test_unpacks_batches_or_says_what_is_missing() -> None:
+    student, teacher = tiny.models()
+    keys = ("pixel_values", "labels")
+    module = DistillationModule(
+        student, teacher, tiny.make_loss(), torch.optim.SGD, batch_keys=keys
+    )
+    images, target = tiny.data(2)
+    batch = {"labels": target, "pixel_values": images, "name": "a"}
+    assert module.unpack(batch)[0] is images
+    assert module.unpack(batch)[1] is target
+    del batch["labels"]
+    message = (
+        r"batch_keys: got \('pixel_values', 'labels'\), but the batch has 'pixel_values', 'name'; "
+        "expected its keys of images and labels"
+    )
+    with pytest.raises(ValueError, match=message):
+        module.unpack(batch)
+    for wrong, came in (([images] * 3, "list of 3"), (images, "Tensor")):
+        with pytest.raises(TypeError, match=f"batch: got a {came}, expected a pair"):
+            module.unpack(wrong)
+
+
+def test_a_teacher_that_is_frozen_already() -> None:
+    student, teacher = tiny.models()
+    frozen = FrozenTeacher(teacher, logits=lambda output: 2 * output["logits"])
+    loss = tiny.make_loss(True)
+    module = DistillationModule(student, frozen, loss, torch.optim.SGD, features=tiny.FEATURES)
+    images = tiny.data(2)[0]
+    found = module.teacher(images)
+    assert torch.equal(found["teacher_logits"], 2 * teacher(images)["logits"])
+    assert torch.equal(found["teacher_features"], teacher.body(images))
+    assert set(frozen(images)) == {"teacher_logits"}, "the caller's own is left as it was"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -40,7 +40,9 @@ def with_lightning(rank: int, folder: str) -> Any:
     data = DataLoader(TensorDataset(*tiny.data()), batch_size=4)
     trainer = lightning.Trainer(max_epochs=1, strategy="ddp", devices=WORLD, **QUIET)
     trainer.fit(module, data)
-    return module.student.state_dict(), module.loss.state_dict()
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    metrics = {name.removeprefix("val/"): value for name, value in metrics.items()}
+    return module.student.state_dict(), module.loss.state_dict(), metrics
 
 
 def with_transformers(rank: int, folder: str) -> Any:
@@ -49,14 +51,18 @@ def with_transformers(rank: int, folder: str) -> Any:
     (student, teacher), loss = tiny.models(), tiny.make_loss(True, hetero_weight=0.0)
     trainer = InOrder(
         student,
-        arguments(Path(folder), gradient_accumulation_steps=2, max_steps=1),
+        arguments(
+            Path(folder), gradient_accumulation_steps=2, max_steps=1, per_device_eval_batch_size=2
+        ),
         train_dataset=dataset(),
+        eval_dataset=dataset()[:7],  # the last batch is filled up with a copy
         teacher=teacher,
         loss=loss,
         features=tiny.FEATURES,
     )
     trainer.train()
-    return student.state_dict(), loss.state_dict()
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return student.state_dict(), loss.state_dict(), metrics
 
 
 def with_accelerate(rank: int, folder: str) -> Any:
@@ -83,7 +89,7 @@ def with_accelerate(rank: int, folder: str) -> Any:
             }
         accelerator.backward(wrapped_loss(logits, target, **seen, **taught).loss)
         optimizer.step()
-    return student.state_dict(), loss.state_dict()
+    return student.state_dict(), loss.state_dict(), {}
 
 
 #: Lightning last: it leaves its process group to nobody.
@@ -126,7 +132,25 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
         tiny.plain_steps([*student.parameters(), *loss.parameters()], [whole], LR)
         for rank in ranks:
-            for state, wanted, before in zip(rank[library], (student, loss), start, strict=True):
+            *states, metrics = rank[library]
+            for state, wanted, before in zip(states, (student, loss), start, strict=True):
                 got = copy.deepcopy(before)
                 got.load_state_dict(state)
                 tiny.same_parameters(got, wanted, before, library)
+            if not metrics:
+                continue
+            count = 7 if library == "transformers" else 8
+            evaluated = tiny.mean_iou(student, images[:count], target[:count])
+            assert metrics["miou"] == pytest.approx(evaluated, rel=1e-5), library
+            # The mean over images of the batches' means. In the Trainer's last batch is a copy of
+            # image 0, which is part of the batch's mean and no image that counts.
+            batches = {(0, 2, 4, 6): 4, (1, 3, 5, 7): 4}
+            if library == "transformers":
+                batches = {(0, 1): 2, (2, 3): 2, (4, 5): 2, (6, 0): 1}
+            expected = 0.0
+            for rows, images_of_it in batches.items():
+                with torch.no_grad():
+                    picked = images[list(rows)], target[list(rows)]
+                    plain = tiny.plain_loss(student, teacher, loss, *picked)
+                expected += images_of_it * float(plain.ce) / count
+            assert metrics["ce"] == pytest.approx(expected, rel=1e-5), library

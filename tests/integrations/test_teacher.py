@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from heteroakd_fast.integrations import FeatureTap, FrozenTeacher, logits_of
 from heteroakd_fast.integrations.smp import DistillationLoss, low_resolution
@@ -114,6 +117,23 @@ def test_taps() -> None:
     with pytest.raises(RuntimeError, match="did not run"):  # nothing is kept outside
         tap.take()
     assert not student.body[0]._forward_hooks
+
+
+def test_a_copied_lightning_module_shares_its_group(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="pip install lightning")
+    from heteroakd_fast.integrations.lightning import DistillationModule
+
+    student, teacher = tiny.models()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        module = DistillationModule(
+            student, teacher, tiny.make_loss(), torch.optim.SGD, process_group=group
+        )
+        assert AveragedModel(module).module.process_group is group
+        assert module.process_group is group
+    finally:
+        dist.destroy_process_group()
 
 
 def test_smp_loss_refuses_what_it_cannot_do() -> None:

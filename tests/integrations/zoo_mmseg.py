@@ -294,6 +294,41 @@ def test_features_and_projectors() -> None:
     assert len(names) == 4, "the optimizer gets them"
 
 
+def test_features_are_what_the_backbone_gave() -> None:
+    """Also where the head begins with an operation in place."""
+    loss = {**OURS, "student_channels": 32, "teacher_channels": 16}
+    model = build(distilled(loss=loss, feature_index=(2, 2))).eval()
+    images, data, _ = samples()
+    before = model.loss(images, data)["decode.projector"]
+    for segmentor in (model, model.teacher.module):
+        head, forward = segmentor.decode_head, segmentor.decode_head.forward
+        head.forward = lambda features, forward=forward: forward([x.mul_(2.0) for x in features])
+    assert model.loss(images, data)["decode.projector"] == before
+
+
+def test_arguments_are_attributes() -> None:
+    images, data, _ = samples()
+    model, other = build(distilled()).eval(), build(distilled(loss={**OURS, "kd_weight": 0.2}))
+    other.eval().load_state_dict(model.state_dict())
+    other.teacher.module.load_state_dict(model.teacher.module.state_dict())
+    loss = model.distillation[0]
+    loss.kd_weight = 0.2
+    name = "decode.loss_heteroakd"
+    assert model.loss(images, data)[name] == other.loss(images, data)[name]
+    assert loss.kd_weight == 0.2
+    loss.bind(7, 255, True)  # for another head
+    assert loss.loss.kd_weight == 0.2
+    unbound = ours.HeteroAKDLoss()
+    unbound.kd_weight = 0.2
+    assert unbound.bind(5, 255, False).kd_weight == 0.2
+    for wrong, value in (("kd_weight", "x"), ("kd_wieght", 1.0), ("ignore_index", 3)):
+        for one in (loss, ours.HeteroAKDLoss()):
+            with pytest.raises((AttributeError, TypeError), match=f"{wrong}: "):
+                setattr(one, wrong, value)
+    with pytest.raises(ValueError, match="ignore_index: got 4, which is also one of the 5 classes"):
+        build(distilled(decode_head={**distilled()["decode_head"], "ignore_index": 4}))
+
+
 @pytest.mark.parametrize("teachers", [False, True])
 def test_align_corners_are_the_heads(teachers: bool) -> None:
     config = distilled(teacher=segformer(align_corners=teachers))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heteroakd_fast.train.cli import main
+from heteroakd_fast.train.config import DataConfig, OptimConfig
 from heteroakd_fast.train.errors import ConfigError
 from heteroakd_fast.train.reading import (
     as_toml,
@@ -132,6 +134,16 @@ def test_a_crop_has_one_side_or_two(tmp_path: Path, crop: tuple[int, ...]) -> No
     written = list(crop) if len(crop) == 2 else crop[0]
     path.write_text(VALID.replace("[data]", f"[data]\ncrop = {written}"))
     assert load_config(path).data.crop_size == size
+
+
+def test_numpys_integers_are_integers() -> None:
+    sides = np.array([64, 32])
+    options = {"kind": "folder", "root": ".", "num_classes": sides[1], "ignore_index": sides[0]}
+    assert DataConfig(**options, crop=sides[0], workers=np.uint8(1)).crop_size == (64, 64)
+    config = DataConfig(**options, crop=tuple(sides), resize=tuple(sides))
+    numbers = (*config.crop_size, *config.resize, config.num_classes, config.ignore_index)
+    assert {type(number) for number in numbers} == {int}
+    assert OptimConfig(batch_size=sides[1]).batch_size == 32
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def negative(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "expected"),
     [
-        ("images/p2.png", truncate, "cannot be read as a picture"),
+        ("images/p2.png", truncate, "cannot be read as an image"),
         ("masks/p2.png", truncate, "cannot be read as a mask"),
         ("masks/p2.png", Path.unlink, "has no mask"),
         ("masks/p2.png", small, "9 x 8 pixels, but its picture"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +43,9 @@ SIDE = (32, 32)
 class Net(nn.Module):
     """In float64, so that only the order of sums can differ; without batch statistics."""
 
+    spoilt = False
+    """Whether gradients are infinite behind a loss that is not, on this rank."""
+
     def __init__(self, num_classes: int, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -52,6 +57,8 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(self.stem(images.double())).relu())
+        if self.spoilt and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * math.inf)
         return logits
 
 
@@ -173,6 +180,12 @@ def rank_main(rank: int, folder: str) -> None:
             world.on_main(_fail)
         except TrainingError as error:
             results["error"] = str(error)
+        Net.spoilt = rank == 1
+        for case in ("plain", "sharded"):
+            try:
+                train(Path(folder) / "spoilt", case, world)
+            except TrainingError as error:
+                results[f"spoilt {case}"] = str(error)
         results["largest"] = world.largest(7 * (rank == 1))
     torch.save(results, f"{folder}/rank{rank}.pt")
 
@@ -252,6 +265,19 @@ def test_ranks_agree(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     assert first["error"] == "no room"
     assert second["error"] == "rank 0 could not go on: no room"
     assert first["largest"] == second["largest"] == 7
+
+
+@pytest.mark.parametrize("case", ["plain", "sharded"])
+def test_ranks_stop_together_where_the_gradient_of_one_is_not_finite(
+    ranks: tuple[Path, list[dict[str, Any]]], case: str
+) -> None:
+    folder, (first, second) = ranks
+    assert first[f"spoilt {case}"] == second[f"spoilt {case}"]
+    message = first[f"spoilt {case}"]
+    assert message.startswith("student: the gradient of step 1 is not finite: norm ")
+    assert "model.stem.weight" in message
+    assert len(re.findall(r"training image \d", message)) == 4
+    assert not list((folder / "spoilt").rglob("*.ckpt"))
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(

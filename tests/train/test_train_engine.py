@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_helpers import command, environment, write_config
 
+from heteroakd_fast.integrations.metrics import Scores
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import STAGES, Config, OptimConfig
@@ -31,7 +32,6 @@ from heteroakd_fast.train.engine import (
 )
 from heteroakd_fast.train.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from heteroakd_fast.train.logs import MetricsFile, TensorBoard
-from heteroakd_fast.train.metrics import Scores
 from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.objectives import PlainObjective
 from heteroakd_fast.train.reading import load_config

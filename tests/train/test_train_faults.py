@@ -74,7 +74,7 @@ def test_a_file_that_breaks_while_training(tmp_path: Path, kind: str, workers: i
     good = path.read_bytes()
     if kind == "images":
         path.write_bytes(good[: len(good) // 2])
-        expected = "cannot be read as a picture"
+        expected = "cannot be read as an image"
     else:
         mask = np.asarray(Image.open(path)).copy()
         mask[5, 5:8] = 77

@@ -19,7 +19,7 @@ from train_helpers import write_pictures
 from heteroakd_fast.train import ade20k, cityscapes, voc
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.data import SegmentationData, load_data
-from heteroakd_fast.train.errors import DataError
+from heteroakd_fast.train.errors import DataError, DependencyError
 from heteroakd_fast.train.pairs import FileSource
 
 
@@ -151,8 +151,9 @@ def test_mat_files_need_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_sbd(tmp_path / "VOCdevkit/VOCaug/dataset", lambda path, _: path.touch())
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(DataError, match="cls: holds .mat files.*pip install scipy"):
+    with pytest.raises(DependencyError, match="cls: holds .mat files.*pip install scipy") as caught:
         load("voc", folder, voc_split="trainaug")
+    assert caught.value.exit_code == 2
 
 
 def test_trainaug_without_sbd(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_mask_of_another_size(tmp_path: Path, kind: str) -> None:
 
 
 @ALL
-@pytest.mark.parametrize(("which", "message"), [(0, "as a picture"), (1, "as a mask")])
+@pytest.mark.parametrize(("which", "message"), [(0, "as an image"), (1, "as a mask")])
 def test_corrupt_file(tmp_path: Path, kind: str, which: int, message: str) -> None:
     root = tree(kind, tmp_path)
     path = root / TRAIN_FILES[kind][which]
@@ -394,6 +395,7 @@ def test_different_sizes_need_a_crop(tmp_path: Path) -> None:
         ({"kind": "ade20k", "root": ".", "voc_split": "trainaug"}, 'only for data.kind = "voc"'),
         ({"kind": "voc", "root": ".", "sbd_root": "."}, 'only for data.voc_split = "trainaug"'),
         ({"kind": "cityscapes", "root": ".", "ignore_index": 18}, "18, which is also a class"),
+        ({"kind": "landcover", "ignore_index": 7}, "7, which is also a class .* is 8"),
         ({"kind": "landcover", "root": "."}, 'data.root is not for data.kind = "landcover"'),
         (
             {"kind": "folder", "root": ".", "num_classes": 9, "ignore_index": 9}

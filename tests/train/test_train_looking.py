@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from train_helpers import write_config
 
+from heteroakd_fast.integrations.metrics import Scores
 from heteroakd_fast.train import logs
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.data import Mask, Picture, SegmentationData, load_data
@@ -37,7 +38,6 @@ from heteroakd_fast.train.looking import (
     named_tiles,
     strip,
 )
-from heteroakd_fast.train.metrics import Scores
 from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.objectives import DistillObjective
 from heteroakd_fast.train.page import chart, curves, render

@@ -245,6 +245,27 @@ def test_tap_in_mappings_and_tuples() -> None:
         probe_channels(model, FeatureTap(model, "1"), (8, 8), CPU)
 
 
+class Permuted(nn.Module):
+    """Its output is [B, h, w, D], as of every stage of Swin in torchvision and timm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(96, (64, 64)), (8, (64, 128)), (5, (65, 72))])
+def test_taps_of_modules_with_channels_last(channels: int, side: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, stride=8, padding=1), Permuted())
+    assert probe_channels(model, FeatureTap(model, "0"), side, CPU) == channels
+    message = r"tap '1': gave .* its channels seem to be the last axis; write \"1:NHWC\""
+    with pytest.raises(ModelError, match=message):
+        probe_channels(model, FeatureTap(model, "1"), side, CPU)
+    assert probe_channels(model, FeatureTap(model, "1:NHWC"), side, CPU) == channels
+    with pytest.raises(ModelError, match="layout: got 'NWHC'"):
+        FeatureTap(model, "1:NWHC")
+    with pytest.raises(ModelError, match="tap '1'; tokens have no grid here"):
+        FeatureTap(model, "1:tokens")
+
+
 def test_probe_leaves_running_statistics_alone() -> None:
     model = UNet(3, width=4, levels=3).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

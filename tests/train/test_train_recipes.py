@@ -13,7 +13,7 @@ from torch import nn
 from heteroakd_fast.train.cli import main
 from heteroakd_fast.train.config import Config, ModelConfig
 from heteroakd_fast.train.errors import ConfigError, ModelError
-from heteroakd_fast.train.models import LIBRARY, build_model, logits_of
+from heteroakd_fast.train.models import LIBRARY, build_model, forward_logits, logits_of
 from heteroakd_fast.train.objectives import DistillObjective
 from heteroakd_fast.train.reading import (
     as_toml,
@@ -191,13 +191,23 @@ def test_short_names_build_and_learn(arch: str) -> None:
     again = build_model(config, 5, seed=3)
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
-    logits = logits_of(model(torch.randn(2, 3, 64, 64)))
+    logits = forward_logits(model, torch.randn(2, 3, 64, 64))
     assert logits.shape[:2] == (2, 5)
     assert logits.shape[-1] == (64 if arch == "dpt" else logits.shape[-1])
     assert arch == "dpt" or logits.shape[-1] <= 16, "the loss upsamples, not the network"
     logits.square().mean().backward()
     with pytest.raises(ModelError, match="unknown kwargs widht"):
         build_model(ModelConfig(arch=arch, kwargs={**THIN[arch], "widht": 3}, steps=1), 5, 0)
+
+
+def test_upernet_from_a_folder_leaves_the_upsampling_to_the_loss(tmp_path: Path) -> None:
+    built = build_model(ModelConfig(arch="upernet", kwargs=THIN["upernet"], steps=1), 5, seed=3)
+    built.save_pretrained(tmp_path)  # type: ignore[operator]
+    model = build_model(ModelConfig(arch="upernet", weights=tmp_path, steps=0), 5, seed=4)
+    images = torch.randn(2, 3, 64, 64)
+    logits = forward_logits(model.eval(), images)
+    assert logits.shape == (2, 5, 16, 16)
+    torch.testing.assert_close(logits, forward_logits(built.eval(), images))
 
 
 def test_upernet_without_a_backbone_says_what_is_missing() -> None:

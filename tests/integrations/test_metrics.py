@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from heteroakd_fast.train.metrics import ConfusionMatrix
+from heteroakd_fast.integrations.metrics import ConfusionMatrix
 
 
 def test_by_hand() -> None:

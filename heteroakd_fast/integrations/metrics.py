@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+__all__ = ["ConfusionMatrix", "Scores", "predict_classes"]
+
+
+def predict_classes(logits: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Class ids [B, H, W], int64, of logits [B, C, h, w] upsampled to `size`, one image a time."""
+    classes = [
+        F.interpolate(one[None].float(), size, mode="bilinear", align_corners=align_corners).argmax(
+            1
+        )
+        for one in logits
+    ]
+    return torch.cat(classes) if classes else logits.new_zeros((0, *size), dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,307 @@
+"""Stages that run one after another within a time limit, each in processes of its own, into one
+JSON file that is rewritten as results arrive. Standard library only; `gpu.py` has the stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = [
+    "END",
+    "Ran",
+    "Report",
+    "Stage",
+    "StageRun",
+    "events",
+    "execute",
+    "last_line",
+    "run_stages",
+]
+
+SCHEMA: Final = 2
+END: Final = "end"
+_TAIL: Final = 4000  # characters of output kept of a command that went wrong
+_LEAST: Final = 5.0  # seconds: with less, a stage is not begun
+_SILENT: Final = 40.0  # seconds without a line after which an item is taken to hang
+_STATUSES: Final = ("running", "skipped", "passed", "timeout", "failed")  # the last one counts
+Details = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How one command ended."""
+
+    code: int | None
+    """Exit status; None when it was stopped at a limit"""
+    output: str
+    seconds: float
+
+    @property
+    def tail(self) -> str:
+        return self.output[-_TAIL:]
+
+    @property
+    def status(self) -> str:
+        return "timeout" if self.code is None else "failed" if self.code else "passed"
+
+
+def execute(
+    command: Sequence[str],
+    limit: float,
+    environment: dict[str, str] | None = None,
+    on_line: Callable[[str], None] = lambda _: None,
+    silent: float = float("inf"),
+    cwd: Path | None = None,
+) -> Ran:
+    """Runs a command; after `limit` seconds, or `silent` seconds without a line, it and its
+    children are ended."""
+    began = heard = time.monotonic()
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # its children (compilers, the sanitizer's target) end with it
+    )
+
+    def read() -> None:
+        nonlocal heard
+        assert process.stdout is not None
+        for line in process.stdout:
+            heard = time.monotonic()
+            lines.append(line)
+            on_line(line)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    code: int | None = None
+    try:
+        while code is None and (left := min(began + limit, heard + silent) - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(min(left, 1.0))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # A process stuck in the driver does not die at once, and must not hold the rest.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        reader.join(5)
+    return Ran(code, "".join(lines), time.monotonic() - began)
+
+
+def events(output: str) -> Iterator[Details]:
+    """What a worker tells of its items, among what else it prints."""
+    for line in output.splitlines():
+        if line.startswith('{"name":'):
+            with contextlib.suppress(ValueError):  # a line that another process broke
+                yield json.loads(line)
+
+
+def last_line(output: str) -> str:
+    """What a program said last, apart from events."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()[:1] not in ("", "{")]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+@dataclass
+class Report:
+    """The contents of the file."""
+
+    path: Path
+    minutes: float
+    commit: str
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    complete: bool = False
+    """False in a file that a killed run left"""
+    stages: dict[str, Details] = field(default_factory=dict)
+    """Of each its status, seconds, limit, commands and details"""
+
+    def write(self) -> None:
+        """Whole or not at all: a run may be killed while it writes."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        fields = {name: value for name, value in vars(self).items() if name != "path"}
+        partial.write_text(json.dumps({"schema": SCHEMA, **fields}, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    @property
+    def ok(self) -> bool:
+        return all(stage["status"] in ("passed", "skipped") for stage in self.stages.values())
+
+    def found(self, stage: str, group: str = "items") -> Details:
+        """What the items of a stage found."""
+        details: Details = self.stages.get(stage, {}).get("details", {}).get(group, {})
+        return details
+
+
+@dataclass
+class StageRun:
+    """A stage while it runs: its work runs commands by these methods and fills `details`."""
+
+    name: str
+    limit: float
+    report: Report
+    dry: bool = False
+    """Print commands, run nothing"""
+    environment: dict[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
+    status: str = "running"
+    details: Details = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._began, self._written = time.monotonic(), 0.0
+        self._lock = threading.RLock()  # several commands of a stage may run at once
+
+    @property
+    def left(self) -> float:
+        return self._began + self.limit - time.monotonic()
+
+    def run(
+        self, command: Sequence[str], environment: dict[str, str] | None = None, **options: Any
+    ) -> Ran:
+        """`execute` within the stage's limit."""
+        settings = [f"{name}={value}" for name, value in (environment or {}).items()]
+        self.commands.append(shlex.join([*settings, *command]))
+        if self.dry:
+            print(f"    {self.commands[-1]}")
+            return Ran(0, "", 0.0)
+        everything = {**self.environment, **(environment or {})}
+        return execute(command, self.left, everything, cwd=self.cwd, **options)
+
+    def python(self, *arguments: str, **options: Any) -> Ran:
+        return self.run([sys.executable, *arguments], **options)
+
+    def items(
+        self,
+        *worker: str,
+        group: str = "items",
+        prefix: Sequence[str] = (),
+        silent: float = _SILENT,
+        **options: Any,
+    ) -> Ran:
+        """Runs a worker: a program that goes through a list of items from `--start` on and prints a
+        JSON object a line, {"name": ..., "begin": index} before an item, {"name": ..., "found":
+        {...}} after it, and {"name": END} at last. "failed" or "skipped" among what was found says
+        why. An item that ends the process, or hangs, has failed, and another process goes on
+        behind it."""
+        start, begun, name, outputs = 0, -1, "", []
+        with self._lock:
+            found: Details = self.details.setdefault(group, {})
+
+        def on_line(line: str) -> None:
+            nonlocal begun, name
+            for event in events(line):
+                name, begun = event["name"], event.get("begin", begun)
+                if "found" in event:
+                    self.record(found, name, event["found"])
+
+        while True:
+            more = ["--start", str(start)] if start else []
+            command = [*prefix, sys.executable, *worker, *more]
+            ran = self.run(command, on_line=on_line, silent=silent, **options)
+            outputs.append(ran.output)
+            if ran.code == 0 or self.left <= 0:
+                break
+            if name == END or begun < start:  # no item is to blame
+                reason = f"exit code {ran.code}: {last_line(ran.output)}"
+                self.conclude(ran.status, reason, ran.tail)
+                break
+            if name not in found:
+                how = "hangs" if ran.code is None else f"ends its process with {ran.code}"
+                self.record(found, name, {"failed": f"{how}: {last_line(ran.output)}"})
+            start = begun + 1
+        with self._lock:
+            for one in found.values():
+                self.conclude(next((x for x in ("failed", "skipped") if x in one), "passed"))
+        if ran.code is None and self.left <= 0:
+            self.conclude("timeout")
+        return Ran(ran.code, "".join(outputs), ran.seconds)
+
+    def record(self, group: Details, name: str, value: Any) -> None:
+        """Sets a value in `details` or in a part of it, and soon in the file."""
+        with self._lock:
+            group[name] = value
+            if time.monotonic() - self._written > 1.0:
+                self.publish()
+
+    def conclude(self, status: str, reason: str = "", output: str = "") -> None:
+        """Sets the status, unless a worse one is set already."""
+        with self._lock:
+            self.status = max(self.status, status, key=_STATUSES.index)
+            if reason:
+                self.details.setdefault("reasons", []).append(reason)
+            if output:
+                self.details["output"] = output
+
+    def publish(self) -> None:
+        """Puts what is known into the file."""
+        if self.dry:
+            return
+        with self._lock:
+            self._written = time.monotonic()
+            self.report.stages[self.name] = {
+                "status": self.status,
+                "seconds": round(self._written - self._began, 1),
+                "limit": round(max(self.limit, 0.0), 1),
+                "commands": self.commands,
+                "details": self.details,
+            }
+            self.report.write()
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    limit: float
+    """Most seconds it may take, of those that are left; infinite: all of them"""
+    work: Callable[[StageRun], None]
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    report: Report,
+    seconds: float,
+    summary: Callable[[Details], str] = lambda details: "; ".join(details.get("reasons", [])),
+    **options: Any,
+) -> None:
+    """Runs stages one after another within `seconds`, with a line for each; `options` are those of
+    `StageRun`."""
+    deadline = time.monotonic() + seconds
+    for stage in stages:
+        limit = min(stage.limit, deadline - time.monotonic())
+        run = StageRun(stage.name, limit, report, **options)
+        if run.dry:
+            print(f"{stage.name} (at most {limit:.0f} s)")
+        if limit < min(_LEAST, stage.limit):
+            run.conclude("timeout", "no time was left to begin it")
+        else:
+            try:
+                stage.work(run)
+            except Exception as error:  # a stage's defect must not cost the stages after it
+                run.conclude("failed", f"{type(error).__name__}: {error}")
+        if run.status == "running":
+            run.conclude("skipped")
+        report.complete = stage is stages[-1]
+        run.publish()
+        if not run.dry:
+            took = report.stages[stage.name]["seconds"]
+            line = f"{stage.name:12} {run.status:8} {took:6.1f} s  {summary(run.details)}"
+            print(line.rstrip(), flush=True)

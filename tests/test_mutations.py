@@ -1,0 +1,426 @@
+"""The tests notice defects: each of these breaks one promise, and the test named beside it fails.
+
+A defect whose text is no longer in the source fails too: it would prove nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interpreter import INTERPRETED
+from mutations import Compiled, Defect, Library, compiled_library, mutated
+from shim_backend import USED as SHIM
+
+from heteroakd_fast import _extension
+
+F32 = torch.float32
+# Where pytest finds the test files that are named below, if it collects them.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("integrations", "train")]
+
+
+def test_of(module: str, name: str, *arguments: Any) -> partial[None]:
+    """A test of another file, called with these arguments."""
+    return partial(_call, module, name, arguments)
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+
+def _call(module: str, name: str, arguments: tuple[Any, ...]) -> None:
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def _oracle(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_reference", name, *arguments)
+
+
+def _outputs(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_outputs", name, *arguments)
+
+
+def _cpu(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_cpu_kernels", name, *arguments)
+
+
+def _cuda(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_cuda_kernels", name, *arguments)
+
+
+def _triton(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_triton_kernels", name, *arguments)
+
+
+def _accuracy(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_accuracy", name, *arguments)
+
+
+COMPILED = (
+    # formulas that CPU and CUDA share
+    Compiled(
+        "true class as p - 1",
+        "math/distillation.h",
+        "select(is_label, F(0) - others, e)",
+        "select(is_label, e - (e + others), e)",
+        _outputs("test_gradient_of_confident_pixels", "cpu", 40.0),
+    ),
+    Compiled(
+        "reliability swapped",
+        "math/distillation.h",
+        "(student_e - teacher_e) * inverse_tau",
+        "(teacher_e - student_e) * inverse_tau",
+        _outputs("test_maps", "cpu", "hetero-softmax-kl"),
+    ),
+    Compiled(
+        "taps in float",
+        "math/interpolation.h",
+        "source - static_cast<double>(lower)",
+        "static_cast<float>(source) - static_cast<float>(lower)",
+        _cpu("test_odd_ratio_far_from_the_origin"),
+    ),
+    # the CPU kernels
+    Compiled(
+        "cpu: a tap of weight zero is read",
+        "cpu/statistics.h",
+        "select(bad, select(equal(f, F(T(0))), a, mixed), y)",
+        "select(bad, mixed, y)",
+        _cpu("test_infinite_logits_spread_no_further_than_their_weights"),
+    ),
+    Compiled(
+        "cpu: valid counts all pixels",
+        "cpu/band.h",
+        "valid += in_range && !ignored",
+        "valid += 1",
+        _outputs("test_valid_is_counted", "cpu", "ce"),
+    ),
+    Compiled(
+        "cpu: the weight d forgotten in the gradient",
+        "cpu/terms.h",
+        "x.weight * x.reliable.teacher",
+        "x.one * x.reliable.teacher",
+        _outputs("test_any_grad_output", "cpu", "hetero-softmax-kl", 0.37),
+    ),
+    Compiled(
+        "cpu: adjoint's last lane lost",
+        "cpu/gradients.h",
+        "row[F::N] += last_lane(upper)",
+        "row[F::N] += T(0)",
+        _cpu("test_every_term_on_every_instruction_set", "any", "ce", "stride-4"),
+    ),
+    Compiled(
+        "cpu: chain across unevenly spaced rows",
+        "cpu/terms.h",
+        "!evenly_spaced(student_fraction)",
+        "false",
+        _cpu("test_integer_ratios", 4, False),
+    ),
+    Compiled(
+        "cpu: 1 - beta in float",
+        "cpu/distillation.cpp",
+        "static_cast<T>(1.0 - o.kd_beta)",
+        "T(1) - static_cast<T>(o.kd_beta)",
+        _accuracy("test_js_with_almost_all_weight_on_the_teacher", "cpu", 1e-4),
+    ),
+    Compiled(
+        "cpu: log ratios without their pivot",
+        "cpu/terms.h",
+        "reverse_ratio(zero, top)",
+        "zero",
+        _accuracy("test_pixels_without_gradient", "cpu", "reverse", 300.0),
+    ),
+    Compiled(
+        "cpu: negative divergences",
+        "cpu/distillation.cpp",
+        "s[term * 2] < 0.0",
+        "false",
+        _accuracy("test_values_near_agreement", "cpu", "reverse", 1e-4, 32),
+    ),
+    # the CUDA kernels
+    Compiled(
+        "cuda: neighbour's half lost between lanes",
+        "cuda/adjoint.h",
+        "g.bottom_left + bottom_of_left",
+        "g.bottom_left",
+        _cuda("test_every_geometry", "stride-2", False),
+    ),
+    Compiled(
+        "cuda: halo counted twice",
+        "cuda/warp_sums.h",
+        "own ? x : 0.0",
+        "x",
+        _cuda("test_every_geometry", "several-warps", False),
+    ),
+    Compiled(
+        "cuda: exponentials of the column above",
+        "cuda/cell_pass.h",
+        "e[r - 1] * q",
+        "e[r - 1]",
+        _cuda("test_usual_terms", "stride-4", "ce"),
+    ),
+    Compiled(
+        "cuda: pixels left over are forgotten",
+        "cuda/cell_kernel.h",
+        "__any_sync(kAllLanes, left_over != 0)",
+        "false",
+        _cuda("test_some_pixels_of_a_cell_are_handed_over", "ce"),
+    ),
+    Compiled(
+        "cuda: mixture in other units",
+        "cuda/pixel.h",
+        "mixed.teacher * t.total_ratio",
+        "mixed.teacher * t.teacher_inverse",
+        _cuda("test_usual_terms", "stride-4", "ce+kd+hetero"),
+    ),
+    Compiled(
+        "cuda: mean over images without pixels",
+        "cuda/sums.cu",
+        "pixels > 0.0 ? 1.0 : 0.0",
+        "1.0",
+        _cuda(
+            "test_an_image_without_pixels_counts_for_nothing", "label-grid", "hetero-paper-space"
+        ),
+    ),
+    Compiled(
+        "cuda: log ratios without their pivot",
+        "cuda/segment_pass.h",
+        "log_ratio(F(0), F(1), top, exp2(top), i)",
+        "F(0)",
+        _accuracy("test_pixels_without_gradient", "cuda", "reverse", 300.0),
+    ),
+)
+
+TRITON = (
+    Defect(
+        "triton: textbook gradient of the label",
+        "heteroakd_fast.kernels.formulas:cross_entropy_gradient_numerator",
+        "-others",
+        "e",
+        _triton("test_every_term", "ce", F32),
+    ),
+    Defect(
+        "triton: reliability the wrong way round",
+        "heteroakd_fast.kernels.formulas:reliability",
+        "(student_nll - teacher_nll)",
+        "(teacher_nll - student_nll)",
+        _triton("test_every_term", "hetero-softmax-kl", F32),
+    ),
+    Defect(
+        "triton: edge pixels lose gradient",
+        "heteroakd_fast.kernels.interpolation:fraction_in_cell",
+        "tl.where(cell < 0, 1.0,",
+        "tl.where(cell < 0, inside,",
+        _triton("test_every_geometry", "one-row", False),
+    ),
+    Defect(
+        "triton: neighbour's half lost between lanes",
+        "heteroakd_fast.kernels.tiles:add_to_corners",
+        "tl.where(from_left, tl.gather(bottom_right, left_lane, 3), 0.0)",
+        "0.0",
+        _triton("test_every_geometry", "one-row", False),
+    ),
+    Defect(
+        "triton: chunks not joined",
+        "heteroakd_fast.kernels.combine:read_term",
+        "tl.load(above, mask=has_above, other=0.0)",
+        "0.0",
+        _triton("test_every_geometry", "other-teacher", False),
+    ),
+    Defect(
+        "triton: log ratios without their pivot",
+        "heteroakd_fast.kernels.statistics:ratio_sums",
+        "(f - pivot)",
+        "f",
+        _triton("test_every_term", "kd-reverse", F32),
+    ),
+)
+
+PYTHON = (
+    # the oracle
+    Defect(
+        "kd without T^2",
+        "heteroakd_fast.reference:kd",
+        "temperature**2 * per_pixel",
+        "per_pixel",
+        _oracle("test_kd_is_torchs_kl_div"),
+    ),
+    Defect(
+        "js weights swapped",
+        "heteroakd_fast.reference:kd",
+        "log_p_t + math.log(beta), log_p_s + math.log1p(-beta)",
+        "log_p_s + math.log(beta), log_p_t + math.log1p(-beta)",
+        _oracle("test_js_is_symmetric_at_one_half_bounded_and_reaches_its_ends"),
+    ),
+    Defect(
+        "reliability the wrong way round",
+        "heteroakd_fast.reference:_evaluate_softmax_kl",
+        "(e_s - e_t) / spec.tau",
+        "(e_t - e_s) / spec.tau",
+        _oracle("test_softmax_kl_by_hand"),
+    ),
+    Defect(
+        "paper: weights over the wrong axis",
+        "heteroakd_fast.reference:_evaluate_paper",
+        "weight = (h_s + discrepancy).softmax(dim=1)",
+        "weight = (h_s + discrepancy).softmax(dim=2)",
+        _oracle("test_paper_by_hand"),
+    ),
+    Defect(
+        "space weights see ignored pixels",
+        "heteroakd_fast.reference:_evaluate_paper",
+        ".masked_fill(~inside, -math.inf)",
+        "",
+        _oracle("test_space_weights_sum_to_one_over_valid_pixels_of_each_image_and_class"),
+    ),
+    Defect(
+        "mixed target not detached",
+        "heteroakd_fast.reference:evaluate_knowledge",
+        "student_z.detach(), teacher_z.detach()",
+        "student_z, teacher_z.detach()",
+        _oracle("test_hetero_in_the_pass_is_the_function", "softmax-kl"),
+    ),
+    Defect(
+        "nearest labels rounded",
+        "heteroakd_fast.labels:nearest_labels",
+        "* height // max(size[0], 1)",
+        "* height // max(size[0], 1) + 1",
+        _oracle("test_nearest_labels_are_torchs", (7, 9), (3, 5)),
+    ),
+    # between the losses and the backends
+    Defect(
+        "weights not applied",
+        "heteroakd_fast.functional:combine",
+        "loss = loss + weight * value",
+        "loss = loss + value",
+        _outputs("test_loss_is_the_weighted_sum", "reference", "all"),
+    ),
+    Defect(
+        "0 / 0 where all is ignored",
+        "heteroakd_fast.functional:combine",
+        "torch.where(denominators == 0, 0.0, 1.0 / denominators)",
+        "1.0 / denominators",
+        _outputs("test_all_pixels_ignored", "reference", "ce"),
+    ),
+    Defect(
+        "normalizer replaces every denominator",
+        "heteroakd_fast.functional:_check_normalizer",
+        "if one.counts_valid_pixels(term)",
+        "",
+        _outputs("test_a_plain_normalizer_replaces_the_valid_count_and_nothing_else", "reference"),
+    ),
+    Defect(
+        "teacher silently detached",
+        "heteroakd_fast.functional:_check_tensors",
+        'teacher_logits.requires_grad and "teacher_ce" not in spec.terms',
+        "False",
+        test_of("test_inputs", "test_refuses_a_teacher_that_would_silently_get_no_gradient"),
+    ),
+    Defect(
+        "temperature not checked",
+        "heteroakd_fast.checks:check_temperature",
+        "not _SMALLEST_TEMPERATURE <= number <= 1.0 / _SMALLEST_TEMPERATURE",
+        "False",
+        test_of("test_inputs", "test_refuses_temperatures_that_are_not_positive", "tau", 0.0),
+    ),
+    Defect(
+        "a class is ignored unasked",
+        "heteroakd_fast.checks:check_ignored_class",
+        "0 <= ignore_index < num_classes",
+        "False",
+        test_of("test_arguments", "test_a_class_is_not_ignored_unasked"),
+    ),
+    Defect(
+        "labels not checked",
+        "heteroakd_fast.ops:_valid_count_impl",
+        'target.device.type == "cpu" or check_synchronously()',
+        "False",
+        test_of("test_inputs", "test_refuses_labels_out_of_range", "reference", torch.int64, 256),
+    ),
+    Defect(
+        "second order silently wrong",
+        "heteroakd_fast.ops:_refuse_second_order",
+        "if torch.is_grad_enabled():",
+        "if False:",
+        _outputs("test_second_order_is_refused", "cpu", "all"),
+    ),
+    Defect(
+        "grad_output ignored",
+        "heteroakd_fast.backends.cpu:CpuBackend.backward",
+        "factors = [scales[name] for",
+        "factors = [1.0 for",
+        _outputs("test_any_grad_output", "cpu", "ce", 0.37),
+    ),
+    Defect(
+        "teacher's features not detached",
+        "heteroakd_fast.losses:_checked",
+        'if side == "teacher":',
+        "if False:",
+        _outputs("test_module_on_features", "softmax-kl"),
+    ),
+    Defect(
+        "cwd: without T^2",
+        "heteroakd_fast.channelwise:channel_wise_distillation",
+        "temperature**2 * divergence",
+        "divergence",
+        test_of("test_channelwise", "test_value_and_gradient", "label", torch.float64),
+    ),
+    # drop-ins and driver
+    Defect(
+        "a feature that was overwritten",
+        "heteroakd_fast.integrations.taps:Kept.value",
+        "self.original._version == self.version",
+        "True",
+        test_of("test_taps", "test_what_runs_after_a_module_changes_nothing", "module"),
+    ),
+    Defect(
+        "mask not flipped",
+        "heteroakd_fast.train.augment:augment",
+        "picture[:, ::-1], mask[:, ::-1]",
+        "picture[:, ::-1], mask",
+        test_of("test_train_augment", "test_picture_and_mask_stay_together"),
+    ),
+)
+
+
+def noticed() -> Any:
+    """A failed assertion, `pytest.fail`, or an error of the package; no skipped test, and no test
+    that was called wrongly or defect that is no program."""
+    return pytest.raises((AssertionError, RuntimeError, ValueError, pytest.fail.Exception))
+
+
+@pytest.mark.parametrize("defect", PYTHON, ids=lambda defect: defect.what)
+def test_defects_of_the_package_are_noticed(defect: Defect) -> None:
+    with mutated(defect.where, defect.old, defect.new), noticed():
+        defect.check()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled, not interpreted")
+@pytest.mark.parametrize("defect", TRITON, ids=lambda defect: defect.what)
+def test_defects_of_triton_kernels_are_noticed(defect: Defect) -> None:
+    with mutated(defect.where, defect.old, defect.new), noticed():
+        defect.check()
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    if not (SHIM and _extension.loaded()):
+        pytest.skip("needs a C++ compiler and the extension, and no GPU")
+    return compiled_library(COMPILED)
+
+
+@pytest.mark.parametrize(
+    ("number", "defect"),
+    list(enumerate(COMPILED, 1)),
+    ids=[defect.what for defect in COMPILED],
+)
+def test_defects_of_compiled_kernels_are_noticed(
+    number: int, defect: Compiled, library: Library
+) -> None:
+    with library.used(0):
+        defect.check()
+    with library.used(number), noticed():
+        defect.check()

@@ -13,12 +13,35 @@ from . import _extension
 from ._environment import flag
 from .checks import label_range
 
-__all__ = ["check_synchronously", "label_report", "nearest_labels", "raise_bad_label"]
+__all__ = [
+    "check_synchronously",
+    "count_valid",
+    "label_report",
+    "nearest_labels",
+    "raise_bad_label",
+]
 
 
 def check_synchronously() -> bool:
     """Whether label ranges are to be checked at the price of waiting for the GPU."""
     return flag("HETEROAKD_CHECK_LABELS")
+
+
+def count_valid(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The number of labels that are not `ignore_index`, int64 scalar, once they are checked.
+
+    Raises:
+        ValueError: a label is outside [0, num_classes); on a GPU only with
+            `HETEROAKD_CHECK_LABELS=1`, a device-side assertion without.
+    """
+    report = label_report(target, num_classes, ignore_index)
+    if target.device.type == "cpu" or check_synchronously():
+        raise_bad_label(report, target, num_classes, ignore_index)
+    else:
+        torch._assert_async(
+            report[1] == 0, "target: a label is outside [0, C) and is not ignore_index"
+        )
+    return report[0].clone()
 
 
 def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:

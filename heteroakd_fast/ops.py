@@ -5,7 +5,9 @@ what is done between the sums and the gradients (global denominators, weights, a
 normalizer) stays visible to PyTorch and costs nothing, and the gradient of the numerators is all
 that a backend has to know. Its backward is `heteroakd_fast::distillation_sums_backward`.
 
-The backend `reference` does not pass through the operator: it is ordinary differentiable PyTorch.
+The backend `reference` does not pass through the operator: in traced code, and in float64, it is
+`reference.distillation_sums`, ordinary differentiable PyTorch; elsewhere the same formulas over
+bands (`backends/reference.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, reference
-from .labels import check_synchronously, label_report, raise_bad_label
+from .backends.reference import BACKEND as BANDS
+from .labels import count_valid
 from .spec import LossSpec
 
 __all__ = ["OPTIONS_SCHEMA", "SumsResult", "distillation_sums", "valid_count"]
@@ -92,7 +95,15 @@ def distillation_sums(
         and teacher_logits.requires_grad
         and "teacher_ce" in spec.terms
     )
-    if backend == "reference":
+    if target.numel() == 0:  # no backend has to think of it, nor of sizes beside a 0
+        numerators, denominators, maps = reference.empty_pass(
+            student_logits, teacher_logits, target, spec
+        )
+        valid = denominators.new_zeros((), dtype=torch.int64)
+        return SumsResult(_once_differentiable(numerators), denominators, valid, maps)
+    plain = _is_plain_eager(student_logits, teacher_logits, target, class_weight)
+    double = student_logits.dtype == torch.float64  # the ground truth of the tests
+    if backend == "reference" and (double or not plain):
         valid = valid_count(target, student_logits.shape[1], spec.ignore_index)
         # Autocast finds nothing to cast here: the formulas have no product of matrices.
         numerators, denominators, maps = reference.distillation_sums(
@@ -101,9 +112,8 @@ def distillation_sums(
         # A compiler drops an operator whose result nobody reads, and the check of the labels with
         # it; so the loss reads the count.
         numerators = torch.where(valid >= 0, numerators, math.nan)
-        if numerators.requires_grad and not torch.compiler.is_compiling():
-            numerators = cast(Tensor, _OnceDifferentiable.apply(numerators))
-    elif _is_plain_eager(student_logits, teacher_logits, target, class_weight):
+        numerators = _once_differentiable(numerators)
+    elif plain:
         # Detached where no gradient is made: autograd would record a call that has none to give.
         numerators, denominators, valid, maps = _EagerSums.apply(
             student_logits if student_grad else student_logits.detach(),
@@ -113,7 +123,7 @@ def distillation_sums(
             spec,
             student_grad,
             teacher_grad,
-            backend,
+            BANDS if backend == "reference" else backends.get(backend),
         )
     else:
         numerators, denominators, valid, maps, _ = torch.ops.heteroakd_fast.distillation_sums(
@@ -183,9 +193,8 @@ class _EagerSums(torch.autograd.Function):
         spec: LossSpec,
         student_grad: bool,
         teacher_grad: bool,
-        backend: str,
+        implementation: backends.EagerBackend,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        implementation = backends.get(backend)
         numerators, denominators, valid, maps, saved = implementation.forward(
             student_logits, teacher_logits, target, class_weight, spec, student_grad, teacher_grad
         )
@@ -266,6 +275,13 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         _refuse_second_order()
         return grad
+
+
+def _once_differentiable(x: Tensor) -> Tensor:
+    """`x`, whose second derivative is refused."""
+    if x.requires_grad and not torch.compiler.is_compiling():
+        return cast(Tensor, _OnceDifferentiable.apply(x))
+    return x
 
 
 # --- implementations ---------------------------------------------------------------------------
@@ -424,14 +440,7 @@ def _backward(ctx: Any, grad_numerators: Tensor, *unused: object) -> tuple[Tenso
 
 
 def _valid_count_impl(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    report = label_report(target, num_classes, ignore_index)
-    if target.device.type == "cpu" or check_synchronously():
-        raise_bad_label(report, target, num_classes, ignore_index)
-    else:
-        torch._assert_async(
-            report[1] == 0, "target: a label is outside [0, C) and is not ignore_index"
-        )
-    return report[0].clone()
+    return count_valid(target, num_classes, ignore_index)
 
 
 def _valid_count_fake(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -9,9 +9,8 @@ store the projected logits, and `reference`, which is `reference.project` and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -297,20 +296,15 @@ def _reference_sums(
     class_weight: Tensor | None,
     spec: LossSpec,
 ) -> ops.SumsResult:
-    valid = ops.valid_count(target, student.weight.shape[0], spec.ignore_index)
     with _no_autocast(target.device.type):
-        numerators, denominators, maps = reference.distillation_sums(
+        return ops.distillation_sums(
             _project(student, target, spec),
             None if teacher is None else _project(teacher, target, spec),
             target,
             class_weight,
             spec,
+            "reference",
         )
-    # as in `ops.distillation_sums`: the loss reads the count, or a compiler drops the check
-    numerators = torch.where(valid >= 0, numerators, math.nan)
-    if numerators.requires_grad and not torch.compiler.is_compiling():
-        numerators = cast(Tensor, ops._OnceDifferentiable.apply(numerators))
-    return ops.SumsResult(numerators, denominators.detach(), valid, maps.detach())
 
 
 def _project(side: Projection, target: Tensor, spec: LossSpec) -> Tensor:

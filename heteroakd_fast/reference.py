@@ -1,11 +1,12 @@
-"""The oracle: the whole method in plain PyTorch, and the backend that always works.
+"""The oracle: the whole method in plain PyTorch.
 
 The formulas are those of `docs/method.md`, in its order and under its names; the compiled
 kernels are laid out in the same order, so that the three can be read side by side.
 
 Every function works on the label grid, class axis 1, in the dtype it is given; run it in
-float64 and it is the ground truth of the tests. Nothing here is tuned: full-resolution logits
-are materialised and autograd does the gradients, which is what the kernels are measured against.
+float64 and it is the ground truth of the tests. `distillation_sums` materialises full-resolution
+logits; the backend `reference` runs the same formulas over bands of rows
+(`backends/reference.py`). Autograd does the gradients in both.
 
 Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C, H, W];
 `label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where not `valid`).
@@ -14,7 +15,8 @@ Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +33,12 @@ __all__ = [
     "evaluate_knowledge",
     "feature",
     "hetero",
+    "join_over_space",
     "kd",
+    "labels_and_valid",
     "negative_log_likelihood",
     "project",
+    "terms_on_grid",
     "upsample",
 ]
 
@@ -66,6 +71,9 @@ class Knowledge(NamedTuple):
     """[B, H, W]: r_t, of the labelled class in the preset `paper`"""
     discrepancy: Tensor
     """[B, H, W]: d_p, or dH of the labelled class"""
+    shares: tuple[Tensor, Tensor] | None = None
+    """Of weights over space, [B, C, 1, 1] each: the largest logit m and the sum of exp(x - m) that
+    the softmax divided by (0 where no pixel is valid)"""
 
 
 # --- section 1: projection ---------------------------------------------------------------------
@@ -133,19 +141,37 @@ def _one_hot(z: Tensor, label: Tensor) -> Tensor:
 
 
 def negative_log_likelihood(z: Tensor, label: Tensor) -> Tensor:
-    """-log softmax(z)_label, [B, H, W].
+    """-log softmax(z)_label, [B, H, W]."""
+    nll: Tensor = _NegativeLogLikelihood.apply(z, label)
+    return nll
 
-    As log(1 + exp(a)) with a = logsumexp of the other classes - z_label. The textbook form takes
-    a difference of near-equal numbers for a confident pixel; this one keeps the value's and the
-    gradient's relative precision, because the true-class gradient p - 1 comes out as minus the
-    sum of the others. The maximum comes off first, where the subtraction is still exact.
+
+class _NegativeLogLikelihood(torch.autograd.Function):
+    """With p_c = exp(z_c) / total and "others" the classes that are not the label's:
+
+        -log p_label = log(total) - z_label,        d / dz_c = p_c,
+                                                    d / dz_label = p_label - 1 = -p_others.
+
+    A confident pixel's value and its p_label - 1 are differences of near-equal numbers; taken from
+    the sum of the others, which leaves out the label's, both keep their relative precision.
     """
-    if z.shape[1] == 1:
-        return z[:, 0] - z[:, 0]
-    z = z - z.detach().amax(dim=1, keepdim=True)
-    others = z.masked_fill(_one_hot(z, label), -math.inf).logsumexp(dim=1)
-    a = others - _at_label(z, label)
-    return torch.logaddexp(a, torch.zeros_like(a))
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, label: Tensor) -> Tensor:
+        index = label[:, None]
+        largest = z.amax(dim=1, keepdim=True)
+        z_label = (z.gather(1, index) - largest).squeeze(1)
+        exp_others = (z - largest).exp_().scatter_(1, index, 0.0)
+        others = exp_others.sum(dim=1)
+        total = others + z_label.exp()
+        ctx.save_for_backward(exp_others, others, total, index)
+        return torch.where(z_label == 0.0, others.log1p(), total.log() - z_label)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        exp_others, others, total, index = ctx.saved_tensors
+        scale = (grad / total)[:, None]
+        return (exp_others * scale).scatter_(1, index, -others[:, None] * scale), None
 
 
 def cross_entropy(
@@ -159,10 +185,11 @@ def cross_entropy(
     nll = negative_log_likelihood(z, label)
     pixel_weight = torch.ones_like(nll) if class_weight is None else class_weight[label]
     per_pixel = pixel_weight * nll
-    if label_smoothing > 0.0:
-        log_p = z.log_softmax(dim=1)
-        weighted = log_p if class_weight is None else class_weight[:, None, None] * log_p
-        uniform = -weighted.sum(dim=1) / z.shape[1]
+    if label_smoothing > 0.0:  # -log p_c = nll + z_label - z_c
+        weight = torch.ones_like(z[0, :, 0, 0]) if class_weight is None else class_weight
+        behind = z.gather(1, label[:, None]) - z
+        behind = behind if class_weight is None else behind * weight[:, None, None]
+        uniform = (nll * weight.sum() + behind.sum(dim=1)) / z.shape[1]
         per_pixel = (1.0 - label_smoothing) * per_pixel + label_smoothing * uniform
     return _total(per_pixel, valid), _total(pixel_weight, valid)
 
@@ -238,9 +265,12 @@ def _evaluate_softmax_kl(
         mixed_target = (z_h / t).log_softmax(dim=1)
 
     # discrepancy: a KL is never negative, its rounding may be
-    discrepancy = _kl(log_p_t, log_p_s).clamp(min=0.0)
-
-    d = discrepancy if spec.evaluation == "discrepancy" else torch.ones_like(discrepancy)
+    d = torch.ones_like(e_s)
+    discrepancy = d
+    if spec.evaluation == "discrepancy" or spec.maps:
+        discrepancy = _kl(log_p_t, log_p_s).clamp(min=0.0)
+    if spec.evaluation == "discrepancy":
+        d = discrepancy
     return Knowledge(
         mixed_target=mixed_target,
         weight=torch.where(valid, d, 0)[:, None],
@@ -252,10 +282,11 @@ def _evaluate_softmax_kl(
 def _evaluate_paper(
     student_z: Tensor, teacher_z: Tensor, label: Tensor, valid: Tensor, spec: LossSpec
 ) -> Knowledge:
-    one_hot = _one_hot(student_z, label).to(student_z.dtype)
+    # BCE(sigmoid(z), [c = label]) is -log sigmoid of z or, for the other classes, of -z
+    sign = torch.full_like(student_z, -1.0).scatter_(1, label[:, None], 1.0)
 
     def error(z: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(z, one_hot, reduction="none")
+        return -F.logsigmoid(sign * z)
 
     # reliability, per class (Eq. 5 and 6)
     h_s, h_t = error(student_z), error(teacher_z)
@@ -267,13 +298,17 @@ def _evaluate_paper(
     # discrepancy: the positive reliability gap (Eq. 8), and the class weights (Eq. 9)
     discrepancy = (h_s - error(z_h)).clamp(min=0.0)
     inside = valid[:, None]
+    shares = None
     if spec.evaluation == "none":
         weight = torch.ones_like(h_s)
     elif spec.weight_axis == "class":
         weight = (h_s + discrepancy).softmax(dim=1)
     else:
-        over_space = (h_s + discrepancy).masked_fill(~inside, -math.inf).flatten(2)
-        weight = over_space.softmax(dim=2).reshape(h_s.shape)
+        x = h_s + discrepancy
+        largest = x.masked_fill(~inside, torch.finfo(x.dtype).min).amax(dim=(2, 3), keepdim=True)
+        exp = torch.where(inside, (x - largest).exp(), 0)
+        shares = (largest, exp.sum(dim=(2, 3), keepdim=True))
+        weight = exp / shares[1]
 
     softened = z_h / spec.temperature
     return Knowledge(
@@ -281,7 +316,22 @@ def _evaluate_paper(
         weight=torch.where(inside, weight, 0),
         reliability=_at_label(r_t, label),
         discrepancy=_at_label(discrepancy, label),
+        shares=shares,
     )
+
+
+def join_over_space(bands: Sequence[Knowledge]) -> list[Knowledge]:
+    """The same, with the weights of each band of rows normalised over all of them."""
+    found = [band.shares for band in bands if band.shares is not None]
+    largest = torch.stack([m for m, _ in found]).amax(dim=0)
+    totals = [total * (m - largest).exp() for m, total in found]
+    total = torch.stack(totals).sum(dim=0)
+    return [
+        band._replace(
+            weight=torch.where(own == 0, 0, band.weight * (own / total)), shares=(largest, total)
+        )
+        for band, own in zip(bands, totals, strict=True)
+    ]
 
 
 def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
@@ -331,14 +381,10 @@ def distillation_sums(
         spec: what to compute.
     """
     if target.numel() == 0:
-        return _empty_pass(student_logits, teacher_logits, target, spec)
+        return empty_pass(student_logits, teacher_logits, target, spec)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     size = (target.shape[1], target.shape[2])
-    target = target.long()
-    valid = target != spec.ignore_index
-    # A label out of range is the caller's check to report; here it must only not be an index.
-    in_range = (target >= 0) & (target < student_logits.shape[1])
-    label = torch.where(valid & in_range, target, 0)
+    label, valid = labels_and_valid(target, student_logits.shape[1], spec.ignore_index)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
 
@@ -348,9 +394,44 @@ def distillation_sums(
 
     student_z = on_label_grid(student_logits)
     teacher_z = student_z if teacher_logits is None else on_label_grid(teacher_logits)
+    fractions, maps = terms_on_grid(student_z, teacher_z, label, valid, class_weight, spec)
+    return PassSums(
+        numerators=torch.stack([numerator for numerator, _ in fractions]),
+        denominators=torch.stack([denominator.detach() for _, denominator in fractions]),
+        maps=student_z.new_empty(0) if maps is None else maps,
+    )
+
+
+def labels_and_valid(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """A class index everywhere (0 where there is none), and where `target` is not ignored."""
+    target = target.long()
+    valid = target != ignore_index
+    # A label out of range is the caller's check to report; here it must only not be an index.
+    in_range = (target >= 0) & (target < num_classes)
+    return torch.where(valid & in_range, target, 0), valid
+
+
+def terms_on_grid(
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    class_weight: Tensor | None,
+    spec: LossSpec,
+    knowledge: Knowledge | None = None,
+) -> tuple[list[Fraction], Tensor | None]:
+    """The terms of `spec`, in its order, and the maps [2, B, H, W] if it asks for them.
+
+    Args:
+        student_z, teacher_z: [B, C, H, W], the same floating dtype, finite where not `valid`; one
+            that no term reads may be the other.
+        label, valid: [B, H, W].
+        class_weight: [C] in the dtype of `student_z`, or None.
+        spec: what to compute.
+        knowledge: what `evaluate_knowledge` found, if it was called already.
+    """
     frozen_teacher_z = teacher_z.detach()
-    knowledge = None
-    if "hetero" in spec.terms or spec.maps:
+    if knowledge is None and ("hetero" in spec.terms or spec.maps):
         knowledge = evaluate_knowledge(student_z, teacher_z, label, valid, spec)
 
     fractions: list[Fraction] = []
@@ -382,24 +463,19 @@ def distillation_sums(
         else:
             raise AssertionError(f"no formula for the term {term!r}")
 
-    maps = student_z.new_empty(0)
-    if spec.maps and knowledge is not None:
-        pair = torch.stack((knowledge.reliability, knowledge.discrepancy))
-        maps = torch.where(valid, pair, 0)
-    return PassSums(
-        numerators=torch.stack([numerator for numerator, _ in fractions]),
-        denominators=torch.stack([denominator.detach() for _, denominator in fractions]),
-        maps=maps,
-    )
+    if not spec.maps or knowledge is None:
+        return fractions, None
+    pair = torch.stack((knowledge.reliability, knowledge.discrepancy))
+    return fractions, torch.where(valid, pair, 0)
 
 
-def _empty_pass(
+def empty_pass(
     student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, spec: LossSpec
 ) -> PassSums:
-    """No pixel at all: zeros that are still connected to both logits."""
-    nothing = student_logits.flatten()[:0].sum(dtype=torch.float64)
+    """No pixel at all: zeros that are still connected to both logits, whatever their size."""
+    nothing = student_logits[:0].sum(dtype=torch.float64)
     if teacher_logits is not None:
-        nothing = nothing + teacher_logits.flatten()[:0].sum(dtype=torch.float64)
+        nothing = nothing + teacher_logits[:0].sum(dtype=torch.float64)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     maps_shape = (2, *target.shape) if spec.maps else (0,)
     return PassSums(

@@ -70,6 +70,11 @@ class LossSpec:
     label_smoothing: float = 0.0
     maps: bool = False
 
+    @property
+    def weighs_space(self) -> bool:
+        """Whether `hetero` divides by sums over whole images."""
+        return self.weight_axis == "space" and self.evaluation == "discrepancy"
+
     def options(self) -> dict[str, Any]:
         """The fields by name, as the operators take them (lists, not tuples)."""
         options = {name: getattr(self, name) for name in _FIELDS}

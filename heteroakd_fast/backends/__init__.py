@@ -31,6 +31,7 @@ __all__ = [
     "CANDIDATES",
     "Backend",
     "BackendUnavailableError",
+    "EagerBackend",
     "ForwardResult",
     "available",
     "explain",
@@ -57,20 +58,10 @@ class ForwardResult(NamedTuple):
     saved: list[Tensor]
 
 
-class Backend(Protocol):
-    """A compiled backend. `reference` is not one: it is differentiated by autograd itself."""
+class EagerBackend(Protocol):
+    """Sums of a pass and their gradients: what a call outside of traced code needs."""
 
     name: str
-
-    def devices(self) -> tuple[str, ...]:
-        """Types of the tensors it computes on."""
-
-    def unavailable(self) -> str | None:
-        """Why nothing runs here and what to install; None when the backend works."""
-
-    def unsupported(self, spec: LossSpec) -> str | None:
-        """Why this call cannot run on this backend; None when it can. May depend on
-        `spec.structure()` only: while a graph is traced, the numbers are not known."""
 
     def forward(
         self,
@@ -97,17 +88,6 @@ class Backend(Protocol):
         at shapes and dtypes. If not, they are not kept: `backward` then gets logits of the right
         form only, and None for the rest."""
 
-    def saved_shapes(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor,
-        spec: LossSpec,
-        student_grad: bool,
-        teacher_grad: bool,
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each saved tensor, for tracing without data."""
-
     def backward(
         self,
         grad_numerators: Tensor,
@@ -121,6 +101,32 @@ class Backend(Protocol):
         teacher_grad: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients in the dtype of their logits, rounded once; None where not asked for."""
+
+
+class Backend(EagerBackend, Protocol):
+    """A compiled backend, which may be unavailable. `reference` is not one: traced code gets its
+    formulas, and outside it is an `EagerBackend` (`backends/reference.py`)."""
+
+    def devices(self) -> tuple[str, ...]:
+        """Types of the tensors it computes on."""
+
+    def unavailable(self) -> str | None:
+        """Why nothing runs here and what to install; None when the backend works."""
+
+    def unsupported(self, spec: LossSpec) -> str | None:
+        """Why this call cannot run on this backend; None when it can. May depend on
+        `spec.structure()` only: while a graph is traced, the numbers are not known."""
+
+    def saved_shapes(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        target: Tensor,
+        spec: LossSpec,
+        student_grad: bool,
+        teacher_grad: bool,
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each saved tensor, for tracing without data."""
 
 
 # Modules are imported when first asked about: importing the package must not need any of them.

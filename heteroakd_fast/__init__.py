@@ -10,7 +10,7 @@
 """
 
 from . import functional
-from .backends import BackendUnavailableError, use_backend
+from .backends import BackendUnavailableError, ExtensionMissingWarning, use_backend
 from .channelwise import ChannelWiseLoss
 from .losses import HeteroAKDLoss
 from .output import DistillationOutput
@@ -20,6 +20,7 @@ __all__ = [
     "BackendUnavailableError",
     "ChannelWiseLoss",
     "DistillationOutput",
+    "ExtensionMissingWarning",
     "HeteroAKDLoss",
     "__version__",
     "functional",

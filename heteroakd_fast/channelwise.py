@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional, ops
+from . import functional, ops, reference
 from .checks import (
     check_choice,
+    check_constant,
     check_flag,
     check_ignore_index,
     check_ignored_class,
@@ -92,30 +92,19 @@ def channel_wise_distillation(
     functional.check_pair(student_logits, teacher_logits, target)
     _, classes, height, width = student_logits.shape
     check_ignored_class(ignore_index, classes, allow_ignored_class)
+    check_constant(teacher_logits, "teacher_logits")
     valid_count = ops.valid_count(target, classes, ignored)
-
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student_z, teacher_z = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if resolution == "logits":
         target = nearest_labels(target, (height, width))
-    size = (target.shape[1], target.shape[2])
-    student_z, teacher_z = (_resample(z, size, align_corners) for z in (student_z, teacher_z))
-
-    # `where` on the way in and on the way out: what an ignored pixel holds, NaN included, must
-    # reach neither the values nor the gradients. A picture without a valid pixel has no softmax.
-    valid = (target != ignored).flatten(1)[:, None]
-    counted = valid.any(dim=2, keepdim=True)
-    nothing = torch.where(counted, -torch.inf, 0.0).to(dtype)
-    log_p_s, log_p_t = (
-        torch.where(valid, z.flatten(2) / temperature, nothing).log_softmax(dim=2)
-        for z in (student_z, teacher_z)
-    )
-    difference = torch.where(valid, log_p_t - log_p_s, 0.0)
-    divergence = (torch.where(valid, log_p_t.exp(), 0.0) * difference).sum(dim=(1, 2))
-    numerator = temperature**2 * divergence.sum(dtype=torch.float64)
-    # A sum of divergences is never negative, its rounding may be; the gradient is the sum's.
-    numerator = numerator - numerator.detach().clamp(max=0.0)
-    denominator = counted.sum(dtype=torch.float64) * classes
+    if target.numel() == 0:
+        numerator = student_logits[:0].sum(dtype=torch.float64)
+        images = torch.zeros_like(numerator)
+    else:
+        numerator, images = _sums(
+            student_logits, teacher_logits, target != ignored, temperature, align_corners
+        )
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    denominator = images * classes
     if process_group is not None:
         denominator = functional.mean_over_ranks(denominator, process_group)
     divisor = denominator
@@ -140,12 +129,35 @@ def channel_wise_distillation(
     )
 
 
-def _resample(z: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    if tuple(z.shape[-2:]) == size:
-        return z
-    if z.numel() == 0 or 0 in size:  # which torch does not resample
-        return z[..., :1, :1].expand(*z.shape[:2], *size)
-    return F.interpolate(z, size=size, mode="bilinear", align_corners=align_corners)
+def _sums(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    valid: Tensor,
+    temperature: float,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """T^2 KL summed over images and classes, on the grid of `valid` [B, H, W], and the number of
+    images that have a valid pixel; float64 scalars."""
+    size = (valid.shape[1], valid.shape[2])
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student_z, teacher_z = (
+        reference.upsample(z.to(dtype), size, align_corners).flatten(2)
+        for z in (student_logits, teacher_logits)
+    )
+    # `where` on the way in and on the way out: what an ignored pixel holds, NaN included, must
+    # reach neither the values nor the gradients. A picture without a valid pixel has no softmax.
+    valid = valid.flatten(1)[:, None]
+    counted = valid.any(dim=2, keepdim=True)
+    nothing = torch.where(counted, -torch.inf, 0.0).to(dtype)
+    log_p_s, log_p_t = (
+        torch.where(valid, z / temperature, nothing).log_softmax(dim=2)
+        for z in (student_z, teacher_z)
+    )
+    difference = torch.where(valid, log_p_t - log_p_s, 0.0)
+    divergence = (torch.where(valid, log_p_t.exp(), 0.0) * difference).sum(dim=(1, 2))
+    total = temperature**2 * divergence.sum(dtype=torch.float64)
+    # A sum of divergences is never negative, its rounding may be; the gradient is the sum's.
+    return total - total.detach().clamp(max=0.0), counted.sum(dtype=torch.float64)
 
 
 class ChannelWiseLoss(AdjustableLoss):

@@ -11,12 +11,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _T = TypeVar("_T")
 
 __all__ = [
     "axis_hint",
     "check_choice",
+    "check_constant",
     "check_count",
     "check_flag",
     "check_ignore_index",
@@ -28,6 +30,7 @@ __all__ = [
     "label_hint",
     "label_range",
     "plain_tensor",
+    "refuse_forward_mode",
     "refuse_unknown",
     "suggest",
 ]
@@ -106,10 +109,29 @@ def check_scalar(value: object, name: str) -> None:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one element")
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name}: got {value.dtype}, expected a real number")
-        if value.requires_grad:
-            raise ValueError(f"{name}: requires grad; pass .detach()")
+        check_constant(value, name)
     elif check_number(value, name) < 0.0:
         raise ValueError(f"{name}: got {value}, expected a number >= 0")
+
+
+def check_constant(tensor: Tensor, name: str) -> None:
+    """Raises where a derivative is expected of a tensor that gets none."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: requires grad, but no gradient is computed for it; pass .detach()"
+        )
+    refuse_forward_mode(tensor, name)
+
+
+def refuse_forward_mode(tensor: Tensor, name: str) -> None:
+    """Raises where an operator, or `detach`, would drop a tangent without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: has a tangent (jvp, jacfwd), but heteroakd_fast losses have no forward-mode "
+            "derivative; use reverse mode, or pass .detach()"
+        )
 
 
 def check_ignore_index(value: object) -> int:

@@ -16,6 +16,7 @@ from . import backends, ops
 from .checks import (
     axis_hint,
     check_choice,
+    check_constant,
     check_flag,
     check_ignore_index,
     check_ignored_class,
@@ -24,6 +25,7 @@ from .checks import (
     check_temperature,
     label_hint,
     plain_tensor,
+    refuse_forward_mode,
 )
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
@@ -44,6 +46,8 @@ Normalizer = Tensor | float | Mapping[str, Tensor | float]
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 MAX_CLASSES = 4096
+#: Of any axis; the kernels number rows and columns in 32 bits.
+LARGEST_SIZE = 2**31 - 1
 RESOLUTIONS = ("label", "logits")
 BACKENDS = (backends.AUTO, *backends.names())
 
@@ -322,7 +326,7 @@ def run(
         student_logits,
         teacher_logits if needs_teacher else None,
         target,
-        None if class_weight is None else class_weight.detach(),
+        class_weight,
         spec,
         backends.select(backend, spec, student_logits.device.type),
     )
@@ -457,6 +461,11 @@ def check_tensor(
         raise TypeError(
             f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}"
         )
+    if not torch.compiler.is_compiling() and any(n > LARGEST_SIZE for n in tensor.shape):
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected sizes up to {LARGEST_SIZE}"
+        )
+    refuse_forward_mode(tensor, name)
     return tensor
 
 
@@ -496,16 +505,20 @@ def _check_tensors(
         if spec.maps:
             raise ValueError("teacher_logits: got None, but return_maps=True needs them")
     if class_weight is not None:
-        check_tensor(class_weight, "class_weight", 1, "[C]", LOGITS_DTYPES)
-        if class_weight.shape[0] != classes:
-            raise ValueError(
-                f"class_weight: got {class_weight.shape[0]} entries, expected C={classes}"
-            )
-        if class_weight.device != student_logits.device:
-            raise ValueError(
-                f"class_weight: is on {class_weight.device}, student_logits on "
-                f"{student_logits.device}; move it with .to({str(student_logits.device)!r})"
-            )
+        check_class_weight(class_weight, classes, student_logits, "student_logits")
+
+
+def check_class_weight(class_weight: Tensor, classes: int, logits: Tensor, name: str) -> None:
+    """logits, name: the tensor whose device it must be on."""
+    check_tensor(class_weight, "class_weight", 1, "[C]", LOGITS_DTYPES)
+    check_constant(class_weight, "class_weight")
+    if class_weight.shape[0] != classes:
+        raise ValueError(f"class_weight: got {class_weight.shape[0]} entries, expected C={classes}")
+    if class_weight.device != logits.device:
+        raise ValueError(
+            f"class_weight: is on {class_weight.device}, {name} on {logits.device}; move it with "
+            f".to({str(logits.device)!r})"
+        )
 
 
 def check_pair(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor) -> None:

@@ -46,6 +46,8 @@ def count_valid(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """The report of `target` [B, H, W] (uint8, int32 or int64), int64[3] on its device."""
+    if target.numel() == 0:  # whatever its other sizes
+        return torch.tensor((0, 0, -1), device=target.device)
     # The CUDA kernel is built but has not run on a GPU yet: torch's operators until it has.
     if target.device.type == "cpu" and _extension.loaded():
         report: Tensor = _extension.operators().label_report(target, num_classes, ignore_index)
@@ -54,8 +56,7 @@ def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     valid = labels != ignore_index
     bad = valid & ((labels < 0) | (labels >= num_classes))
     count = bad.sum()
-    first = bad.to(torch.uint8).argmax() if labels.numel() else count
-    first = torch.where(count > 0, first, -1)
+    first = torch.where(count > 0, bad.to(torch.uint8).argmax(), -1)
     return torch.stack((valid.sum() - count, count, first))
 
 

@@ -15,6 +15,7 @@ from . import functional
 from .checks import (
     axis_hint,
     check_choice,
+    check_constant,
     check_count,
     check_flag,
     check_ignore_index,
@@ -22,6 +23,7 @@ from .checks import (
     check_integer,
     check_number,
     plain_tensor,
+    refuse_forward_mode,
     refuse_unknown,
 )
 from .functional import Normalizer
@@ -228,7 +230,9 @@ class HeteroAKDLoss(AdjustableLoss):
         if value is None or value is current:
             return current if value is current else None
         device = None if current is None or isinstance(value, Tensor) else current.device
-        weight = plain_tensor(torch.as_tensor(value, device=device)).detach().clone()
+        given = plain_tensor(torch.as_tensor(value, device=device))
+        check_constant(given, "class_weight")
+        weight = given.detach().clone()
         weight = weight if weight.is_floating_point() else weight.float()
         if weight.shape != (self.num_classes,):
             raise ValueError(
@@ -366,6 +370,7 @@ class HeteroAKDLoss(AdjustableLoss):
                 student_z: Tensor = self.student_projector(student_features)
                 teacher_z: Tensor = self.teacher_projector(teacher_features)
                 if not self.projector_weight:
+                    refuse_forward_mode(teacher_z, "teacher_projector")
                     teacher_z = teacher_z.detach()
                 projected = functional.run(
                     student_z, teacher_z, target, on_projected, return_maps=return_maps, **options

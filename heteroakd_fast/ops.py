@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import backends, reference
 from .backends.reference import BACKEND as BANDS
@@ -82,7 +81,6 @@ def distillation_sums(
     Shapes as in `reference.distillation_sums`. Differentiable once, with respect to
     `student_logits` and, through the term `teacher_ce`, to `teacher_logits`.
     """
-    _refuse_forward_mode(student_logits, teacher_logits)
     grad_mode = torch.is_grad_enabled()
     student_grad = (
         grad_mode
@@ -250,18 +248,6 @@ def _refuse_second_order() -> None:
             "create_graph=True. Drop create_graph, or compute second-order terms (gradient "
             "penalties, Hessian products) on a loss written in plain PyTorch operators."
         )
-
-
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """A custom operator would drop the tangent without a word."""
-    if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "heteroakd_fast losses have no forward-mode derivative (jvp, jacfwd); "
-                "use reverse mode"
-            )
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -172,7 +172,7 @@ def projected_distillation_loss(
         student,
         teacher,
         target,
-        None if class_weight is None else class_weight.detach(),
+        class_weight,
         spec,
         precision,
         _select(backend, student, teacher, spec),
@@ -256,7 +256,6 @@ def projected_sums(
     """
     if teacher is not None:
         teacher = _teacher_that_learns(teacher, "teacher_ce" in spec.terms)
-    ops._refuse_forward_mode(*student, *(teacher or ()))
     if backend == "reference":
         return _reference_sums(student, teacher, target, class_weight, spec)
     learns = any(term in _OF_STUDENT for term in spec.terms)
@@ -369,12 +368,7 @@ def _check(
     if teacher is not None:
         _check_teacher(teacher, student)
     if class_weight is not None:
-        functional.check_tensor(class_weight, "class_weight", 1, "[C]", functional.LOGITS_DTYPES)
-        if class_weight.shape[0] != classes:
-            raise ValueError(
-                f"class_weight: got {class_weight.shape[0]} entries, expected C={classes}"
-            )
-        _check_device(class_weight, "class_weight", student)
+        functional.check_class_weight(class_weight, classes, student.features, "student_features")
 
 
 def _check_teacher(teacher: Projection, student: Projection) -> None:

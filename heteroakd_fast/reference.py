@@ -142,7 +142,7 @@ def _one_hot(z: Tensor, label: Tensor) -> Tensor:
 
 def negative_log_likelihood(z: Tensor, label: Tensor) -> Tensor:
     """-log softmax(z)_label, [B, H, W]."""
-    nll: Tensor = _NegativeLogLikelihood.apply(z, label)
+    nll: Tensor = _NegativeLogLikelihood.apply(z, label[:, None])[0]
     return nll
 
 
@@ -157,19 +157,28 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, label: Tensor) -> Tensor:
-        index = label[:, None]
+    def forward(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         largest = z.amax(dim=1, keepdim=True)
         z_label = (z.gather(1, index) - largest).squeeze(1)
         exp_others = (z - largest).exp_().scatter_(1, index, 0.0)
         others = exp_others.sum(dim=1)
         total = others + z_label.exp()
-        ctx.save_for_backward(exp_others, others, total, index)
-        return torch.where(z_label == 0.0, others.log1p(), total.log() - z_label)
+        nll = torch.where(z_label == 0.0, others.log1p(), total.log() - z_label)
+        return nll, exp_others, others, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        exp_others, others, total, index = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1], *output[1:])
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor | None, *unused: None
+    ) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        index, exp_others, others, total = ctx.saved_tensors
         scale = (grad / total)[:, None]
         return (exp_others * scale).scatter_(1, index, -others[:, None] * scale), None
 

@@ -272,8 +272,8 @@ PYTHON = (
     Defect(
         "space weights see ignored pixels",
         "heteroakd_fast.reference:_evaluate_paper",
-        ".masked_fill(~inside, -math.inf)",
-        "",
+        "torch.where(inside, (x - largest).exp(), 0)",
+        "(x - largest).exp()",
         _oracle("test_space_weights_sum_to_one_over_valid_pixels_of_each_image_and_class"),
     ),
     Defect(
@@ -335,10 +335,26 @@ PYTHON = (
     ),
     Defect(
         "labels not checked",
-        "heteroakd_fast.ops:_valid_count_impl",
+        "heteroakd_fast.labels:count_valid",
         'target.device.type == "cpu" or check_synchronously()',
         "False",
         test_of("test_inputs", "test_refuses_labels_out_of_range", "reference", torch.int64, 256),
+    ),
+    Defect(
+        "bands without their second rows",
+        "heteroakd_fast.backends.reference:_Side.add",
+        "into.index_add_(2, upper, gradient * fraction)",
+        "None",
+        test_of("test_inputs", "test_every_term_in_every_dtype", "reference", "ce", F32),
+    ),
+    Defect(
+        "tangents dropped",
+        "heteroakd_fast.checks:refuse_forward_mode",
+        "forward_ad.unpack_dual(tensor).tangent is not None",
+        "False",
+        test_of(
+            "test_derivatives", "test_forward_mode_is_refused", "cross_entropy", "class_weight"
+        ),
     ),
     Defect(
         "second order silently wrong",
@@ -363,7 +379,7 @@ PYTHON = (
     ),
     Defect(
         "cwd: without T^2",
-        "heteroakd_fast.channelwise:channel_wise_distillation",
+        "heteroakd_fast.channelwise:_sums",
         "temperature**2 * divergence",
         "divergence",
         test_of("test_channelwise", "test_value_and_gradient", "label", torch.float64),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "Backend",
     "BackendUnavailableError",
     "EagerBackend",
+    "ExtensionMissingWarning",
     "ForwardResult",
     "available",
     "explain",
@@ -46,6 +48,10 @@ AUTO: Final = "auto"
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run; the message says why and what to do."""
+
+
+class ExtensionMissingWarning(UserWarning):
+    """CPU tensors go to the backend `reference` because the compiled extension cannot be used."""
 
 
 class ForwardResult(NamedTuple):
@@ -197,6 +203,10 @@ def _check_name(name: str, where: str) -> None:
 def select(requested: str | None, spec: LossSpec, device_type: str) -> str:
     """The backend's name for this call.
 
+    Warns:
+        ExtensionMissingWarning: at the first call that gets `reference`, without naming it, because
+            the compiled extension cannot be used on a CPU.
+
     Raises:
         ValueError: the name asked for does not exist.
         BackendUnavailableError: the one asked for cannot run this call; says why.
@@ -206,7 +216,28 @@ def select(requested: str | None, spec: LossSpec, device_type: str) -> str:
     if torch.compiler.is_compiling():
         chosen: str = _choose_while_tracing(name, spec.structure(), device_type)
         return chosen
-    return _choose(name, spec, device_type)
+    return _choose_or_warn(name, spec, device_type)
+
+
+def _choose_or_warn(name: str, spec: LossSpec, device_type: str) -> str:
+    chosen = _choose(name, spec, device_type)
+    if name == AUTO and chosen == "reference" and device_type == "cpu":
+        _warn_without_extension()
+    return chosen
+
+
+@cache
+def _warn_without_extension() -> None:
+    reason = _unavailable("cpu")
+    if reason is not None:
+        warnings.warn(
+            "backend: 'auto' takes 'reference', plain PyTorch, for tensors on the CPU, because the "
+            f"compiled kernels, which are many times faster, cannot be used: {reason} To go "
+            "without them and without this warning, set HETEROAKD_BACKEND=reference or pass "
+            "backend='reference'.",
+            ExtensionMissingWarning,
+            stacklevel=2,
+        )
 
 
 def explain(spec: LossSpec, device_type: str) -> str:
@@ -222,7 +253,7 @@ def explain(spec: LossSpec, device_type: str) -> str:
 
 def _choose_while_tracing(name: str, structure: dict[str, Any], device_type: str) -> str:
     """The tracer can hand over plain constants, and must not look inside."""
-    return _choose(name, LossSpec.from_options(structure), device_type)
+    return _choose_or_warn(name, LossSpec.from_options(structure), device_type)
 
 
 # What `torch.compiler.assume_constant_result` does, which would import the whole tracer, and Triton

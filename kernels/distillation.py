@@ -859,9 +859,9 @@ def distillation_pass(
                 if HETERO_TERM:
                     if PROBS:
                         teacher_e *= teacher_weight
-                        x = mixed_target(1.0, teacher_e, student_weight, student_e)
-                        log2_x = fast_log2(max_or_nan(x, _SMALLEST_NORMAL), PTX)
-                        late_sum += x * (log2_x - student_a)
+                        mixed = mixed_target(1.0, teacher_e, student_weight, student_e)
+                        mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
+                        late_sum += mixed * (mixed_log2 - student_a)
                         g = hetero_student * student_e - hetero_other * teacher_e
                     elif KNOWLEDGE and MIX_TEACHER:
                         g = hetero_student * student_e - hetero_other * teacher_e

@@ -270,16 +270,41 @@ def summary_of(row: Found) -> Found:
     }
 
 
+#: Cases by the kernels of `benchmarks/kernels.json` that they spend their time in.
+_KERNELS: Final = {
+    "s4": ("cells: ce + hetero", "ce + hetero"),
+    "bf16": ("cells: ce + hetero", "ce + hetero"),
+    "s8": ("cells: ce + hetero", "ce + hetero (stride 8)"),
+    "c150": ("cells: ce + hetero", "ce + hetero (150 classes)"),
+    "ce": ("cells: ce", "ce"),
+    "paper": ("segments: paper", "paper"),
+    "mix-logits": ("segments: mixed logits", "mixed logits"),
+}
+
+
 def paper_ms(name: str, backend: str) -> float | None:
-    """The bound of a case on an H100, worked out from the machine code."""
-    page = json.loads((ROOT / "docs" / "benchmarks" / backend / "resources.json").read_text())
-    launches = page["rows"]["launches"] if backend == "cuda" else next(iter(page["runs"].values()))
-    bounds = [
-        launch["paper"]["bound_us"]
-        for launch in launches
-        if launch["case"] == name and str(launch["arch"])[:2] == "90" and launch.get("paper")
-    ]
-    return round(sum(bounds) / 1e3, 3) if bounds else None
+    """The time in which this GPU (or an H100) can issue the instructions of the kernel's loops over
+    classes, of all pixels: a lower bound that leaves out what is done once per pixel."""
+    if name not in _KERNELS:
+        return None
+    index, prefix = (0, "CUDA") if backend == "cuda" else (1, "Triton")
+    table = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
+    counted = table[f"{prefix} {_KERNELS[name][index]}"]["instructions"]
+    one = cases()[name]
+    elements = one.batch * one.classes * one.height * one.width
+    return round(1e3 * counted * elements / issued_per_second(), 4)
+
+
+def issued_per_second() -> float:
+    """Instructions of a thread, by all multiprocessors: four warps a clock each."""
+    import torch
+
+    multiprocessors, hertz = 132, 1.755e9
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        multiprocessors = found.multi_processor_count
+        hertz = getattr(found, "clock_rate", 0) * 1e3 or hertz
+    return 128.0 * multiprocessors * hertz
 
 
 def issue() -> list[Item]:

@@ -13,8 +13,8 @@ on the label grid, where those would be the largest tensors of the step, nothing
 backward runs the pass again with the scales at hand.
 
 Cost per pixel and class for ce + hetero at T = 2, stride 4, 16 pixels per thread, in instructions
-(docs/triton.md has the counts read off the machine code): bounds 2, statistics 23 with 2
-exponentials, gradients 28 with 2 exponentials and a logarithm. Bytes: both low-resolution logits
+(docs/triton.md has the counts read off the machine code): bounds 3, statistics 21 with 2
+exponentials, gradients 29 with 2 exponentials and a logarithm. Bytes: both low-resolution logits
 read and each term's gradient written once from memory (the loops read them again from the first
 cache), each label read once.
 

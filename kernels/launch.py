@@ -394,7 +394,7 @@ def backward(
             TI=saved.shape[4] - 1,
             BLOCK_C=block_c,
             BLOCK=block,
-            INT=_integer(max(saved[0, 0, 0].numel(), _extent(out, (2, 3)))),
+            INT=_integer(max(saved.shape[3:].numel(), _extent(out, (2, 3)))),
             FLOAT=tl.float64 if saved.dtype == torch.float64 else tl.float32,
         )
     return out

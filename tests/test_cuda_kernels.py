@@ -1,8 +1,8 @@
 """The CUDA kernels against the float64 oracle: on a GPU, or here through the shim (cuda_shim.py).
 
 Small shapes that cross every border there is: between cells, warps (31 columns each), blocks,
-chunks of rows, blocks of staged classes, and the edges of the picture. `test_cuda_compile.py` looks
-at what the compiler makes of the same sources.
+chunks of rows, blocks of staged classes, and the edges of the picture. `test_kernel_resources.py`
+looks at what the compiler makes of the same sources.
 """
 
 from __future__ import annotations

@@ -137,7 +137,6 @@ def test_nothing_optional_at_all() -> None:
     scripts = dict(re.findall(r'^(\S+) = "(\S+)"$', block, re.MULTILINE))
     assert set(scripts) == {"heteroakd-train", "heteroakd-experiment"}
     modules = ["heteroakd_fast.train", "heteroakd_fast.train.experiment", "benchmarks"]
-    modules.append("benchmarks.resources")
     absent = [*_requirements.TRAINING, "transformers", "tensorboard", "accelerate", "scipy"]
     absent += ["triton", "lightning", "pytorch_lightning", "mmengine", "mmseg", "pytest"]
     libraries = {

@@ -1,8 +1,8 @@
 """The Triton kernels against the float64 oracle: on a GPU, or here in Triton's interpreter.
 
 Small shapes that cross every border there is: between threads' cells, warps (31 columns each),
-programs (62), chunks of rows, and the edges of the picture. `test_triton_compile.py` looks at what
-the compiler makes of the same sources.
+programs (62), chunks of rows, and the edges of the picture. `test_kernel_resources.py` looks at
+what the compiler makes of the same sources.
 """
 
 from __future__ import annotations

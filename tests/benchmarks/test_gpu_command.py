@@ -493,8 +493,7 @@ def test_the_headline_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = found["rows"]["heteroakd[cuda]"]
     assert ours["ms"] > 0
     assert ours["loss_error"] < 1e-6
-    assert ours["paper_ms"] == 0.219  # the table of docs/cuda.md
-    assert gpu_workers.paper_ms("s4", "triton") == 0.225
+    assert ours["paper_ms"] > 0
     assert found["floor_ms"] > 0
     assert gpu_workers.measure("s4", time.monotonic() - 1) == {"skipped": "no time was left"}
 
@@ -507,3 +506,14 @@ def test_memory_of_a_gpu_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
     peak[0] = 900
     assert memory.gpu_high_water(lambda: peak.__setitem__(0, 350)) == 250
+
+
+def test_paper_counts_what_kernels_json_has() -> None:
+    """43 instructions per pixel and class, 8 x 19 x 512 x 1024 of them, on an H100: docs/cuda.md."""
+    gpu_workers.cases.cache_clear()
+    assert gpu_workers.paper_ms("s4", "cuda") == pytest.approx(0.115, rel=0.03)
+    assert gpu_workers.paper_ms("s4", "triton") == pytest.approx(0.146, rel=0.03)
+    assert gpu_workers.paper_ms("align", "cuda") is None
+    for name in gpu_workers.cases():
+        for backend in gpu_workers.BACKENDS:
+            gpu_workers.paper_ms(name, backend)  # the kernel is in the table

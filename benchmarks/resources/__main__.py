@@ -1,7 +1,0 @@
-"""`python -m benchmarks.resources`: see command.py."""
-
-import sys
-
-from .command import main
-
-sys.exit(main())

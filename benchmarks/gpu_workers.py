@@ -289,10 +289,10 @@ def paper_ms(name: str, backend: str) -> float | None:
         return None
     index, prefix = (0, "CUDA") if backend == "cuda" else (1, "Triton")
     table = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
-    counted = table[f"{prefix} {_KERNELS[name][index]}"]["instructions"]
+    counted: float = table[f"{prefix} {_KERNELS[name][index]}"]["instructions"]
     one = cases()[name]
     elements = one.batch * one.classes * one.height * one.width
-    return round(1e3 * counted * elements / issued_per_second(), 4)
+    return float(f"{1e3 * counted * elements / issued_per_second():.3g}")
 
 
 def issued_per_second() -> float:

@@ -509,7 +509,7 @@ def test_memory_of_a_gpu_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_paper_counts_what_kernels_json_has() -> None:
-    """43 instructions per pixel and class, 8 x 19 x 512 x 1024 of them, on an H100: docs/cuda.md."""
+    """43 instructions for each of 8 x 19 x 512 x 1024, on an H100: docs/cuda.md."""
     gpu_workers.cases.cache_clear()
     assert gpu_workers.paper_ms("s4", "cuda") == pytest.approx(0.115, rel=0.03)
     assert gpu_workers.paper_ms("s4", "triton") == pytest.approx(0.146, rel=0.03)

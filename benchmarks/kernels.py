@@ -4,11 +4,10 @@ Read off the machine code: registers; bytes that spills and other local memory m
 bytes of shared memory of a block, as far as the code says; instructions of a thread per pixel and
 class, and those of special functions, shared, global and local memory; instructions per pixel.
 
-Per pixel and class are innermost loops, all instructions, predicated or not; per pixel is what else
-the loops around them have. A loop is called by the function that it stands in, with the constants
-and types among the template arguments of the calls that lead there; of CUDA's those count that a
-call with float32 logits at T = 2 runs, but not what stages or fetches logits. Branches that a call
-does not take count too. No number here is a time.
+Per pixel and class are innermost loops, with what is predicated; per pixel is what else the loops
+around them have. A loop is called by the function that it stands in, with the constants and types
+among the template arguments of the calls that lead there; of CUDA's those count that a call with
+float32 logits at T = 2 runs, but for what stages logits. Branches that are not taken count too.
 """
 
 from __future__ import annotations
@@ -34,7 +33,10 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_map_only
 
+from heteroakd_fast._requirements import explain
 from heteroakd_fast.spec import LossSpec
+
+from .markdown import table
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CEILINGS: Final = Path(__file__).with_suffix(".json")
@@ -139,7 +141,6 @@ Kernel = tuple[int, int, list[Instruction]]  # registers, shared memory, code
 _LINE: Final = re.compile(r'//## File "([^"]*)", line (\d+)( inlined at)?')
 _LABEL: Final = re.compile(r"^([.$\w]+):\s*$")
 _CODE: Final = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_ENDS: Final = re.compile(r"EXIT|RET|BRX|BRA\S* `")
 _FUNCTION: Final = re.compile(
     r"^def (\w+)|\b(?:HAKD_DEVICE|HAKD_FN|__device__|__global__)\b[^;{}=#]*?\b(?!__)(\w+)\(",
     re.MULTILINE,
@@ -163,7 +164,7 @@ def parse_sass(text: str) -> list[Instruction]:
             labels[at[1]] = len(code)
         elif at := _CODE.match(line):
             predicate, opcode, operands = at.groups()
-            ends = predicate is None and _ENDS.match(f"{opcode} {operands}")
+            ends = predicate is None and re.match(r"EXIT|RET|BRX|BRA\S* `", f"{opcode} {operands}")
             targets.append(re.findall(r"\.L\w+", operands) if opcode[:2] == "BR" else [])
             code.append(Instruction(opcode, [] if ends else [len(code) + 1], frames))
     for instruction, names in zip(code, targets, strict=True):
@@ -376,15 +377,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help=f"against {CEILINGS.name}")
     parser.add_argument("--update", action="store_true", help=f"write {CEILINGS.name}")
     options = parser.parse_args(arguments)
+    if reason := explain({"triton": "triton"}, "triton"):
+        parser.exit(2, f"benchmarks.kernels: {reason}\n")
     rows = rows_of([x for x in NAMES if any(y in x for y in options.only)], options.arch)
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        columns = [x for x in rows[0] if x != "loops"]
-        print("|", " | ".join(columns), "|\n|", " | ".join("---" for _ in columns), "|")
-        for row in rows:
-            cells = (f"{x:.2f}" if isinstance(x, float) else str(x) for x in map(row.get, columns))
-            print("|", " | ".join(cells), "|")
+        cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in y.values()] for y in rows]
+        print(table([*rows[0]][:-1], [x[:-1] for x in cells]))
     known = json.loads(CEILINGS.read_text())
     if options.update:
         new = {x["kernel"]: {c: round(x[c] * HELD[c], 6) for c in HELD} for x in rows}

@@ -137,6 +137,7 @@ def test_nothing_optional_at_all() -> None:
     scripts = dict(re.findall(r'^(\S+) = "(\S+)"$', block, re.MULTILINE))
     assert set(scripts) == {"heteroakd-train", "heteroakd-experiment"}
     modules = ["heteroakd_fast.train", "heteroakd_fast.train.experiment", "benchmarks"]
+    modules.append("benchmarks.kernels")
     absent = [*_requirements.TRAINING, "transformers", "tensorboard", "accelerate", "scipy"]
     absent += ["triton", "lightning", "pytorch_lightning", "mmengine", "mmseg", "pytest"]
     libraries = {

@@ -797,6 +797,10 @@ def distillation_pass(
                     )
                 if PAIR:
                     teacher_e = tl.exp2(teacher_a)
+                if HETERO_TERM and PROBS:
+                    mixed = mixed_target(teacher_weight, teacher_e, student_weight, student_e)
+                    mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
+                    late_sum += mixed * (mixed_log2 - student_a)
                 is_label = label == c
                 merged = tl.zeros(label.shape, FLOAT)
                 if CE and GRAD:
@@ -858,11 +862,7 @@ def distillation_pass(
                         )
                 if HETERO_TERM:
                     if PROBS:
-                        teacher_e *= teacher_weight
-                        mixed = mixed_target(1.0, teacher_e, student_weight, student_e)
-                        mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
-                        late_sum += mixed * (mixed_log2 - student_a)
-                        g = hetero_student * student_e - hetero_other * teacher_e
+                        g = hetero_student * student_e - hetero_other * (teacher_weight * teacher_e)
                     elif KNOWLEDGE and MIX_TEACHER:
                         g = hetero_student * student_e - hetero_other * teacher_e
                     elif KNOWLEDGE:

@@ -55,9 +55,9 @@ def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     labels = target.long().flatten()
     valid = labels != ignore_index
     bad = valid & ((labels < 0) | (labels >= num_classes))
-    count = bad.sum()
+    count = bad.count_nonzero()
     first = torch.where(count > 0, bad.to(torch.uint8).argmax(), -1)
-    return torch.stack((valid.sum() - count, count, first))
+    return torch.stack((valid.count_nonzero() - count, count, first))
 
 
 def raise_bad_label(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:

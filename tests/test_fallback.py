@@ -12,7 +12,7 @@ from common import TERM_CASES, Batch, eager_cross_entropy, evaluate, make_batch,
 from torch import Tensor
 
 import heteroakd_fast as hf
-from heteroakd_fast import _extension, backends, functional, ops, reference
+from heteroakd_fast import _extension, backends, functional, reference
 from heteroakd_fast.backends import reference as bands
 from heteroakd_fast.spec import LossSpec
 
@@ -218,4 +218,4 @@ def test_is_silent_with_the_extension() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", hf.ExtensionMissingWarning)
         functional.cross_entropy(batch.student, batch.target)
-    assert ops.backends.select(None, LossSpec(terms=("ce",)), "cpu") == "cpu"
+    assert backends.select(None, LossSpec(terms=("ce",)), "cpu") == "cpu"

@@ -32,6 +32,7 @@ __all__ = [
     "plain_tensor",
     "refuse_forward_mode",
     "refuse_unknown",
+    "refuse_without_memory",
     "suggest",
 ]
 
@@ -131,6 +132,23 @@ def refuse_forward_mode(tensor: Tensor, name: str) -> None:
         raise NotImplementedError(
             f"{name}: has a tangent (jvp, jacfwd), but heteroakd_fast losses have no forward-mode "
             "derivative; use reverse mode, or pass .detach()"
+        )
+
+
+def refuse_without_memory(tensor: Tensor, name: str) -> None:
+    """Raises where a storage was freed or shrunk: operators of PyTorch would read beyond it."""
+    if torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    try:
+        size = tensor.untyped_storage().size()
+    except NotImplementedError:  # what a transform wraps has its storage elsewhere
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    end = tensor.storage_offset() + sum((n - 1) * stride for n, stride in steps) + 1
+    if end * tensor.element_size() > size:
+        raise RuntimeError(
+            f"{name}: the tensor has no memory: its storage has {size} bytes, expected "
+            f"{end * tensor.element_size()}; it was freed (by a sharded trainer, resize_) or shrunk"
         )
 
 

@@ -26,6 +26,7 @@ from .checks import (
     label_hint,
     plain_tensor,
     refuse_forward_mode,
+    refuse_without_memory,
 )
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
@@ -465,6 +466,7 @@ def check_tensor(
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, expected sizes up to {LARGEST_SIZE}"
         )
+    refuse_without_memory(tensor, name)
     refuse_forward_mode(tensor, name)
     return tensor
 

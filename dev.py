@@ -172,6 +172,12 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(0 if arguments in (["-h"], ["--help"]) else 2)
     job, rest = arguments[0], arguments[1:]
     if job == "gpu":
+        if find_torch() is None and not {"--dry-run", "-h", "--help"} & set(rest):
+            say(
+                f"gpu: {sys.executable} has no torch >= 2.10; call dev.py with the interpreter "
+                "that has one for CUDA (this job makes no environment of its own)"
+            )
+            raise SystemExit(2)
         sys.path.insert(0, str(ROOT))  # it is there already, unless Python was told otherwise
         from benchmarks import gpu
 

@@ -48,6 +48,12 @@ def unavailable() -> str | None:
             f"this is torch {torch.__version__}; upgrade torch."
         )
     path = library_path()
+    if path is None and (Path(__file__).parent.parent / "setup.py").exists():
+        return (
+            f"the package is imported from the source tree {Path(__file__).parent.parent}, which "
+            "has no compiled extension; an installed copy is found from another folder, or build "
+            "it in place with `pip install --no-build-isolation --editable .`."
+        )
     if path is None:
         return (
             "the package was installed without its compiled extension; install a C++17 compiler "

@@ -54,7 +54,8 @@ _OPTIONS: Final = (
 _NUMBERS: Final = (*_WEIGHTS, "temperature", "tau", "kd_beta", "label_smoothing")
 _SPEC_FIELDS: Final = {field.name for field in dataclasses.fields(LossSpec)}
 _WITHOUT_TEACHER: Final = (
-    "; to validate without a teacher, call .eval() on the loss: it then computes ce alone"
+    "; to validate without a teacher, call .eval() on the loss, which then computes ce alone if "
+    "ce_weight is not 0"
 )
 
 
@@ -481,6 +482,7 @@ def _spec_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those options that are fields of `LossSpec`, as they are there."""
     fields = {name: value for name, value in options.items() if name in _SPEC_FIELDS}
     fields["mix"] = functional.resolve_mix(options["preset"], options["mix"])
-    fields["evaluation"] = options["evaluation"] or "discrepancy"
+    if options["evaluation"] is None:
+        fields["evaluation"] = "discrepancy"
     fields["ignore_index"] = check_ignore_index(options["ignore_index"])
     return fields

@@ -117,7 +117,7 @@ def distillation_sums(
             student_logits if student_grad else student_logits.detach(),
             teacher_logits if teacher_grad or teacher_logits is None else teacher_logits.detach(),
             target,
-            class_weight,
+            _not_inference(class_weight),
             spec,
             student_grad,
             teacher_grad,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,6 +15,10 @@ import pytest
 import shim_backend
 import torch
 
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # A run that was killed leaves half a library in the cache of this user, which later runs load.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="heteroakd-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 interpreter.set_up()
 shim_backend.set_up()
 

@@ -535,3 +535,14 @@ def test_module_refuses_what_it_cannot_use() -> None:
         projecting(S, Y, teacher_logits=T, student_features=features, teacher_features=features)
     with pytest.raises(TypeError, match=re.escape("student_features: got list")):
         projecting(S, Y, teacher_logits=T, student_features=[1], teacher_features=features)
+
+
+def test_class_weights_of_inference_mode() -> None:
+    with torch.inference_mode():
+        weight = torch.rand(5) + 0.5
+    batch = make_batch(dtype=torch.float32)
+    for backend in BACKENDS:
+        if backend in ("reference", "cpu"):
+            options = {"label_smoothing": 0.1, "backend": backend}
+            got = evaluate(batch, class_weight=weight, **options)
+            assert_matches(got, evaluate(batch, class_weight=weight.clone(), **options))

@@ -38,7 +38,7 @@ def low_resolution(*models: nn.Module, align_corners: bool = False) -> Iterator[
         for model in models:
             found = _upsampled(model)
             if found is not None and found[1] == align_corners:
-                stack.enter_context(_LeaveOut(found[0]))
+                stack.enter_context(_LeaveOut(unwrapped(model), found[0]))
         yield
 
 
@@ -80,19 +80,21 @@ def _upsampled(model: nn.Module) -> tuple[list[nn.Module], bool] | None:
 
 
 class _LeaveOut(TorchFunctionMode):
-    """Makes `F.interpolate` of what one of the modules returned give its input.
+    """Makes `F.interpolate` of what one of the modules returned give its input, until the model's
+    forward ends: the logits are the caller's to upsample then.
 
     A forward of our own in the place of the model's would undo what accelerate and others wrap
     around it.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
         super().__init__()
-        self.modules = modules
+        self.model, self.modules = model, modules
         self.logits: list[Tensor] = []
 
     def __enter__(self) -> _LeaveOut:
         self.hooks = [module.register_forward_hook(self._keep) for module in self.modules]
+        self.hooks.append(self.model.register_forward_hook(self._forget, always_call=True))
         super().__enter__()
         return self
 
@@ -104,6 +106,9 @@ class _LeaveOut(TorchFunctionMode):
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.logits.append(output)
+
+    def _forget(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.logits.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.interpolate and any(args[0] is logits for logits in self.logits):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_integer
@@ -85,6 +87,7 @@ class FeatureTap:
         self.grid = None if grid is None else tuple(check_count(side, "grid") for side in grid)
         self.module = modules[name]
         self._kept: Kept | None = None
+        self._lost_graph = False
         self._listens = False
         # A compiled graph knows only the hooks that were there when it was made.
         self._stays = _in_compiled(model, self.module)
@@ -117,6 +120,7 @@ class FeatureTap:
         for part in parts:
             if isinstance(part, Tensor) and part.dim() == rank:
                 self._kept = Kept.of(part)
+                self._lost_graph = _in_reentrant_checkpoint()
                 return
         came = ", ".join(
             str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
@@ -133,7 +137,7 @@ class FeatureTap:
         """The feature of the last forward pass, [B, D, h, w].
 
         Raises:
-            RuntimeError: the module did not run.
+            RuntimeError: the module did not run, or ran where its graph is lost.
             ValueError: the number of tokens is not that of the grid.
         """
         if self._kept is None:
@@ -142,6 +146,12 @@ class FeatureTap:
                 + ("; build the tap before the compiled model runs" if self._stays else "")
             )
         feature, self._kept = self._kept.value(), None
+        if self._lost_graph and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"feature: {self.name} ran inside torch.utils.checkpoint with use_reentrant=True, "
+                "so the feature has no gradient; checkpoint with use_reentrant=False, or take the "
+                "feature under torch.no_grad()"
+            )
         if self.layout == "NHWC":
             return feature.permute(0, 3, 1, 2)
         if self.grid is None:
@@ -193,6 +203,17 @@ def _in_compiled(model: nn.Module, tapped: nn.Module) -> bool:
         if (module is not tapped or not hasattr(module, _COMPILED))
         and any(inner is tapped for inner in module.modules())
     )
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a segment runs whose graph is only made in backward."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    code = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _near(name: str, names: list[str]) -> list[str]:

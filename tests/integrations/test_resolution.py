@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -202,3 +203,15 @@ def test_the_names_of_another_library_do_not_count() -> None:
     other = UperNetForSemanticSegmentation(scale_factor=2)
     with low_resolution(other):
         assert other(images()).shape[-1] == 2 * SIDE
+
+
+def test_the_callers_own_upsampling_stays_inside_the_block() -> None:
+    model = build("UperNet")
+    kept = []
+    with low_resolution(model):
+        for _ in range(3):
+            logits = model(torch.randn(1, 3, 64, 64)).logits
+            kept.append(weakref.ref(logits))
+            assert F.interpolate(logits, (64, 64), mode="bilinear").shape[2:] == (64, 64)
+        del logits
+        assert all(one() is None for one in kept)  # nothing holds what a forward returned

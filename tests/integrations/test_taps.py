@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from heteroakd_fast import HeteroAKDLoss
@@ -213,3 +214,31 @@ def test_channels_last_of_a_convnext() -> None:
 def test_refuses_options_that_do_not_fit(options: tuple[Any, ...], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         FeatureTap(Net(None), "norm", *options)
+
+
+class Checkpointed(Net):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__(None)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.utils.checkpoint.checkpoint(
+            lambda z: self.norm(self.conv(z)), x, use_reentrant=self.reentrant
+        )
+        return self.head(x)
+
+
+def test_a_feature_without_its_graph_is_refused() -> None:
+    """Reentrant checkpointing runs its segment without gradients, and again in backward."""
+    x = X.clone().requires_grad_()
+    for reentrant in (False, True):
+        model = Checkpointed(reentrant)
+        tap = FeatureTap(model, "norm")
+        with tap.listening():
+            model(x)
+            if not reentrant:
+                assert tap.take().requires_grad
+                continue
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                tap.take()
+    assert not FrozenTeacher(model, feature="norm")(x)["teacher_features"].requires_grad

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .distillation import BAD, ROW, VALID
-from .formulas import max_or_nan
 
 
 @triton.jit(do_not_specialize=["programs", "images", "classes", "row0", "row1", "row2", "row3"])
@@ -42,9 +41,8 @@ def finish_sums(
         row = tl.where(column == 0, row0, tl.where(column == 1, row1, row2))
         row = tl.where(column == 3, row3, row)
         # A sum of divergences is never negative, its rounding may be. A NaN comes through.
-        divergence = (column == 1) | (column == 2)
-        numerator = tl.where(divergence, max_or_nan(total, total * 0.0), total)
-        tl.store(numerators + row, numerator, mask=row >= 0)
+        negative = ((column == 1) | (column == 2)) & (total < 0.0)
+        tl.store(numerators + row, tl.where(negative, 0.0, total), mask=row >= 0)
     if column == 4 and WEIGHTED:
         tl.store(denominators + row0, total, mask=row0 >= 0)
     if column == 6:

@@ -258,7 +258,7 @@ def _parse(argv: list[str], table: dict[str, Any]) -> tuple[Any, type[Any]]:
 _ABOUT = """Train a teacher, a student alone, and the same student distilled; compare them.
 
 Rerunning the same command resumes an interrupted run and skips what is finished.
-Every key of the TOML file can be overridden by an option of the same name."""
+Keys of the TOML file are options with dashes for underscores, but for `kwargs` of networks."""
 
 
 def _mirror(model: type[BaseModel], table: Any, front: list[Any]) -> type[Any]:

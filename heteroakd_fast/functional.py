@@ -47,8 +47,8 @@ Normalizer = Tensor | float | Mapping[str, Tensor | float]
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 MAX_CLASSES = 4096
-#: Of any axis; the kernels number rows and columns in 32 bits.
-LARGEST_SIZE = 2**31 - 1
+#: Of any axis; the kernels number rows and columns in 32 bits, and have tables of 36 bytes a row.
+LARGEST_SIZE = 2**28
 RESOLUTIONS = ("label", "logits")
 BACKENDS = (backends.AUTO, *backends.names())
 

@@ -47,9 +47,7 @@ def empty(*shape: int, of: torch.dtype = torch.uint8) -> Tensor:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 @pytest.mark.parametrize("resolution", ["label", "logits"])
 @pytest.mark.parametrize("case", ["ce", "all"])
-@pytest.mark.parametrize(
-    "size", [(1, FAR, 0), (1, 0, FAR), (0, FAR, FAR), (0, 2**31 - 1, 2**31 - 1)]
-)
+@pytest.mark.parametrize("size", [(1, FAR, 0), (1, 0, FAR), (0, FAR, FAR), (0, 2**28, 2**28)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_pixel_is_no_work(
     backend: str, size: tuple[int, int, int], case: str, resolution: str
@@ -82,7 +80,7 @@ def test_no_pixel_is_no_work_in_the_other_losses() -> None:
         without_work(lambda x=logits, y=target: channel_wise_distillation(x, x, y).loss)
 
 
-_BEYOND = 2**31
+_BEYOND = 2**28 + 1
 
 
 def _target(size: tuple[int, ...]) -> dict[str, Any]:
@@ -90,8 +88,8 @@ def _target(size: tuple[int, ...]) -> dict[str, Any]:
 
 
 TOO_LARGE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "target (1, 2**31, 1)": (functional.distillation_loss, _target((1, _BEYOND, 1))),
-    "target (1, 1, 2**31)": (functional.distillation_loss, _target((1, 1, _BEYOND))),
+    "target (1, 2**28 + 1, 1)": (functional.distillation_loss, _target((1, _BEYOND, 1))),
+    "target (1, 1, 2**28 + 1)": (functional.distillation_loss, _target((1, 1, _BEYOND))),
     "target (1, 2**40, 0)": (functional.distillation_loss, _target((1, 2**40, 0))),
     "target (0, 2**40, 2**40)": (functional.distillation_loss, _target((0, 2**40, 2**40))),
     "target of cwd": (channel_wise_distillation, _target((0, 2**40, 2**40))),
@@ -119,14 +117,14 @@ TOO_LARGE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", TOO_LARGE)
-def test_refuses_sizes_beyond_32_bits(case: str) -> None:
+def test_refuses_sizes_that_no_image_has(case: str) -> None:
     loss, arguments = TOO_LARGE[case]
     if loss is not projected_distillation_loss:
         arguments = {"teacher_logits": None, **arguments}
     if loss is channel_wise_distillation:
         arguments["teacher_logits"] = arguments["student_logits"]
     name = case.split()[0]
-    with pytest.raises(ValueError, match=rf"^{name}: got shape .*expected sizes up to 2147483647"):
+    with pytest.raises(ValueError, match=rf"^{name}: got shape .*expected sizes up to 268435456"):
         loss(**arguments)
 
 

@@ -97,7 +97,7 @@ def run_with_triton(script: str) -> None:
 
 @triton
 def test_triton_kernels_keep_their_ceilings() -> None:
-    """Of ce and hetero that of the kernel with kd. A careful twin compiles as well."""
+    """Of ce and hetero that of the kernel with kd. An exact fallback compiles as well."""
     skip_other_compiler("Triton")
     names = [x for x in kernels.NAMES if "Triton" in x and x[7:] not in LIKE_OTHERS]
     run_with_triton(

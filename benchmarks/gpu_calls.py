@@ -137,7 +137,7 @@ def outputs_of(call: Call, tensors: list[Tensor], backend: str) -> list[Tensor]:
             student, weights[0], None, teacher, weights[1], None, target, backend=backend, **options
         )
     else:
-        out = functional.distillation_loss(student, teacher, target, backend=backend, **options)
+        out = functional.distillation_loss(student, target, teacher, backend=backend, **options)
     grads = torch.autograd.grad(out.loss, learns)
     return [out.loss.detach(), *grads, *(out.maps or {}).values()]
 

@@ -45,14 +45,14 @@ _RENAMED: Final = {"tau": "temperature", "T": "temperature"}  # mmrazor and othe
 
 def channel_wise_distillation(
     student_logits: Tensor,
-    teacher_logits: Tensor,
     target: Tensor,
+    teacher_logits: Tensor,
     *,
     temperature: float = 4.0,
     ignore_index: int | None = 255,
     allow_ignored_class: bool = False,
     align_corners: bool = False,
-    resolution: str = "logits",
+    resolution: str = "label",
     normalizer: functional.Normalizer | None = None,
     process_group: Any = None,
     **unknown: NoReturn,
@@ -184,7 +184,7 @@ class ChannelWiseLoss(AdjustableLoss):
         ignore_index: int | None = 255,
         allow_ignored_class: bool = False,
         align_corners: bool = False,
-        resolution: str = "logits",
+        resolution: str = "label",
         process_group: Any = None,
         **unknown: NoReturn,
     ) -> None:
@@ -213,14 +213,14 @@ class ChannelWiseLoss(AdjustableLoss):
         self,
         student_logits: Tensor,
         target: Tensor,
-        *,
         teacher_logits: Tensor,
+        *,
         normalizer: functional.Normalizer | None = None,
     ) -> DistillationOutput:
         return channel_wise_distillation(
             student_logits,
-            teacher_logits,
             target,
+            teacher_logits,
             normalizer=normalizer,
             process_group=self.process_group,
             **self._settings(),

@@ -103,8 +103,8 @@ def cross_entropy(
     """
     return distillation_loss(
         logits,
-        None,
         target,
+        None,
         ignore_index=ignore_index,
         allow_ignored_class=allow_ignored_class,
         align_corners=align_corners,
@@ -119,8 +119,8 @@ def cross_entropy(
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
     target: Tensor,
+    teacher_logits: Tensor | None = None,
     *,
     ce_weight: float = 1.0,
     teacher_ce_weight: float = 0.0,

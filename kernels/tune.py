@@ -65,7 +65,7 @@ def _step(shape: Sequence[int], labels: Sequence[int], dtype: torch.dtype, key: 
 
     def step() -> object:
         loss = functional.distillation_loss(
-            student, teacher, target, backend="triton", **OBJECTIVES[key]
+            student, target, teacher, backend="triton", **OBJECTIVES[key]
         ).loss
         return torch.autograd.grad(loss, student)
 

@@ -68,6 +68,11 @@ class Batch(NamedTuple):
     teacher: Tensor
     target: Tensor
 
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of every loss."""
+        return self.student, self.target, self.teacher
+
 
 def make_batch(
     batch: int = 2,
@@ -113,7 +118,7 @@ def evaluate(
     teacher = batch.teacher.detach()
     if options.get("teacher_ce_weight"):
         teacher = teacher.requires_grad_()
-    output = functional.distillation_loss(student, teacher, batch.target, **options)
+    output = functional.distillation_loss(student, batch.target, teacher, **options)
     wanted = [t for t in (student, teacher) if t.requires_grad]
     grads = iter(
         torch.autograd.grad(

@@ -57,7 +57,7 @@ def test_channel_wise_near_agreement(difference: float) -> None:
 
 
 def channel_wise(batch: Batch) -> float:
-    loss = channel_wise_distillation(batch.student, batch.teacher, batch.target, temperature=4.0)
+    loss = channel_wise_distillation(batch.student, batch.target, batch.teacher, temperature=4.0)
     return loss.loss.item()
 
 

@@ -159,7 +159,7 @@ def test_annealed_attributes_count_in_a_compiled_module() -> None:
     for weight, temperature in ((0.5, 4.0), (0.25, 2.0)):
         loss.kd_weight, loss.temperature = weight, temperature
         expected = functional.distillation_loss(
-            S, T, Y, kd_weight=weight, temperature=temperature
+            S, Y, T, kd_weight=weight, temperature=temperature
         ).loss
         torch.testing.assert_close(compiled(S, Y, teacher_logits=T).loss, expected)
 
@@ -168,7 +168,7 @@ def test_unknown_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="tau: there is no such argument; it is called temperature"):
         ChannelWiseLoss(tau=4.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tau: .* it is called temperature here"):
-        channel_wise_distillation(S, T, Y, tau=4.0)  # type: ignore[arg-type]
+        channel_wise_distillation(S, Y, T, tau=4.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="kd_wight: .* did you mean kd_weight"):
         HeteroAKDLoss(5, kd_wight=1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="weight: .* it is called class_weight here"):
@@ -216,7 +216,7 @@ def test_a_class_is_not_ignored_unasked() -> None:
     features, weight = torch.randn(1, 7, 4, 4), torch.randn(300, 7)
     calls = (
         lambda **o: functional.cross_entropy(wide, target, **o),
-        lambda **o: functional.distillation_loss(wide, wide, target, kd_weight=1.0, **o),
+        lambda **o: functional.distillation_loss(wide, target, wide, kd_weight=1.0, **o),
         lambda **o: HeteroAKDLoss(300, **o)(wide, target, teacher_logits=wide),
         lambda **o: ChannelWiseLoss(**o)(wide, target, teacher_logits=wide),
         lambda **o: projected_distillation_loss(
@@ -332,7 +332,7 @@ def test_subclasses_count_as_plain_tensors(kinds: tuple[Any, ...], backend: str)
 
     def run(s: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         s = s.clone().requires_grad_()
-        output = functional.distillation_loss(s, t, y, **options)
+        output = functional.distillation_loss(s, y, t, **options)
         output.loss.backward()
         assert all(type(value) is Tensor for value in (output.loss, output.ce, output.valid))
         return output.loss.detach(), s.grad.as_subclass(Tensor)

@@ -62,19 +62,19 @@ def test_value_and_gradient(resolution: str, dtype: torch.dtype) -> None:
 def test_ignored_pixels_count_nowhere_and_confident_logits_are_finite() -> None:
     batch = make_batch(grid=(13, 17), teacher_grid=(13, 17))
     plain = batch.student.clone().requires_grad_()
-    channel_wise_distillation(plain, batch.teacher, batch.target).loss.backward()
+    channel_wise_distillation(plain, batch.target, batch.teacher).loss.backward()
     spoilt = batch.student.clone()
     ignored = (batch.target == 255)[:, None].expand_as(spoilt)
     spoilt[ignored] = float("nan")
     spoilt.requires_grad_()
     teacher = torch.where(ignored, torch.inf, batch.teacher)
-    channel_wise_distillation(spoilt, teacher, batch.target).loss.backward()
+    channel_wise_distillation(spoilt, batch.target, teacher).loss.backward()
     assert plain.grad is not None
     assert spoilt.grad is not None
     torch.testing.assert_close(spoilt.grad, plain.grad, rtol=0, atol=0)
     assert plain.grad.abs().max() > 0
     confident = (1e4 * batch.student).requires_grad_()
-    output = channel_wise_distillation(confident, -1e4 * batch.teacher, batch.target)
+    output = channel_wise_distillation(confident, batch.target, -1e4 * batch.teacher)
     output.loss.backward()
     assert output.loss.isfinite()
     assert confident.grad is not None
@@ -84,7 +84,7 @@ def test_ignored_pixels_count_nowhere_and_confident_logits_are_finite() -> None:
 def test_nothing_counted() -> None:
     batch = make_batch()
     student = torch.full_like(batch.student, float("nan")).requires_grad_()
-    output = channel_wise_distillation(student, batch.teacher, torch.full_like(batch.target, 255))
+    output = channel_wise_distillation(student, torch.full_like(batch.target, 255), batch.teacher)
     assert float(output.loss.detach()) == 0
     output.loss.backward()
     assert student.grad is not None
@@ -94,17 +94,17 @@ def test_nothing_counted() -> None:
 def test_micro_batches_add_up() -> None:
     batch = make_batch(batch=4)
     batch.target[0] = 255
-    whole = channel_wise_distillation(batch.student, batch.teacher, batch.target)
+    whole = channel_wise_distillation(batch.student, batch.target, batch.teacher)
     halves = [Batch(*(t[rows] for t in batch)) for rows in (slice(0, 2), slice(2, 4))]
-    first = [channel_wise_distillation(h.student, h.teacher, h.target) for h in halves]
+    first = [channel_wise_distillation(h.student, h.target, h.teacher) for h in halves]
     mean = sum(output.denominators["cwd"] for output in first if output.denominators) / 2
     again = [
-        channel_wise_distillation(h.student, h.teacher, h.target, normalizer=mean).loss
+        channel_wise_distillation(h.student, h.target, h.teacher, normalizer=mean).loss
         for h in halves
     ]
     assert float(sum(again) / 2) == pytest.approx(float(whole.loss), rel=1e-12)
     # As `denominators` has it, too.
-    named = channel_wise_distillation(*halves[0], normalizer={"cwd": mean}).loss
+    named = channel_wise_distillation(*halves[0].arguments, normalizer={"cwd": mean}).loss
     assert float(named) == float(again[0])
     assert float(sum(output.loss for output in first) / 2) != pytest.approx(float(whole.loss))
 
@@ -129,15 +129,15 @@ def test_refuses() -> None:
     with pytest.raises(ValueError, match="resolution: got 'full'"):
         ChannelWiseLoss(resolution="full")
     with pytest.raises(ValueError, match="teacher_logits: got C=4 classes"):
-        channel_wise_distillation(batch.student, batch.teacher[:, :4], batch.target)
+        channel_wise_distillation(batch.student, batch.target, batch.teacher[:, :4])
     with pytest.raises(ValueError, match="target: label 9"):
-        channel_wise_distillation(batch.student, batch.teacher, torch.full_like(batch.target, 9))
+        channel_wise_distillation(batch.student, torch.full_like(batch.target, 9), batch.teacher)
     with pytest.raises(ValueError, match="normalizer"):
-        channel_wise_distillation(*batch, normalizer=-1.0)
+        channel_wise_distillation(*batch.arguments, normalizer=-1.0)
     with pytest.raises(ValueError, match="normalizer: names kd, this call computes cwd"):
-        channel_wise_distillation(*batch, normalizer={"kd": 1.0})
+        channel_wise_distillation(*batch.arguments, normalizer={"kd": 1.0})
     with pytest.raises(TypeError, match="teacher_logits: got None"):
-        channel_wise_distillation(batch.student, None, batch.target)  # type: ignore[arg-type]
+        channel_wise_distillation(batch.student, batch.target, None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="ignore_index"):
         ChannelWiseLoss(ignore_index="x")(  # type: ignore[arg-type]
             batch.student, batch.target, teacher_logits=batch.teacher

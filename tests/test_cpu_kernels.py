@@ -545,8 +545,8 @@ def test_on_the_label_grid_overwriting_inputs_before_backward_is_an_error(writte
     }
     output = functional.distillation_loss(
         tensors["student"],
-        tensors["teacher"],
         tensors["target"],
+        tensors["teacher"],
         class_weight=tensors["class_weight"],
         hetero_weight=1.0,
         backend="cpu",
@@ -568,7 +568,7 @@ def test_off_the_label_grid_inputs_may_be_overwritten(which: str) -> None:
     expected = student_grad(evaluate(batch, **options))
     student = batch.student.clone().requires_grad_()
     logits, teacher, target = student * 1.0, batch.teacher.clone(), batch.target.clone()
-    loss = functional.distillation_loss(logits, teacher, target, **options).loss
+    loss = functional.distillation_loss(logits, target, teacher, **options).loss
     with torch.no_grad():
         logits.fill_(math.nan)
         teacher.fill_(math.nan)
@@ -1187,7 +1187,7 @@ def test_a_call_that_gives_the_student_nothing_records_nothing() -> None:
     student = torch.randn(1, 3, 4, 4, requires_grad=True)
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     loss = functional.distillation_loss(
-        student, student.detach(), target, ce_weight=0.0, teacher_ce_weight=1.0, backend="cpu"
+        student, target, student.detach(), ce_weight=0.0, teacher_ce_weight=1.0, backend="cpu"
     ).loss
     assert not loss.requires_grad
     (loss + student.sum()).backward()
@@ -1203,7 +1203,7 @@ def test_inputs_of_inference_mode_may_change_before_backward() -> None:
     with torch.inference_mode():
         teacher = batch.teacher.clone()
     student = batch.student.clone().requires_grad_()
-    loss = functional.distillation_loss(student, teacher, batch.target, **options).loss
+    loss = functional.distillation_loss(student, batch.target, teacher, **options).loss
     with torch.inference_mode():
         teacher.zero_()
     loss.backward()

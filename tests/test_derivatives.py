@@ -133,7 +133,7 @@ def test_transforms_do_not_hide_it() -> None:
 
     def of_teacher(teacher: Tensor) -> Tensor:
         return functional.distillation_loss(
-            _BATCH.student, teacher, _TARGET, ce_weight=0.0, kd_weight=1.0
+            _BATCH.student, _TARGET, teacher, ce_weight=0.0, kd_weight=1.0
         ).loss
 
     for function, x in ((of_weight, _WEIGHT["class_weight"]), (of_teacher, _BATCH.teacher)):

@@ -176,7 +176,7 @@ def step_of(leaves: Batch, **options: Any) -> Step:
     wanted = [tensor for tensor in leaves[:2] if tensor.requires_grad]
 
     def step() -> list[Tensor]:
-        loss = functional.distillation_loss(*leaves, **options).loss
+        loss = functional.distillation_loss(*leaves.arguments, **options).loss
         # the student of a pass that only trains the teacher gets none, and gets zeros here
         grads = torch.autograd.grad(loss, wanted, allow_unused=True)
         return [loss.detach(), *(g for g in grads if g is not None)]

@@ -34,7 +34,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 def test_a_term_that_was_not_asked_for_is_none() -> None:
     batch = make_batch(dtype=F32)
     batch.student.requires_grad_()
-    output = functional.distillation_loss(*batch, kd_weight=0.5)
+    output = functional.distillation_loss(*batch.arguments, kd_weight=0.5)
     assert isinstance(output, DistillationOutput)
     assert output.ce is not None
     assert output.kd is not None
@@ -66,8 +66,8 @@ def test_valid_is_counted(backend: str, case: str) -> None:
     batch = make_batch(dtype=F32)
     output = functional.distillation_loss(
         batch.student,
-        batch.teacher,
         batch.target,
+        batch.teacher,
         backend=backend,
         **{**options, "teacher_ce_weight": 0.0},
     )
@@ -106,8 +106,8 @@ def test_a_better_teacher_is_more_reliable() -> None:
     for preset in ("softmax-kl", "paper"):
         maps = functional.distillation_loss(
             batch.student,
-            good,
             batch.target,
+            good,
             ce_weight=0.0,
             hetero_weight=1.0,
             preset=preset,
@@ -297,7 +297,7 @@ def test_backward_twice_with_retain_graph(backend: str, case: str) -> None:
     student = batch.student.requires_grad_()
     teacher = batch.teacher.requires_grad_("teacher_ce_weight" in options)
     loss = functional.distillation_loss(
-        student, teacher, batch.target, backend=backend, **options
+        student, batch.target, teacher, backend=backend, **options
     ).loss
     three = torch.tensor(3.0)
     (first,) = torch.autograd.grad(loss, student, three, retain_graph=True)
@@ -318,7 +318,7 @@ def test_second_order_is_refused(backend: str, case: str) -> None:
     student = batch.student.requires_grad_()
     teacher = batch.teacher.requires_grad_("teacher_ce_weight" in options)
     loss = functional.distillation_loss(
-        student, teacher, batch.target, backend=backend, **options
+        student, batch.target, teacher, backend=backend, **options
     ).loss
     with pytest.raises(RuntimeError, match="differentiable once.*create_graph"):
         torch.autograd.grad(loss, student, create_graph=True)
@@ -331,16 +331,16 @@ def test_without_gradients_none_are_made(backend: str, case: str) -> None:
     require(backend, **options)
     batch = make_batch(dtype=F32)
     with_grad = evaluate(batch, backend=backend, **options)
-    output = functional.distillation_loss(*batch, backend=backend, **options)
+    output = functional.distillation_loss(*batch.arguments, backend=backend, **options)
     assert not output.loss.requires_grad
     with torch.no_grad():
         student = batch.student.clone().requires_grad_()
         inside = functional.distillation_loss(
-            student, batch.teacher, batch.target, backend=backend, **options
+            student, batch.target, batch.teacher, backend=backend, **options
         )
     assert not inside.loss.requires_grad
     with torch.inference_mode():
-        frozen = functional.distillation_loss(*batch, backend=backend, **options)
+        frozen = functional.distillation_loss(*batch.arguments, backend=backend, **options)
     assert output.loss == inside.loss == frozen.loss == with_grad.loss
 
 
@@ -364,10 +364,10 @@ def test_compiled_backends_are_told_which_gradients_to_make(
     evaluate(batch, backend=backend, **options)
     with torch.no_grad():
         functional.distillation_loss(
-            batch.student.requires_grad_(), batch.teacher, batch.target, backend=backend, **options
+            batch.student.requires_grad_(), batch.target, batch.teacher, backend=backend, **options
         )
     functional.distillation_loss(
-        batch.student.detach(), batch.teacher, batch.target, backend=backend, **options
+        batch.student.detach(), batch.target, batch.teacher, backend=backend, **options
     )
     trains_teacher = "teacher_ce_weight" in options
     assert asked == [(True, trains_teacher), (False, False), (False, False)]
@@ -516,7 +516,7 @@ def test_denominators_are_what_normalizer_wants(backend: str, case: str) -> None
     for half in halves:
         teacher = half.teacher.clone().requires_grad_(bool(options.get("teacher_ce_weight")))
         output = functional.distillation_loss(
-            half.student, teacher, half.target, backend=backend, **options
+            half.student, half.target, teacher, backend=backend, **options
         )
         assert output.denominators is not None
         assert not any(value.requires_grad for value in output.denominators.values())
@@ -586,7 +586,7 @@ def test_module_on_logits_is_the_function() -> None:
     assert not list(loss.parameters())
     got = loss(batch.student, batch.target, teacher_logits=batch.teacher)
     expected = functional.distillation_loss(
-        *batch, kd_weight=0.4, hetero_weight=0.6, temperature=2.0, preset="paper"
+        *batch.arguments, kd_weight=0.4, hetero_weight=0.6, temperature=2.0, preset="paper"
     )
     assert got.loss == expected.loss
     assert got.projector is None
@@ -609,7 +609,7 @@ def test_module_on_features(preset: str) -> None:
         teacher_features=teacher_features,
         return_maps=True,
     )
-    final = functional.distillation_loss(*batch, kd_weight=0.1, class_weight=loss.class_weight)
+    final = functional.distillation_loss(*batch.arguments, kd_weight=0.1, class_weight=loss.class_weight)
     with torch.no_grad():
         z_s, z_t = (
             loss.student_projector(student_features),
@@ -617,8 +617,8 @@ def test_module_on_features(preset: str) -> None:
         )
     projected = functional.distillation_loss(
         z_s,
-        z_t,
         batch.target,
+        z_t,
         teacher_ce_weight=1.0,
         hetero_weight=1.0,
         feature_weight=1.0,

@@ -102,8 +102,8 @@ def truth(case: Case, grad_output: float = -0.37, **options: Any) -> tuple[Any, 
     z_t = reference.project(torch.where(valid, teacher, 0), teacher_weight, teacher_bias)
     output = functional.distillation_loss(
         z_s,
-        z_t if options.get("teacher_ce_weight") else z_t.detach(),
         case.target,
+        z_t if options.get("teacher_ce_weight") else z_t.detach(),
         backend="reference",
         **options,
     )

@@ -59,7 +59,7 @@ def test_no_pixel_is_no_work(
     without_work(
         lambda: (
             functional.distillation_loss(
-                student, teacher if case == "all" else None, empty(*size), **options
+                student, empty(*size), teacher if case == "all" else None, **options
             ).loss
         ),
         *learn,
@@ -70,14 +70,14 @@ def test_no_pixel_is_no_work(
 def test_no_pixel_is_no_work_in_the_other_losses() -> None:
     student = torch.randn(1, 3, 4, 5, requires_grad=True)
     without_work(
-        lambda: channel_wise_distillation(student, torch.randn(1, 3, 2, 2), empty(1, FAR, 0)).loss,
+        lambda: channel_wise_distillation(student, empty(1, FAR, 0), torch.randn(1, 3, 2, 2)).loss,
         student,
     )
     # logits without a pixel, too
     for logits in (empty(0, 3, FAR, 4, of=torch.float32), empty(0, 3, 4, FAR, of=torch.float32)):
         target = empty(0, FAR, FAR)
         without_work(lambda x=logits, y=target: functional.cross_entropy(x, y).loss)
-        without_work(lambda x=logits, y=target: channel_wise_distillation(x, x, y).loss)
+        without_work(lambda x=logits, y=target: channel_wise_distillation(x, y, x).loss)
 
 
 _BEYOND = 2**28 + 1

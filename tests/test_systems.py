@@ -81,7 +81,7 @@ def test_fullgraph_compile(backend: str, case: str, dynamic: bool) -> None:
     torch._dynamo.reset()
 
     def step(student: Any, teacher: Any, target: Any) -> Any:
-        output = functional.distillation_loss(student, teacher, target, **options)
+        output = functional.distillation_loss(student, target, teacher, **options)
         return output.loss, output.ce, output.valid
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
@@ -109,7 +109,7 @@ def test_annealed_options_do_not_break_the_graph(backend: str) -> None:
 
     def loss(logits: Any, target: Any, weight: float, smoothing: float) -> Any:
         return functional.distillation_loss(
-            logits, None, target, ce_weight=weight, label_smoothing=smoothing, backend=backend
+            logits, target, None, ce_weight=weight, label_smoothing=smoothing, backend=backend
         ).loss
 
     compiled = torch.compile(loss, fullgraph=True)

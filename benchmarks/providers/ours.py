@@ -39,7 +39,7 @@ class Ours:
             if case.target.from_features:
                 student_logits = F.conv2d(inputs.student_features, inputs.weight[:, :, None, None])
             return functional.distillation_loss(
-                student_logits, teacher_logits, inputs.target, **options
+                student_logits, inputs.target, teacher_logits, **options
             ).loss
 
         return forward
@@ -56,8 +56,8 @@ def _refusal(
     try:
         functional.distillation_loss(
             logits,
-            logits if wanted.needs_teacher else None,
             target,
+            logits if wanted.needs_teacher else None,
             align_corners=align_corners,
             backend=backend,
             **wanted.options,

@@ -135,7 +135,9 @@ class DistillObjective(Objective):
             try:
                 loss = HeteroAKDLoss(num_classes, channels[0], channels[1], **shared, **options)
                 self.loss = loss.to(device)
-                self.cwd = ChannelWiseLoss(temperature=config.cwd_temperature, **shared)
+                self.cwd = ChannelWiseLoss(
+                    temperature=config.cwd_temperature, resolution="logits", **shared
+                )
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"distill: {error}") from error
         self.process_group = process_group

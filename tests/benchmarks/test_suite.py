@@ -104,8 +104,8 @@ def test_the_truth_of_images_is_the_truth_of_the_batch() -> None:
     inputs = make_inputs(one)
     whole = functional.distillation_loss(
         inputs.student_logits,
-        inputs.teacher_logits,
         inputs.target,
+        inputs.teacher_logits,
         ignore_index=IGNORE_INDEX,
         backend="reference",
         **OBJECTIVES["ce+hetero"].options,

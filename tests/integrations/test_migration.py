@@ -33,8 +33,8 @@ def test_kl_divergences(reduction: str, squared: bool, kd_weight: float) -> None
     theirs = theirs * T**2 if squared else theirs
     ours = functional.distillation_loss(
         student,
-        teacher,
         target,
+        teacher,
         ce_weight=0.0,
         kd_weight=kd_weight,
         temperature=T,
@@ -50,8 +50,8 @@ def test_cirkd() -> None:
     upsampled = F.interpolate(student, target.shape[1:], mode="bilinear", align_corners=True)
     ours = functional.distillation_loss(
         student,
-        teacher,
         target,
+        teacher,
         ce_weight=0.0,
         kd_weight=1.0,
         temperature=T,
@@ -93,5 +93,5 @@ def test_cwd() -> None:
     log_p_s = (student.flatten(2) / tau).log_softmax(2)
     theirs = tau**2 * (p_t * (p_t.log() - log_p_s)).sum() / (2 * 5)
     target = torch.zeros(2, 24, 28, dtype=torch.int64)
-    ours = ChannelWiseLoss(temperature=tau)(student, target, teacher_logits=teacher).loss
+    ours = ChannelWiseLoss(temperature=tau, resolution="logits")(student, target, teacher_logits=teacher).loss
     torch.testing.assert_close(ours, theirs)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from heteroakd_fast.projected import projected_distillation_loss
 from torch import Tensor
 
 from heteroakd_fast import backends, functional
-from heteroakd_fast.projected import projected_distillation_loss
 from heteroakd_fast.spec import TERMS, LossSpec
 
 __all__ = ["CALLS", "MODES", "Call", "check", "graph", "inputs_of", "outputs_of", "repeat"]

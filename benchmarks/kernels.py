@@ -33,8 +33,10 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_map_only
 
+from heteroakd_fast import functional
 from heteroakd_fast._requirements import explain
-from heteroakd_fast.spec import LossSpec
+from heteroakd_fast.backends import Call
+from heteroakd_fast.spec import LossSpec, plan
 
 from .markdown import table
 
@@ -89,20 +91,22 @@ def distill(
     **options: Any,
 ) -> None:
     """Launches Triton's kernels for a step of the loss (grad=False: an evaluation) on "cuda"."""
-    from heteroakd_fast.backends import _parts, triton
-
     launch = importlib.import_module("heteroakd_fast.kernels.launch")
-    spec = LossSpec(terms=terms or ("ce", "hetero"), temperature=temperature, **options)
+    weights = {f"{term}_weight": 1.0 for term in terms or ("ce", "hetero")}
+    flat = {"ce_weight": 0.0, **weights, "temperature": temperature, **options}
+    encoded, numbers = functional.encode_flat(flat, False)
+    (one,) = plan(encoded, False, False, ())
+    spec = LossSpec((255, 0, 0, *one.structure), numbers)
     student = torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout)
     other = torch.empty(*shape[:2], *(teacher or shape[2:]), dtype=dtype, device="cuda")
     target = torch.empty(shape[0], *labels, dtype=torch.int64, device="cuda")
-    part: Any = _parts.split(student, other, spec)[0]
-    run = triton._run(part)
-    sums = torch.empty(len(spec.terms), dtype=torch.float64, device="cuda")
+    call = Call.of((student, None, None, other, None, None, target, None), spec)
+    step = launch.passes_of(call)[0]
+    sums = torch.empty(len(one.names), dtype=torch.float64, device="cuda")
     report = torch.empty(2, dtype=torch.int64, device="cuda")
-    saved = launch.forward(run, target, None, sums, sums.clone(), report, None, grad)
+    saved = launch.forward(step, target, None, sums, sums.clone(), report, None, grad)
     if grad:
-        launch.backward(run, target, None, sums, saved)
+        launch.backward(step, target, None, sums, saved)
 
 
 _S4: Final = partial(distill, (8, 19, 128, 256), (512, 1024))

@@ -37,44 +37,22 @@ HAKD_TORCH_LIBRARY(HAKD_LIBRARY, m) {
   m.def("build_info() -> str");
   // [valid, out of range, flat index of the first out of range or -1]
   m.def("label_report(Tensor target, int num_classes, int ignore_index) -> Tensor");
-  // One pass over the label grid; the numbers are those of csrc/cpu/pass.h. Without
-  // grad_numerators: sums f64[4, 2] (numerator and denominator by term), labels (a label_report),
-  // maps [2, B, H, W] or [0], and, if compute_grad, the gradients of the numerators
-  // [terms asked for, B, C, h, w], [0] where every grid is the label grid. With grad_numerators
-  // f64[4], for those grids only: the gradient in the form of student_logits, nothing else.
+  // A call: the pass over the student's logits and that of teacher_ce over the teacher's (spec.h
+  // decodes structure and numbers). numerators f64 [terms]; totals f64 [groups], the sum of weight *
+  // numerator; denominators f64 [groups]; labels int64 [3] on the CPU (a label_report), [2] on CUDA
+  // (valid, out of range); maps [2, B, H, W] or [0]; of each pass what `gradient` needs besides its
+  // inputs, if its gradient is asked for and its logits have a grid of their own, else [0].
   m.def(
-      "distillation(Tensor student_logits, Tensor? teacher_logits, Tensor target, "
-      "Tensor? class_weight, int terms, int kd_divergence, int hetero, int mix, bool evaluation, "
-      "float kd_beta, float temperature, float tau, int ignore_index, bool align_corners, "
-      "float label_smoothing, bool maps, bool compute_grad, Tensor? grad_numerators) "
-      "-> (Tensor sums, Tensor labels, Tensor maps, Tensor gradients)");
-  // sum over k of scales[k] * gradients[k], in the form of like
-  m.def("combine_gradients(Tensor gradients, Tensor scales, Tensor like) -> Tensor");
-  // The same on CUDA, without a copy to the host (csrc/cuda/operators.cu): numerators and
-  // denominators are written at each term's place (-1: not asked for), report (valid labels, and
-  // labels out of range) and maps where there are any; returns the gradients of the numerators.
+      "sums(Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? class_weight, "
+      "Tensor numbers, int[] structure, bool student_grad, bool teacher_grad) -> (Tensor numerators, "
+      "Tensor totals, Tensor denominators, Tensor labels, Tensor maps, Tensor student_saved, "
+      "Tensor teacher_saved)");
+  // Of sum over groups of grad_totals * totals, in the form of the logits; [0] where not asked for.
+  // Where a pass saved something, of its logits only the form is read, and no labels.
   m.def(
-      "cuda_forward(Tensor student_logits, Tensor? teacher_logits, Tensor target, "
-      "Tensor? class_weight, Tensor(a!) numerators, Tensor(b!) denominators, Tensor(c!)? report, "
-      "Tensor(d!)? maps, int place_ce, int place_kd, int place_hetero, "
-      "int place_feature, int kd_divergence, int hetero, int mix, bool evaluation, float kd_beta, "
-      "float temperature, float tau, int ignore_index, bool align_corners, float label_smoothing, "
-      "bool compute_grad) -> Tensor");
-  // For logits on the label grid: the gradient in their form.
-  m.def(
-      "cuda_backward(Tensor student_logits, Tensor? teacher_logits, Tensor target, "
-      "Tensor? class_weight, Tensor grad_numerators, int place_ce, int place_kd, int place_hetero, "
-      "int place_feature, int kd_divergence, int hetero, int mix, bool evaluation, float kd_beta, "
-      "float temperature, float tau, int ignore_index, bool align_corners, float label_smoothing) -> Tensor");
-  // sum over k of grad_numerators[place_k] * saved[k], in the form of like
-  m.def(
-      "cuda_combine(Tensor saved, Tensor grad_numerators, int place_0, int place_1, int place_2, "
-      "int place_3, Tensor like) -> Tensor");
-  // The kernel that such a call gets.
-  m.def(
-      "cuda_kernel(Tensor student_logits, Tensor? teacher_logits, Tensor target, int place_ce, "
-      "int place_kd, int place_hetero, int place_feature, int kd_divergence, int hetero, int mix, "
-      "bool align_corners, float label_smoothing, bool maps) -> str");
+      "gradient(Tensor grad_totals, Tensor student_logits, Tensor? teacher_logits, Tensor? target, "
+      "Tensor? class_weight, Tensor numbers, Tensor? student_saved, Tensor? teacher_saved, "
+      "int[] structure, bool student_grad, bool teacher_grad) -> (Tensor student, Tensor teacher)");
   // The instruction set that the CPU kernels use here.
   m.def("cpu_isa() -> str");
   // For tests: exp2, log, log2, log1p or log1p_unit of a float32 vector, by an instruction set.

@@ -36,11 +36,15 @@ def library_path() -> Path | None:
     return libraries[0] if libraries else None
 
 
-@cache
 def unavailable() -> str | None:
     """None once the library is loaded, else the reason and what to do. Loads at the first call."""
     if flag("HETEROAKD_DISABLE_EXTENSION"):
         return "HETEROAKD_DISABLE_EXTENSION is set."
+    return _load()
+
+
+@cache
+def _load() -> str | None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _MINIMUM_TORCH:
         return (

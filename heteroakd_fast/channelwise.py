@@ -8,24 +8,29 @@ pixels, and needs both sides on one grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final, NoReturn
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import functional, ops, reference
-from .checks import (
-    check_choice,
+from . import ops, reference
+from ._checks import (
     check_constant,
-    check_flag,
     check_ignore_index,
     check_ignored_class,
-    check_integer,
-    check_scalar,
+    check_sides,
     check_temperature,
     plain_tensor,
     refuse_unknown,
+)
+from ._evaluate import (
+    DEFAULTS,
+    LossOptions,
+    Normalizer,
+    check_normalizer,
+    check_options,
+    mean_over_ranks,
 )
 from .labels import nearest_labels
 from .modules import AdjustableLoss
@@ -33,14 +38,9 @@ from .output import DistillationOutput
 
 __all__ = ["ChannelWiseLoss", "channel_wise_distillation"]
 
-_OPTIONS: Final = (
-    "temperature",
-    "ignore_index",
-    "allow_ignored_class",
-    "align_corners",
-    "resolution",
-)
 _RENAMED: Final = {"tau": "temperature", "T": "temperature"}  # mmrazor and others
+# It has no cross entropy, and no kernel yet.
+_OPTIONS: Final = tuple(name for name in DEFAULTS if name not in ("class_weight", "backend"))
 
 
 def channel_wise_distillation(
@@ -49,13 +49,8 @@ def channel_wise_distillation(
     teacher_logits: Tensor,
     *,
     temperature: float = 4.0,
-    ignore_index: int | None = 255,
-    allow_ignored_class: bool = False,
-    align_corners: bool = False,
-    resolution: str = "label",
-    normalizer: functional.Normalizer | None = None,
-    process_group: Any = None,
-    **unknown: NoReturn,
+    normalizer: Normalizer | None = None,
+    **options: Unpack[LossOptions],
 ) -> DistillationOutput:
     """T^2 / (N C) sum over images and classes of KL(softmax over space of z_t / T, of z_s / T).
 
@@ -64,68 +59,67 @@ def channel_wise_distillation(
 
     Args:
         student_logits: [B, C, h, w], float32, bfloat16, float16 or float64.
-        teacher_logits: [B, C, h', w'], resampled to the grid of the loss.
         target: [B, H, W], int64, int32 or uint8; only which pixels are ignored matters.
+        teacher_logits: [B, C, h', w'], resampled to the grid of the loss.
         temperature: T, from 1e-4 to 1e4; 4 in the paper. mmrazor calls it tau.
-        ignore_index, allow_ignored_class: see `functional.cross_entropy`.
-        align_corners: of the bilinear resampling.
-        resolution: "logits": on the student's grid, labels by nearest neighbour (as published);
-            "label": on the label grid, which materialises both sides' full-resolution logits.
         normalizer: replaces N C; a number, or {"cwd": number} as in `denominators`.
-        process_group: makes N C the mean over these ranks.
+        options: `ignore_index`, `allow_ignored_class`, `align_corners`, `resolution` and
+            `process_group`, as in `functional.segmentation_loss`. "label", the default resolution,
+            materialises both sides' full-resolution logits; "logits" is what was published.
 
     Returns:
-        A `DistillationOutput` with `loss`, `cwd`, `valid` and `denominators`.
+        A `DistillationOutput` with `loss`, the term `cwd`, `valid` and `denominators`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    refuse_unknown(unknown, _OPTIONS, _RENAMED)
+    refuse_unknown(options.keys() - set(_OPTIONS), ("temperature", *_OPTIONS), _RENAMED)
+    checked = check_options(options)
     temperature = check_temperature(temperature, "temperature")
-    check_choice(resolution, "resolution", functional.RESOLUTIONS)
-    check_flag(align_corners, "align_corners")
-    ignored = check_ignore_index(ignore_index)
+    return _evaluate(student_logits, target, teacher_logits, temperature, normalizer, checked)
+
+
+def _evaluate(
+    student_logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    normalizer: Normalizer | None,
+    options: dict[str, Any],
+) -> DistillationOutput:
     if teacher_logits is None:
         raise TypeError("teacher_logits: got None, expected a tensor [B, C, h', w']")
     student_logits, teacher_logits = plain_tensor(student_logits), plain_tensor(teacher_logits)
     target = plain_tensor(target)
-    functional.check_pair(student_logits, teacher_logits, target)
-    _, classes, height, width = student_logits.shape
-    check_ignored_class(ignore_index, classes, allow_ignored_class)
+    classes = check_sides(student_logits, target, teacher_logits)
+    _, _, height, width = student_logits.shape
+    check_ignored_class(options["ignore_index"], classes, options["allow_ignored_class"])
     check_constant(teacher_logits, "teacher_logits")
+    ignored = check_ignore_index(options["ignore_index"])
     valid_count = ops.valid_count(target, classes, ignored)
-    if resolution == "logits":
+    if options["resolution"] == "logits":
         target = nearest_labels(target, (height, width))
     if target.numel() == 0:
         numerator = student_logits[:0].sum(dtype=torch.float64)
         images = torch.zeros_like(numerator)
     else:
         numerator, images = _sums(
-            student_logits, teacher_logits, target != ignored, temperature, align_corners
+            student_logits, teacher_logits, target != ignored, temperature, options["align_corners"]
         )
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     denominator = images * classes
-    if process_group is not None:
-        denominator = functional.mean_over_ranks(denominator, process_group)
-    divisor = denominator
-    if isinstance(normalizer, Mapping):
-        if normalizer.keys() != {"cwd"}:
-            raise ValueError(
-                f"normalizer: names {', '.join(map(str, normalizer)) or 'nothing'}, this call "
-                "computes cwd"
-            )
-        normalizer = normalizer["cwd"]
-    if normalizer is not None:
-        check_scalar(normalizer, "normalizer")
-        divisor = torch.as_tensor(
-            plain_tensor(normalizer), dtype=torch.float64, device=target.device
-        )
+    if options["process_group"] is not None:
+        denominator = mean_over_ranks(denominator, options["process_group"])
+    replaced = check_normalizer(normalizer, [("cwd", 0)], ["valid"])
+    divisor = torch.as_tensor(
+        plain_tensor(replaced.get(0, denominator)), dtype=torch.float64, device=target.device
+    )
     cwd = (numerator * torch.where(divisor == 0, 0.0, 1.0 / divisor.reshape(()))).to(dtype)
     return DistillationOutput(
         loss=cwd,
+        terms={"cwd": cwd.detach()},
         valid=valid_count,
         denominators={"cwd": denominator},
-        cwd=cwd.detach(),
     )
 
 
@@ -168,43 +162,19 @@ class ChannelWiseLoss(AdjustableLoss):
     5 on Cityscapes and 10 on ADE20K with T = 1 in other configurations.
     """
 
-    _adjustable = _OPTIONS
+    _adjustable = ("temperature", *(name for name in _OPTIONS if name != "process_group"))
     _renamed: ClassVar = _RENAMED
 
-    temperature: float
-    ignore_index: int | None
-    allow_ignored_class: bool
-    align_corners: bool
-    resolution: str
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 4.0,
-        ignore_index: int | None = 255,
-        allow_ignored_class: bool = False,
-        align_corners: bool = False,
-        resolution: str = "label",
-        process_group: Any = None,
-        **unknown: NoReturn,
-    ) -> None:
+    def __init__(self, *, temperature: float = 4.0, **options: Unpack[LossOptions]) -> None:
         super().__init__()
-        refuse_unknown(unknown, self._arguments(), self._renamed)
-        given = locals()
-        self.__dict__.update(self._check_settings({name: given[name] for name in _OPTIONS}))
-        self.process_group = process_group
+        refuse_unknown(options.keys() - set(_OPTIONS), self._arguments(), self._renamed)
+        self.__dict__.update(self._check_settings({**options, "temperature": temperature}))
+        self.process_group = options.get("process_group")
 
     def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        checked = {
-            **settings,
-            "temperature": check_temperature(settings["temperature"], "temperature"),
-        }
-        if settings["ignore_index"] is not None:
-            checked["ignore_index"] = check_integer(settings["ignore_index"], "ignore_index")
-        check_flag(settings["allow_ignored_class"], "allow_ignored_class")
-        check_flag(settings["align_corners"], "align_corners")
-        check_choice(settings["resolution"], "resolution", functional.RESOLUTIONS)
-        return checked
+        checked = check_options({k: v for k, v in settings.items() if k in DEFAULTS})
+        temperature = check_temperature(settings["temperature"], "temperature")
+        return {"temperature": temperature, **{k: checked[k] for k in self._adjustable[1:]}}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -215,13 +185,8 @@ class ChannelWiseLoss(AdjustableLoss):
         target: Tensor,
         teacher_logits: Tensor,
         *,
-        normalizer: functional.Normalizer | None = None,
+        normalizer: Normalizer | None = None,
     ) -> DistillationOutput:
-        return channel_wise_distillation(
-            student_logits,
-            target,
-            teacher_logits,
-            normalizer=normalizer,
-            process_group=self.process_group,
-            **self._settings(),
-        )
+        options = {**self._settings(), "process_group": self.process_group}
+        temperature = options.pop("temperature")
+        return _evaluate(student_logits, target, teacher_logits, temperature, normalizer, options)

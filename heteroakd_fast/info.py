@@ -7,12 +7,13 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from . import _extension, backends
-from .backends.order import KINDS, order
+from .spec import LossSpec
+from .terms import CrossEntropy, Feature
 from .version import __version__
 
 __all__ = ["collect", "main"]
@@ -40,10 +41,24 @@ def collect() -> dict[str, Any]:
         },
         "backends": backends.available(),
         "preference": {
-            device: [*names, "reference"] for device, names in backends.CANDIDATES.items()
+            device: {
+                kind: _order(device, LossSpec.of(term).structure) for kind, term in _KINDS.items()
+            }
+            for device in backends.CANDIDATES
         },
-        "order": {kind: order("cuda", kind)._asdict() for kind in KINDS},
     }
+
+
+#: Calls that are alike for the choice of a backend, by a term that stands for them.
+_KINDS: Final = {
+    "ce, forward kd, hetero of softmax-kl with mix = probs": CrossEntropy(),
+    "any other term or option": Feature(),
+}
+
+
+def _order(device: str, structure: tuple[int, ...]) -> dict[str, str]:
+    names, reason = backends.order(device, structure)
+    return {"order": " -> ".join((*names, "reference")), "reason": reason}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(report, indent=2))
         return 0
     for name, value in report.items():
-        if name in ("backends", "preference", "order") or (name == "cuda_note" and not value):
+        if name in ("backends", "preference") or (name == "cuda_note" and not value):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items()) or "-"
@@ -64,13 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nbackends")
     for name, reason in report["backends"].items():
         print(f"  {name:10} {'works' if reason is None else 'cannot: ' + reason}")
-    print("\nchosen by device, first that can run the call")
-    for device, names in report["preference"].items():
-        if device != "cuda":
-            print(f"  {device:10} {' -> '.join(names)}")
-    for kind, found in report["order"].items():
-        print(f"  {'cuda':10} {' -> '.join((*found['names'], 'reference'))} for {KINDS[kind]}:")
-        print(f"  {'':10} {found['reason']}")
+    print("\nchosen by device and call, first that can run it")
+    for device, kinds in report["preference"].items():
+        for kind, found in kinds.items():
+            print(f"  {device:6} {found['order']} for {kind}: {found['reason']}")
     return 0
 
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from ._checks import label_range
 from ._environment import flag
-from .checks import label_range
 
 __all__ = [
+    "check_label_report",
     "check_synchronously",
     "count_valid",
     "label_report",
     "nearest_labels",
-    "raise_bad_label",
 ]
 
 
@@ -35,20 +35,38 @@ def count_valid(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
             `HETEROAKD_CHECK_LABELS=1`, a device-side assertion without.
     """
     report = label_report(target, num_classes, ignore_index)
-    if target.device.type == "cpu" or check_synchronously():
-        raise_bad_label(report, target, num_classes, ignore_index)
-    else:
+    check_label_report(report, target, num_classes, ignore_index)
+    return report[0].clone()
+
+
+def check_label_report(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises on a report that found a label out of range; it may lack the place.
+
+    Raises:
+        ValueError: names the label, where it is, and the range; see `count_valid` for GPUs.
+    """
+    if report.device.type != "cpu" and not check_synchronously():
         torch._assert_async(
             report[1] == 0, "target: a label is outside [0, C) and is not ignore_index"
         )
-    return report[0].clone()
+        return
+    _, count, *place = report.tolist()
+    if count == 0:
+        return
+    first = place[0] if place else int(label_report(target, num_classes, ignore_index)[2])
+    _, height, width = target.shape
+    b, y, x = first // (height * width), first // width % height, first % width
+    raise ValueError(
+        f"target: label {int(target[b, y, x])} at (b={b}, y={y}, x={x}) is "
+        f"{label_range(num_classes, ignore_index)}; {count} such pixels. "
+        f"Map the labels of your data set to class indices, or set ignore_index."
+    )
 
 
 def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """The report of `target` [B, H, W] (uint8, int32 or int64), int64[3] on its device."""
     if target.numel() == 0:  # whatever its other sizes
         return torch.tensor((0, 0, -1), device=target.device)
-    # The CUDA kernel is built but has not run on a GPU yet: torch's operators until it has.
     if target.device.type == "cpu" and _extension.loaded():
         report: Tensor = _extension.operators().label_report(target, num_classes, ignore_index)
         return report
@@ -58,24 +76,6 @@ def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     count = bad.count_nonzero()
     first = torch.where(count > 0, bad.to(torch.uint8).argmax(), -1)
     return torch.stack((valid.count_nonzero() - count, count, first))
-
-
-def raise_bad_label(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raises on a report (on the CPU) that found a label out of range.
-
-    Raises:
-        ValueError: names the label, where it is, and the range.
-    """
-    _, count, first = (int(value) for value in report.tolist())
-    if count == 0:
-        return
-    _, height, width = target.shape
-    b, y, x = first // (height * width), first // width % height, first % width
-    raise ValueError(
-        f"target: label {int(target[b, y, x])} at (b={b}, y={y}, x={x}) is "
-        f"{label_range(num_classes, ignore_index)}; {count} such pixels. "
-        f"Map the labels of your data set to class indices, or set ignore_index."
-    )
 
 
 def nearest_labels(target: Tensor, size: tuple[int, int]) -> Tensor:

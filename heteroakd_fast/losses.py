@@ -6,53 +6,194 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NoReturn
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import functional
-from .checks import (
+from ._checks import (
+    LOGITS_DTYPES,
+    MAX_CLASSES,
+    Side,
     axis_hint,
     check_choice,
-    check_constant,
     check_count,
-    check_flag,
-    check_ignore_index,
     check_ignored_class,
-    check_integer,
     check_number,
+    check_tensor,
     plain_tensor,
     refuse_forward_mode,
     refuse_unknown,
 )
-from .functional import Normalizer
+from ._evaluate import (
+    DEFAULTS,
+    LossOptions,
+    Normalizer,
+    Part,
+    check_options,
+    describe,
+    evaluate,
+)
+from .functional import check_terms
 from .modules import AdjustableLoss
 from .output import DistillationOutput
-from .projector import PROJECTORS, Projector
-from .spec import LossSpec
-
-__all__ = ["HeteroAKDLoss"]
-
-_WEIGHTS: Final = tuple(f"{name}_weight" for name in ("ce", "kd", "hetero", "feature", "projector"))
-_OPTIONS: Final = (
-    "preset",
-    "temperature",
-    "tau",
-    "mix",
-    "evaluation",
-    "weight_axis",
-    "kd_divergence",
-    "kd_beta",
-    "ignore_index",
-    "allow_ignored_class",
-    "align_corners",
-    "label_smoothing",
-    "resolution",
-    "backend",
+from .projector import PROJECTORS, Projection, Projector
+from .spec import Numbers, Shape, names_of, numbers_of, shape_of, vector
+from .terms import (
+    FLAT,
+    FLAT_DEFAULTS,
+    CrossEntropy,
+    FlatOptions,
+    Term,
+    check_flat,
+    from_flat,
 )
-_NUMBERS: Final = (*_WEIGHTS, "temperature", "tau", "kd_beta", "label_smoothing")
-_SPEC_FIELDS: Final = {field.name for field in dataclasses.fields(LossSpec)}
+
+__all__ = ["HeteroAKDLoss", "HeteroAKDOptions", "SegmentationLoss"]
+
+_COMMON: Final = tuple(name for name in DEFAULTS if name != "process_group")
+
+
+class _Encoded(NamedTuple):
+    """Terms as `Part` takes them, without maps or with them."""
+
+    shape: Shape
+    numbers: tuple[float, ...]
+    vector: Tensor
+
+    def part(self, student: Side, teacher: Side | None, names: Mapping[str, str] = {}) -> Part:
+        compiling = torch.compiler.is_compiling()
+        numbers: Numbers = self.vector if compiling else self.numbers
+        return Part(self.shape, numbers, student, teacher, names)
+
+
+def _encode(terms: Sequence[Term]) -> tuple[_Encoded, _Encoded]:
+    """Without maps and with them."""
+    asked = tuple(term for term in terms if term.weight != 0.0)
+    mapped = check_terms(terms, maps=True)
+    without, with_maps = (
+        _Encoded(shape_of(some), numbers_of(some), vector(numbers_of(some)))
+        for some in (asked, mapped)
+    )
+    return without, with_maps
+
+
+class SegmentationLoss(AdjustableLoss):
+    """A weighted sum of terms: `functional.segmentation_loss` as a module.
+
+        loss_fn = SegmentationLoss(CrossEntropy(), KD(0.1), HeteroAKD(temperature=2.0))
+        out = loss_fn(student_logits, target, teacher_logits)
+        out.loss.backward()
+
+    `terms` and the options are attributes: what is set is checked and counts from the next call.
+    `set_weights` changes weights alone, which recompiles nothing under `torch.compile`, unless one
+    becomes 0 or was 0. In `eval()` without a teacher the cross entropy terms are computed alone.
+
+    Args:
+        terms: of `heteroakd_fast.terms`.
+        options: `class_weight` ([C] tensor or sequence, >= 0, copied into a buffer),
+            `ignore_index`, `allow_ignored_class`, `align_corners`, `resolution`, `process_group`
+            (copies of the module share it) and `backend`, as in `functional.segmentation_loss`.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; names it and what was expected.
+    """
+
+    terms: tuple[Term, ...]
+
+    _adjustable = ("terms", *_COMMON)
+    _renamed: ClassVar = {"weight": "class_weight"}
+
+    def __init__(self, *terms: Term, **options: Unpack[LossOptions]) -> None:
+        super().__init__()
+        refuse_unknown(options.keys() - DEFAULTS.keys(), self._arguments()[1:], self._renamed)
+        settings = self._check_settings({**DEFAULTS, **options, "terms": terms})
+        self.register_buffer("class_weight", settings.pop("class_weight"))
+        self.process_group = settings.pop("process_group")
+        self.__dict__.update(settings)
+        self._encode()
+
+    def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        terms = check_terms(settings["terms"])
+        if not any(term.weight != 0.0 for term in terms):
+            raise ValueError(f"terms: got {len(terms)}, expected one whose weight is not 0")
+        checked = check_options({k: v for k, v in settings.items() if k != "terms"})
+        checked["class_weight"] = self._own_class_weight(checked["class_weight"], None)
+        return {**checked, "terms": terms}
+
+    def _encode(self) -> None:
+        terms = self.terms
+        self._encoded = _encode(terms)
+        self._cross_entropies = _encode([t for t in terms if isinstance(t, CrossEntropy)])
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each term, by its name in `DistillationOutput.terms`."""
+        names = names_of(shape_of(self.terms))
+        return MappingProxyType({n: t.weight for n, t in zip(names, self.terms, strict=True)})
+
+    def set_weights(self, **weights: float) -> None:
+        """Sets the weights of some terms, by name: `loss_fn.set_weights(kd=0.05)`."""
+        refuse_unknown(weights.keys() - self.weights.keys(), tuple(self.weights), {})
+        self.terms = tuple(
+            dataclasses.replace(term, weight=weights.get(name, term.weight))
+            for name, term in zip(self.weights, self.terms, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in _COMMON)
+        return ",\n".join((*map(repr, self.terms), options))
+
+    def forward(
+        self,
+        student_logits: Tensor | Projection,
+        target: Tensor,
+        teacher_logits: Tensor | Projection | None = None,
+        *,
+        normalizer: Normalizer | None = None,
+        return_maps: bool = False,
+    ) -> DistillationOutput:
+        """The weighted sum of the terms; arguments as in `functional.segmentation_loss`."""
+        parts = self._parts(student_logits, teacher_logits, return_maps)
+        options = self._settings(*_COMMON, "process_group")
+        return evaluate(parts, target, options, normalizer, return_maps)
+
+    def plan(
+        self,
+        student_logits: Tensor | Projection,
+        target: Tensor,
+        teacher_logits: Tensor | Projection | None = None,
+        *,
+        return_maps: bool = False,
+    ) -> str:
+        """The passes that such a call takes, each with its terms, gradients, backend and why."""
+        parts = self._parts(student_logits, teacher_logits, return_maps)
+        return describe(parts, target, self._settings(*_COMMON), return_maps)
+
+    def _parts(
+        self,
+        student_logits: Tensor | Projection,
+        teacher_logits: Tensor | Projection | None,
+        maps: bool,
+    ) -> list[Part]:
+        encoded = self._encoded
+        alone = teacher_logits is None and not self.training and not maps
+        if alone and self._cross_entropies[0].shape:
+            encoded = self._cross_entropies
+        return [encoded[maps].part(student_logits, teacher_logits)]
+
+
+class HeteroAKDOptions(FlatOptions, LossOptions, total=False):
+    """Keywords of `HeteroAKDLoss`, all but `teacher_ce_weight`."""
+
+    projector_weight: float
+
+
+_FLAT: Final = tuple(name for name in FLAT if name != "teacher_ce_weight")
+_WEIGHTS: Final = tuple(f"{name}_weight" for name in ("ce", "kd", "hetero", "feature", "projector"))
+_OPTIONS: Final = (*(name for name in _FLAT if name not in _WEIGHTS), *_COMMON)
+_DEFAULT_WEIGHTS: Final = {"kd_weight": 0.1, "hetero_weight": 1.0, "projector_weight": 1.0}
 _WITHOUT_TEACHER: Final = (
     "; to validate without a teacher, call .eval() on the loss, which then computes ce alone if "
     "ce_weight is not 0"
@@ -70,7 +211,8 @@ class HeteroAKDLoss(AdjustableLoss):
 
     Every argument is an attribute too. Weights and options may be set during training, as in
     `loss.kd_weight = 0.5`; what is set is checked as in the constructor and counts from the next
-    call. `num_classes`, the channels and the kind of projector are fixed.
+    call, and under `torch.compile` a new number recompiles nothing. `num_classes`, the channels and
+    the kind of projector are fixed.
 
     Reimplemented from public descriptions: there is no official code and no result of the paper
     is claimed. The formulas are in `docs/method.md`.
@@ -78,51 +220,20 @@ class HeteroAKDLoss(AdjustableLoss):
     Args:
         num_classes: C, 1 to 4096.
         student_channels, teacher_channels: channels of the features, both or neither.
-        preset: "softmax-kl" or "paper".
-        ce_weight, kd_weight, hetero_weight, feature_weight, projector_weight: weights of the
-            terms; 0 leaves a term out. `projector` is the cross entropy of both projected logits
-            and the only term that trains the teacher's projector.
-        temperature: T of `kd` and `hetero`, from 1e-4 to 1e4.
-        tau: sharpness of the reliability ("softmax-kl"), from 1e-4 to 1e4; no temperature.
-        mix, evaluation, weight_axis, kd_divergence, kd_beta: see `functional.distillation_loss`;
-            mix="teacher" and evaluation="none" are the ablations without knowledge mixing and
-            without knowledge evaluation.
         projector: "linear" or "conv-bn-relu"; None takes the preset's own.
-        ignore_index, allow_ignored_class, align_corners, label_smoothing, resolution,
-            process_group, backend: see `functional.cross_entropy`. Copies of the module share
-            the process group.
-        class_weight: [C] tensor or sequence, >= 0, of the cross entropies; copied into a buffer.
+        options: the weights `ce_weight` (1 by default), `kd_weight` (0.1), `hetero_weight` (1),
+            `feature_weight` (0) and `projector_weight` (1; the cross entropy of both projected
+            logits, the only term that trains the teacher's projector), of which 0 leaves a term
+            out; the options of `terms.HeteroAKD`, of `terms.KD` as `kd_divergence` and `kd_beta`,
+            and `label_smoothing`; those of `SegmentationLoss`.
 
     Raises:
         TypeError, ValueError: an option is wrong; names it and what was expected.
     """
 
-    _adjustable = (*_WEIGHTS, *_OPTIONS, "class_weight")
+    _adjustable = (*_WEIGHTS, *_OPTIONS)
     _fixed = ("num_classes", "student_channels", "teacher_channels", "projector")
     _renamed: ClassVar = {"T": "temperature", "weight": "class_weight"}
-
-    num_classes: int
-    ce_weight: float
-    kd_weight: float
-    hetero_weight: float
-    feature_weight: float
-    projector_weight: float
-    preset: str
-    temperature: float
-    tau: float
-    mix: str | None
-    evaluation: str | None
-    weight_axis: str
-    kd_divergence: str
-    kd_beta: float
-    ignore_index: int | None
-    allow_ignored_class: bool
-    align_corners: bool
-    label_smoothing: float
-    resolution: str
-    backend: str | None
-    projector: str
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -130,45 +241,25 @@ class HeteroAKDLoss(AdjustableLoss):
         student_channels: int | None = None,
         teacher_channels: int | None = None,
         *,
-        preset: str = "softmax-kl",
-        ce_weight: float = 1.0,
-        kd_weight: float = 0.1,
-        hetero_weight: float = 1.0,
-        feature_weight: float = 0.0,
-        projector_weight: float = 1.0,
-        temperature: float = 1.0,
-        tau: float = 1.0,
-        mix: str | None = None,
-        evaluation: str | None = None,
-        weight_axis: str = "class",
-        kd_divergence: str = "forward",
-        kd_beta: float = 0.5,
         projector: str | None = None,
-        ignore_index: int | None = 255,
-        allow_ignored_class: bool = False,
-        align_corners: bool = False,
-        class_weight: Tensor | Sequence[float] | None = None,
-        label_smoothing: float = 0.0,
-        resolution: str = "label",
-        process_group: Any = None,
-        backend: str | None = None,
-        **unknown: NoReturn,
+        **options: Unpack[HeteroAKDOptions],
     ) -> None:
         super().__init__()
-        refuse_unknown(unknown, self._arguments(), self._renamed)
-        given = locals()
-        classes = check_count(num_classes, "num_classes", functional.MAX_CLASSES)
+        known = (*self._adjustable, "process_group")
+        refuse_unknown(options.keys() - set(known), self._arguments(), self._renamed)
+        classes = check_count(num_classes, "num_classes", MAX_CLASSES)
         if (student_channels is None) != (teacher_channels is None):
             raise ValueError(
                 f"student_channels, teacher_channels: got {student_channels} and "
                 f"{teacher_channels}; give both (features are projected) or neither"
             )
-        kind = projector
-        if kind is None:
-            kind = "conv-bn-relu" if preset == "paper" else "linear"
         self.__dict__["num_classes"] = classes
         # A typo in a config should fail when the trainer is built, not at the first batch.
-        settings = self._check_settings({name: given[name] for name in self._adjustable})
+        defaults = {**FLAT_DEFAULTS, **_DEFAULT_WEIGHTS, **DEFAULTS}
+        settings = self._check_settings({name: {**defaults, **options}[name] for name in known})
+        kind = projector
+        if kind is None:
+            kind = "conv-bn-relu" if settings["preset"] == "paper" else "linear"
         check_choice(kind, "projector", PROJECTORS)
         if not any(settings[name] for name in _WEIGHTS):
             terms = ", ".join(name.removesuffix("_weight") for name in _WEIGHTS)
@@ -180,8 +271,8 @@ class HeteroAKDLoss(AdjustableLoss):
                 stacklevel=2,
             )
         self.register_buffer("class_weight", settings.pop("class_weight"))
+        self.process_group = settings.pop("process_group")
         self.__dict__.update(settings, projector=kind)
-        self.process_group = process_group
         self.student_projector: Projector | None = None
         self.teacher_projector: Projector | None = None
         if student_channels is not None and teacher_channels is not None:
@@ -191,6 +282,7 @@ class HeteroAKDLoss(AdjustableLoss):
             self.teacher_projector = Projector(
                 check_count(teacher_channels, "teacher_channels"), classes, kind
             )
+        self._encode()
 
     @property
     def student_channels(self) -> int | None:
@@ -208,38 +300,24 @@ class HeteroAKDLoss(AdjustableLoss):
         return MappingProxyType(self._settings(*_OPTIONS))
 
     def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        checked = {
-            name: check_number(value, name) if name in _NUMBERS else value
-            for name, value in settings.items()
-        }
-        if settings["ignore_index"] is not None:
-            checked["ignore_index"] = check_integer(settings["ignore_index"], "ignore_index")
-        check_ignored_class(
-            settings["ignore_index"], self.num_classes, settings["allow_ignored_class"]
-        )
-        check_flag(settings["align_corners"], "align_corners")
-        functional.check_spec(LossSpec(terms=("ce",), **_spec_fields(checked)))
-        check_choice(settings["resolution"], "resolution", functional.RESOLUTIONS)
-        if settings["backend"] is not None:
-            check_choice(settings["backend"], "backend", functional.BACKENDS)
-        return checked | {"class_weight": self._own_weight(settings["class_weight"])}
+        flat = check_flat({name: settings[name] for name in _FLAT})
+        from_flat({**FLAT_DEFAULTS, **flat})  # of which some go together only
+        common = check_options({k: v for k, v in settings.items() if k in DEFAULTS})
+        check_ignored_class(common["ignore_index"], self.num_classes, common["allow_ignored_class"])
+        common["class_weight"] = self._own_class_weight(common["class_weight"], self.num_classes)
+        weight = check_number(settings["projector_weight"], "projector_weight")
+        return {**flat, "projector_weight": weight, **common}
 
-    def _own_weight(self, value: Any) -> Tensor | None:
-        """Class weights as the buffer keeps them: a copy, floating point, on the module's device
-        where a sequence comes."""
-        current = self._buffers.get("class_weight")
-        if value is None or value is current:
-            return current if value is current else None
-        device = None if current is None or isinstance(value, Tensor) else current.device
-        given = plain_tensor(torch.as_tensor(value, device=device))
-        check_constant(given, "class_weight")
-        weight = given.detach().clone()
-        weight = weight if weight.is_floating_point() else weight.float()
-        if weight.shape != (self.num_classes,):
-            raise ValueError(
-                f"class_weight: got shape {tuple(weight.shape)}, expected ({self.num_classes},)"
-            )
-        return weight
+    def _encode(self) -> None:
+        settings = {**FLAT_DEFAULTS, **self._settings(*_FLAT)}
+        terms = from_flat(settings)  # ce, teacher_ce, kd, hetero, feature
+        ce, _, kd, hetero, feature = terms
+        self._on_logits = _encode(terms)
+        self._cross_entropy = _encode([ce])
+        self._on_final = _encode([ce, kd])
+        weight = self.projector_weight
+        supervised = from_flat({**settings, "ce_weight": weight, "teacher_ce_weight": weight})
+        self._on_projected = _encode([*supervised[:2], hetero, feature])
 
     def extra_repr(self) -> str:
         names = ("num_classes", *_OPTIONS, *_WEIGHTS)
@@ -265,174 +343,86 @@ class HeteroAKDLoss(AdjustableLoss):
                 projectors by `hetero` and `feature`.
             student_features, teacher_features: [B, D_s, ., .] and [B, D_t, ., .]; needed with
                 projectors. The teacher's are detached.
-            normalizer: see `functional.distillation_loss`; applies to every pass.
+            normalizer: see `functional.segmentation_loss`; applies to every pass.
             return_maps: fills `maps` (reliability and discrepancy).
 
         Raises:
             TypeError, ValueError: an argument is missing, superfluous or has the wrong type,
                 dtype, shape or device.
         """
-        student_logits = plain_tensor(student_logits)
-        student_features = plain_tensor(student_features)
-        teacher_features = plain_tensor(teacher_features)
-        self._check_classes(student_logits)
-        features = {"student_features": student_features, "teacher_features": teacher_features}
-        absent = teacher_logits is None and all(value is None for value in features.values())
-        if absent and not self.training and self.ce_weight:
-            weights = {"ce": self.ce_weight}
-            return self._on_logits(student_logits, target, None, weights, normalizer, return_maps)
-        if self.student_projector is not None:
-            return self._on_features(
-                student_logits,
-                target,
-                teacher_logits,
-                student_features,
-                teacher_features,
-                normalizer,
-                return_maps,
-            )
-        for name, value in features.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name}: given, but the loss has no projectors; build it with "
-                    "student_channels and teacher_channels, or leave the features out"
-                )
-        weights = self._weights("ce", "kd", "hetero", "feature")
-        _check_teacher_is_there(teacher_logits, weights)
-        return self._on_logits(
-            student_logits, target, teacher_logits, weights, normalizer, return_maps
+        parts = self._parts(
+            student_logits, teacher_logits, student_features, teacher_features, return_maps
         )
+        options = self._settings(*_COMMON, "process_group")
+        output = evaluate(parts, target, options, normalizer, return_maps)
+        # On two grids "ce" has two denominators, and a name stands for one.
+        apart = self.student_projector is not None and self.resolution == "logits"
+        return output._replace(denominators=None) if apart else output
 
-    def _weights(self, *terms: str) -> dict[str, float]:
-        return {term: getattr(self, f"{term}_weight") for term in terms}
-
-    def _on_logits(
+    def plan(
         self,
         student_logits: Tensor,
         target: Tensor,
-        teacher_logits: Tensor | None,
-        weights: dict[str, float],
-        normalizer: Normalizer | None,
-        return_maps: bool,
-    ) -> DistillationOutput:
-        one = functional.run(
-            student_logits,
-            teacher_logits,
-            target,
-            weights,
-            class_weight=self.class_weight,
-            return_maps=return_maps,
-            **self._settings(*_OPTIONS),
+        teacher_logits: Tensor | None = None,
+        *,
+        student_features: Tensor | None = None,
+        teacher_features: Tensor | None = None,
+        return_maps: bool = False,
+    ) -> str:
+        """The passes that such a call takes, each with its terms, gradients, backend and why."""
+        parts = self._parts(
+            student_logits, teacher_logits, student_features, teacher_features, return_maps
         )
-        loss, (terms,), denominators = functional.combine([one], normalizer, self.process_group)
-        return DistillationOutput(
-            loss=loss, valid=one.sums.valid, maps=one.maps, denominators=denominators, **terms
-        )
+        return describe(parts, target, self._settings(*_COMMON), return_maps)
 
-    def _on_features(
+    def _parts(
         self,
         student_logits: Tensor,
-        target: Tensor,
         teacher_logits: Tensor | None,
         student_features: Tensor | None,
         teacher_features: Tensor | None,
-        normalizer: Normalizer | None,
-        return_maps: bool,
-    ) -> DistillationOutput:
-        assert self.student_projector is not None
-        assert self.teacher_projector is not None
-        on_final = self._weights("ce", "kd")
-        on_projected = {
-            "ce": self.projector_weight,
-            "teacher_ce": self.projector_weight,
-            **self._weights("hetero", "feature"),
+        maps: bool,
+    ) -> list[Part]:
+        student_logits = plain_tensor(student_logits)
+        features = {
+            "student_features": plain_tensor(student_features),
+            "teacher_features": plain_tensor(teacher_features),
         }
-        passes: list[functional.WeightedPass] = []
-        options = {"class_weight": self.class_weight, **self._settings(*_OPTIONS)}
-        if any(on_final.values()):
-            _check_teacher_is_there(teacher_logits, on_final)
-            # Without kd nothing reads its logits, which may be of other classes.
-            passes.append(
-                functional.run(
-                    student_logits,
-                    teacher_logits if self.kd_weight else None,
-                    target,
-                    on_final,
-                    **options,
-                )
+        self._check_classes(student_logits)
+        absent = teacher_logits is None and all(value is None for value in features.values())
+        if absent and not self.training and self.ce_weight:
+            return [self._cross_entropy[maps].part(student_logits, None)]
+        if self.student_projector is None or self.teacher_projector is None:
+            for name, value in features.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: given, but the loss has no projectors; build it with "
+                        "student_channels and teacher_channels, or leave the features out"
+                    )
+            _check_teacher_is_there(teacher_logits, self._on_logits[0])
+            return [self._on_logits[maps].part(student_logits, teacher_logits)]
+        parts = []
+        if self._on_final[0].shape:
+            _check_teacher_is_there(teacher_logits, self._on_final[0])
+            # Without kd nothing reads the teacher's logits, which may be of other classes.
+            teacher = teacher_logits if self.kd_weight else None
+            parts.append(self._on_final[0].part(student_logits, teacher))
+        if self._on_projected[0].shape or maps:
+            names = {"ce": "projector", "teacher_ce": "projector"}
+            student_side = _projected(
+                self.student_projector, features["student_features"], "student"
             )
-        projected = None
-        if any(on_projected.values()) or return_maps:
-            student_features = _checked(self.student_projector, student_features, "student")
-            teacher_features = _checked(self.teacher_projector, teacher_features, "teacher")
-            if self.resolution == "logits" and not return_maps:
-                projected = self._fused(student_features, teacher_features, target, on_projected)
-            if projected is None:
-                student_z: Tensor = self.student_projector(student_features)
-                teacher_z: Tensor = self.teacher_projector(teacher_features)
-                if not self.projector_weight:
-                    refuse_forward_mode(teacher_z, "teacher_projector")
-                    teacher_z = teacher_z.detach()
-                projected = functional.run(
-                    student_z, teacher_z, target, on_projected, return_maps=return_maps, **options
-                )
-            passes.append(projected)
-        if not passes:
-            raise ValueError("weights: every term has weight 0; nothing to compute")
-        loss, terms, denominators = functional.combine(passes, normalizer, self.process_group)
-        reported: dict[str, Tensor] = {}
-        for one, values in zip(passes, terms, strict=True):
-            if one is not projected:
-                reported |= values
-                continue
-            if self.projector_weight:
-                reported["projector"] = values["ce"] + values["teacher_ce"]
-            reported |= {name: values[name] for name in ("hetero", "feature") if name in values}
-        return DistillationOutput(
-            loss=loss,
-            valid=passes[0].sums.valid,
-            maps=None if projected is None else projected.maps,
-            # On two grids "ce" has two denominators, and a name stands for one.
-            denominators=None if self.resolution == "logits" else denominators,
-            **reported,
-        )
-
-    def _fused(
-        self,
-        student_features: Tensor,
-        teacher_features: Tensor,
-        target: Tensor,
-        weights: dict[str, float],
-    ) -> functional.WeightedPass | None:
-        """Projection and loss in one kernel, where one exists for this call: nothing is
-        interpolated at the features' own resolution, so the logits need not be stored."""
-        assert self.student_projector is not None
-        assert self.teacher_projector is not None
-        if self.student_projector.bn is not None:
-            return None
-        from . import projected  # its operators are defined when they are first needed
-
-        student, teacher = (
-            projected.Projection(features, projector.conv.weight, projector.conv.bias)
-            for features, projector in (
-                (student_features, self.student_projector),
-                (teacher_features, self.teacher_projector),
+            teacher_side = _projected(
+                self.teacher_projector, features["teacher_features"], "teacher"
             )
-        )
-        return projected.fused_pass(
-            student,
-            teacher,
-            plain_tensor(target),
-            weights,
-            class_weight=self.class_weight,
-            backend=self.backend,
-            **_spec_fields(self._settings(*_OPTIONS)),
-        )
+            if isinstance(teacher_side, Tensor) and not self.projector_weight:
+                refuse_forward_mode(teacher_side, "teacher_projector")
+                teacher_side = teacher_side.detach()
+            parts.append(self._on_projected[maps].part(student_side, teacher_side, names))
+        return parts
 
     def _check_classes(self, student_logits: Tensor) -> None:
-        functional.check_tensor(
-            student_logits, "student_logits", 4, "[B, C, h, w]", functional.LOGITS_DTYPES
-        )
+        check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
         if student_logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"student_logits: got C={student_logits.shape[1]} classes, the loss was built "
@@ -441,8 +431,8 @@ class HeteroAKDLoss(AdjustableLoss):
             )
 
 
-def _check_teacher_is_there(teacher_logits: Tensor | None, weights: Mapping[str, float]) -> None:
-    needed = next((name for name, weight in weights.items() if weight and name != "ce"), None)
+def _check_teacher_is_there(teacher_logits: Tensor | None, encoded: _Encoded) -> None:
+    needed = next((name for name in names_of(encoded.shape) if name != "ce"), None)
     if teacher_logits is None and needed is not None:
         raise ValueError(
             f"teacher_logits: got None, but {needed}_weight is not 0; pass the teacher's logits or "
@@ -450,8 +440,9 @@ def _check_teacher_is_there(teacher_logits: Tensor | None, weights: Mapping[str,
         )
 
 
-def _checked(projector: Projector, features: Tensor | None, side: str) -> Tensor:
-    """The features, as a projector can take them."""
+def _projected(projector: Projector, features: Tensor | None, side: str) -> Tensor | Projection:
+    """The projected logits, or what makes them in the kernel: nothing stands between the
+    convolution and the terms."""
     name, depth = f"{side}_features", projector.conv.in_channels
     if features is None:
         raise ValueError(
@@ -460,29 +451,21 @@ def _checked(projector: Projector, features: Tensor | None, side: str) -> Tensor
             + _WITHOUT_TEACHER
         )
     hint = axis_hint(features.shape, depth, name) if isinstance(features, Tensor) else ""
-    functional.check_tensor(features, name, 4, "[B, D, h, w]", functional.LOGITS_DTYPES, hint)
+    check_tensor(features, name, 4, "[B, D, h, w]", LOGITS_DTYPES, hint)
     if features.shape[1] != depth:
         raise ValueError(
             f"{name}: got D={features.shape[1]} channels, the loss was built with "
             f"{side}_channels={depth}{hint}"
         )
-    if features.device != projector.conv.weight.device:
+    weight = projector.conv.weight
+    if features.device != weight.device:
         raise ValueError(
-            f"{name}: is on {features.device}, the loss's projectors on "
-            f"{projector.conv.weight.device}; move the loss with .to(...)"
+            f"{name}: is on {features.device}, the loss's projectors on {weight.device}; move the "
+            "loss with .to(...)"
         )
     if side == "teacher":
         features = features.detach()
-    if not torch.compiler.is_compiling() and features.is_inference():
-        features = features.clone()  # a convolution saves its input, which inference forbids
-    return features
-
-
-def _spec_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that are fields of `LossSpec`, as they are there."""
-    fields = {name: value for name, value in options.items() if name in _SPEC_FIELDS}
-    fields["mix"] = functional.resolve_mix(options["preset"], options["mix"])
-    if options["evaluation"] is None:
-        fields["evaluation"] = "discrepancy"
-    fields["ignore_index"] = check_ignore_index(options["ignore_index"])
-    return fields
+    if projector.bn is None:
+        return Projection(features, weight, projector.conv.bias)
+    projected: Tensor = projector(features)
+    return projected

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .checks import suggest
+from ._checks import check_constant, plain_tensor, suggest
 
 __all__ = ["AdjustableLoss", "SharesGroup", "forwarded"]
 
@@ -60,6 +61,29 @@ class AdjustableLoss(SharesGroup, nn.Module):
         """All of `_adjustable` as they are kept: checked, one by one and together."""
         raise NotImplementedError
 
+    def _encode(self) -> None:
+        """What a subclass derives from its arguments whenever one is set."""
+
+    def _own_class_weight(self, value: Any, num_classes: int | None) -> Tensor | None:
+        """Class weights as the buffer keeps them: a copy, floating point, on the module's device
+        where a sequence comes."""
+        current = self._buffers.get("class_weight")
+        if value is None or value is current:
+            return current if value is current else None
+        device = None if current is None or isinstance(value, Tensor) else current.device
+        given = plain_tensor(torch.as_tensor(value, device=device))
+        check_constant(given, "class_weight")
+        weight = given.detach().clone()
+        weight = weight if weight.is_floating_point() else weight.float()
+        if weight.dim() != 1 or (num_classes is not None and len(weight) != num_classes):
+            expected = "[C]" if num_classes is None else f"({num_classes},)"
+            raise ValueError(f"class_weight: got shape {tuple(weight.shape)}, expected {expected}")
+        return weight
+
+    if TYPE_CHECKING:  # the arguments, which no class lists a second time
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an argument, checked, or anything else that a module may have.
 
@@ -68,8 +92,11 @@ class AdjustableLoss(SharesGroup, nn.Module):
             AttributeError: it is fixed, or there is none of this name but of one like it.
         """
         if name in self._adjustable:
-            value = self._check_settings({**self._settings(), name: value})[name]
-        elif name in self._fixed:
+            settings = self._check_settings({**self._settings(), name: value})
+            super().__setattr__(name, settings[name])
+            self._encode()
+            return
+        if name in self._fixed:
             raise AttributeError(f"{name}: is fixed when the loss is built; build another loss")
         elif not name.startswith("_") and not hasattr(self, name):
             hint = suggest(name, self._arguments(), self._renamed)

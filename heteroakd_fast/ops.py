@@ -1,56 +1,54 @@
 """The operators: schema, fake kernels and autograd, over whichever backend a call names.
 
-`heteroakd_fast::distillation_sums` returns each term's numerator and denominator, not a loss:
-what is done between the sums and the gradients (global denominators, weights, a caller's
-normalizer) stays visible to PyTorch and costs nothing, and the gradient of the numerators is all
-that a backend has to know. Its backward is `heteroakd_fast::distillation_sums_backward`.
+`heteroakd_fast::sums` returns numerators and denominators, not a loss: what is done between the
+sums and the gradients (global denominators, a caller's normalizer) stays visible to PyTorch and
+costs nothing. Terms that share a denominator are one group: differentiable is, per group, the sum
+of weight times numerator. Its backward is `heteroakd_fast::gradient`.
 
-The backend `reference` does not pass through the operator: in traced code, and in float64, it is
-`reference.distillation_sums`, ordinary differentiable PyTorch; elsewhere the same formulas over
-bands (`backends/reference.py`).
+There is one road: `_Sums`, an autograd function that the operator has under its Autograd key. Eager
+calls take it without the dispatcher, whose own road costs as much as the kernel on a small image.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends.reference import BACKEND as BANDS
+from ._checks import check_call
+from .backends import Call
 from .labels import count_valid
-from .spec import LossSpec
+from .projector import Projection, project
+from .spec import LossSpec, groups_of, vector, who_learns
 
-__all__ = ["OPTIONS_SCHEMA", "SumsResult", "distillation_sums", "valid_count"]
-
-#: The fields of `LossSpec`, as the operators take them.
-OPTIONS_SCHEMA = (
-    "str[] terms, str preset, str mix, str evaluation, str weight_axis, str kd_divergence, "
-    "float kd_beta, float temperature, float tau, int ignore_index, bool align_corners, "
-    "float label_smoothing, bool maps"
-)
+__all__ = ["SumsResult", "sums", "valid_count"]
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library = torch.library.Library("heteroakd_fast", "DEF")
 
-# numerators [K] f64, denominators [K] f64, valid: i64 scalar, maps [2, B, H, W] or [0], saved: the
-# backend's own. The kernels count and check the labels on the way, so valid comes from there.
+# A side without weight is logits [B, C, h, w]; with one it is the features of a projection.
+_SIDES = (
+    "Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor? teacher, "
+    "Tensor? teacher_weight, Tensor? teacher_bias"
+)
+# numbers, structure: a LossSpec. wants: which of the six tensors of the sides get a gradient.
+_OPTIONS = "Tensor numbers, *, int[] structure, bool[] wants, str precision, str backend"
+# numerators [terms] f64; totals [groups] f64, the differentiable ones; denominators [groups] f64;
+# valid i64 scalar; maps [2, B, H, W] or [0]; saved: the backend's own. The kernels count and check
+# the labels on the way, so valid comes from there.
 _library.define(
-    "distillation_sums(Tensor student_logits, Tensor? teacher_logits, Tensor target, "
-    f"Tensor? class_weight, *, {OPTIONS_SCHEMA}, bool student_grad, bool teacher_grad, "
-    "str backend) -> (Tensor numerators, Tensor denominators, Tensor valid, Tensor maps, "
-    "Tensor[] saved)",
+    f"sums({_SIDES}, Tensor target, Tensor? class_weight, {_OPTIONS}) -> (Tensor numerators, "
+    "Tensor totals, Tensor denominators, Tensor valid, Tensor maps, Tensor[] saved)",
     tags=_TAGS,
 )
-# A gradient that was not asked for is an empty tensor: operators cannot return None. Where the
-# backend does not read its inputs again, the logits are mere models of shape, dtype and layout.
+# Gradients of what is wanted, in order. Where the backend does not read its inputs again, the sides
+# are mere models of shape, dtype and layout.
 _library.define(
-    "distillation_sums_backward(Tensor grad_numerators, Tensor student_logits, "
-    "Tensor? teacher_logits, Tensor? target, Tensor? class_weight, Tensor[] saved, *, "
-    f"{OPTIONS_SCHEMA}, bool student_grad, bool teacher_grad, str backend) "
-    "-> (Tensor student_grad, Tensor teacher_grad)",
+    f"gradient(Tensor grad_totals, {_SIDES}, Tensor? target, Tensor? class_weight, Tensor[] saved, "
+    f"{_OPTIONS}) -> Tensor[]",
     tags=_TAGS,
 )
 # Number of valid labels, int64 scalar; checks the range of the others.
@@ -58,83 +56,77 @@ _library.define(
     "valid_count(Tensor target, int num_classes, int ignore_index) -> Tensor", tags=_TAGS
 )
 
+_TENSORS = 8  # of a Call: the two sides, target, class_weight
+
 
 class SumsResult(NamedTuple):
     """One pass: terms before their means, valid pixels, and maps (or an empty tensor)."""
 
     numerators: Tensor
+    """[terms], float64, without gradient"""
+    totals: Tensor
+    """[groups], float64, the sum of weight * numerator, differentiable once"""
     denominators: Tensor
+    """[groups], float64"""
     valid: Tensor
     maps: Tensor
 
 
-def distillation_sums(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
+def sums(
+    student: Tensor | Projection,
     target: Tensor,
+    teacher: Tensor | Projection | None,
     class_weight: Tensor | None,
     spec: LossSpec,
     backend: str,
 ) -> SumsResult:
     """Runs one pass on `backend` (a name `backends.select` returned).
 
-    Shapes as in `reference.distillation_sums`. Differentiable once, with respect to
-    `student_logits` and, through the term `teacher_ce`, to `teacher_logits`.
+    Differentiable once: with respect to the student's tensors and, through the term `teacher_ce`,
+    to the teacher's logits or its projection's weight and bias.
     """
-    grad_mode = torch.is_grad_enabled()
-    student_grad = (
-        grad_mode
-        and student_logits.requires_grad
-        and any(term != "teacher_ce" for term in spec.terms)
-    )
-    teacher_grad = (
-        grad_mode
-        and teacher_logits is not None
-        and teacher_logits.requires_grad
-        and "teacher_ce" in spec.terms
-    )
-    if target.numel() == 0:  # no backend has to think of it, nor of sizes beside a 0
-        numerators, denominators, maps = reference.empty_pass(
-            student_logits, teacher_logits, target, spec
+    precision = student.precision if isinstance(student, Projection) else "ieee"
+    sides = (*_tensors_of(student), *_tensors_of(teacher))
+    call = Call.of((*sides, target, _not_inference(class_weight)), spec, (), precision)
+    empty = target.numel() == 0  # no backend has to think of it, nor of sizes beside a 0
+    plain = _is_plain_eager(*call.tensors)
+    oracle = backend == "reference" and call.student.dtype == torch.float64 and plain
+    if (call.projected or call.teacher_weight is not None) and (
+        empty or oracle or not _can_project(call, backend)
+    ):
+        call = _projected(call)
+    call = call._replace(wants=_wants(call))
+    if empty or oracle:
+        options = spec.options()
+        formulas = reference.empty_sums if empty else reference.sums
+        numerators, denominators, maps = formulas(
+            call.student, target, call.teacher, class_weight, options
         )
+        totals, per_group = reference.group(numerators, denominators, options)
         valid = denominators.new_zeros((), dtype=torch.int64)
-        return SumsResult(_once_differentiable(numerators), denominators, valid, maps)
-    plain = _is_plain_eager(student_logits, teacher_logits, target, class_weight)
-    double = student_logits.dtype == torch.float64  # the ground truth of the tests
-    if backend == "reference" and (double or not plain):
-        valid = valid_count(target, student_logits.shape[1], spec.ignore_index)
-        # Autocast finds nothing to cast here: the formulas have no product of matrices.
-        numerators, denominators, maps = reference.distillation_sums(
-            student_logits, teacher_logits, target, class_weight, spec
+        if not empty:
+            valid = valid_count(target, call.classes, options.ignore_index)
+        return SumsResult(
+            numerators.detach(), _once_differentiable(totals), per_group, valid, maps.detach()
         )
-        # A compiler drops an operator whose result nobody reads, and the check of the labels with
-        # it; so the loss reads the count.
-        numerators = torch.where(valid >= 0, numerators, math.nan)
-        numerators = _once_differentiable(numerators)
-    elif plain:
-        # Detached where no gradient is made: autograd would record a call that has none to give.
-        numerators, denominators, valid, maps = _EagerSums.apply(
-            student_logits if student_grad else student_logits.detach(),
-            teacher_logits if teacher_grad or teacher_logits is None else teacher_logits.detach(),
-            target,
-            _not_inference(class_weight),
-            spec,
-            student_grad,
-            teacher_grad,
-            BANDS if backend == "reference" else backends.get(backend),
-        )
-    else:
-        numerators, denominators, valid, maps, _ = torch.ops.heteroakd_fast.distillation_sums(
-            student_logits,
-            _not_inference(teacher_logits),
-            _not_inference(target),
-            _not_inference(class_weight),
-            **spec.options(),
-            student_grad=student_grad,
-            teacher_grad=teacher_grad,
-            backend=backend,
-        )
-    return SumsResult(numerators, denominators.detach(), valid, maps.detach())
+    # Detached where no gradient is made: autograd would record a call that has none to give.
+    tensors = [
+        x if wanted or x is None or not x.requires_grad else x.detach()
+        for x, wanted in zip(call.tensors, (*call.wants, False, False), strict=True)
+    ]
+    if plain and not any(call.wants):
+        return SumsResult(*backends.get(backend).sums(call.with_tensors(tensors))[:5])
+    if plain:
+        return SumsResult(*_Sums.apply(*tensors, None, call, backend, None)[:5])
+    numerators, totals, denominators, valid, maps, _ = torch.ops.heteroakd_fast.sums(
+        *(_not_inference(x) for x in tensors),
+        vector(spec.numbers) if isinstance(spec.numbers, tuple) else spec.numbers,
+        structure=spec.structure,
+        wants=call.wants,
+        precision=call.precision,
+        backend=backend,
+    )
+    return SumsResult(numerators, totals, denominators, valid, maps)
 
 
 def valid_count(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -147,10 +139,58 @@ def valid_count(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return count
 
 
+# --- projections ---------------------------------------------------------------------------------
+
+
+def _tensors_of(side: Tensor | Projection | None) -> tuple[Tensor | None, ...]:
+    return (side, None, None) if side is None or isinstance(side, Tensor) else side[:3]
+
+
+def _can_project(call: Call, backend: str) -> bool:
+    """Whether the backend projects on the way: both sides are projections, on the label grid."""
+    both = call.projected and (call.teacher is None or call.teacher_weight is not None)
+    sides = [side for side in (call.student, call.teacher) if side is not None]
+    on_grid = all(side.shape[2:] == call.labels.shape[1:] for side in sides)
+    float64 = any(x is not None and x.dtype == torch.float64 for x in call.tensors[:6])
+    return (
+        both and on_grid and backends.projects(backend, call.spec.structure, call.classes, float64)
+    )
+
+
+def _projected(call: Call) -> Call:
+    """The call, with logits in the place of projections."""
+    tensors = list(call.tensors)
+    for at, features, weight, bias in ((0, *call[:3]), (3, *call[3:6])):
+        if features is None or weight is None:
+            continue
+        if at == 3:
+            features = features.detach()
+            if not who_learns(call.spec.structure)[1]:
+                weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if features.shape[2:] == call.labels.shape[1:]:
+            # What ignored pixels hold would reach the weight's gradient, times 0: perhaps as NaN.
+            valid = (call.labels != call.spec.ignore_index)[:, None]
+            features = torch.where(valid, features, 0)
+        tensors[at : at + 3] = [project(features, weight, bias), None, None]
+    return call.with_tensors(tensors)
+
+
+def _wants(call: Call) -> tuple[bool, ...]:
+    if not torch.is_grad_enabled():
+        return (False,) * 6
+    learns = who_learns(call.spec.structure)
+    return tuple(
+        x is not None and x.requires_grad and learns[k // 3] and (k != 3 or not call.projected)
+        for k, x in enumerate(call.tensors[:6])
+    )
+
+
+# --- the road ------------------------------------------------------------------------------------
+
+
 def _is_plain_eager(*tensors: Tensor | None) -> bool:
     """Whether only autograd watches this call: no tracer, dispatch mode, transform, subclass.
 
-    The operator's own road through the dispatcher costs as much as the kernel on a small image.
     Where this version of torch cannot tell, the operator is taken.
     """
     if torch.compiler.is_compiling():
@@ -178,67 +218,92 @@ def _not_inference(tensor: Tensor | None) -> Tensor | None:
     return tensor if torch.is_inference_mode_enabled() else tensor.clone()
 
 
-class _EagerSums(torch.autograd.Function):
-    """`heteroakd_fast::distillation_sums` without the dispatcher."""
+class _Sums(torch.autograd.Function):
+    """`heteroakd_fast::sums` with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        spec: LossSpec,
-        student_grad: bool,
-        teacher_grad: bool,
-        implementation: backends.EagerBackend,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        numerators, denominators, valid, maps, saved = implementation.forward(
-            student_logits, teacher_logits, target, class_weight, spec, student_grad, teacher_grad
-        )
-        ctx.mark_non_differentiable(denominators, valid, maps)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Any, ...]:
+        """Eight tensors, the numbers where the call is traced, the call, the backend, and the
+        dispatcher's keys where the call has come through it and is to go on."""
+        *tensors, numbers, call, backend, keys = arguments
+        call = call.with_tensors(tensors)
+        implementation = backends.get(backend)
+        if keys is None:
+            *results, saved = implementation.sums(call)
+        else:
+            *results, saved = _below_autograd(keys, tensors, numbers, call, backend)
+        ctx.mark_non_differentiable(results[0], *results[2:])  # all but the totals
         ctx.set_materialize_grads(False)
-        ctx.implementation, ctx.spec = implementation, spec
-        ctx.wanted = student_grad, teacher_grad
-        inputs: tuple[Tensor | None, ...] = student_logits, teacher_logits, target, class_weight
-        ctx.reads_inputs = implementation.backward_reads_inputs(
-            student_logits, teacher_logits, target, spec, student_grad, teacher_grad
-        )
+        ctx.call = call.with_tensors((None,) * _TENSORS)
+        ctx.backend, ctx.traced = backend, keys is not None
+        ctx.reads_inputs = implementation.reads_inputs(call)
+        kept: tuple[Tensor | None, ...] = ()
         if ctx.reads_inputs:
-            inputs = tuple(_not_inference(x) for x in inputs)
-            ctx.save_for_backward(*inputs, *saved)
-        else:
+            kept = tuple(_not_inference(x) for x in tensors)
+        elif any(call.wants):
             # What is not saved may be freed, or overwritten, before backward.
-            ctx.forms = [None if logits is None else _form(logits) for logits in inputs[:2]]
-            ctx.save_for_backward(*saved)
-        return numerators, denominators, valid, maps
+            ctx.of_sides = [None if x is None else _metadata(x) for x in tensors[:6]]
+        ctx.save_for_backward(numbers, *kept, *saved)
+        return (*results, saved)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_numerators: Tensor | None, *unused: object
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_order()
-        nothing = (None,) * 6
-        tensors = list(ctx.saved_tensors)
-        if grad_numerators is None:
-            return None, None, *nothing
-        target, class_weight = None, None
+        grad_totals = grads[1]
+        unused = (None,) * 6
+        if grad_totals is None:
+            return (None,) * 6 + unused
+        numbers, *saved = ctx.saved_tensors
         if ctx.reads_inputs:
-            student_logits, teacher_logits, target, class_weight, *tensors = tensors
+            tensors, saved = saved[:_TENSORS], saved[_TENSORS:]
         else:
-            student_logits, teacher_logits = (_of_form(form) for form in ctx.forms)
-        assert student_logits is not None
-        student, teacher = ctx.implementation.backward(
-            grad_numerators,
-            student_logits,
-            teacher_logits,
-            target,
-            class_weight,
-            tensors,
-            ctx.spec,
-            *ctx.wanted,
+            tensors = [*(_empty_like(x) for x in ctx.of_sides), None, None]
+        call = ctx.call
+        if not ctx.traced:
+            call = call.with_tensors(tensors)
+            found = backends.get(ctx.backend).gradient(call, grad_totals, list(saved))
+            return (*found, *unused)
+        wanted = iter(
+            torch.ops.heteroakd_fast.gradient(
+                grad_totals,
+                *tensors,
+                list(saved),
+                numbers,
+                structure=call.spec.structure,
+                wants=call.wants,
+                precision=call.precision,
+                backend=ctx.backend,
+            )
         )
-        return student, teacher, *nothing
+        return (*(next(wanted) if asked else None for asked in call.wants), *unused)
+
+
+def _below_autograd(
+    keys: Any, tensors: Sequence[Tensor | None], numbers: Tensor, call: Call, backend: str
+) -> tuple[Any, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        results: tuple[Any, ...] = torch.ops.heteroakd_fast.sums.default.redispatch(
+            keys & torch._C._after_autograd_keyset,
+            *tensors,
+            numbers,
+            structure=call.spec.structure,
+            wants=call.wants,
+            precision=call.precision,
+            backend=backend,
+        )
+    return results
+
+
+def _metadata(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _empty_like(metadata: tuple[Any, ...] | None) -> Tensor | None:
+    """A tensor of that shape, layout, dtype and device whose memory is never touched."""
+    if metadata is None:
+        return None
+    shape, stride, dtype, device = metadata
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _refuse_second_order() -> None:
@@ -270,159 +335,70 @@ def _once_differentiable(x: Tensor) -> Tensor:
     return x
 
 
-# --- implementations ---------------------------------------------------------------------------
+# --- implementations -----------------------------------------------------------------------------
 
 
-def _distillation_sums_impl(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-    backend: str,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    implementation, spec = backends.get(backend), LossSpec.from_options(options)
-    refusal = implementation.unsupported(spec)
-    if refusal is not None:
-        raise backends.BackendUnavailableError(f"backend {backend!r}: {refusal}")
-    return implementation.forward(
-        student_logits, teacher_logits, target, class_weight, spec, student_grad, teacher_grad
-    )
+def _call(tensors: Sequence[Tensor | None], numbers: Tensor, **options: Any) -> tuple[Call, str]:
+    spec = LossSpec(tuple(options["structure"]), numbers)
+    return Call.of(tensors, spec, options["wants"], options["precision"]), options["backend"]
 
 
-def _distillation_sums_fake(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-    backend: str,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    spec = LossSpec.from_options(options)
-    terms = len(spec.terms)
-    compute_dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    shapes = backends.get(backend).saved_shapes(
-        student_logits, teacher_logits, target, spec, student_grad, teacher_grad
-    )
+def _sums_autograd(keys: Any, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+    *tensors, numbers = arguments
+    call, backend = _call(tensors, numbers, **options)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return _below_autograd(keys, tensors, numbers, call, backend)
+    if _is_plain_eager(*tensors):
+        check_call(call)
+        return cast(tuple[Any, ...], _Sums.apply(*tensors, None, call, backend, None))
+    return cast(tuple[Any, ...], _Sums.apply(*tensors, numbers, call, backend, keys))
+
+
+def _sums_impl(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+    *tensors, numbers = arguments
+    call, backend = _call(tensors, numbers, **options)
+    check_call(call)
+    return tuple(backends.get(backend).sums(call))
+
+
+def _sums_fake(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+    *tensors, numbers = arguments
+    call, backend = _call(tensors, numbers, **options)
+    asked = groups_of(call.spec.structure)
+    groups = len(set(asked.values()))
+    shapes = backends.get(backend).saved_shapes(call)
+    maps = (2, *call.labels.shape) if call.spec.maps else 0
+    dtype = torch.promote_types(call.student.dtype, torch.float32)
+    new = call.student.new_empty
     return (
-        student_logits.new_empty(terms, dtype=torch.float64),
-        student_logits.new_empty(terms, dtype=torch.float64),
-        student_logits.new_empty((), dtype=torch.int64),
-        student_logits.new_empty((2, *target.shape) if spec.maps else 0, dtype=compute_dtype),
-        [student_logits.new_empty(shape, dtype=dtype) for shape, dtype in shapes],
+        new(len(asked), dtype=torch.float64),
+        new(groups, dtype=torch.float64),
+        new(groups, dtype=torch.float64),
+        new((), dtype=torch.int64),
+        new(maps, dtype=dtype),
+        [new(shape, dtype=saved_dtype) for shape, saved_dtype in shapes],
     )
 
 
-def _distillation_sums_backward_impl(
-    grad_numerators: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    saved: list[Tensor],
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-    backend: str,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    grads = backends.get(backend).backward(
-        grad_numerators,
-        student_logits,
-        teacher_logits,
-        target,
-        class_weight,
-        saved,
-        LossSpec.from_options(options),
-        student_grad,
-        teacher_grad,
-    )
-    nothing = grad_numerators.new_empty(0)
-    student, teacher = (nothing.clone() if grad is None else grad for grad in grads)
-    return student, teacher
+def _gradient_impl(grad_totals: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
+    *tensors, saved, numbers = arguments
+    call, backend = _call(tensors, numbers, **options)
+    grads = backends.get(backend).gradient(call, grad_totals, saved)
+    return [grad for grad in grads if grad is not None]
 
 
-def _distillation_sums_backward_fake(
-    grad_numerators: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    saved: list[Tensor],
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    nothing = grad_numerators.new_empty(0)
-    student = torch.empty_like(student_logits) if student_grad else nothing.clone()
-    if teacher_grad and teacher_logits is not None:
-        return student, torch.empty_like(teacher_logits)
-    return student, nothing.clone()
-
-
-def _setup_context(
-    ctx: Any,
-    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]],
-) -> None:
-    ctx.options = keyword_only_inputs
-    options = dict(keyword_only_inputs)
-    student_grad, teacher_grad = options.pop("student_grad"), options.pop("teacher_grad")
-    backend = backends.get(options.pop("backend"))
-    ctx.reads_inputs = backend.backward_reads_inputs(
-        *inputs[:3], LossSpec.from_options(options), student_grad, teacher_grad
-    )
-    if ctx.reads_inputs:
-        ctx.save_for_backward(*inputs, *output[4])
-        return
-    # What is not saved may be freed, or overwritten, before backward.
-    ctx.forms = [None if logits is None else _form(logits) for logits in inputs[:2]]
-    ctx.save_for_backward(*output[4])
-
-
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _of_form(form: tuple[Any, ...] | None) -> Tensor | None:
-    """A tensor of that shape, layout, dtype and device whose memory is never touched."""
-    if form is None:
-        return None
-    shape, stride, dtype, device = form
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def _backward(ctx: Any, grad_numerators: Tensor, *unused: object) -> tuple[Tensor | None, ...]:
-    _refuse_second_order()
-    target, class_weight = None, None
-    if ctx.reads_inputs:
-        student_logits, teacher_logits, target, class_weight, *saved = ctx.saved_tensors
-    else:
-        saved = list(ctx.saved_tensors)
-        student_logits, teacher_logits = (_of_form(form) for form in ctx.forms)
-    student, teacher = torch.ops.heteroakd_fast.distillation_sums_backward(
-        grad_numerators,
-        student_logits,
-        teacher_logits,
-        target,
-        class_weight,
-        saved,
-        **ctx.options,
-    )
-    return (
-        student if ctx.options["student_grad"] else None,
-        teacher if ctx.options["teacher_grad"] else None,
-        None,
-        None,
-    )
+def _gradient_fake(grad_totals: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
+    *tensors, _, numbers = arguments
+    call, _ = _call(tensors, numbers, **options)
+    # a projection's weight and bias get dense gradients
+    dense = (1, 2, 4, 5)
+    return [
+        torch.empty_like(
+            x, memory_format=torch.contiguous_format if k in dense else torch.preserve_format
+        )
+        for k, (x, wanted) in enumerate(zip(call.tensors[:6], call.wants, strict=True))
+        if wanted and x is not None
+    ]
 
 
 def _valid_count_impl(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -434,16 +410,13 @@ def _valid_count_fake(target: Tensor, num_classes: int, ignore_index: int) -> Te
 
 
 _KEY = "CompositeExplicitAutograd"  # one implementation for every device; the backend chooses
-_library.impl("distillation_sums", _distillation_sums_impl, _KEY)
-_library.impl("distillation_sums_backward", _distillation_sums_backward_impl, _KEY)
+_library.impl("sums", _sums_impl, _KEY)
+_library.impl("sums", _sums_autograd, "Autograd", with_keyset=True)
+_library.impl("gradient", _gradient_impl, _KEY)
 _library.impl("valid_count", _valid_count_impl, _KEY)
-torch.library.register_fake(
-    "heteroakd_fast::distillation_sums", _distillation_sums_fake, lib=_library
-)
-torch.library.register_fake(
-    "heteroakd_fast::distillation_sums_backward", _distillation_sums_backward_fake, lib=_library
-)
-torch.library.register_fake("heteroakd_fast::valid_count", _valid_count_fake, lib=_library)
-torch.library.register_autograd(
-    "heteroakd_fast::distillation_sums", _backward, setup_context=_setup_context, lib=_library
-)
+for _name, _fake in (
+    ("sums", _sums_fake),
+    ("gradient", _gradient_fake),
+    ("valid_count", _valid_count_fake),
+):
+    torch.library.register_fake(f"heteroakd_fast::{_name}", _fake, lib=_library)

@@ -3,10 +3,10 @@
 The formulas are those of `docs/method.md`, in its order and under its names; the compiled
 kernels are laid out in the same order, so that the three can be read side by side.
 
-Every function works on the label grid, class axis 1, in the dtype it is given; run it in
-float64 and it is the ground truth of the tests. `distillation_sums` materialises full-resolution
-logits; the backend `reference` runs the same formulas over bands of rows
-(`backends/reference.py`). Autograd does the gradients in both.
+Every function works on the label grid, class axis 1, in the dtype it is given; run it in float64
+and it is the ground truth of the tests. `sums` materialises full-resolution logits; the backend
+`reference` runs the same formulas over bands of rows (`backends/reference.py`). Autograd does the
+gradients in both.
 
 Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C, H, W];
 `label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where not `valid`).
@@ -22,22 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import LossSpec
+from .spec import Options
+from .terms import KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
 
 __all__ = [
     "Knowledge",
     "PassSums",
     "bernoulli_kl",
     "cross_entropy",
-    "distillation_sums",
+    "empty_sums",
     "evaluate_knowledge",
     "feature",
+    "group",
     "hetero",
     "join_over_space",
     "kd",
     "labels_and_valid",
     "negative_log_likelihood",
     "project",
+    "sums",
     "terms_on_grid",
     "upsample",
 ]
@@ -50,7 +53,7 @@ Fraction = tuple[Tensor, Tensor]
 
 
 class PassSums(NamedTuple):
-    """Terms of one pass, in the order of `LossSpec.terms`, before any mean is taken."""
+    """Terms of one pass, in the order of `Options.asked`, before any mean is taken."""
 
     numerators: Tensor
     """[K], float64, differentiable"""
@@ -242,32 +245,45 @@ def feature(student_z: Tensor, teacher_z: Tensor, valid: Tensor) -> Fraction:
 
 
 def evaluate_knowledge(
-    student_z: Tensor, teacher_z: Tensor, label: Tensor, valid: Tensor, spec: LossSpec
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    term: HeteroAKD,
+    maps: bool = False,
 ) -> Knowledge:
-    """Reliability, mixed target and discrepancy; everything returned is detached."""
+    """Reliability, mixed target and discrepancy; everything returned is detached.
+
+    maps: whether the discrepancy is wanted though the term does not evaluate.
+    """
     student_z, teacher_z = student_z.detach(), teacher_z.detach()
-    if spec.preset == "paper":
-        return _evaluate_paper(student_z, teacher_z, label, valid, spec)
-    return _evaluate_softmax_kl(student_z, teacher_z, label, valid, spec)
+    if term.preset == "paper":
+        return _evaluate_paper(student_z, teacher_z, label, valid, term)
+    return _evaluate_softmax_kl(student_z, teacher_z, label, valid, term, maps)
 
 
 def _evaluate_softmax_kl(
-    student_z: Tensor, teacher_z: Tensor, label: Tensor, valid: Tensor, spec: LossSpec
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    term: HeteroAKD,
+    maps: bool,
 ) -> Knowledge:
-    t = spec.temperature
+    t = term.temperature
     log_p_s = (student_z / t).log_softmax(dim=1)
     log_p_t = (teacher_z / t).log_softmax(dim=1)
 
     # reliability: (r_t, r_s) = softmax(-e_t / tau, -e_s / tau)
     e_t = negative_log_likelihood(teacher_z, label)
     e_s = negative_log_likelihood(student_z, label)
-    log_r_t = F.logsigmoid((e_s - e_t) / spec.tau)[:, None]
-    log_r_s = F.logsigmoid((e_t - e_s) / spec.tau)[:, None]
+    log_r_t = F.logsigmoid((e_s - e_t) / term.tau)[:, None]
+    log_r_s = F.logsigmoid((e_t - e_s) / term.tau)[:, None]
 
     # mixed_target, as log m
-    if spec.mix == "probs":
+    if term.mix == "probs":
         mixed_target = torch.logaddexp(log_r_t + log_p_t, log_r_s + log_p_s)
-    elif spec.mix == "teacher":
+    elif term.mix == "teacher":
         mixed_target = log_p_t
     else:
         z_h = log_r_t.exp() * teacher_z + log_r_s.exp() * student_z
@@ -276,9 +292,9 @@ def _evaluate_softmax_kl(
     # discrepancy: a KL is never negative, its rounding may be
     d = torch.ones_like(e_s)
     discrepancy = d
-    if spec.evaluation == "discrepancy" or spec.maps:
+    if term.evaluation == "discrepancy" or maps:
         discrepancy = _kl(log_p_t, log_p_s).clamp(min=0.0)
-    if spec.evaluation == "discrepancy":
+    if term.evaluation == "discrepancy":
         d = discrepancy
     return Knowledge(
         mixed_target=mixed_target,
@@ -289,7 +305,7 @@ def _evaluate_softmax_kl(
 
 
 def _evaluate_paper(
-    student_z: Tensor, teacher_z: Tensor, label: Tensor, valid: Tensor, spec: LossSpec
+    student_z: Tensor, teacher_z: Tensor, label: Tensor, valid: Tensor, term: HeteroAKD
 ) -> Knowledge:
     # BCE(sigmoid(z), [c = label]) is -log sigmoid of z or, for the other classes, of -z
     sign = torch.full_like(student_z, -1.0).scatter_(1, label[:, None], 1.0)
@@ -302,15 +318,15 @@ def _evaluate_paper(
     r_t = (h_s + RELIABILITY_EPS) / (h_t + h_s + 2.0 * RELIABILITY_EPS)
 
     # mixed_target (Eq. 7)
-    z_h = teacher_z if spec.mix == "teacher" else r_t * teacher_z + (1.0 - r_t) * student_z
+    z_h = teacher_z if term.mix == "teacher" else r_t * teacher_z + (1.0 - r_t) * student_z
 
     # discrepancy: the positive reliability gap (Eq. 8), and the class weights (Eq. 9)
     discrepancy = (h_s - error(z_h)).clamp(min=0.0)
     inside = valid[:, None]
     shares = None
-    if spec.evaluation == "none":
+    if term.evaluation == "none":
         weight = torch.ones_like(h_s)
-    elif spec.weight_axis == "class":
+    elif term.weight_axis == "class":
         weight = (h_s + discrepancy).softmax(dim=1)
     else:
         x = h_s + discrepancy
@@ -319,9 +335,9 @@ def _evaluate_paper(
         shares = (largest, exp.sum(dim=(2, 3), keepdim=True))
         weight = exp / shares[1]
 
-    softened = z_h / spec.temperature
+    softened = z_h / term.temperature
     return Knowledge(
-        mixed_target=softened.log_softmax(dim=1) if spec.weight_axis == "class" else softened,
+        mixed_target=softened.log_softmax(dim=1) if term.weight_axis == "class" else softened,
         weight=torch.where(inside, weight, 0),
         reliability=_at_label(r_t, label),
         discrepancy=_at_label(discrepancy, label),
@@ -351,19 +367,19 @@ def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def hetero(student_z: Tensor, knowledge: Knowledge, valid: Tensor, spec: LossSpec) -> Fraction:
+def hetero(student_z: Tensor, knowledge: Knowledge, valid: Tensor, term: HeteroAKD) -> Fraction:
     """The HeteroAKD term (Eq. 10, or the KL form of the preset `softmax-kl`)."""
-    t = spec.temperature
+    t = term.temperature
     weight = knowledge.weight
-    if spec.preset == "softmax-kl":
+    if term.preset == "softmax-kl":
         log_m, log_p_s = knowledge.mixed_target, (student_z / t).log_softmax(dim=1)
         per_pixel = weight.squeeze(1) * (t**2 * _kl(log_m, log_p_s))
         return _total_divergence(per_pixel, valid), _total(weight.squeeze(1), valid)
-    if spec.weight_axis == "class":
+    if term.weight_axis == "class":
         m, log_p_s = knowledge.mixed_target.exp(), (student_z / t).log_softmax(dim=1)
         return _total(-(weight * m * log_p_s).sum(dim=1), valid), _valid_count(valid)
     per_pixel = (weight * bernoulli_kl(knowledge.mixed_target, student_z / t)).sum(dim=1)
-    if spec.evaluation == "none":  # W = 1: a mean over pixels and classes, as the weights' own is
+    if term.evaluation == "none":  # W = 1: a mean over pixels and classes, as the weights' own is
         per_pixel = per_pixel / student_z.shape[1]
         return _total_divergence(t**2 * per_pixel, valid), _valid_count(valid)
     images = valid.flatten(1).any(dim=1).sum(dtype=torch.float64)
@@ -373,37 +389,35 @@ def hetero(student_z: Tensor, knowledge: Knowledge, valid: Tensor, spec: LossSpe
 # --- one pass ----------------------------------------------------------------------------------
 
 
-def distillation_sums(
+def sums(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
     target: Tensor,
+    teacher_logits: Tensor | None,
     class_weight: Tensor | None,
-    spec: LossSpec,
+    options: Options,
 ) -> PassSums:
-    """All terms of `spec` over one label grid.
+    """All terms of a pass over one label grid.
 
     Args:
         student_logits: [B, C, h, w], any floating dtype; computed in float32 or wider.
-        teacher_logits: [B, C, h', w'] or None when no term needs it.
         target: [B, H, W] class indices or `ignore_index`; already checked.
+        teacher_logits: [B, C, h', w'] or None when no term needs it.
         class_weight: [C] or None.
-        spec: what to compute.
+        options: what to compute.
     """
-    if target.numel() == 0:
-        return empty_pass(student_logits, teacher_logits, target, spec)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     size = (target.shape[1], target.shape[2])
-    label, valid = labels_and_valid(target, student_logits.shape[1], spec.ignore_index)
+    label, valid = labels_and_valid(target, student_logits.shape[1], options.ignore_index)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
 
     def on_label_grid(logits: Tensor) -> Tensor:
-        z = upsample(logits.to(dtype), size, spec.align_corners)
+        z = upsample(logits.to(dtype), size, options.align_corners)
         return torch.where(valid[:, None], z, 0)
 
     student_z = on_label_grid(student_logits)
     teacher_z = student_z if teacher_logits is None else on_label_grid(teacher_logits)
-    fractions, maps = terms_on_grid(student_z, teacher_z, label, valid, class_weight, spec)
+    fractions, maps = terms_on_grid(student_z, teacher_z, label, valid, class_weight, options)
     return PassSums(
         numerators=torch.stack([numerator for numerator, _ in fractions]),
         denominators=torch.stack([denominator.detach() for _, denominator in fractions]),
@@ -426,71 +440,73 @@ def terms_on_grid(
     label: Tensor,
     valid: Tensor,
     class_weight: Tensor | None,
-    spec: LossSpec,
+    options: Options,
     knowledge: Knowledge | None = None,
 ) -> tuple[list[Fraction], Tensor | None]:
-    """The terms of `spec`, in its order, and the maps [2, B, H, W] if it asks for them.
+    """The terms that are asked for, in their order, and the maps [2, B, H, W] if those are.
 
     Args:
         student_z, teacher_z: [B, C, H, W], the same floating dtype, finite where not `valid`; one
             that no term reads may be the other.
         label, valid: [B, H, W].
         class_weight: [C] in the dtype of `student_z`, or None.
-        spec: what to compute.
+        options: what to compute.
         knowledge: what `evaluate_knowledge` found, if it was called already.
     """
     frozen_teacher_z = teacher_z.detach()
-    if knowledge is None and ("hetero" in spec.terms or spec.maps):
-        knowledge = evaluate_knowledge(student_z, teacher_z, label, valid, spec)
+    mixing: HeteroAKD | None = options.find(HeteroAKD.name)
+    if knowledge is None and mixing is not None:
+        knowledge = evaluate_knowledge(student_z, teacher_z, label, valid, mixing, options.maps)
 
-    fractions: list[Fraction] = []
-    for term in spec.terms:
-        if term == "ce":
-            fractions.append(
-                cross_entropy(student_z, label, valid, class_weight, spec.label_smoothing)
-            )
-        elif term == "teacher_ce":
-            fractions.append(
-                cross_entropy(teacher_z, label, valid, class_weight, spec.label_smoothing)
-            )
-        elif term == "kd":
-            fractions.append(
-                kd(
-                    student_z,
-                    frozen_teacher_z,
-                    valid,
-                    spec.temperature,
-                    spec.kd_divergence,
-                    spec.kd_beta,
-                )
-            )
-        elif term == "hetero":
+    def fraction(term: Term) -> Fraction:
+        if isinstance(term, CrossEntropy):
+            return cross_entropy(student_z, label, valid, class_weight, term.label_smoothing)
+        if isinstance(term, TeacherCrossEntropy):
+            return cross_entropy(teacher_z, label, valid, class_weight, term.label_smoothing)
+        if isinstance(term, KD):
+            options_of_kd = (term.temperature, term.divergence, term.beta)
+            return kd(student_z, frozen_teacher_z, valid, *options_of_kd)
+        if isinstance(term, HeteroAKD):
             assert knowledge is not None
-            fractions.append(hetero(student_z, knowledge, valid, spec))
-        elif term == "feature":
-            fractions.append(feature(student_z, frozen_teacher_z, valid))
-        else:
-            raise AssertionError(f"no formula for the term {term!r}")
+            return hetero(student_z, knowledge, valid, term)
+        assert isinstance(term, Feature), term
+        return feature(student_z, frozen_teacher_z, valid)
 
-    if not spec.maps or knowledge is None:
+    fractions = [fraction(term) for term in options.asked]
+    if not options.maps or knowledge is None:
         return fractions, None
     pair = torch.stack((knowledge.reliability, knowledge.discrepancy))
     return fractions, torch.where(valid, pair, 0)
 
 
-def empty_pass(
-    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, spec: LossSpec
+def empty_sums(
+    student_logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor | None,
+    class_weight: Tensor | None,
+    options: Options,
 ) -> PassSums:
     """No pixel at all: zeros that are still connected to both logits, whatever their size."""
     nothing = student_logits[:0].sum(dtype=torch.float64)
     if teacher_logits is not None:
         nothing = nothing + teacher_logits[:0].sum(dtype=torch.float64)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    maps_shape = (2, *target.shape) if spec.maps else (0,)
+    terms, device = len(options.asked), student_logits.device
     return PassSums(
-        numerators=nothing.expand(len(spec.terms)),
-        denominators=torch.zeros(
-            len(spec.terms), dtype=torch.float64, device=student_logits.device
-        ),
-        maps=torch.zeros(maps_shape, dtype=dtype, device=student_logits.device),
+        numerators=nothing.expand(terms),
+        denominators=torch.zeros(terms, dtype=torch.float64, device=device),
+        maps=torch.zeros((2, *target.shape) if options.maps else 0, dtype=dtype, device=device),
     )
+
+
+def group(numerators: Tensor, denominators: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Of each group the sum of weight * numerator, and the denominator; [groups] each."""
+    totals, of_group = [], []
+    for index in range(options.group_count):
+        members = [
+            k for k, group in enumerate(g for g in options.groups if g >= 0) if group == index
+        ]
+        parts = [options.asked[k].weight * numerators[k] for k in members]
+        totals.append(torch.stack(parts).sum())
+        of_group.append(denominators[members[0]])
+    return torch.stack(totals), torch.stack(of_group)

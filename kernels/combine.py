@@ -1,29 +1,34 @@
 """What the programs of a pass left, brought together; in one order, whatever runs first.
 
-`finish_sums`: a program per column of `partials`, which it reads once. `combine_gradients`: the sum
-over terms of scale_k times the gradient of term k, in the dtype and the strides of the logits;
-reads each saved gradient and writes the result once: 4 (K (TI + 1) / TI + 1) bytes per logit.
+`finish_sums`: a program per column of `partials`, which it reads once. `group_totals`: one program.
+`combine_gradients`: the sum over groups of their scales times their gradients, in the dtype and the
+strides of the logits; reads each of the K saved gradients and writes the result once:
+4 (K (TI + 1) / TI + 1) bytes per logit.
 """
 
 import triton
 import triton.language as tl
 
-from .distillation import BAD, ROW, VALID
+from .distillation import BAD, ROW, VALID, number
 
 
-@triton.jit(do_not_specialize=["programs", "images", "classes", "row0", "row1", "row2", "row3"])
+@triton.jit(do_not_specialize=["programs", "images", "classes"])
 def finish_sums(
     partials,  # [images * programs, ROW] float64
-    numerators,  # [K] float64 out; term k is written at `row_k` if that is not negative
-    denominators,  # [K] float64 out
+    numerators,  # [terms] float64 out; of ce, kd, hetero, feature at PLACE_k; -1: not asked for
+    denominators,  # [groups] float64 out, likewise at GROUP_k
     report,  # int64 [2] out: valid pixels and labels out of range; not if REPORT off
     programs,
     images,
     classes,
-    row0,
-    row1,
-    row2,
-    row3,
+    PLACE0: tl.constexpr,
+    PLACE1: tl.constexpr,
+    PLACE2: tl.constexpr,
+    PLACE3: tl.constexpr,
+    GROUP0: tl.constexpr,
+    GROUP1: tl.constexpr,
+    GROUP2: tl.constexpr,
+    GROUP3: tl.constexpr,
     WEIGHTED: tl.constexpr,  # ce's denominator is the sum of the labels' weights
     KNOWLEDGE: tl.constexpr,  # hetero's is the sum of the pixels' weights
     PER_IMAGE: tl.constexpr,  # hetero's is the number of images that have pixels, times classes
@@ -38,16 +43,16 @@ def finish_sums(
         sums += tl.load(partials + row * ROW + column, mask=here, other=0.0)
     total = tl.sum(sums, 0)
     if column < 4:
-        row = tl.where(column == 0, row0, tl.where(column == 1, row1, row2))
-        row = tl.where(column == 3, row3, row)
+        place = tl.where(column == 0, PLACE0, tl.where(column == 1, PLACE1, PLACE2))
+        place = tl.where(column == 3, PLACE3, place)
         # A sum of divergences is never negative, its rounding may be. A NaN comes through.
         negative = ((column == 1) | (column == 2)) & (total < 0.0)
-        tl.store(numerators + row, tl.where(negative, 0.0, total), mask=row >= 0)
-    if column == 4 and WEIGHTED:
-        tl.store(denominators + row0, total, mask=row0 >= 0)
-    if column == 6:
+        tl.store(numerators + place, tl.where(negative, 0.0, total), mask=place >= 0)
+    if column == 4 and WEIGHTED and GROUP0 >= 0:
+        tl.store(denominators + GROUP0, total)
+    if column == 6 and GROUP2 >= 0:
         if KNOWLEDGE:
-            tl.store(denominators + row2, total, mask=row2 >= 0)
+            tl.store(denominators + GROUP2, total)
         elif PER_IMAGE:
             filled = total * 0.0
             for image in range(images):
@@ -58,18 +63,51 @@ def finish_sums(
                     row += tl.cast(image, tl.int64) * programs
                     sums += tl.load(partials + row * ROW + VALID, mask=here, other=0.0)
                 filled += tl.where(tl.sum(sums, 0) > 0.0, 1.0, 0.0)
-            tl.store(denominators + row2, filled * classes, mask=row2 >= 0)
+            tl.store(denominators + GROUP2, filled * classes)
     if column == VALID:
-        if not WEIGHTED:
-            tl.store(denominators + row0, total, mask=row0 >= 0)
-        if not (KNOWLEDGE or PER_IMAGE):
-            tl.store(denominators + row2, total, mask=row2 >= 0)
-        tl.store(denominators + row1, total, mask=row1 >= 0)
-        tl.store(denominators + row3, total, mask=row3 >= 0)
+        if GROUP0 >= 0 and not WEIGHTED:
+            tl.store(denominators + GROUP0, total)
+        if GROUP2 >= 0 and not (KNOWLEDGE or PER_IMAGE):
+            tl.store(denominators + GROUP2, total)
+        if GROUP1 >= 0:
+            tl.store(denominators + GROUP1, total)
+        if GROUP3 >= 0:
+            tl.store(denominators + GROUP3, total)
         if REPORT:
             tl.store(report, total.to(tl.int64))
     if column == BAD and REPORT:
         tl.store(report + 1, total.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["bits0", "bits1", "bits2", "bits3", "bits4"])
+def group_totals(
+    numerators,  # [terms] float64
+    totals,  # [groups] float64 out: sums of weight * numerator
+    bits0,  # of each term's weight
+    bits1,
+    bits2,
+    bits3,
+    bits4,
+    GROUP0: tl.constexpr,  # of each term; -1: there is none
+    GROUP1: tl.constexpr,
+    GROUP2: tl.constexpr,
+    GROUP3: tl.constexpr,
+    GROUP4: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    for group in tl.static_range(GROUPS):
+        total = tl.load(numerators) * 0.0
+        if GROUP0 == group:
+            total += number(bits0, tl.float64) * tl.load(numerators)
+        if GROUP1 == group:
+            total += number(bits1, tl.float64) * tl.load(numerators + 1)
+        if GROUP2 == group:
+            total += number(bits2, tl.float64) * tl.load(numerators + 2)
+        if GROUP3 == group:
+            total += number(bits3, tl.float64) * tl.load(numerators + 3)
+        if GROUP4 == group:
+            total += number(bits4, tl.float64) * tl.load(numerators + 4)
+        tl.store(totals + group, total)
 
 
 @triton.jit(
@@ -79,7 +117,11 @@ def finish_sums(
         "height",
         "width",
         "rows",
-        "term_stride",
+        "slot_stride",
+        "bits0",
+        "bits1",
+        "bits2",
+        "bits3",
         "out_b",
         "out_c",
         "out_y",
@@ -88,22 +130,26 @@ def finish_sums(
 )
 def combine_gradients(
     saved,  # [K, B, C, chunks * (TI + 1), w]
-    scales,  # float64; term k's at `slot_k`
+    grad_totals,  # [groups] float64
     out,  # [B, C, h, w], any strides
     blocks,  # per image
     classes,
     height,
     width,
     rows,  # chunks * (TI + 1)
-    term_stride,
+    slot_stride,
+    bits0,  # of each saved gradient's weight
+    bits1,
+    bits2,
+    bits3,
     out_b,
     out_c,
     out_y,
     out_x,
-    SLOT0: tl.constexpr,  # place of each saved term's scale; -1 ends the list
-    SLOT1: tl.constexpr,
-    SLOT2: tl.constexpr,
-    SLOT3: tl.constexpr,
+    GROUP0: tl.constexpr,  # of each saved gradient; -1 ends the list
+    GROUP1: tl.constexpr,
+    GROUP2: tl.constexpr,
+    GROUP3: tl.constexpr,
     TI: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -127,22 +173,25 @@ def combine_gradients(
     has_above = inside & (t == 0) & (chunk > 0)
     # the last cell row may begin a chunk; every row i has its own cell row i + 1
     total = tl.zeros([BLOCK_C, BLOCK], FLOAT)
-    total += read_term(top, above, inside, has_above, scales, SLOT0, FLOAT)
-    if SLOT1 >= 0:
-        shift = term_stride
-        total += read_term(top + shift, above + shift, inside, has_above, scales, SLOT1, FLOAT)
-    if SLOT2 >= 0:
-        shift = 2 * term_stride
-        total += read_term(top + shift, above + shift, inside, has_above, scales, SLOT2, FLOAT)
-    if SLOT3 >= 0:
-        shift = 3 * term_stride
-        total += read_term(top + shift, above + shift, inside, has_above, scales, SLOT3, FLOAT)
+    total += read_slot(top, above, inside, has_above, grad_totals + GROUP0, bits0, FLOAT)
+    if GROUP1 >= 0:
+        top += slot_stride
+        above += slot_stride
+        total += read_slot(top, above, inside, has_above, grad_totals + GROUP1, bits1, FLOAT)
+    if GROUP2 >= 0:
+        top += slot_stride
+        above += slot_stride
+        total += read_slot(top, above, inside, has_above, grad_totals + GROUP2, bits2, FLOAT)
+    if GROUP3 >= 0:
+        top += slot_stride
+        above += slot_stride
+        total += read_slot(top, above, inside, has_above, grad_totals + GROUP3, bits3, FLOAT)
     target = out + image * out_b + c * out_c + i * out_y + j * out_x
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def read_term(top, above, inside, has_above, scales, SLOT: tl.constexpr, FLOAT: tl.constexpr):
+def read_slot(top, above, inside, has_above, grad_total, bits, FLOAT: tl.constexpr):
     g = tl.load(top, mask=inside, other=0.0)
     g += tl.load(above, mask=has_above, other=0.0)
-    return tl.load(scales + SLOT).to(FLOAT) * g
+    return (tl.load(grad_total) * number(bits, tl.float64)).to(FLOAT) * g

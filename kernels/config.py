@@ -18,8 +18,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from heteroakd_fast.backends._parts import most_pixels
-from heteroakd_fast.backends._parts import rows_of_chunk as rows_of_program
+from heteroakd_fast.backends.compiled import most_pixels
+from heteroakd_fast.backends.compiled import rows_of_chunk as rows_of_program
 
 __all__ = [
     "MANY_CLASSES",

@@ -7,15 +7,17 @@ One program walks over a few thousand pixels (`tiles.py`), all classes of them, 
     pixel       reliability, mixed_target, discrepancy, values, and coefficients of the gradients
     gradients   sum_c m_c log m_c, and each term's gradient, added to the logits' corners
 
-Full-resolution logits, probabilities and gradients exist in registers only. Gradients leave
-unscaled, one tensor of the logits' resolution per term (`combine.py` adds them up in backward);
-on the label grid, where those would be the largest tensors of the step, nothing is kept and
-backward runs the pass again with the scales at hand.
+Full-resolution logits, probabilities and gradients exist in registers only. Gradients leave without
+their scale, one tensor of the logits' resolution per group of terms that share a denominator
+(`combine.py` adds them up in backward); within it each term has its weight over that of the group's
+first term. Only hetero, whose value comes with the factor of its gradient, has its own. On the
+label grid, where those would be the largest tensors of the step, nothing is kept and backward runs
+the pass again with the scales at hand.
 
 Cost per pixel and class for ce + hetero at T = 2, stride 4, 16 pixels per thread, in instructions
 (docs/triton.md has the counts read off the machine code): bounds 3, statistics 21 with 2
 exponentials, gradients 29 with 2 exponentials and a logarithm. Bytes: both low-resolution logits
-read and each term's gradient written once from memory (the loops read them again from the first
+read and each group's gradient written once from memory (the loops read them again from the first
 cache), each label read once.
 
 The exact maximum of a pixel is not computed: m = the interpolated maxima of the corners bounds it,
@@ -104,6 +106,60 @@ def number(bits, FLOAT: tl.constexpr):
     (The mask keeps 0.0 from coming as a 32-bit integer.)"""
     bits = tl.cast(bits, tl.int64) ^ BITS_MASK
     return tl.cast(bits, tl.float64, bitcast=True).to(FLOAT)
+
+
+@triton.jit
+def gradient_scale(
+    bits,  # of the term's weight
+    grad_totals,
+    GRAD: tl.constexpr,
+    STUDENT: tl.constexpr,
+    SLOT: tl.constexpr,
+    FIRST: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """What a term's gradient is multiplied by. FIRST: CORNERS, and the weight is 1."""
+    scale = 1.0
+    if GRAD and STUDENT == DIRECT:
+        scale = number(bits, FLOAT) * tl.load(grad_totals + SLOT).to(FLOAT)
+    elif GRAD and not FIRST:
+        scale = number(bits, FLOAT)
+    return scale
+
+
+@triton.jit
+def sum_of(
+    a,
+    b,
+    c,
+    d,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    FROM_ZERO: tl.constexpr,
+):
+    """The sum of those that are there. FROM_ZERO: a product then ends where it stands, instead of
+    as a multiply-add far below; an instruction more, and fewer registers."""
+    if FROM_ZERO:
+        total = tl.zeros(a.shape, a.dtype)
+        if A:
+            total += a
+        if B:
+            total += b
+        if C:
+            total += c
+        if D:
+            total += d
+        return total
+    total = a
+    if B:
+        total = a + b if A else b
+    if C:
+        total = total + c if A or B else c
+    if D:
+        total = total + d if A or B or C else d
+    return total
 
 
 @triton.jit
@@ -212,6 +268,10 @@ def label_logit(
         "tau_bits",
         "beta_bits",
         "smoothing_bits",
+        "ce_bits",
+        "kd_bits",
+        "hetero_bits",
+        "feature_bits",
     ]
 )
 def distillation_pass(
@@ -219,8 +279,8 @@ def distillation_pass(
     teacher,  # [B, C, h', w'] logits; not read where TEACHER < 0
     target,  # [B, H, W] labels
     class_weight,  # [C], read if WEIGHTED
-    gradient,  # CORNERS: [terms, B, C, chunks * (TI + 1), w] out; DIRECT: [B, C, H, W] out
-    grad_numerators,  # float64: scales of the terms, read if DIRECT
+    gradient,  # CORNERS: [slots, B, C, chunks * (TI + 1), w] out; DIRECT: [B, C, H, W] out
+    grad_totals,  # float64: scales of the groups, read if DIRECT
     maps,  # [2, B, H, W] out, written if MAPS
     partials,  # [B * programs, ROW] float64 out
     space_shift,  # [B, C]: the maximum of H_s + dH over an image's pixels, and
@@ -256,6 +316,10 @@ def distillation_pass(
     tau_bits,
     beta_bits,
     smoothing_bits,
+    ce_bits,  # weights of the terms; CORNERS: over that of the slot's first term
+    kd_bits,
+    hetero_bits,
+    feature_bits,
     STUDENT: tl.constexpr,  # CORNERS or DIRECT
     TEACHER: tl.constexpr,  # CORNERS, GATHER, DIRECT, or -1 for none
     WHOLE: tl.constexpr,  # DIRECT: rows of labels divide into cells, and loads are 16 bytes wide
@@ -273,10 +337,11 @@ def distillation_pass(
     MAPS: tl.constexpr,
     POWER: tl.constexpr,  # e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
     GRAD: tl.constexpr,
-    SLOT_CE: tl.constexpr,  # where a term's gradient (CORNERS) or scale (DIRECT) is
+    SLOT_CE: tl.constexpr,  # where a term's gradient (CORNERS) or its group's scale (DIRECT) is
     SLOT_KD: tl.constexpr,
     SLOT_HETERO: tl.constexpr,
     SLOT_FEATURE: tl.constexpr,
+    SLOTS: tl.constexpr,  # CORNERS: gradients to write
     ALIGN_CORNERS: tl.constexpr,
     CAREFUL: tl.constexpr,
     PTX: tl.constexpr,
@@ -309,6 +374,12 @@ def distillation_pass(
     STUDENT_FOLDED: tl.constexpr = STUDENT == CORNERS and not READS_Z
     TEACHER_FOLDED: tl.constexpr = TEACHER == CORNERS and not READS_Z
     PROBS: tl.constexpr = KNOWLEDGE and HETERO_TERM and not (MIX_LOGITS or MIX_TEACHER)
+    TERMS: tl.constexpr = CE + (KD > 0) + HETERO_TERM + FEATURE
+    # CORNERS: whether a term is the first of its slot (ce, kd, feature; hetero always is)
+    KD_FIRST: tl.constexpr = not (CE and SLOT_KD == SLOT_CE)
+    FEATURE_FIRST: tl.constexpr = not (CE and SLOT_FEATURE == SLOT_CE) and not (
+        KD > 0 and SLOT_FEATURE == SLOT_KD
+    )
     # e of the labels' temperature, for a call that has no other
     HARD_POWER: tl.constexpr = POWER if SOFT else 1
 
@@ -330,7 +401,7 @@ def distillation_pass(
     chunks = columns // per_row
     patch_plane = (chunks * (TI + 1)).to(tl.int64) * student_w
     batch = (tl.num_programs(0) // programs).to(tl.int64)
-    term_stride = batch * classes * patch_plane
+    slot_stride = batch * classes * patch_plane
 
     student += image * student_b
     teacher += image * teacher_b
@@ -570,16 +641,16 @@ def distillation_pass(
             ce_sum += over_pixels(loss)
             if WEIGHTED:
                 weight_of_labels += over_pixels(label_weight)
-            scale_of_term = 1.0
-            if GRAD and STUDENT == DIRECT:
-                scale_of_term = tl.load(grad_numerators + SLOT_CE).to(FLOAT)
+            scale_of_term = gradient_scale(
+                ce_bits, grad_totals, GRAD, STUDENT, SLOT_CE, True, FLOAT
+            )
             ce_hard *= scale_of_term * hard_inverse
             ce_soft = one * (scale_of_term * smoothing / class_count)
         if KD > 0:
-            scale_of_term = 1.0
-            if GRAD and STUDENT == DIRECT:
-                scale_of_term = tl.load(grad_numerators + SLOT_KD).to(FLOAT)
-            on_student = one * temperature * scale_of_term
+            scale_of_term = gradient_scale(
+                kd_bits, grad_totals, GRAD, STUDENT, SLOT_KD, KD_FIRST, FLOAT
+            )
+            on_student = one * (temperature * scale_of_term)
             if KD == FORWARD:
                 value = kl_teacher_student
                 kd_student = on_student * student_inverse
@@ -636,14 +707,17 @@ def distillation_pass(
                 FLOAT,
             )
             feature_sum += over_pixels(tl.where(valid, squares, 0.0) * (1.0 / class_count))
-            feature_scale = one * feature_gradient_scale(class_count)
-            if GRAD and STUDENT == DIRECT:
-                feature_scale *= tl.load(grad_numerators + SLOT_FEATURE).to(FLOAT)
+            scale_of_term = gradient_scale(
+                feature_bits, grad_totals, GRAD, STUDENT, SLOT_FEATURE, FEATURE_FIRST, FLOAT
+            )
+            feature_scale = one * (scale_of_term * feature_gradient_scale(class_count))
 
         # --- pixel: reliability, mixed_target, discrepancy -------------------------------------
         scale_of_term = 1.0
-        if GRAD and STUDENT == DIRECT and HETERO_TERM:
-            scale_of_term = tl.load(grad_numerators + SLOT_HETERO).to(FLOAT)
+        if HETERO_TERM:
+            scale_of_term = gradient_scale(
+                hetero_bits, grad_totals, GRAD, STUDENT, SLOT_HETERO, True, FLOAT
+            )
         if KNOWLEDGE:
             r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau, PTX)
             d = discrepancy(kl_teacher_student)
@@ -802,7 +876,7 @@ def distillation_pass(
                     mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
                     late_sum += mixed * (mixed_log2 - student_a)
                 is_label = label == c
-                merged = tl.zeros(label.shape, FLOAT)
+                g_ce, g_kd, g_hetero, g_feature = one, one, one, one  # if not computed
                 if CE and GRAD:
                     if HARD_POWER == 0:
                         h = tl.exp2(student_a * temperature)
@@ -814,22 +888,7 @@ def distillation_pass(
                         if WEIGHTED:
                             w = tl.load(class_weight + c).to(FLOAT)
                         g += ce_soft * (weight_sum * (h * hard_inverse) - w)
-                    if STUDENT == DIRECT:
-                        merged += g
-                    else:
-                        add_to_corners(
-                            g,
-                            fy,
-                            fx,
-                            gradient_plane + SLOT_CE * term_stride + corner,
-                            from_above,
-                            from_left,
-                            left_lane,
-                            written,
-                            gradient_width,
-                            SUB_R * SUB_C == 1,
-                            again,
-                        )
+                    g_ce = g
                 if KD > 0 and GRAD:
                     if KD == FORWARD:
                         other = teacher_e
@@ -844,22 +903,7 @@ def distillation_pass(
                         )
                         other = student_e * (f - pivot)
                     g = kd_student * student_e - kd_other * other
-                    if STUDENT == DIRECT:
-                        merged += g
-                    else:
-                        add_to_corners(
-                            g,
-                            fy,
-                            fx,
-                            gradient_plane + SLOT_KD * term_stride + corner,
-                            from_above,
-                            from_left,
-                            left_lane,
-                            written,
-                            gradient_width,
-                            SUB_R * SUB_C == 1,
-                            again,
-                        )
+                    g_kd = g
                 if HETERO_TERM:
                     if PROBS:
                         g = hetero_student * student_e - hetero_other * (teacher_weight * teacher_e)
@@ -887,15 +931,35 @@ def distillation_pass(
                         g = hetero_student * tl.where(
                             valid, w * bernoulli_kl_gradient(a, b, PTX), 0.0
                         )
-                    if GRAD:
+                    g_hetero = g
+                if FEATURE and GRAD:
+                    g = feature_scale * (z_s - z_t)
+                    g_feature = g
+                if GRAD:
+                    for slot in tl.static_range(1 if STUDENT == DIRECT else SLOTS):
+                        merged = sum_of(
+                            g_ce,
+                            g_kd,
+                            g_hetero,
+                            g_feature,
+                            CE and (STUDENT == DIRECT or SLOT_CE == slot),
+                            KD > 0 and (STUDENT == DIRECT or SLOT_KD == slot),
+                            HETERO_TERM and (STUDENT == DIRECT or SLOT_HETERO == slot),
+                            FEATURE and (STUDENT == DIRECT or SLOT_FEATURE == slot),
+                            STUDENT == CORNERS and TERMS > SLOTS,
+                        )
                         if STUDENT == DIRECT:
-                            merged += g
+                            tl.store(
+                                gradient_plane + gradient_place,
+                                merged.to(gradient.dtype.element_ty),
+                                mask=inside,
+                            )
                         else:
                             add_to_corners(
-                                g,
+                                merged,
                                 fy,
                                 fx,
-                                gradient_plane + SLOT_HETERO * term_stride + corner,
+                                gradient_plane + slot * slot_stride + corner,
                                 from_above,
                                 from_left,
                                 left_lane,
@@ -904,33 +968,7 @@ def distillation_pass(
                                 SUB_R * SUB_C == 1,
                                 again,
                             )
-                if FEATURE and GRAD:
-                    g = feature_scale * (z_s - z_t)
-                    if STUDENT == DIRECT:
-                        merged += g
-                    else:
-                        add_to_corners(
-                            g,
-                            fy,
-                            fx,
-                            gradient_plane + SLOT_FEATURE * term_stride + corner,
-                            from_above,
-                            from_left,
-                            left_lane,
-                            written,
-                            gradient_width,
-                            SUB_R * SUB_C == 1,
-                            again,
-                        )
-                if GRAD and STUDENT == DIRECT:
-                    tl.store(
-                        gradient_plane + gradient_place,
-                        merged.to(gradient.dtype.element_ty),
-                        mask=inside,
-                    )
-                    gradient_plane += gradient_c
-                elif GRAD:
-                    gradient_plane += patch_plane
+                    gradient_plane += gradient_c if STUDENT == DIRECT else patch_plane
                 student_plane += student_c
                 if TEACHER >= 0:
                     teacher_plane += teacher_c

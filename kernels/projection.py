@@ -58,9 +58,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heteroakd_fast.spec import LossSpec
+from heteroakd_fast.backends import Call
+from heteroakd_fast.projector import Projection
+from heteroakd_fast.spec import Options
+from heteroakd_fast.terms import HeteroAKD
 
-from .combine import finish_sums
 from .distillation import BAD, ROW, VALID, number
 from .formulas import (
     LN_2,
@@ -80,11 +82,11 @@ from .formulas import (
     reciprocal,
     reliability,
 )
-from .launch import _bits, _device_of, _has_ptx, _power, interpreted
+from .launch import bits_of, device_of, finish, has_ptx, interpreted, power_of
 from .statistics import _SMALLEST_NORMAL
 from .tiles import checked_labels
 
-__all__ = ["Gradients", "Side", "backward", "forward"]
+__all__ = ["Gradients", "backward", "forward"]
 
 # What z - max is in columns that are no class. Times log2(e) / T it stays in float32's range.
 ABSENT = tl.constexpr(-1e30)
@@ -281,6 +283,7 @@ def write_gradient(gradient, g, valid, inside, image, pixels, pixel, c, classes,
         "temperature_bits",
         "tau_bits",
         "smoothing_bits",
+        "teacher_smoothing_bits",
     ]
 )
 def projected_pass(
@@ -317,6 +320,7 @@ def projected_pass(
     temperature_bits,
     tau_bits,
     smoothing_bits,
+    teacher_smoothing_bits,  # of teacher_ce
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
@@ -354,6 +358,7 @@ def projected_pass(
     temperature = number(temperature_bits, tl.float32)
     inverse_tau = 1.0 / number(tau_bits, tl.float32)
     smoothing = number(smoothing_bits, tl.float32)
+    teacher_smoothing = number(teacher_smoothing_bits, tl.float32)
     scale = LOG2_E / temperature
     class_count = tl.cast(classes, tl.float32)
 
@@ -481,7 +486,7 @@ def projected_pass(
                 valid,
                 label_weight,
                 w,
-                smoothing,
+                teacher_smoothing,
                 class_count,
                 SMOOTHING,
             )
@@ -525,7 +530,7 @@ def projected_pass(
             label_weight,
             w,
             scale_of(scales, TEACHER_CE),
-            smoothing,
+            teacher_smoothing,
             class_count,
             PTX,
             SMOOTHING,
@@ -763,14 +768,6 @@ def add_splits(
 # --- launches ------------------------------------------------------------------------------------
 
 
-class Side(NamedTuple):
-    """One model: features [B, D, h, w], weight [C, D] or [C, D, 1, 1], bias [C] or None."""
-
-    features: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
 class Gradients(NamedTuple):
     """Of one side; None where not asked for."""
 
@@ -829,7 +826,7 @@ def _is_flat(grid: Tensor) -> bool:
     return grid.shape[-2] == 1 or grid.stride(-2) == grid.shape[-1] * grid.stride(-1)
 
 
-def _weight_of(side: Side) -> Tensor:
+def _weight_of(side: Projection) -> Tensor:
     """[C, D] in the features' dtype if it has that, else float32: no number is rounded."""
     weight = side.weight.detach().flatten(1)
     if weight.dtype != side.features.dtype:
@@ -837,7 +834,7 @@ def _weight_of(side: Side) -> Tensor:
     return weight.contiguous()
 
 
-def _precision(side: Side, precision: str, both: bool) -> str:
+def _precision(side: Projection, precision: str, both: bool) -> str:
     """both: whether the two factors have the features' dtype, else one of them is float32."""
     device = side.features.device
     if side.features.dtype == torch.float32 or both or precision != "ieee":
@@ -850,7 +847,9 @@ class _Labels(NamedTuple):
     ignore_index: int
 
 
-def _side_arguments(side: Side | None, unused: Tensor) -> tuple[list[Any], int, tuple[int, ...]]:
+def _side_arguments(
+    side: Projection | None, unused: Tensor
+) -> tuple[list[Any], int, tuple[int, ...]]:
     """Pointers, depth and strides."""
     if side is None:
         return [unused, unused, unused], 1, (0, 0, 0, 0)
@@ -859,7 +858,7 @@ def _side_arguments(side: Side | None, unused: Tensor) -> tuple[list[Any], int, 
     return [features, _weight_of(side), bias], features.shape[1], features.stride()
 
 
-def _options(side: Side | None, name: str, precision: str) -> dict[str, Any]:
+def _options(side: Projection | None, name: str, precision: str) -> dict[str, Any]:
     if side is None:
         return {name: False, f"{name}_BIAS": False, f"{name}_FLAT": True} | {
             f"{name}_PRECISION": precision
@@ -873,13 +872,12 @@ def _options(side: Side | None, name: str, precision: str) -> dict[str, Any]:
 
 
 def _run_pass(
-    student: Side | None,
-    teacher: Side | None,
+    student: Projection | None,
+    teacher: Projection | None,
     labels: _Labels,
     class_weight: Tensor | None,
-    spec: LossSpec,
+    options: Options,
     places: dict[str, int],
-    precision: str,
     scales: Tensor | None,
     student_gradient: Tensor | None,
     teacher_gradient: Tensor | None,
@@ -887,6 +885,12 @@ def _run_pass(
     """Launches `projected_pass`; returns its partial sums, [2, programs, ROW]."""
     some = student if student is not None else teacher
     assert some is not None
+    precision = some.precision
+    hetero: HeteroAKD | None = options.find("hetero")
+    temperature = next((t.temperature for t in options.terms if hasattr(t, "temperature")), 1.0)
+    smoothing = [
+        getattr(options.find(name), "label_smoothing", 0.0) for name in ("ce", "teacher_ce")
+    ]
     target = labels.target
     batch, height, width = target.shape
     classes = some.weight.shape[0]
@@ -922,21 +926,21 @@ def _run_pass(
         *teacher_strides,
         *target.stride(),
         labels.ignore_index,
-        _bits(spec.temperature),
-        _bits(spec.tau),
-        _bits(spec.label_smoothing),
+        bits_of(temperature),
+        bits_of(1.0 if hetero is None else hetero.tau),
+        *map(bits_of, smoothing),
         **_options(student, "STUDENT", precision),
         **_options(teacher, "TEACHER", precision),
         **{name.upper(): places.get(name, -1) for name in _TERMS},
         LABELS_FLAT=_is_flat(target),
-        SMOOTHING=spec.label_smoothing != 0.0,
+        SMOOTHING=any(smoothing),
         WEIGHTED=class_weight is not None,
-        MIX_LOGITS=spec.mix == "logits",
-        MIX_TEACHER=spec.mix == "teacher",
-        EVALUATION=spec.evaluation == "discrepancy",
-        POWER=_power(spec.temperature) if any(name in places for name in _OF_PAIR) else 0,
+        MIX_LOGITS=hetero is not None and hetero.mix == "logits",
+        MIX_TEACHER=hetero is not None and hetero.mix == "teacher",
+        EVALUATION=hetero is None or hetero.evaluation == "discrepancy",
+        POWER=power_of(temperature) if any(name in places for name in _OF_PAIR) else 0,
         GRAD=grad,
-        PTX=_has_ptx(some.features),
+        PTX=has_ptx(some.features),
         WIDEN=interpreted(),
         P=tile.P,
         CP=tile.BC,
@@ -953,118 +957,113 @@ _OF_PAIR = ("kd", "hetero", "feature")
 
 
 def _needed(
-    student: Side, teacher: Side | None, places: dict[str, int]
-) -> tuple[Side | None, Side | None]:
+    student: Projection, teacher: Projection | None, places: dict[str, int]
+) -> tuple[Projection | None, Projection | None]:
     """The sides that these terms read."""
     reads_student = any(name != "teacher_ce" for name in places)
     reads_teacher = any(name != "ce" for name in places)
     return student if reads_student else None, teacher if reads_teacher else None
 
 
-def forward(
-    student: Side,
-    teacher: Side | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    spec: LossSpec,
-    precision: str,
-    numerators: Tensor,
-    denominators: Tensor,
-    report: Tensor,
-) -> None:
-    """Writes the terms' sums into [K] float64 tensors, and valid and bad labels into int64 [2]."""
-    places = {name: k for k, name in enumerate(spec.terms)}
-    with _device_of(target):
+def _sides(call: Call) -> tuple[Projection, Projection | None]:
+    assert call.student_weight is not None
+    student = Projection(call.student, call.student_weight, call.student_bias, call.precision)
+    if call.teacher is None or call.teacher_weight is None:
+        return student, None
+    return student, Projection(call.teacher, call.teacher_weight, call.teacher_bias, call.precision)
+
+
+def forward(call: Call, numerators: Tensor, denominators: Tensor, report: Tensor) -> None:
+    """Writes the terms' sums into float64 vectors, and valid and bad labels into int64 [2]."""
+    student, teacher = _sides(call)
+    options = call.spec.options()
+    places = {term.name: k for k, term in enumerate(options.asked)}
+    groups = {t.name: g for t, g in zip(options.terms, options.groups, strict=True)}
+    with device_of(call.labels):
         partials = _run_pass(
             *_needed(student, teacher, places),
-            _Labels(target, spec.ignore_index),
-            class_weight,
-            spec,
+            _Labels(call.labels, options.ignore_index),
+            call.class_weight,
+            options,
             places,
-            precision,
             None,
             None,
             None,
         )
-        runs = [tuple(places.get(name, -1) for name in ("ce", "kd", "hetero", "feature"))]
+        own = ("ce", "kd", "hetero", "feature")
+        passes: list[tuple[tuple[str, ...], Tensor | None]] = [(own, report)]
         if "teacher_ce" in places:
-            runs.append((places["teacher_ce"], -1, -1, -1))
-        for k, rows in enumerate(runs):
-            finish_sums[(10,)](
+            passes.append((("teacher_ce", "", "", ""), None))
+        for k, (names, counts) in enumerate(passes):
+            finish(
                 partials[k],
                 numerators,
                 denominators,
-                report,
+                counts,
                 partials.shape[1],
                 1,
-                student.weight.shape[0],
-                *rows,
-                WEIGHTED=class_weight is not None,
-                KNOWLEDGE=spec.evaluation == "discrepancy",
-                PER_IMAGE=False,
-                REPORT=k == 0,
-                BLOCK=1024,
+                call.classes,
+                [places.get(name, -1) for name in names],
+                [groups.get(name, -1) for name in names],
+                weighted=call.class_weight is not None,
+                hetero=options.find("hetero"),
             )
 
 
-def backward(
-    student: Side,
-    teacher: Side | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    spec: LossSpec,
-    precision: str,
-    grad_numerators: Tensor,
-    student_wants: tuple[bool, bool, bool],
-    teacher_wants: tuple[bool, bool],
-) -> tuple[Gradients, Gradients]:
-    """Gradients of student features, weight, bias and of teacher weight, bias; those asked for."""
+def backward(call: Call, grad_totals: Tensor) -> list[Tensor | None]:
+    """Gradients of features, weight and bias of the student and of the teacher; those asked for."""
+    student, teacher = _sides(call)
+    options = call.spec.options()
+    wants = call.wants
     places = {
-        name: k
-        for k, name in enumerate(spec.terms)
-        if any(teacher_wants if name == "teacher_ce" else student_wants)
+        term.name: k
+        for k, term in enumerate(options.asked)
+        if any(wants[3:] if term.name == "teacher_ce" else wants[:3])
     }
-    nothing = Gradients(None, None, None)
+    of_student = of_teacher = Gradients(None, None, None)
     if not places:
-        return nothing, nothing
-    labels = _Labels(target, spec.ignore_index)
-    classes = student.weight.shape[0]
-    shape = (target.shape[0], target.shape[1] * target.shape[2], _row(classes))
-    with _device_of(target):
+        return [*of_student, *of_teacher]
+    asked_groups = (group for group in options.groups if group >= 0)
+    scales = torch.stack(
+        [
+            grad_totals[group] * term.weight
+            for term, group in zip(options.asked, asked_groups, strict=True)
+        ]
+    )
+    labels = _Labels(call.labels, options.ignore_index)
+    shape = (*call.labels.shape[:1], call.labels[0].numel(), _row(call.classes))
+    with device_of(call.labels):
         student_g, teacher_g = (
-            student.features.new_empty(shape, dtype=torch.float32) if wanted else None
+            call.student.new_empty(shape, dtype=torch.float32) if wanted else None
             for wanted in (any(name != "teacher_ce" for name in places), "teacher_ce" in places)
         )
         _run_pass(
             *_needed(student, teacher, places),
             labels,
-            class_weight,
-            spec,
+            call.class_weight,
+            options,
             places,
-            precision,
-            grad_numerators,
+            scales,
             student_g,
             teacher_g,
         )
-        of_student = of_teacher = nothing
         if student_g is not None:
-            of_student = _gradients(student, student_g, labels, precision, *student_wants)
+            of_student = _gradients(student, student_g, labels, *wants[:3])
         if teacher_g is not None:
             assert teacher is not None
-            of_teacher = _gradients(teacher, teacher_g, labels, precision, False, *teacher_wants)
-    return of_student, of_teacher
+            of_teacher = _gradients(teacher, teacher_g, labels, False, *wants[4:])
+    return [*of_student, *of_teacher]
 
 
 def _gradients(
-    side: Side,
+    side: Projection,
     g: Tensor,
     labels: _Labels,
-    precision: str,
     of_features: bool,
     of_weight: bool,
     of_bias: bool,
 ) -> Gradients:
-    precision = _precision(side, precision, both=False)
+    precision = _precision(side, side.precision, both=False)
     features = _features_gradient(side, g, precision) if of_features else None
     weight = bias = None
     if of_weight or of_bias:
@@ -1072,7 +1071,7 @@ def _gradients(
     return Gradients(features, weight if of_weight else None, bias if of_bias else None)
 
 
-def _features_gradient(side: Side, g: Tensor, precision: str) -> Tensor:
+def _features_gradient(side: Projection, g: Tensor, precision: str) -> Tensor:
     out = torch.empty_like(side.features)
     batch, depth, height, width = out.shape
     classes = side.weight.shape[0]
@@ -1102,7 +1101,7 @@ def _features_gradient(side: Side, g: Tensor, precision: str) -> Tensor:
 
 
 def _weight_gradient(
-    side: Side, g: Tensor, labels: _Labels, precision: str
+    side: Projection, g: Tensor, labels: _Labels, precision: str
 ) -> tuple[Tensor, Tensor | None]:
     batch, depth, height, width = side.features.shape
     target = labels.target

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heteroakd_fast import backends, functional
-from heteroakd_fast.spec import TERMS, LossSpec
+from heteroakd_fast.spec import LossSpec, plan
+from heteroakd_fast.terms import FLAT
 
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
@@ -127,11 +128,7 @@ def evaluate(
     )
     return Result(
         output.loss.detach(),
-        {
-            name: float(value)
-            for name, value in output._asdict().items()
-            if name in TERMS and value is not None
-        },
+        {name: float(value) for name, value in output.terms.items()},
         next(grads) if student.requires_grad else None,
         next(grads) if teacher.requires_grad else None,
         output.maps,
@@ -156,22 +153,20 @@ def eager_cross_entropy(
 
 
 def spec_of(**options: Any) -> LossSpec:
-    """What `distillation_loss` asks of a backend with these options."""
-    weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in TERMS}
-    fields = {k: v for k, v in options.items() if k in LossSpec.__dataclass_fields__}
-    mix = functional.resolve_mix(options.get("preset", "softmax-kl"), options.get("mix"))
-    return LossSpec(
-        terms=tuple(name for name, weight in weights.items() if weight),
-        maps=bool(options.get("return_maps")),
-        **{**fields, "mix": mix},
-    )
+    """What `distillation_loss` asks of a backend with these options, in its one pass."""
+    flat = {name: value for name, value in options.items() if name in FLAT}
+    maps = bool(options.get("return_maps"))
+    shape, numbers = functional.encode_flat(flat, maps)
+    (one,) = plan(shape, options.get("class_weight") is not None, maps, ())
+    head = (options.get("ignore_index", 255), int(options.get("align_corners", False)), int(maps))
+    return LossSpec((*head, *one.structure), numbers)
 
 
 def require(backend: str, device: str = "cpu", **options: Any) -> None:
     """Skips where a backend does not (yet) compute this call; `reference` is never skipped."""
-    spec = spec_of(**options)
+    spec = spec_of(**{name: value for name, value in options.items() if name in FLAT})
     try:
-        backends.select(backend, spec, device)
+        backends.select(backend, spec.structure, device)
     except backends.BackendUnavailableError as error:
         if backend == "reference":
             raise

@@ -98,7 +98,7 @@ def library_path(sanitize: bool = False) -> Path:
         *("-isystem", str(torch_root / "include")),
     ]
     link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{torch_root / 'lib'}"]
-    sources = [CSRC / "library.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    sources = [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
     return build("operators", sources, flags, link, sanitize)
 
 

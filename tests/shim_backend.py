@@ -12,8 +12,7 @@ import shutil
 import cuda_shim
 import torch
 
-from heteroakd_fast import backends
-from heteroakd_fast.backends import cuda
+from heteroakd_fast.backends import compiled
 
 __all__ = ["USED", "set_up"]
 
@@ -29,5 +28,4 @@ def set_up() -> None:
     """Before the backends are first asked about. Built once, for all workers; loaded when used."""
     if not USED:
         return
-    cuda.BACKEND.__init__(cuda_shim.load, ("cpu",))  # type: ignore[misc]
-    backends._unavailable.cache_clear()
+    compiled.CUDA.__init__("cuda", lambda: None, cuda_shim.load, "cpu")  # type: ignore[misc]

@@ -19,10 +19,11 @@ from common import BACKENDS, make_batch, require
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, functional
+from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, Projection, functional
+from heteroakd_fast._evaluate import LossOptions
 from heteroakd_fast.channelwise import channel_wise_distillation
 from heteroakd_fast.integrations.smp import DistillationLoss
-from heteroakd_fast.projected import projected_distillation_loss
+from heteroakd_fast.losses import HeteroAKDOptions
 from heteroakd_fast.projector import Projector
 
 F32 = torch.float32
@@ -219,8 +220,8 @@ def test_a_class_is_not_ignored_unasked() -> None:
         lambda **o: functional.distillation_loss(wide, target, wide, kd_weight=1.0, **o),
         lambda **o: HeteroAKDLoss(300, **o)(wide, target, teacher_logits=wide),
         lambda **o: ChannelWiseLoss(**o)(wide, target, teacher_logits=wide),
-        lambda **o: projected_distillation_loss(
-            features, weight, None, None, None, None, target[:, ::2, ::2], **o
+        lambda **o: functional.cross_entropy(
+            Projection(features, weight), target[:, ::2, ::2], **o
         ),
     )
     for one in calls:
@@ -411,7 +412,7 @@ def test_validation_without_a_teacher(loss: HeteroAKDLoss) -> None:
     ):
         loss.train()(S, Y)
     output = loss.eval()(S, Y)
-    assert list(output.terms()) == ["ce"]
+    assert list(output.terms) == ["ce"]
     assert output.loss == loss.ce_weight * functional.cross_entropy(S, Y).loss
     with pytest.raises(ValueError, match="return_maps=True needs them"):
         loss(S, Y, return_maps=True)
@@ -435,7 +436,7 @@ def test_features_with_other_axes() -> None:
         HeteroAKDLoss(5)(S, Y, teacher_logits=T.permute(0, 2, 3, 1))
     weight = torch.ones(5, 7)
     with pytest.raises(ValueError, match=r"features has 2; its last axis has 7.*layout=\"NHWC\""):
-        projected_distillation_loss(last, weight, None, None, None, None, Y[:, :2, :3])
+        functional.cross_entropy(Projection(last, weight), Y[:, :2, :3])
 
 
 # --- the result ----------------------------------------------------------------------------------
@@ -467,6 +468,10 @@ def test_the_result_is_no_tensor() -> None:
 def test_every_argument_is_an_attribute() -> None:
     assert set(SETTINGS) == set(HeteroAKDLoss._adjustable)
     for loss in (HeteroAKDLoss(5), ChannelWiseLoss()):
-        arguments = set(inspect.signature(type(loss)).parameters) - {"unknown"}
+        arguments = set(inspect.signature(type(loss)).parameters) - {"options"}
+        if isinstance(loss, HeteroAKDLoss):
+            arguments |= set(HeteroAKDOptions.__annotations__) - {"teacher_ce_weight"}
+        else:
+            arguments |= set(LossOptions.__annotations__) - {"class_weight", "backend"}
         assert arguments == set(loss._arguments())
         assert all(hasattr(loss, name) for name in arguments)

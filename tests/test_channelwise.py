@@ -134,7 +134,7 @@ def test_refuses() -> None:
         channel_wise_distillation(batch.student, torch.full_like(batch.target, 9), batch.teacher)
     with pytest.raises(ValueError, match="normalizer"):
         channel_wise_distillation(*batch.arguments, normalizer=-1.0)
-    with pytest.raises(ValueError, match="normalizer: names kd, this call computes cwd"):
+    with pytest.raises(ValueError, match="normalizer: names the term 'kd', this call computes cwd"):
         channel_wise_distillation(*batch.arguments, normalizer={"kd": 1.0})
     with pytest.raises(TypeError, match="teacher_logits: got None"):
         channel_wise_distillation(batch.student, batch.target, None)  # type: ignore[arg-type]

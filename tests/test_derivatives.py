@@ -11,8 +11,7 @@ from common import make_batch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, functional
-from heteroakd_fast.projected import projected_distillation_loss
+from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, Projection, functional
 
 F32 = torch.float32
 _BATCH = make_batch(dtype=F32, grid=(4, 6), teacher_grid=(4, 6), size=(4, 6))
@@ -73,16 +72,22 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
         _module(7, 9, projector_weight=0.0),
         {**_LOGITS, **_FEATURES, **_projectors("student", "teacher"), **_WEIGHT},
     ),
-    "projected_distillation_loss": (
+    "distillation_loss of projections": (
         lambda **x: (
-            projected_distillation_loss(
-                target=_TARGET, backend="reference", **x, **_EVERY_TERM
+            functional.distillation_loss(
+                Projection(*(x.pop(f"student_{name}") for name in Projection._fields[:3])),
+                _TARGET,
+                Projection(*(x.pop(f"teacher_{name}") for name in Projection._fields[:3])),
+                backend="reference",
+                **x,
+                **_EVERY_TERM,
             ).loss
         ),
         {
-            **_FEATURES,
+            "student_features": _FEATURES["student_features"],
             "student_weight": torch.randn(5, 7),
             "student_bias": torch.randn(5),
+            "teacher_features": _FEATURES["teacher_features"],
             "teacher_weight": torch.randn(5, 9),
             "teacher_bias": torch.randn(5),
             **_WEIGHT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,62 +14,65 @@ from torch import Tensor
 import heteroakd_fast as hf
 from heteroakd_fast import _extension, backends, functional, reference
 from heteroakd_fast.backends import reference as bands
-from heteroakd_fast.spec import LossSpec
+from heteroakd_fast.spec import LossSpec, groups_of
+from heteroakd_fast.terms import CrossEntropy
+
+CE = LossSpec.of(CrossEntropy()).structure
 
 
-class Pass(NamedTuple):
-    """Sums of one pass, and the gradients for some gradient of the numerators."""
-
-    numerators: Tensor
-    denominators: Tensor
-    valid: int
-    maps: Tensor
-    student_grad: Tensor | None
-    teacher_grad: Tensor | None
-
-
-def leaves(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    learns = any(term != "teacher_ce" for term in spec.terms)
-    return (
-        batch.student.clone().requires_grad_(learns),
-        batch.teacher.clone().requires_grad_("teacher_ce" in spec.terms),
-    )
+def call_of(batch: Batch, weight: Tensor | None, spec: LossSpec) -> backends.Call:
+    names = groups_of(spec.structure)
+    wants = [set(names) != {"teacher_ce"}, "teacher_ce" in names]
+    student = batch.student.clone().requires_grad_(wants[0])
+    teacher = batch.teacher.clone().requires_grad_(wants[1])
+    sides = (student, None, None, teacher, None, None)
+    flags = (wants[0], False, False, wants[1], False, False)
+    return backends.Call(*sides, batch.target, weight, spec, flags)
 
 
-def by_bands(batch: Batch, weight: Tensor | None, spec: LossSpec, scales: Tensor) -> Pass:
-    learn = [x.requires_grad for x in leaves(batch, spec)]
+def by_bands(call: backends.Call, scales: Tensor) -> dict[str, Any]:
     with torch.no_grad():
-        found = bands.BACKEND.forward(*batch[:2], batch.target, weight, spec, *learn)
-        grads = bands.BACKEND.backward(scales, *batch[:2], None, None, found.saved, spec, *learn)
-    return Pass(found.numerators, found.denominators, int(found.valid), found.maps, *grads)
+        found = bands.BACKEND.sums(call)
+        grads = bands.BACKEND.gradient(call._replace(target=None), scales, found.saved)
+    results = {**found._asdict(), "valid": int(found.valid), "gradients": (grads[0], grads[3])}
+    del results["saved"]
+    return results
 
 
-def whole(batch: Batch, weight: Tensor | None, spec: LossSpec, scales: Tensor) -> Pass:
-    x = leaves(batch, spec)
-    sums = reference.distillation_sums(*x, batch.target, weight, spec)
-    grads = torch.autograd.grad(
-        sums.numerators, [t for t in x if t.requires_grad], scales, allow_unused=True
+def whole(call: backends.Call, scales: Tensor) -> dict[str, Any]:
+    options = call.spec.options()
+    numerators, denominators, maps = reference.sums(
+        call.student, call.labels, call.teacher, call.class_weight, options
     )
-    remaining = iter(grads)
-    of_student, of_teacher = (next(remaining) if t.requires_grad else None for t in x)
-    valid = int((batch.target != spec.ignore_index).sum())
-    return Pass(
-        sums.numerators.detach(), sums.denominators, valid, sums.maps, of_student, of_teacher
-    )
+    totals, denominators = reference.group(numerators, denominators, options)
+    sides = (call.student, call.teacher)
+    grads = iter(torch.autograd.grad(totals, [x for x in sides if x.requires_grad], scales))
+    return {
+        "numerators": numerators.detach(),
+        "totals": totals.detach(),
+        "denominators": denominators,
+        "valid": int((call.labels != options.ignore_index).sum()),
+        "maps": maps,
+        "gradients": tuple(next(grads) if x.requires_grad else None for x in sides),
+    }
 
 
 def assert_same(batch: Batch, spec: LossSpec, weight: Tensor | None = None) -> None:
     """float64, so that only a wrong formula can differ."""
-    scales = torch.linspace(0.7, -1.3, len(spec.terms), dtype=torch.float64)
-    ours, theirs = (of(batch, weight, spec, scales) for of in (by_bands, whole))
-    for name, value in ours._asdict().items():
-        expected = getattr(theirs, name)
+    groups = spec.options().group_count
+    scales = torch.linspace(0.7, -1.3, groups, dtype=torch.float64)
+    call = call_of(batch, weight, spec)
+    ours, theirs = by_bands(call, scales), whole(call, scales)
+    assert ours.keys() == theirs.keys()
+    gradients = zip(ours.pop("gradients"), theirs.pop("gradients"), strict=True)
+    pairs = [*((ours[name], theirs[name]) for name in theirs), *gradients]
+    for value, expected in pairs:
         if isinstance(expected, Tensor):
             signal = float(expected.abs().max()) if expected.numel() else 1.0
-            assert signal > 0, name
+            assert signal > 0
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13 * signal)
         else:
-            assert value == expected, name
+            assert value == expected
 
 
 @pytest.mark.parametrize("case", TERM_CASES)
@@ -79,8 +82,10 @@ def test_bands_are_the_oracle(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     batch = make_batch(batch=3)
     batch.target[0, :7] = 255
     batch.target[2] = 255
-    spec = spec_of(**TERM_CASES[case], return_maps="hetero" in case or case == "all")
-    assert_same(batch, spec, torch.rand(5, dtype=torch.float64) if "ce" in case else None)
+    weight = torch.rand(5, dtype=torch.float64) if "ce" in case else None
+    maps = "hetero" in case or case == "all"
+    spec = spec_of(**TERM_CASES[case], return_maps=maps, class_weight=weight)
+    assert_same(batch, spec, weight)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -131,7 +136,7 @@ def test_rows_that_only_ignored_pixels_see(
 
 def test_float64_is_the_oracle_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests take for the truth shares no code with the bands."""
-    monkeypatch.setattr(bands.ReferenceBackend, "forward", None)
+    monkeypatch.setattr(bands.ReferenceBackend, "sums", None)
     assert truth(make_batch()).student_grad is not None
 
 
@@ -170,14 +175,10 @@ def test_is_not_slower_than_plain_pytorch() -> None:
 @pytest.fixture
 def _without_extension(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As in an installation without compiler, in this process."""
-    caches = (backends._unavailable, backends._warn_without_extension)
-    for cache in caches:
-        cache.cache_clear()
-    monkeypatch.setattr(_extension, "unavailable", lambda: "install a C++17 compiler.")
-    monkeypatch.setattr(backends, "_requests", [backends._Request(backends.AUTO)])
+    backends._warn_without_extension.cache_clear()
+    monkeypatch.setattr(backends.get("cpu"), "unavailable", lambda: "install a C++17 compiler.")
     yield
-    for cache in caches:
-        cache.cache_clear()
+    backends._warn_without_extension.cache_clear()
 
 
 @pytest.mark.usefixtures("_without_extension")
@@ -196,18 +197,17 @@ def test_says_once_that_the_extension_is_missing() -> None:
 @pytest.mark.usefixtures("_without_extension")
 def test_is_silent_where_the_fallback_was_asked_for() -> None:
     batch = make_batch(dtype=torch.float32)
-    spec = LossSpec(terms=("ce",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         functional.cross_entropy(batch.student, batch.target, backend="reference")
         with hf.use_backend("reference"):
             functional.cross_entropy(batch.student, batch.target)
-        assert backends.select(None, spec, "mps") == "reference"  # for which nothing is compiled
-        assert "reference" in backends.explain(spec, "cpu")
+        assert backends.select(None, CE, "mps") == "reference"  # for which nothing is compiled
+        assert "reference" in backends.explain(None, CE, "cpu")
         with pytest.raises(hf.BackendUnavailableError):
-            backends.select("cpu", spec, "cpu")
+            backends.select("cpu", CE, "cpu")
     with pytest.warns(hf.ExtensionMissingWarning):
-        assert backends.select("auto", spec, "cpu") == "reference"
+        assert backends.select("auto", CE, "cpu") == "reference"
 
 
 def test_is_silent_with_the_extension() -> None:
@@ -218,4 +218,4 @@ def test_is_silent_with_the_extension() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", hf.ExtensionMissingWarning)
         functional.cross_entropy(batch.student, batch.target)
-    assert backends.select(None, LossSpec(terms=("ce",)), "cpu") == "cpu"
+    assert backends.select(None, CE, "cpu") == "cpu"

@@ -29,10 +29,10 @@ from common import (
     spec_of,
     truth,
 )
+from heteroakd_fast.backends.order import kind_of, order
 from torch import Tensor
 
 from heteroakd_fast import BackendUnavailableError, backends, functional
-from heteroakd_fast.backends.order import kind_of, order
 
 # cuBLAS asks for it in deterministic mode, which conftest.py turns on, and reads it when its
 # handle is made: before the first product of matrices is early enough.

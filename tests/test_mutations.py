@@ -321,14 +321,14 @@ PYTHON = (
     ),
     Defect(
         "temperature not checked",
-        "heteroakd_fast.checks:check_temperature",
+        "heteroakd_fast._checks:check_temperature",
         "not _SMALLEST_TEMPERATURE <= number <= 1.0 / _SMALLEST_TEMPERATURE",
         "False",
         test_of("test_inputs", "test_refuses_temperatures_that_are_not_positive", "tau", 0.0),
     ),
     Defect(
         "a class is ignored unasked",
-        "heteroakd_fast.checks:check_ignored_class",
+        "heteroakd_fast._checks:check_ignored_class",
         "0 <= ignore_index < num_classes",
         "False",
         test_of("test_arguments", "test_a_class_is_not_ignored_unasked"),
@@ -349,7 +349,7 @@ PYTHON = (
     ),
     Defect(
         "tangents dropped",
-        "heteroakd_fast.checks:refuse_forward_mode",
+        "heteroakd_fast._checks:refuse_forward_mode",
         "forward_ad.unpack_dual(tensor).tangent is not None",
         "False",
         test_of(

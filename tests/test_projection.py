@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TERM_CASES, assert_accurate
+from common import TERM_CASES, assert_accurate, spec_of
 from interpreter import INTERPRETED
 from torch import Tensor
 
 import heteroakd_fast as hf
-from heteroakd_fast import BackendUnavailableError, backends, functional, projected, reference
-from heteroakd_fast.projected import Projection, projected_distillation_loss
-from heteroakd_fast.spec import TERMS, LossSpec
+from heteroakd_fast import Projection, backends, functional, reference
+from heteroakd_fast.projector import PRECISIONS
+from heteroakd_fast.terms import TERMS
 
 NO_KERNELS = backends.available()["triton"]
 DEVICE = "cpu" if INTERPRETED or NO_KERNELS is not None else "cuda"
@@ -30,8 +30,26 @@ ALL: dict[str, Any] = TERM_CASES["all"]
 NAMES = ("features", "weight", "bias", "teacher weight", "teacher bias")
 
 
+def projected_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    target: Tensor,
+    precision: str = "ieee",
+    **options: Any,
+) -> hf.DistillationOutput:
+    other = (
+        None if teacher is None else Projection(teacher, teacher_weight, teacher_bias, precision)
+    )
+    student = Projection(features, weight, bias, precision)
+    return functional.distillation_loss(student, target, other, **options)
+
+
 class Case(NamedTuple):
-    """What `projected_distillation_loss` takes, without options."""
+    """What `projected_loss` takes, without options."""
 
     features: Tensor
     weight: Tensor
@@ -74,7 +92,7 @@ def evaluate(case: Case, grad_output: float = -0.37, **options: Any) -> tuple[An
     """The output, and the gradients of features, weight, bias, teacher weight and bias."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in case.learners()]
     features, weight, bias, teacher_weight, teacher_bias = leaves
-    output = projected_distillation_loss(
+    output = projected_loss(
         features, weight, bias, case.teacher, teacher_weight, teacher_bias, case.target, **options
     )
     wanted = [x for x in leaves if x is not None]
@@ -118,7 +136,7 @@ def truth(case: Case, grad_output: float = -0.37, **options: Any) -> tuple[Any, 
 
 def assert_same(got: tuple[Any, list[Any]], expected: tuple[Any, list[Any]]) -> None:
     """Terms to 2e-6, gradients to the contract's accuracy; None where the oracle has none or 0."""
-    for name in ("loss", *TERMS):
+    for name in ("loss", *(term.name for term in TERMS)):
         ours, theirs = getattr(got[0], name), getattr(expected[0], name)
         assert (ours is None) == (theirs is None), name
         if theirs is not None:
@@ -211,7 +229,7 @@ def test_smoothing_without_class_weights() -> None:
 
 
 @kernels
-@pytest.mark.parametrize("precision", projected.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_precisions(precision: str) -> None:
     """The interpreter multiplies exactly; a GPU may be as wrong as its mode says."""
     case = make()
@@ -341,13 +359,13 @@ def test_gradients_that_nobody_asked_for() -> None:
     full = evaluate(case, backend="triton", **ALL)[1]
     for k, name in enumerate(NAMES):
         leaves = [x.detach().requires_grad_(i == k) for i, x in enumerate(case.learners())]
-        output = projected_distillation_loss(
+        output = projected_loss(
             *leaves[:3], case.teacher, *leaves[3:], case.target, backend="triton", **ALL
         )
         (grad,) = torch.autograd.grad(output.loss, leaves[k], torch.tensor(-0.37, device=DEVICE))
         assert torch.equal(grad, full[k]), name
     with torch.no_grad():
-        output = projected_distillation_loss(*leaves[:3], *[None] * 3, case.target)
+        output = projected_loss(*leaves[:3], *[None] * 3, case.target)
     assert not output.loss.requires_grad
 
 
@@ -355,7 +373,7 @@ def test_gradients_that_nobody_asked_for() -> None:
 def test_the_teachers_features_never_learn(by: str) -> None:
     case = make()
     teacher, weight = case.teacher.requires_grad_(), case.teacher_weight.requires_grad_()
-    output = projected_distillation_loss(*case, backend=by, **ALL)
+    output = projected_loss(*case, backend=by, **ALL)
     grads = torch.autograd.grad(output.loss, (teacher, weight), allow_unused=True)
     assert grads[0] is None
     assert grads[1].any()
@@ -375,7 +393,7 @@ def test_same_bits_twice_and_after_other_memory() -> None:
 def test_backward_twice_and_second_order(by: str) -> None:
     case = make()
     weight = case.weight.requires_grad_()
-    output = projected_distillation_loss(*case[:6], case.target, backend=by, hetero_weight=1.0)
+    output = projected_loss(*case[:6], case.target, backend=by, hetero_weight=1.0)
     (first,) = torch.autograd.grad(output.loss, weight, retain_graph=True)
     (second,) = torch.autograd.grad(output.loss, weight, retain_graph=True)
     assert torch.equal(first, second)
@@ -384,10 +402,10 @@ def test_backward_twice_and_second_order(by: str) -> None:
 
 
 def operator_arguments(case: Case, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    names = tuple(name for name in TERMS if options.get(f"{name}_weight"))
-    spec = LossSpec(terms=names, temperature=2.0)
-    more = {"precision": "ieee", "wants": [True] * 5}
-    return (*case, None), {**spec.options(), **more}
+    spec = spec_of(**options)
+    wants = [True, True, True, False, True, True]
+    keywords = {"structure": spec.structure, "wants": wants, "precision": "ieee"}
+    return (*case, None, spec.vector()), {**keywords, "backend": "triton"}
 
 
 @kernels
@@ -398,27 +416,18 @@ def test_opcheck() -> None:
         *(next(leaves) for _ in range(3)), case.teacher, *(next(leaves) for _ in range(2)), case[6]
     )
     arguments, options = operator_arguments(case, **ALL)
-    torch.library.opcheck(torch.ops.heteroakd_fast.projected_sums, arguments, options)
-    scales = torch.rand(len(options["terms"]), dtype=torch.float64, device=DEVICE)
-    plain = tuple(None if x is None else x.detach() for x in arguments)
-    torch.library.opcheck(
-        torch.ops.heteroakd_fast.projected_sums_backward, (scales, *plain), options
-    )
-
-
-@kernels
-def test_the_operator_refuses_what_it_would_compute_wrongly() -> None:
-    arguments, options = operator_arguments(make(), kd_weight=1.0)
-    options["kd_divergence"] = "js"
-    with pytest.raises(BackendUnavailableError, match="kd_divergence 'forward'"):
-        torch.ops.heteroakd_fast.projected_sums(*arguments, **options)
+    torch.library.opcheck(torch.ops.heteroakd_fast.sums, arguments, options)
+    plain = [None if x is None else x.detach() for x in arguments]
+    totals = torch.ops.heteroakd_fast.sums(*plain, **options)[1]
+    plain.insert(8, [])
+    torch.library.opcheck(torch.ops.heteroakd_fast.gradient, (totals, *plain), options)
 
 
 @pytest.mark.parametrize("by", BOTH)
 def test_compiles_without_a_break(by: str) -> None:
     case = make(grid=(4, 5), depth=(6, 7))
     options = {"hetero_weight": 1.0, "teacher_ce_weight": 1.0}
-    call = functools.partial(projected_distillation_loss, backend=by, **options)
+    call = functools.partial(projected_loss, backend=by, **options)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     grads = []
     for function in (call, compiled):
@@ -439,7 +448,7 @@ def test_autocast_changes_nothing() -> None:
     weight = case.weight.requires_grad_()
     for by in ("triton", "reference"):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            output = projected_distillation_loss(*case, backend=by, **ALL)
+            output = projected_loss(*case, backend=by, **ALL)
         (grad,) = torch.autograd.grad(output.loss, weight)
         assert_accurate(grad, expected[1][1])
 
@@ -453,58 +462,73 @@ def test_normalizer() -> None:
 # --- choice of backend and errors ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["triton", "auto", "cpu"])
 @pytest.mark.parametrize(
-    ("changes", "options", "reason"),
+    ("changes", "options"),
     [
-        ({"dtype": torch.float64}, {}, "not in float64"),
-        ({"classes": 257}, {"ignore_index": None}, "256 at most"),
-        ({}, {"hetero_weight": 1.0, "preset": "paper"}, "preset 'softmax-kl'"),
-        ({}, {"kd_weight": 1.0, "kd_divergence": "js"}, "kd_divergence 'forward'"),
-        ({}, {"hetero_weight": 1.0, "return_maps": True}, "no maps"),
+        ({"dtype": torch.float64}, {}),
+        ({"classes": 257}, {"allow_ignored_class": True}),
+        ({}, {"hetero_weight": 1.0, "preset": "paper"}),
+        ({}, {"kd_weight": 1.0, "kd_divergence": "js"}),
+        ({}, {"hetero_weight": 1.0, "return_maps": True}),
     ],
 )
-def test_what_the_kernels_refuse(
-    changes: dict[str, Any], options: dict[str, Any], reason: str
+def test_what_no_kernel_projects_is_projected_first(
+    changes: dict[str, Any], options: dict[str, Any], backend: str
 ) -> None:
+    here = backend == "auto" or DEVICE in backends.get(backend).devices()
+    if not here or backends.available().get(backend) is not None:
+        pytest.skip("not here")
     case = make(**changes, grid=(2, 3))
-    if NO_KERNELS is None:
-        with pytest.raises(BackendUnavailableError, match=reason):
-            projected_distillation_loss(*case, backend="triton", **options)
-    output = projected_distillation_loss(*case, backend="auto", **options)
-    assert output.loss.isfinite()
-    assert (output.maps is not None) == options.get("return_maps", False)
+    got, expected = evaluate(case, backend=backend, **options), truth(case, **options)
+    assert (got[0].maps is not None) == options.get("return_maps", False)
+    assert_same(got, expected)
 
 
-def test_a_backend_without_a_projection_is_not_replaced() -> None:
-    with (
-        backends.use_backend("cuda"),
-        pytest.raises(BackendUnavailableError, match="no fused projection"),
+@kernels
+def test_projection_off_the_label_grid() -> None:
+    case = make(grid=(3, 4))
+    size = (6, 9)
+    target = torch.randint(0, 5, (2, *size), device=DEVICE)
+    student = Projection(case.features.requires_grad_(), case.weight, case.bias)
+    teacher = Projection(case.teacher, case.teacher_weight)
+    grads = []
+    for sides in (
+        (student, teacher),
+        (reference.project(*student[:3]), reference.project(*teacher[:3])),
     ):
-        projected_distillation_loss(*make())
-
-
-def test_auto_leaves_the_cpu_to_the_reference() -> None:
-    case = Case(*(None if x is None else x.cpu() for x in make()))
-    side = Projection(*case[:3])
-    assert projected._select(None, side, None, LossSpec(terms=("ce",))) == "reference"
+        loss = functional.distillation_loss(
+            sides[0], target, sides[1], hetero_weight=1.0, backend="triton"
+        ).loss
+        grads.append(torch.autograd.grad(loss, case.features)[0])
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "error", "message"),
     [
-        ({"features": None}, {}, TypeError, "student_features: got NoneType"),
-        ({"features": torch.zeros(2, 20, 3)}, {}, ValueError, "student_features: got shape"),
-        ({"weight": torch.zeros(5, 21)}, {}, ValueError, "student_weight: got D=21"),
-        ({"weight": torch.zeros(5, 20, 3, 3)}, {}, ValueError, "student_weight: got shape"),
-        ({"weight": torch.zeros(0, 20)}, {"bias": None}, ValueError, "student_weight: got C=0"),
-        ({"bias": torch.zeros(4)}, {}, ValueError, "student_bias: got 4 entries"),
-        ({"teacher": None}, {}, ValueError, "teacher_features: got None beside"),
-        ({"teacher": torch.zeros(2, 40, 3, 8)}, {}, ValueError, "teacher_features: got shape"),
-        ({"teacher_weight": torch.zeros(4, 40)}, {}, ValueError, "teacher_(weight|bias): got"),
-        ({"target": torch.zeros(2, 3, 8, dtype=torch.int64)}, {}, ValueError, "target: got shape"),
+        ({"features": None}, {}, TypeError, "student_logits.features: got NoneType"),
+        ({"features": torch.zeros(2, 20, 3)}, {}, ValueError, "student_logits.features: got shape"),
+        ({"weight": torch.zeros(5, 21)}, {}, ValueError, "student_logits.weight: got D=21"),
+        ({"weight": torch.zeros(5, 20, 3, 3)}, {}, ValueError, "student_logits.weight: got shape"),
+        ({"weight": torch.zeros(0, 20)}, {"bias": None}, ValueError, "student_logits: got C=0"),
+        ({"bias": torch.zeros(4)}, {}, ValueError, "student_logits.bias: got 4 entries"),
+        ({"teacher": torch.zeros(3, 40, 3, 8)}, {}, ValueError, "teacher_logits: got batch 3"),
+        (
+            {"teacher_weight": torch.zeros(4, 40)},
+            {},
+            ValueError,
+            "teacher_logits.bias: got 5 entries",
+        ),
+        (
+            {"target": torch.zeros(3, 3, 8, dtype=torch.int64)},
+            {},
+            ValueError,
+            "target: got batch 3",
+        ),
         ({"target": torch.zeros(2, 3, 7)}, {}, TypeError, "target: got torch.float32"),
-        ({}, {"precision": "bf16"}, ValueError, "precision: got 'bf16'"),
-        ({}, {"backend": "cuda"}, ValueError, "backend: got 'cuda'"),
+        ({}, {"precision": "bf16"}, ValueError, "student_logits.precision: got 'bf16'"),
+        ({}, {"backend": "fast"}, ValueError, "backend: got 'fast'"),
         ({}, {"ce_weight": 0.0}, ValueError, "weights: every term has weight 0"),
         ({}, {"temperature": 0.0}, ValueError, "temperature: got 0.0"),
         ({}, {"class_weight": torch.ones(4)}, ValueError, "class_weight: got 4 entries"),
@@ -522,13 +546,13 @@ def test_errors_name_the_argument(
     if isinstance(options.get("class_weight"), Tensor):
         options["class_weight"] = options["class_weight"].to(DEVICE)
     with pytest.raises(error, match=message):
-        projected_distillation_loss(*case.values(), **options)
+        projected_loss(*case.values(), **options)
 
 
 def test_a_term_without_its_teacher() -> None:
     case = make()
-    with pytest.raises(ValueError, match="teacher_features: got None, but kd_weight"):
-        projected_distillation_loss(*case[:3], None, None, None, case.target, kd_weight=1.0)
+    with pytest.raises(ValueError, match="teacher_logits: got None, but kd_weight"):
+        projected_loss(*case[:3], None, None, None, case.target, kd_weight=1.0)
 
 
 @pytest.mark.parametrize("by", BOTH)
@@ -539,7 +563,7 @@ def test_labels_out_of_range(by: str) -> None:
     target = case.target.clone()
     target[1, 2, 3] = 5
     with pytest.raises(ValueError, match=r"target: label 5 at \(b=1, y=2, x=3\)"):
-        projected_distillation_loss(*case._replace(target=target), backend=by)
+        projected_loss(*case._replace(target=target), backend=by)
 
 
 # --- HeteroAKDLoss -------------------------------------------------------------------------------
@@ -561,7 +585,7 @@ def _loss_of_features(backend: str, **options: Any) -> tuple[dict[str, float], l
         teacher_features=torch.randn(2, 9, 4, 5).to(DEVICE),
     )
     output.loss.backward()
-    named = {k: float(v) for k, v in output._asdict().items() if isinstance(v, Tensor)}
+    named = {"loss": float(output.loss), **{k: float(v) for k, v in output.terms.items()}}
     learnt = [features, *loss.parameters()]
     return named, [x.grad for x in learnt if x.grad is not None]
 
@@ -581,15 +605,16 @@ def test_loss_module_fuses_where_it_can(
     options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = projected.projected_sums
+    kernel = backends.get("triton")
+    original = kernel.sums
 
-    def spy(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return original(*arguments)
+    def spy(call: backends.Call) -> Any:
+        calls.append(call.projected)
+        return original(call)
 
-    monkeypatch.setattr(projected, "projected_sums", spy)
+    monkeypatch.setattr(kernel, "sums", spy)
     terms, grads = _loss_of_features("triton", **options)
-    assert bool(calls) == fused
+    assert any(calls) == fused
     expected_terms, expected_grads = _loss_of_features("reference", **options)
     assert terms == pytest.approx(expected_terms, rel=1e-5)
     assert len(grads) == len(expected_grads)

@@ -16,6 +16,7 @@ from heteroakd_fast import reference
 from heteroakd_fast.labels import nearest_labels
 from heteroakd_fast.projector import Projector
 from heteroakd_fast.spec import LossSpec
+from heteroakd_fast.terms import KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy
 
 C = 5
 
@@ -33,11 +34,8 @@ def mean(fraction: tuple[Tensor, Tensor]) -> Tensor:
     return fraction[0] / fraction[1]
 
 
-def spec_of(variant: str) -> LossSpec:
-    options = dict(VARIANTS[variant])
-    if options.get("preset") == "paper":
-        options.setdefault("mix", "logits")
-    return LossSpec(terms=("hetero",), **options)
+def term_of(variant: str) -> HeteroAKD:
+    return HeteroAKD(**VARIANTS[variant])
 
 
 # --- known values ------------------------------------------------------------------------------
@@ -105,9 +103,9 @@ def test_softmax_kl_by_hand() -> None:
     a_s, a_t, tau, t = 0.4, 1.7, 0.6, 2.0
     label = torch.zeros(1, 1, 1, dtype=torch.int64)
     valid = label == 0
-    spec = LossSpec(terms=("hetero",), temperature=t, tau=tau)
+    term = HeteroAKD(temperature=t, tau=tau)
     knowledge = reference.evaluate_knowledge(
-        two_class_pixel(a_s), two_class_pixel(a_t), label, valid, spec
+        two_class_pixel(a_s), two_class_pixel(a_t), label, valid, term
     )
 
     def sigmoid(x: float) -> float:
@@ -124,7 +122,7 @@ def test_softmax_kl_by_hand() -> None:
     assert knowledge.reliability.item() == pytest.approx(r_t, rel=1e-13)
     assert knowledge.mixed_target.exp()[0, 0].item() == pytest.approx(m, rel=1e-13)
     assert knowledge.discrepancy.item() == pytest.approx(kl(p_t, p_s), rel=1e-12)
-    numerator, denominator = reference.hetero(two_class_pixel(a_s), knowledge, valid, spec)
+    numerator, denominator = reference.hetero(two_class_pixel(a_s), knowledge, valid, term)
     d = kl(p_t, p_s)
     assert numerator.item() == pytest.approx(d * t**2 * kl(m, p_s), rel=1e-12)
     assert denominator.item() == pytest.approx(d, rel=1e-12)
@@ -133,10 +131,10 @@ def test_softmax_kl_by_hand() -> None:
 def test_softmax_kl_gradient_is_a_scaled_difference_of_probabilities() -> None:
     """method.md, section 4: with mix="probs", dL/dz_s = d_p / sum d * T r_t (p_s - p_t)."""
     s, t, label, valid = on_grid()
-    spec = LossSpec(terms=("hetero",), temperature=1.7, tau=0.8)
-    knowledge = reference.evaluate_knowledge(s, t, label, valid, spec)
+    term = HeteroAKD(temperature=1.7, tau=0.8)
+    knowledge = reference.evaluate_knowledge(s, t, label, valid, term)
     s = s.requires_grad_()
-    mean(reference.hetero(s, knowledge, valid, spec)).backward()
+    mean(reference.hetero(s, knowledge, valid, term)).backward()
     p_s, p_t = (s.detach() / 1.7).softmax(1), (t / 1.7).softmax(1)
     share = (knowledge.discrepancy * valid / (knowledge.discrepancy * valid).sum())[:, None]
     expected = share * 1.7 * knowledge.reliability[:, None] * (p_s - p_t)
@@ -145,8 +143,8 @@ def test_softmax_kl_gradient_is_a_scaled_difference_of_probabilities() -> None:
 
 def test_mix_logits_by_hand() -> None:
     s, t, label, valid = on_grid()
-    spec = LossSpec(terms=("hetero",), mix="logits", temperature=1.3)
-    knowledge = reference.evaluate_knowledge(s, t, label, valid, spec)
+    term = HeteroAKD(mix="logits", temperature=1.3)
+    knowledge = reference.evaluate_knowledge(s, t, label, valid, term)
     r_t = knowledge.reliability[:, None]
     expected = ((r_t * t + (1 - r_t) * s) / 1.3).softmax(1)
     torch.testing.assert_close(knowledge.mixed_target.exp(), expected)
@@ -155,9 +153,9 @@ def test_mix_logits_by_hand() -> None:
 def without_mixing(**options: Any) -> tuple[reference.Knowledge, reference.Knowledge]:
     """What is found with mix="teacher", and with the preset's own mix."""
     s, t, label, valid = on_grid()
-    spec = LossSpec(terms=("hetero",), **options)
-    ablated = reference.evaluate_knowledge(s, t, label, valid, replace(spec, mix="teacher"))
-    return ablated, reference.evaluate_knowledge(s, t, label, valid, spec)
+    term = HeteroAKD(**options)
+    ablated = reference.evaluate_knowledge(s, t, label, valid, replace(term, mix="teacher"))
+    return ablated, reference.evaluate_knowledge(s, t, label, valid, term)
 
 
 def test_mix_teacher_changes_the_target_only() -> None:
@@ -174,10 +172,10 @@ def test_mix_teacher_changes_the_target_only() -> None:
 def test_mix_teacher_without_evaluation_is_kd() -> None:
     """Without both ideas of the method its term is plain distillation, to the last bit."""
     s, t, label, valid = on_grid()
-    spec = LossSpec(terms=("hetero",), mix="teacher", evaluation="none", temperature=1.7)
+    term = HeteroAKD(mix="teacher", evaluation="none", temperature=1.7)
     ours, plain = s.clone().requires_grad_(), s.clone().requires_grad_()
-    knowledge = reference.evaluate_knowledge(ours, t, label, valid, spec)
-    got = mean(reference.hetero(ours, knowledge, valid, spec))
+    knowledge = reference.evaluate_knowledge(ours, t, label, valid, term)
+    got = mean(reference.hetero(ours, knowledge, valid, term))
     expected = mean(reference.kd(plain, t, valid, 1.7))
     assert got == expected > 0
     (grad,) = torch.autograd.grad(got, ours)
@@ -218,9 +216,9 @@ def test_paper_by_hand() -> None:
 
     label = torch.zeros(1, 1, 1, dtype=torch.int64)
     valid = label == 0
-    spec = LossSpec(terms=("hetero",), preset="paper", mix="logits", temperature=t)
-    knowledge = reference.evaluate_knowledge(tensor(z_s), tensor(z_t), label, valid, spec)
-    numerator, denominator = reference.hetero(tensor(z_s), knowledge, valid, spec)
+    term = HeteroAKD(preset="paper", mix="logits", temperature=t)
+    knowledge = reference.evaluate_knowledge(tensor(z_s), tensor(z_t), label, valid, term)
+    numerator, denominator = reference.hetero(tensor(z_s), knowledge, valid, term)
 
     def bce(z: float, positive: bool) -> float:
         return math.log1p(math.exp(-z if positive else z))
@@ -246,23 +244,23 @@ def test_paper_by_hand() -> None:
 def test_paper_two_perfect_sides_mix_half_and_half() -> None:
     z = torch.tensor([1000.0, -1000.0], dtype=torch.float64).reshape(1, 2, 1, 1)
     label = torch.zeros(1, 1, 1, dtype=torch.int64)
-    spec = LossSpec(terms=("hetero",), preset="paper", mix="logits")
-    knowledge = reference.evaluate_knowledge(z, 2 * z, label, label == 0, spec)
+    term = HeteroAKD(preset="paper", mix="logits")
+    knowledge = reference.evaluate_knowledge(z, 2 * z, label, label == 0, term)
     assert knowledge.reliability.item() == 0.5
 
 
 def test_space_weights_sum_to_one_over_valid_pixels_of_each_image_and_class() -> None:
     s, t, label, valid = on_grid()
     valid[1] = False  # an image without a valid pixel counts for nothing
-    spec = spec_of("paper-space")
-    knowledge = reference.evaluate_knowledge(s, t, label, valid, spec)
+    term = term_of("paper-space")
+    knowledge = reference.evaluate_knowledge(s, t, label, valid, term)
     sums = knowledge.weight.sum(dim=(2, 3))
     torch.testing.assert_close(sums[0], torch.ones(C, dtype=torch.float64))
     assert (sums[1] == 0).all()
-    numerator, denominator = reference.hetero(s, knowledge, valid, spec)
+    numerator, denominator = reference.hetero(s, knowledge, valid, term)
     assert denominator.item() == C
-    alone = reference.evaluate_knowledge(s[:1], t[:1], label[:1], valid[:1], spec)
-    torch.testing.assert_close(numerator, reference.hetero(s[:1], alone, valid[:1], spec)[0])
+    alone = reference.evaluate_knowledge(s[:1], t[:1], label[:1], valid[:1], term)
+    torch.testing.assert_close(numerator, reference.hetero(s[:1], alone, valid[:1], term)[0])
 
 
 def test_bernoulli_kl_is_torchs() -> None:
@@ -349,25 +347,24 @@ def test_gradcheck_feature() -> None:
 def test_gradcheck_hetero(variant: str) -> None:
     """With what is detached held fixed, as the method says."""
     s, t, label, valid = on_grid()
-    spec = spec_of(variant)
-    knowledge = reference.evaluate_knowledge(s, t, label, valid, spec)
-    gradcheck(lambda s: mean(reference.hetero(s, knowledge, valid, spec)), s)
+    term = term_of(variant)
+    knowledge = reference.evaluate_knowledge(s, t, label, valid, term)
+    gradcheck(lambda s: mean(reference.hetero(s, knowledge, valid, term)), s)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("size", [(6, 8), (5, 9), (2, 3)])
 def test_gradcheck_through_the_whole_pass(size: tuple[int, int], align_corners: bool) -> None:
     batch = make_batch(classes=3, grid=(3, 4), teacher_grid=(2, 5), size=size, ignored=0.1)
-    spec = LossSpec(
-        terms=("ce", "teacher_ce", "kd", "feature"), align_corners=align_corners, temperature=1.4
-    )
+    terms = (CrossEntropy(), TeacherCrossEntropy(), KD(temperature=1.4), Feature())
+    options = LossSpec.of(*terms, align_corners=align_corners).options()
 
     def student_terms(student: Tensor) -> Tensor:
-        sums = reference.distillation_sums(student, batch.teacher, batch.target, None, spec)
+        sums = reference.sums(student, batch.target, batch.teacher, None, options)
         return sums.numerators / sums.denominators
 
     def teacher_terms(teacher: Tensor) -> Tensor:
-        sums = reference.distillation_sums(batch.student, teacher, batch.target, None, spec)
+        sums = reference.sums(batch.student, batch.target, teacher, None, options)
         return (sums.numerators / sums.denominators)[1]
 
     gradcheck(student_terms, batch.student)
@@ -393,14 +390,14 @@ def test_gradcheck_projection(relu: bool) -> None:
 def test_hetero_in_the_pass_is_the_function(variant: str) -> None:
     """Equal grids, so that the pass adds nothing but the plumbing; detached parts stay so."""
     s, t, label, valid = on_grid()
-    spec = spec_of(variant)
+    term = term_of(variant)
     target = label.where(valid, 255)
     student = s.clone().requires_grad_()
-    sums = reference.distillation_sums(student, t, target, None, spec)
+    sums = reference.sums(student, target, t, None, LossSpec.of(term).options())
     (grad,) = torch.autograd.grad(sums.numerators[0] / sums.denominators[0], student)
-    knowledge = reference.evaluate_knowledge(s, t, label, valid, spec)
+    knowledge = reference.evaluate_knowledge(s, t, label, valid, term)
     other = s.clone().requires_grad_()
-    expected = mean(reference.hetero(other, knowledge, valid, spec))
+    expected = mean(reference.hetero(other, knowledge, valid, term))
     (expected_grad,) = torch.autograd.grad(expected, other)
     torch.testing.assert_close(sums.numerators[0] / sums.denominators[0], expected)
     torch.testing.assert_close(grad, expected_grad)

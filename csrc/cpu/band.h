@@ -338,7 +338,8 @@ class Band {
     terms_.template process<kRows, true>(group, chained, [&](Term term) {
       const int s = p.slot[term];
       return Sink<T>{gradient_sum_[s],    gradient_upper_[s],
-                     gradient_first_,     gradient_folded_,
+                     gradient_first_ && p.begins[term],
+                     gradient_folded_ && p.ends[term],
                      fold_row(s, vector), p.student.padded,
                      p.student.column_fraction + vector * N};
     });

@@ -1,11 +1,11 @@
-// Operators heteroakd_fast_c::distillation, combine_gradients, cpu_isa and elementary on the CPU:
-// checks, memory and threads around the kernels of band.h.
+// Operators heteroakd_fast_c::sums, gradient, cpu_isa and elementary on the CPU: checks, memory and
+// threads around the kernels of band.h.
 //
-// Two ways to the gradient. Where the logits are on a grid of their own, the gradients of every
-// term's numerator are collected, unscaled, in the one pass that has the probabilities at hand;
-// backward is `combine_gradients`, which adds them up. Where all grids are the label grid, such
-// gradients would be the largest tensors of the step: there backward is a second pass that reads
-// the logits again, knows every scale and writes the sum once.
+// Two ways to the gradient. Where the logits are on a grid of their own, the gradient of each group
+// of terms is collected, without the group's scale, in the one pass that has the probabilities at
+// hand; `gradient` adds them up. Where all grids are the label grid, such gradients would be the
+// largest tensors of the step: there `gradient` is a second pass that reads the logits again, knows
+// every scale and writes the sum once.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,7 +28,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// numerators, totals, denominators, labels, maps, and what each pass keeps for `gradient`
+using Sums = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor>;  // of the student's and the teacher's logits
 
 // Beyond this many label pixels per logit along an axis, float sums of their gradients lose more
 // than the contract allows; the logits are then so few that double costs nothing but time.
@@ -109,22 +111,6 @@ LogitsView mutable_view_of(Tensor& tensor) {
   return view;
 }
 
-// The options of a call, by the names of the schema.
-struct Options {
-  int64_t terms;  // bits of Term
-  KdDivergence kd;
-  Hetero hetero;
-  Mix mix;
-  bool evaluation;
-  double kd_beta, temperature, tau;
-  int64_t ignore_index;
-  bool align_corners;
-  double label_smoothing;
-  bool maps, compute_grad;
-
-  bool asks(Term term) const { return (terms >> term & 1) != 0; }
-};
-
 void read_labels(const void* reader, int64_t b, int64_t y, int32_t* out, LabelReport& report) {
   static_cast<const StridedLabels*>(reader)->read_row(b, y, out, report);
 }
@@ -132,12 +118,14 @@ void read_labels(const void* reader, int64_t b, int64_t y, int32_t* out, LabelRe
 template <typename T>
 class Runner {
  public:
+  // student: the logits that learn, those of the teacher for the pass `teacher_ce`.
   Runner(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& target,
-         const std::optional<Tensor>& class_weight, const Options& options)
+         const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms)
       : kernels_(choose_kernels<T>()),
         dtype_(sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float),
-        options_(options),
-        labels_(target, student.size(1), options.ignore_index),
+        terms_(terms),
+        align_corners_(spec.align_corners),
+        labels_(target, student.size(1), spec.ignore_index),
         height_(student.size(2)),
         width_(student.size(3)) {
     pass_.batch = student.size(0);
@@ -164,25 +152,25 @@ class Runner {
     pass_.sums = sums_.data();
   }
 
-  bool identity() const { return pass_.identity; }
-
-  Result forward() {
+  // Writes the pass's numerators and denominators where the call wants them; returns the gradients of
+  // its groups [slots, B, C, h, w], or nothing.
+  Tensor forward(bool compute_grad, double* numerators, double* denominators, Tensor& maps) {
     pass_.values = true;
-    pass_.gradients = options_.compute_grad && !pass_.identity;
-    Tensor maps = torch::stable::empty({0}, dtype_);
-    if (options_.maps) {
+    pass_.gradients = compute_grad && !pass_.identity;
+    if (terms_.maps) {
       maps = torch::stable::empty({2, pass_.batch, pass_.label_height, pass_.label_width}, dtype_);
       pass_.map_values = static_cast<T*>(maps.mutable_data_ptr());
       std::fill_n(pass_.map_values, maps.numel(), T(0));
     }
     Tensor gradients = torch::stable::empty({0}, dtype_);
     std::optional<Uninitialised<T>> edges;
-    pass_.slots = 0;
+    pass_.slots = pass_.gradients ? terms_.slots : 0;
     for (int k = 0; k < kTerms; ++k) {
-      const bool wanted = pass_.gradients && options_.asks(static_cast<Term>(k));
-      pass_.slot[k] = wanted ? pass_.slots++ : -1;
-      pass_.scale[k] = T(1);
+      const auto term = static_cast<Term>(k);
+      pass_.slot[k] = pass_.gradients ? terms_.slot[k] : -1;
+      pass_.scale[k] = terms_.asks(term) ? static_cast<T>(terms_.relative_weight(term)) : T(0);
     }
+    set_order();
     if (pass_.gradients) {
       gradients = torch::stable::empty({pass_.slots, pass_.batch, pass_.classes, height_, width_},
                                        dtype_);
@@ -195,48 +183,58 @@ class Runner {
     run();
     if (pass_.gradients) add_edges();
 
-    Tensor sums = torch::stable::empty({kTerms, 2}, ScalarType::Double);
-    auto* s = static_cast<double*>(sums.mutable_data_ptr());
+    double s[kTerms * 2] = {};
     for (int k = 0; k < kTerms * 2; ++k) {
-      s[k] = 0.0;
       for (int64_t band = 0; band < bands(); ++band) {
         s[k] += sums_[static_cast<size_t>(band * kTerms * 2 + k)];
       }
     }
-    // A sum of divergences is never negative, its rounding may be. A NaN comes through.
-    for (const Term term : {kKd, kHetero}) {
-      if (s[term * 2] < 0.0) s[term * 2] = 0.0;
+    const auto valid = static_cast<double>(counts().valid);
+    for (const Term term : {kCe, kKd, kHetero, kFeature}) {
+      if (!terms_.asks(term)) continue;
+      const double numerator = s[term * 2];
+      // A sum of divergences is never negative, its rounding may be. A NaN comes through.
+      const bool divergence = term == kKd || term == kHetero;
+      numerators[terms_.place[term]] = divergence && numerator < 0.0 ? 0.0 : numerator;
+      // Most denominators are the number of valid pixels.
+      double denominator = valid;
+      if ((term == kCe && pass_.class_weight != nullptr) ||
+          (term == kHetero && pass_.hetero == Hetero::kSoftmaxKl)) {
+        denominator = s[term * 2 + 1];
+      }
+      if (term == kHetero && weighs_space()) {
+        denominator = static_cast<double>(images * pass_.classes);
+      }
+      denominators[terms_.group[term]] = denominator;
     }
-    // Most denominators are the number of valid pixels.
-    Tensor labels = label_counts();
-    const auto valid = static_cast<double>(static_cast<const int64_t*>(labels.const_data_ptr())[0]);
-    for (int k = 0; k < kTerms; ++k) {
-      const bool weighted = (k == kCe && pass_.class_weight != nullptr) ||
-                            (k == kHetero && pass_.hetero == Hetero::kSoftmaxKl);
-      if (!weighted && options_.asks(static_cast<Term>(k))) s[k * 2 + 1] = valid;
-    }
-    if (weighs_space()) s[kHetero * 2 + 1] = static_cast<double>(images * pass_.classes);
-    return {sums, labels, maps, gradients};
+    return gradients;
   }
 
-  Result backward(const Tensor& student, const Tensor& grad_numerators) {
-    STD_TORCH_CHECK(pass_.identity, "distillation: grad_numerators are for logits on the label grid");
+  // The gradient of logits on the label grid, where every model is on it. grad_totals: f64 [groups].
+  Tensor backward(const Tensor& student, const double* grad_totals) {
     Tensor gradient = torch::stable::empty_like(student);
     pass_.out = mutable_view_of(gradient);
     pass_.streams = gradient.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
-    const auto* scale = static_cast<const double*>(grad_numerators.const_data_ptr());
     pass_.values = false;
     pass_.gradients = true;
     pass_.maps = false;
     pass_.slots = 1;
     for (int k = 0; k < kTerms; ++k) {
-      pass_.slot[k] = options_.asks(static_cast<Term>(k)) ? 0 : -1;
-      pass_.scale[k] = static_cast<T>(scale[k]);
+      const bool asked = terms_.asks(static_cast<Term>(k));
+      pass_.slot[k] = asked ? 0 : -1;
+      pass_.scale[k] =
+          asked ? static_cast<T>(grad_totals[terms_.group[k]] * terms_.weight[k]) : T(0);
     }
+    set_order();
     if (weighs_space()) collect_space();
     run();
-    return {torch::stable::empty({0}, ScalarType::Double), label_counts(),
-            torch::stable::empty({0}, dtype_), gradient};
+    return gradient;
+  }
+
+  LabelReport counts() const {
+    LabelReport total;
+    for (const LabelReport& report : report_) merge(total, report);
+    return total;
   }
 
  private:
@@ -247,13 +245,25 @@ class Runner {
   }
 
   bool weighs_space() const {
-    return pass_.hetero == Hetero::kPaperSpace && options_.evaluation && options_.asks(kHetero);
+    return pass_.hetero == Hetero::kPaperSpace && terms_.evaluation && terms_.asks(kHetero);
+  }
+
+  // Which term of a slot is the first to add its gradient, and which the last.
+  void set_order() {
+    for (int k = 0; k < kTerms; ++k) {
+      pass_.begins[k] = pass_.ends[k] = true;
+      for (int j = 0; j < k; ++j) {
+        if (pass_.slot[j] != pass_.slot[k]) continue;
+        pass_.begins[k] = false;
+        pass_.ends[j] = false;
+      }
+    }
   }
 
   void set_grids(const Tensor& student, const std::optional<Tensor>& teacher) {
     const int64_t apart =
         pass_.identity ? 1
-                       : Columns::distance(width_, pass_.label_width, options_.align_corners);
+                       : Columns::distance(width_, pass_.label_width, align_corners_);
     const Columns columns(pass_.label_width, kernels_.lanes, apart);
     pixel_ = columns.pixel;
     pass_.lanes = columns.lanes;
@@ -262,7 +272,7 @@ class Runner {
     pass_.pixel = pixel_.data();
     pass_.student_logits = view_of(student, "student_logits");
     student_map_ = GridMap<T>(height_, width_, pass_.label_height, pass_.label_width,
-                              options_.align_corners, columns);
+                              align_corners_, columns);
     // A label row belongs to the band of its lower row of logits.
     const std::vector<int32_t>& lower = student_map_.row_lower();
     pass_.band_rows = kBandRows;
@@ -277,7 +287,7 @@ class Runner {
     if (!teacher.has_value()) return;
     pass_.teacher_logits = view_of(*teacher, "teacher_logits");
     teacher_map_ = GridMap<T>(teacher->size(2), teacher->size(3), pass_.label_height,
-                              pass_.label_width, options_.align_corners, columns);
+                              pass_.label_width, align_corners_, columns);
     const std::vector<int32_t>& rows = teacher_map_.row_lower();
     int64_t most = 1;
     for (int64_t band = 0; band < pass_.bands_per_image; ++band) {
@@ -289,25 +299,22 @@ class Runner {
   }
 
   void set_terms() {
-    const Options& o = options_;
-    pass_.smoothing = static_cast<T>(o.label_smoothing);
+    const PassTerms& o = terms_;
+    pass_.smoothing = static_cast<T>(o.smoothing);
     pass_.ce = o.asks(kCe);
     pass_.feature = o.asks(kFeature);
     pass_.maps = o.maps;
-    pass_.kd = o.asks(kKd) ? o.kd : KdDivergence::kNone;
+    pass_.kd = o.kd;
     pass_.hetero_term = o.asks(kHetero);
-    pass_.hetero = o.asks(kHetero) || o.maps ? o.hetero : Hetero::kNone;
+    pass_.hetero = o.hetero;
     pass_.mix = o.mix;
     pass_.evaluation = o.evaluation;
     pass_.temperature = static_cast<T>(o.temperature);
     pass_.tau = static_cast<T>(o.tau);
-    pass_.kd_beta = static_cast<T>(o.kd_beta);
-    pass_.kd_one_minus_beta = static_cast<T>(1.0 - o.kd_beta);
+    pass_.beta = static_cast<T>(o.beta);
+    pass_.one_minus_beta = static_cast<T>(1.0 - o.beta);
     pass_.huge = sizeof(T) == 4 ? 1e30 : 1e290;
     pass_.space_statistics = false;
-    STD_TORCH_CHECK(pass_.has_teacher || (pass_.kd == KdDivergence::kNone && !pass_.feature &&
-                                          pass_.hetero == Hetero::kNone),
-                    "distillation: these terms need teacher_logits");
   }
 
   void run() {
@@ -327,7 +334,7 @@ class Runner {
       }
       workspace().trim();
     });
-    STD_TORCH_CHECK(!failed, "distillation: out of memory for the rows of a band (", bytes,
+    STD_TORCH_CHECK(!failed, "sums: out of memory for the rows of a band (", bytes,
                     " bytes per thread)");
   }
 
@@ -361,7 +368,7 @@ class Runner {
     pass_.space_maximum = maxima.get();
     pass_.space_sum = partial.get();
     pass_.values = pass_.gradients = pass_.ce = pass_.feature = pass_.maps = false;
-    pass_.kd = KdDivergence::kNone;
+    pass_.kd = Divergence::kNone;
     run();
     pass_ = whole;
     space_shift_.assign(static_cast<size_t>(pass_.batch * classes), T(0));
@@ -395,20 +402,10 @@ class Runner {
     return images;
   }
 
-  Tensor label_counts() const {
-    LabelReport total;
-    for (const LabelReport& report : report_) merge(total, report);
-    Tensor labels = torch::stable::empty({3}, ScalarType::Long);
-    auto* l = static_cast<int64_t*>(labels.mutable_data_ptr());
-    l[0] = total.valid;
-    l[1] = total.out_of_range;
-    l[2] = total.first_out_of_range;
-    return labels;
-  }
-
   const Kernels<T>& kernels_;
   ScalarType dtype_;
-  Options options_;
+  PassTerms terms_;
+  bool align_corners_;
   StridedLabels labels_;
   int64_t height_, width_;
   Pass<T> pass_{};
@@ -421,83 +418,127 @@ class Runner {
   std::vector<T> space_shift_, space_weight_;
 };
 
-Result distillation(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
-                    const Tensor& target, const std::optional<Tensor>& class_weight, int64_t terms,
-                    int64_t kd_divergence, int64_t hetero, int64_t mix, bool evaluation,
-                    double kd_beta, double temperature, double tau, int64_t ignore_index,
-                    bool align_corners, double label_smoothing, bool maps, bool compute_grad,
-                    const std::optional<Tensor>& grad_numerators) {
+// What would be read out of bounds.
+void check(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
+           const Tensor& target, const std::optional<Tensor>& class_weight, const Spec& spec) {
   const bool teacher = teacher_logits.has_value();
   STD_TORCH_CHECK(student_logits.dim() == 4 && target.dim() == 3 &&
                       student_logits.size(0) == target.size(0) &&
                       (!teacher || (teacher_logits->dim() == 4 &&
                                     teacher_logits->size(0) == student_logits.size(0) &&
                                     teacher_logits->size(1) == student_logits.size(1))),
-                  "distillation: expected logits [B, C, h, w] and target [B, H, W]");
+                  "expected logits [B, C, h, w] and target [B, H, W]");
   STD_TORCH_CHECK(target.numel() == 0 || (student_logits.numel() > 0 &&
                                           (!teacher || teacher_logits->numel() > 0)),
-                  "distillation: empty logits for a target that is not empty");
+                  "empty logits for a target that is not empty");
   STD_TORCH_CHECK(!class_weight.has_value() || (class_weight->dim() == 1 &&
                                                 class_weight->size(0) == student_logits.size(1)),
-                  "distillation: expected class_weight [C]");
-  STD_TORCH_CHECK(terms >= 0 && terms < 1 << kTerms && kd_divergence >= 0 && kd_divergence <= 3 &&
-                      hetero >= 0 && hetero <= 3 && mix >= 0 && mix <= 2,
-                  "distillation: an option is out of range");
-  STD_TORCH_CHECK((kd_divergence > 0 || (terms >> kKd & 1) == 0) &&
-                      (hetero > 0 || ((terms >> kHetero & 1) == 0 && !maps)),
-                  "distillation: kd_divergence and hetero must name what terms and maps ask for");
-  STD_TORCH_CHECK(!grad_numerators.has_value() ||
-                      (grad_numerators->scalar_type() == ScalarType::Double &&
-                       grad_numerators->numel() == kTerms && grad_numerators->is_contiguous()),
-                  "distillation: expected grad_numerators f64[4]");
-  const Options options{terms,
-                        static_cast<KdDivergence>(kd_divergence),
-                        static_cast<Hetero>(hetero),
-                        static_cast<Mix>(mix),
-                        evaluation,
-                        kd_beta,
-                        temperature,
-                        tau,
-                        ignore_index,
-                        align_corners,
-                        label_smoothing,
-                        maps,
-                        compute_grad};
-  const auto run = [&](auto zero) -> Result {
-    using T = decltype(zero);
-    Runner<T> runner(student_logits, teacher_logits, target, class_weight, options);
-    return grad_numerators.has_value() ? runner.backward(student_logits, *grad_numerators)
-                                       : runner.forward();
-  };
-  const bool many = target.size(1) > kMaxFloatRatio * student_logits.size(2) ||
-                    target.size(2) > kMaxFloatRatio * student_logits.size(3);
-  if (student_logits.scalar_type() == ScalarType::Double) return run(0.0);
-  if (!many || grad_numerators.has_value()) return run(0.0f);
-  auto [sums, labels, map_values, gradients] = run(0.0);
-  return {sums, labels, torch::stable::to(map_values, ScalarType::Float),
-          torch::stable::to(gradients, ScalarType::Float)};
+                  "class_weight: expected [C]");
+  STD_TORCH_CHECK(teacher || !(spec.student.needs_teacher() || spec.teacher.any),
+                  "teacher_logits: got None, these terms need them");
 }
 
-Tensor combine_gradients(const Tensor& gradients, const Tensor& scales, const Tensor& like) {
-  STD_TORCH_CHECK(gradients.dim() == 5 && like.dim() == 4 && gradients.is_contiguous() &&
-                      gradients.numel() == gradients.size(0) * like.numel() &&
-                      scales.numel() == gradients.size(0) && scales.is_contiguous() &&
-                      scales.scalar_type() == ScalarType::Double,
-                  "combine_gradients: expected gradients [K, B, C, h, w], scales f64[K] and like "
-                  "[B, C, h, w]");
+std::optional<Tensor> teacher_of(const PassTerms& terms, const std::optional<Tensor>& logits) {
+  return terms.needs_teacher() ? logits : std::nullopt;
+}
+
+bool identity(const Tensor& logits, const std::optional<Tensor>& teacher, const Tensor& target) {
+  const auto on_label_grid = [&](const Tensor& one) {
+    return one.size(2) == target.size(1) && one.size(3) == target.size(2);
+  };
+  return on_label_grid(logits) && (!teacher.has_value() || on_label_grid(*teacher));
+}
+
+Spec decode(const std::vector<int64_t>& structure, const Tensor& numbers) {
+  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous(),
+                  "numbers: expected a contiguous float64 vector");
+  return decode_spec(structure.data(), structure.size(),
+                     static_cast<const double*>(numbers.const_data_ptr()),
+                     static_cast<size_t>(numbers.numel()));
+}
+
+// One pass; adds to the call's results.
+Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const Tensor& target,
+               const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms,
+               bool compute_grad, double* numerators, double* denominators, Tensor& maps,
+               LabelReport& labels) {
+  const auto run = [&](auto zero) {
+    Runner<decltype(zero)> runner(logits, teacher, target, class_weight, spec, terms);
+    Tensor gradients = runner.forward(compute_grad, numerators, denominators, maps);
+    labels = runner.counts();
+    return gradients;
+  };
+  if (logits.scalar_type() == ScalarType::Double) return run(0.0);
+  if (target.size(1) <= kMaxFloatRatio * logits.size(2) &&
+      target.size(2) <= kMaxFloatRatio * logits.size(3)) {
+    return run(0.0f);
+  }
+  const Tensor gradients = run(0.0);
+  maps = torch::stable::to(maps, ScalarType::Float);
+  return torch::stable::to(gradients, ScalarType::Float);
+}
+
+Sums sums(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
+          const Tensor& target, const std::optional<Tensor>& class_weight, const Tensor& numbers,
+          std::vector<int64_t> structure, bool student_grad, bool teacher_grad) {
+  const Spec spec = decode(structure, numbers);
+  check(student_logits, teacher_logits, target, class_weight, spec);
+  const auto zeros = [](int64_t count) {
+    Tensor out = torch::stable::empty({count}, ScalarType::Double);
+    std::fill_n(static_cast<double*>(out.mutable_data_ptr()), count, 0.0);
+    return out;
+  };
+  Tensor numerators = zeros(spec.terms), totals = zeros(spec.groups),
+         denominators = zeros(spec.groups);
+  auto* n = static_cast<double*>(numerators.mutable_data_ptr());
+  auto* t = static_cast<double*>(totals.mutable_data_ptr());
+  auto* d = static_cast<double*>(denominators.mutable_data_ptr());
+  const bool wide = student_logits.scalar_type() == ScalarType::Double;
+  Tensor maps = torch::stable::empty({0}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor student_saved = torch::stable::empty({0}, ScalarType::Float);
+  Tensor teacher_saved = student_saved;
+  LabelReport labels;
+  if (spec.student.any) {
+    student_saved = forward(student_logits, teacher_of(spec.student, teacher_logits), target,
+                            class_weight, spec, spec.student, student_grad, n, d, maps, labels);
+  }
+  if (spec.teacher.any) {
+    Tensor none = maps;
+    teacher_saved = forward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
+                            teacher_grad, n, d, none, labels);
+  }
+  for (const PassTerms* terms : {&spec.student, &spec.teacher}) {
+    for (const Term term : {kCe, kKd, kHetero, kFeature}) {
+      if (terms->asks(term)) t[terms->group[term]] += terms->weight[term] * n[terms->place[term]];
+    }
+  }
+  Tensor report = torch::stable::empty({3}, ScalarType::Long);
+  auto* l = static_cast<int64_t*>(report.mutable_data_ptr());
+  l[0] = labels.valid;
+  l[1] = labels.out_of_range;
+  l[2] = labels.first_out_of_range;
+  return {numerators, totals, denominators, report, maps, student_saved, teacher_saved};
+}
+
+// sum over slots of grad_totals[group] * slot_weight * gradients[slot], in the form of like
+Tensor combine_gradients(const Tensor& gradients, const double* grad_totals, const PassTerms& terms,
+                         const Tensor& like) {
+  STD_TORCH_CHECK(gradients.dim() == 5 && gradients.is_contiguous() &&
+                      gradients.size(0) == terms.slots &&
+                      gradients.numel() == gradients.size(0) * like.numel(),
+                  "saved: expected what sums returned for logits like these");
   Tensor out = torch::stable::empty_like(like);
-  const Combine job{gradients.const_data_ptr(),
-                    static_cast<int32_t>(gradients.size(0)),
-                    static_cast<const double*>(scales.const_data_ptr()),
-                    like.size(0),
-                    like.size(1),
-                    like.size(2),
-                    like.size(3),
-                    mutable_view_of(out)};
+  double scale[kTerms];
+  for (int s = 0; s < terms.slots; ++s) {
+    scale[s] = grad_totals[terms.slot_group[s]] * terms.slot_weight[s];
+  }
+  const Combine job{gradients.const_data_ptr(), terms.slots,  scale,
+                    like.size(0),               like.size(1), like.size(2),
+                    like.size(3),               mutable_view_of(out)};
   if (like.numel() == 0) return out;
   const bool wide = gradients.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(wide || gradients.scalar_type() == ScalarType::Float,
-                  "combine_gradients: expected float32 or float64 gradients");
+                  "saved: expected float32 or float64 gradients");
   void (*combine)(const Combine&, int64_t) =
       wide ? choose_kernels<double>().combine : choose_kernels<float>().combine;
   const int64_t plane = job.height * job.width;
@@ -506,6 +547,47 @@ Tensor combine_gradients(const Tensor& gradients, const Tensor& scales, const Te
     for (int64_t i = begin; i < end; ++i) combine(job, i);
   });
   return out;
+}
+
+// Of one pass's logits. saved: what `sums` kept, or nothing.
+Tensor backward(const Tensor& logits, const std::optional<Tensor>& teacher,
+                const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                const Spec& spec, const PassTerms& terms, const double* grad_totals,
+                const std::optional<Tensor>& saved) {
+  if (saved.has_value()) return combine_gradients(*saved, grad_totals, terms, logits);
+  STD_TORCH_CHECK(target.has_value() && identity(logits, teacher, *target),
+                  "saved: got None for logits that are not on the label grid");
+  const auto run = [&](auto zero) {
+    return Runner<decltype(zero)>(logits, teacher, *target, class_weight, spec, terms)
+        .backward(logits, grad_totals);
+  };
+  return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
+}
+
+Gradients gradient(const Tensor& grad_totals, const Tensor& student_logits,
+                   const std::optional<Tensor>& teacher_logits, const std::optional<Tensor>& target,
+                   const std::optional<Tensor>& class_weight, const Tensor& numbers,
+                   const std::optional<Tensor>& student_saved,
+                   const std::optional<Tensor>& teacher_saved, std::vector<int64_t> structure,
+                   bool student_grad, bool teacher_grad) {
+  const Spec spec = decode(structure, numbers);
+  STD_TORCH_CHECK(grad_totals.scalar_type() == ScalarType::Double && grad_totals.is_contiguous() &&
+                      grad_totals.numel() == spec.groups,
+                  "grad_totals: expected float64 [", spec.groups, "]");
+  if (target.has_value()) check(student_logits, teacher_logits, *target, class_weight, spec);
+  const auto* scales = static_cast<const double*>(grad_totals.const_data_ptr());
+  Tensor student = torch::stable::empty({0}, ScalarType::Float);
+  Tensor teacher = student;
+  if (student_grad && spec.student.any) {
+    student = backward(student_logits, teacher_of(spec.student, teacher_logits), target,
+                       class_weight, spec, spec.student, scales, student_saved);
+  }
+  if (teacher_grad && spec.teacher.any) {
+    STD_TORCH_CHECK(teacher_logits.has_value(), "teacher_logits: got None");
+    teacher = backward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
+                       scales, teacher_saved);
+  }
+  return {student, teacher};
 }
 
 std::string cpu_isa() { return choose_kernels<float>().isa; }
@@ -528,8 +610,8 @@ Tensor elementary(const Tensor& x, std::string function, std::string isa) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(heteroakd_fast_c, CPU, m) {
-  m.impl("distillation", TORCH_BOX(&distillation));
-  m.impl("combine_gradients", TORCH_BOX(&combine_gradients));
+  m.impl("sums", TORCH_BOX(&sums));
+  m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("elementary", TORCH_BOX(&elementary));
 }
 

@@ -8,15 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../spec.h"
+
 namespace heteroakd::cpu {
 
 enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
-enum class KdDivergence : int32_t { kNone, kForward, kReverse, kJs };
-enum class Hetero : int32_t { kNone, kSoftmaxKl, kPaper, kPaperSpace };
-enum class Mix : int32_t { kProbs, kLogits, kTeacher };
-
-// The terms that the kernels know; `teacher_ce` is `ce` of a pass over the teacher's logits.
-enum Term : int32_t { kCe, kKd, kHetero, kFeature, kTerms };
 
 // Logits [B, C, h, w] in memory, any strides (in elements).
 struct LogitsView {
@@ -92,12 +88,12 @@ struct Pass {
 
   // what to compute
   bool ce, feature, maps, values, gradients;
-  KdDivergence kd;
+  Divergence kd;
   Hetero hetero;  // also set for the maps alone
   bool hetero_term;
   Mix mix;
   bool evaluation;
-  T temperature, tau, kd_beta, kd_one_minus_beta;
+  T temperature, tau, beta, one_minus_beta;
   double huge;     // logits beyond this are handled with care
 
   // Bands of student rows: the units of work. Unless identity: bands * band_rows rows.
@@ -106,6 +102,8 @@ struct Pass {
 
   // results
   int32_t slot[kTerms];   // which gradient a term adds to, -1: none
+  bool begins[kTerms];    // whether a term is the first one that adds to its gradient, and
+  bool ends[kTerms];      // the last one
   int32_t slots;
   T scale[kTerms];        // of a term's gradient
   T* gradient;            // not identity: [slots][B][C][h][w]

@@ -96,7 +96,7 @@ class Terms {
       teacher_e_ = keeps_z_ ? arena.take<T>(group) : teacher_z;
     }
     if (power_ == 0) hard_ = arena.take<T>(group);
-    if (p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs) kd_q_ = arena.take<T>(group);
+    if (p.kd == Divergence::kReverse || p.kd == Divergence::kJs) kd_q_ = arena.take<T>(group);
     if (keeps_z_ && p.hetero != Hetero::kNone) {
       mixed_ = arena.take<T>(group);
       strength_ = arena.take<T>(tile);
@@ -185,7 +185,7 @@ class Terms {
           p.class_weight, fraction, sink(kCe));
     }
     if (p.slot[kKd] >= 0) {
-      const T* other = p.kd == KdDivergence::kForward ? teacher_e_ : kd_q_;
+      const T* other = p.kd == Divergence::kForward ? teacher_e_ : kd_q_;
       pair_gradient<T, kRows, kUpsample>(p.classes, student_e_, other, coefficient(kKdStudent, 0),
                                          coefficient(kKdOther, 0), fraction, sink(kKd));
     }
@@ -220,14 +220,14 @@ class Terms {
 
   void choose() {
     const bool softmax_kl = p.hetero == Hetero::kSoftmaxKl;
-    needs_pair_ = p.kd != KdDivergence::kNone || softmax_kl;
+    needs_pair_ = p.kd != Divergence::kNone || softmax_kl;
     needs_soft_student_ = needs_pair_ || p.hetero == Hetero::kPaper;
     const bool cross = softmax_kl && p.mix == Mix::kProbs && p.values && p.hetero_term;
     normalises_ = !p.feature && p.hetero != Hetero::kPaper && p.hetero != Hetero::kPaperSpace;
     scale_ = static_cast<T>(kLog2E / static_cast<double>(p.temperature));
     power_ = p.temperature == T(1) ? 1 : p.temperature == T(2) ? 2 : p.temperature == T(4) ? 4 : 0;
     // Others read the logits of every pixel themselves. Double has no chain: it is the plain path.
-    keeps_z_ = p.feature || p.kd == KdDivergence::kReverse || p.kd == KdDivergence::kJs ||
+    keeps_z_ = p.feature || p.kd == Divergence::kReverse || p.kd == Divergence::kJs ||
                p.hetero == Hetero::kPaper || p.hetero == Hetero::kPaperSpace ||
                (softmax_kl && p.mix == Mix::kLogits) || p.smoothing != T(0);
     const bool chains = !p.identity && !keeps_z_ && sizeof(T) == 4;
@@ -341,7 +341,7 @@ class Terms {
     if (p.ce) {
       for (int r = 0; r < kRows; ++r) cross_entropy_pixels(pixels[r], r, labels[r], sums);
     }
-    if (p.kd != KdDivergence::kNone) {
+    if (p.kd != Divergence::kNone) {
       for (int r = 0; r < kRows; ++r) kd_pixels(pixels[r], r, sums);
     }
     if (p.feature) {
@@ -362,7 +362,7 @@ class Terms {
       }
     }
     if (!p.values) return;
-    const bool has[kTerms] = {p.ce, p.kd != KdDivergence::kNone, p.hetero_term, p.feature};
+    const bool has[kTerms] = {p.ce, p.kd != Divergence::kNone, p.hetero_term, p.feature};
     for (int k = 0; k < kTerms; ++k) {
       if (has[k]) add_to(lane_sums_ + k * 2 * N, sums[k * 2]);
     }
@@ -497,7 +497,7 @@ class Terms {
     const T t = p.temperature;
     const F gradient = F(p.scale[kKd] * t) * x.one;
     F value, on_student, on_other;
-    if (p.kd == KdDivergence::kForward) {
+    if (p.kd == Divergence::kForward) {
       value = x.kl;
       on_student = gradient * x.student_inverse;
       on_other = gradient * x.teacher_inverse;
@@ -507,23 +507,23 @@ class Terms {
                                       scale_);
       F mean;
       on_other = zero - gradient * ln2 * x.student_inverse;
-      if (p.kd == KdDivergence::kReverse) {
+      if (p.kd == Divergence::kReverse) {
         const F pivot = reverse_ratio(zero, top);
         mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, x.student_m,
                                    x.teacher_m, scale_, pivot, kd_q_ + r * tile) *
                x.student_inverse;
         value = mean + pivot - log2_ratio;
       } else {
-        const F one_minus_beta(p.kd_one_minus_beta);
+        const F one_minus_beta(p.one_minus_beta);
         const JsWeights<F> w =
-            js_weights(F(p.kd_beta), one_minus_beta, x.s.student_total * x.teacher_inverse);
+            js_weights(F(p.beta), one_minus_beta, x.s.student_total * x.teacher_inverse);
         const F pivot = zero - log2(max(F(kTiny<T>), mixed_target(w.teacher, exp2(top), w.student,
                                                                   F(T(1)))));
         const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e,
                                             teacher_e_ + r * tile, x.student_m, x.teacher_m,
                                             scale_, w, pivot, kd_q_ + r * tile);
         mean = js.student * x.student_inverse;
-        value = fma(F(p.kd_beta), fma(js.teacher, x.teacher_inverse, log2_ratio),
+        value = fma(F(p.beta), fma(js.teacher, x.teacher_inverse, log2_ratio),
                     one_minus_beta * (mean + pivot));
         on_other = on_other * one_minus_beta;
       }

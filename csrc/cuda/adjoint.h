@@ -21,6 +21,11 @@ struct Corners {
   F top_left, top_right, bottom_left, bottom_right;
 };
 
+// Whether two terms add to one gradient.
+HAKD_DEVICE bool share_slot(const Pass& p, Term a, Term b) {
+  return p.slot[a] >= 0 && p.slot[a] == p.slot[b];
+}
+
 // Where the gradients of a lane's column go.
 template <typename F>
 struct RowWriter {

@@ -204,7 +204,7 @@ class CellPass {
           k.ce_hard[r][c] = ce.hard;
           k.ce_label[r][c] = ce.label;
         }
-        if (Set::kd(p) != KdDivergence::kNone) {
+        if (Set::kd(p) != Divergence::kNone) {
           const PairCoefficients<float> kd = kd_forward_pixel(n, totals, valid, sums);
           k.kd_student[r][c] = kd.student;
           k.kd_other[r][c] = kd.other;

@@ -167,18 +167,17 @@ HAKD_DEVICE void cell_gradients(const Pass& p, const float* corner, int32_t begi
                                 const RowWriter<float>& rows) {
   constexpr int kModels = Set::kTeacher ? 2 : 1;
   const bool ce = kGrad && Set::ce(p);
-  const bool kd = kGrad && Set::kd(p) != KdDivergence::kNone;
+  const bool kd = kGrad && Set::kd(p) != Divergence::kNone;
   const bool hetero = knowledge<Set>(p);
-  RowCursor<float> ce_rows, kd_rows, hetero_rows;
-  if (ce) ce_rows = {rows, p.slot[kCe], begin};
-  if (kd) kd_rows = {rows, p.slot[kKd], begin};
+  // ce and kd have one slot, where the call has both
+  RowCursor<float> hard_rows, hetero_rows;
+  if (ce || kd) hard_rows = {rows, p.slot[kCe] >= 0 ? p.slot[kCe] : p.slot[kKd], begin};
   if (kGrad && hetero) hetero_rows = {rows, p.slot[kHetero], begin};
 #pragma unroll 1
   for (int32_t c = begin; c < end; ++c) {
-    if (ce) ce_rows.begin();
-    if (kd) kd_rows.begin();
+    if (ce || kd) hard_rows.begin();
     if (kGrad && hetero) hetero_rows.begin();
-    Adjoint<R> of_ce, of_kd, of_hetero;
+    Adjoint<R> of_hard, of_hetero;
 
     const Sides student = sides_of(corner, at.y[0], at.y_step);
     Sides teacher = student;
@@ -199,15 +198,15 @@ HAKD_DEVICE void cell_gradients(const Pass& p, const float* corner, int32_t begi
           if (kPower == 2) g[r] *= h[r];  // in this order: the coefficient may be 0
           if (is_label) g[r] = k.ce_label[r][s];
         }
-        of_ce.add(g, at.y, at.x[s]);
       }
       if (kd) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          g[r] = fnma(k.kd_other[r][s], teacher_e[r], k.kd_student[r][s] * student_e[r]);
+          const float own = k.kd_student[r][s] * student_e[r];
+          g[r] = fnma(k.kd_other[r][s], teacher_e[r], ce ? g[r] + own : own);
         }
-        of_kd.add(g, at.y, at.x[s]);
       }
+      if (ce || kd) of_hard.add(g, at.y, at.x[s]);
       if (hetero) {
         float a = student_a.first;
 #pragma unroll
@@ -221,8 +220,7 @@ HAKD_DEVICE void cell_gradients(const Pass& p, const float* corner, int32_t begi
         if (kGrad) of_hetero.add(g, at.y, at.x[s]);
       }
     }
-    if (ce) ce_rows.add(of_ce.corners());
-    if (kd) kd_rows.add(of_kd.corners());
+    if (ce || kd) hard_rows.add(of_hard.corners());
     if (kGrad && hetero) hetero_rows.add(of_hetero.corners());
     corner += kModels * kPlane;
   }

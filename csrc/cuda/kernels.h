@@ -26,7 +26,7 @@ const Kernel& cells_ce_kd_hetero();
 // The same terms, all logits on the label grid; null where there are too many classes.
 const Kernel* labels_grid(int64_t classes, bool teacher);
 // Of one thread's logits held in shared memory, with these terms (and ce); null: there is none.
-const Kernel* segments_fixed(KdDivergence kd, Hetero hetero, Mix mix);
+const Kernel* segments_fixed(Divergence kd, Hetero hetero, Mix mix);
 // Any terms, float or double.
 const Kernel& segments(bool wide);
 // H_s + dH over each image, where weight_axis = space.
@@ -44,19 +44,31 @@ struct Finish {
   bool weighted;   // ce's denominator is the sum of the labels' weights
   bool knowledge;  // hetero's is the sum of the pixels' weights
   bool per_image;  // hetero's is the number of images that have pixels, times classes
-  int32_t place[kTerms];
+  int32_t place[kTerms];  // of a term among numerators, -1: not asked for
+  int32_t group[kTerms];  // of its denominator
   double* numerators;
   double* denominators;
   int64_t* report;  // valid pixels and labels out of range, or null
 };
 void launch_finish_sums(const Finish&, cudaStream_t);
 
+// totals[g]: the sum of weight * numerator over the terms of group g.
+struct GroupTotals {
+  int32_t terms, groups;
+  int32_t group[static_cast<int>(TermIndex::kCount)];
+  double weight[static_cast<int>(TermIndex::kCount)];
+  const double* numerators;
+  double* totals;
+};
+void launch_group_totals(const GroupTotals&, cudaStream_t);
+
 struct Combine {
   const void* saved;  // [slots, B, C, chunks, chunk_rows + 1, width], float or double
   bool wide;
   int32_t slots;
-  int32_t place[kTerms];  // of each slot's scale
-  const double* scales;
+  int32_t group[kTerms];  // of each slot
+  double weight[kTerms];  // its scale is this times grad_totals[group]
+  const double* grad_totals;
   int32_t batch, classes;
   int64_t chunks, chunk_rows;
   Logits out;

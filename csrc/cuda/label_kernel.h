@@ -84,7 +84,7 @@ class LabelPass {
       ce_hard_[i] = ce.hard;
       ce_label_[i] = ce.label;
       student_[i] = other_[i] = 0.0f;
-      if (Set::kd(p) != KdDivergence::kNone) {
+      if (Set::kd(p) != Divergence::kNone) {
         const PairCoefficients<float> kd = kd_forward_pixel(n, t, valid, sums);
         student_[i] = kd.student;
         other_[i] = kd.other;

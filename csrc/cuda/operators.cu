@@ -1,11 +1,11 @@
-// Operators heteroakd_fast_c::cuda_forward, cuda_backward, cuda_combine and cuda_kernel: checks,
-// memory, and the choice of kernels. Nothing here waits for the GPU or looks at data: shapes decide
-// everything, so that forward and backward can be captured in a CUDA graph.
+// Operators heteroakd_fast_c::sums and gradient on CUDA: checks, memory, and the choice of kernels.
+// Nothing here waits for the GPU or looks at data: shapes decide everything, so that forward and
+// backward can be captured in a CUDA graph.
 //
-// Two ways to the gradient. Where the student's logits are on a grid of their own, the gradients of
-// every term's numerator are collected, unscaled, in the one pass that has the probabilities at hand;
-// backward is `cuda_combine`, which adds them up. Where they lie on the label grid, such gradients
-// would be the largest tensors of the step: there backward is a second pass that knows every scale
+// Two ways to the gradient. Where the student's logits are on a grid of their own, the gradient of
+// each group of terms is collected, without the group's scale, in the one pass that has the
+// probabilities at hand; `gradient` adds them up. Where they lie on the label grid, such gradients
+// would be the largest tensors of the step: there `gradient` is a second pass that knows every scale
 // and writes the sum once.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +13,8 @@
 
 #include <limits>
 #include <optional>
-#include <string>
+#include <tuple>
+#include <vector>
 
 #include "kernels.h"
 #include "runtime.h"
@@ -40,47 +41,6 @@ constexpr int64_t kSharedBytes = 48 * 1024;
 constexpr int64_t kMostFloatPixels = 4096;
 // What a block may ask for on any device of these architectures.
 constexpr int64_t kMostSharedBytes = 99 * 1024;
-
-// The options of a call, by the names of the schema.
-struct Options {
-  int64_t place[kTerms];  // of a term among the call's, -1: not asked for
-  KdDivergence kd;
-  Hetero hetero;
-  Mix mix;
-  bool evaluation;
-  double kd_beta, temperature, tau;
-  int64_t ignore_index;
-  bool align_corners;
-  double label_smoothing;
-
-  bool asks(Term term) const { return place[term] >= 0; }
-};
-
-Options options_of(int64_t place_ce, int64_t place_kd, int64_t place_hetero, int64_t place_feature,
-                   int64_t kd_divergence, int64_t hetero, int64_t mix, bool evaluation,
-                   double kd_beta, double temperature, double tau, int64_t ignore_index,
-                   bool align_corners, double label_smoothing) {
-  STD_TORCH_CHECK(kd_divergence >= 0 && kd_divergence <= 3 && hetero >= 0 && hetero <= 3 &&
-                      mix >= 0 && mix <= 2,
-                  "kd_divergence, hetero, mix: got ", kd_divergence, ", ", hetero, ", ", mix,
-                  ", expected 0 to 3, 0 to 3 and 0 to 2");
-  STD_TORCH_CHECK(temperature > 0.0 && tau > 0.0 && label_smoothing >= 0.0 && label_smoothing <= 1.0,
-                  "temperature, tau, label_smoothing: got ", temperature, ", ", tau, ", ",
-                  label_smoothing, ", expected > 0, > 0 and in [0, 1]");
-  STD_TORCH_CHECK((kd_divergence > 0 || place_kd < 0) && (hetero > 0 || place_hetero < 0),
-                  "kd_divergence and hetero must name what the places ask for");
-  return {{place_ce, place_kd, place_hetero, place_feature},
-          static_cast<KdDivergence>(kd_divergence),
-          static_cast<Hetero>(hetero),
-          static_cast<Mix>(mix),
-          evaluation,
-          kd_beta,
-          temperature,
-          tau,
-          ignore_index,
-          align_corners,
-          label_smoothing};
-}
 
 int32_t narrow(int64_t n, const char* what) {
   STD_TORCH_CHECK(n >= 0 && n <= std::numeric_limits<int32_t>::max() - 1024, what, ": ", n,
@@ -175,18 +135,19 @@ void check_tensors(const Tensor& student, const std::optional<Tensor>& teacher,
                   "class_weight: expected [C]");
 }
 
-class Run {
+class Runner {
  public:
-  Run(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& target,
-      const std::optional<Tensor>& class_weight, const Options& options, bool maps, bool gradients)
-      : student_(student), wide_(student.scalar_type() == ScalarType::Double) {
-    check_tensors(student, teacher, target, class_weight);
+  // student: the logits that learn, those of the teacher for the pass `teacher_ce`.
+  Runner(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& target,
+         const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms,
+         bool gradients)
+      : student_(student), terms_(terms), wide_(student.scalar_type() == ScalarType::Double) {
     pass_.batch = narrow(student.size(0), "batch");
     pass_.classes = narrow(student.size(1), "classes");
     pass_.label_height = narrow(target.size(1), "height of the labels");
     pass_.label_width = narrow(target.size(2), "width of the labels");
-    pass_.align_corners = options.align_corners;
-    pass_.ignore_index = options.ignore_index;
+    pass_.align_corners = spec.align_corners;
+    pass_.ignore_index = spec.ignore_index;
     pass_.target = labels_of(target);
     pass_.student = logits_of(student, "student_logits");
     pass_.student.source = on_label_grid(student) ? Source::kLabels : Source::kCells;
@@ -210,25 +171,21 @@ class Run {
       weight_ = torch::stable::contiguous(torch::stable::to(*class_weight, dtype()));
       pass_.class_weight = data_of(*weight_, "class_weight");
     }
-    set_terms(options, teacher.has_value(), maps, gradients);
-    choose(options);
+    set_terms(gradients);
+    choose();
   }
 
   bool on_labels() const { return pass_.student.source == Source::kLabels; }
-  const Kernel& kernel() const { return *kernel_; }
   ScalarType dtype() const { return wide_ ? ScalarType::Double : ScalarType::Float; }
   Pass& pass() { return pass_; }
   int64_t chunks() const { return pass_.columns / pass_.per_row; }
 
   // [slots, B, C, chunks, chunk_rows + 1, width], and where the terms' gradients go.
   Tensor make_saved() {
-    int32_t slots = 0;
-    for (int k = 0; k < kTerms; ++k) {
-      if (pass_.place[k] >= 0) pass_.slot[k] = slots++;
-    }
+    for (int k = 0; k < kTerms; ++k) pass_.slot[k] = terms_.slot[k];
     Tensor saved = torch::stable::new_empty(
         student_,
-        {slots, pass_.batch, pass_.classes, chunks(), pass_.chunk_rows + 1,
+        {terms_.slots, pass_.batch, pass_.classes, chunks(), pass_.chunk_rows + 1,
          pass_.student.width},
         dtype());
     pass_.saved = saved.mutable_data_ptr();
@@ -264,40 +221,46 @@ class Run {
         static_cast<int64_t>(pass_.batch) * pass_.programs, "blocks")));
   }
 
-  void set_terms(const Options& o, bool has_teacher, bool maps, bool gradients) {
+  void set_terms(bool gradients) {
+    const PassTerms& o = terms_;
     pass_.ce = o.asks(kCe);
     pass_.feature = o.asks(kFeature);
-    pass_.kd = o.asks(kKd) ? o.kd : KdDivergence::kNone;
+    pass_.kd = o.kd;
     pass_.hetero_term = o.asks(kHetero);
-    pass_.hetero = o.asks(kHetero) || maps ? o.hetero : Hetero::kNone;
+    pass_.hetero = o.hetero;
     pass_.mix = o.mix;
     pass_.evaluation = o.evaluation;
-    pass_.maps = maps;
+    pass_.maps = o.maps && !gradients_of_labels(gradients);
     pass_.gradients = gradients;
     pass_.temperature = o.temperature;
     pass_.tau = o.tau;
-    pass_.kd_beta = o.kd_beta;
-    pass_.smoothing = o.label_smoothing;
+    pass_.beta = o.beta;
+    pass_.smoothing = o.smoothing;
     const double t = o.temperature;
     pass_.power = t == 1.0 ? 1 : t == 2.0 ? 2 : t == 4.0 ? 4 : 0;
     for (int k = 0; k < kTerms; ++k) {
-      pass_.place[k] = static_cast<int32_t>(o.place[k]);
+      const auto term = static_cast<Term>(k);
+      pass_.group[k] = o.group[k];
       pass_.slot[k] = -1;
+      // of a term that a kernel has and the call does not, 0
+      pass_.weight[k] = !o.asks(term)                    ? 0.0
+                        : gradients_of_labels(gradients) ? o.weight[k]
+                                                         : o.relative_weight(term);
     }
-    STD_TORCH_CHECK(has_teacher || (pass_.kd == KdDivergence::kNone && !pass_.feature &&
-                                    pass_.hetero == Hetero::kNone),
-                    "teacher_logits: got None, these terms need them");
   }
 
+  // Whether this pass is the second one, which writes nothing but the gradient.
+  bool gradients_of_labels(bool gradients) const { return gradients && on_labels(); }
+
   // The kernel for this call, and how it cuts an image.
-  void choose(const Options& o) {
-    const bool cells = on_cells(o);
+  void choose() {
+    const bool cells = on_cells();
     if (cells) {
-      const bool kd = pass_.kd != KdDivergence::kNone;
+      const bool kd = pass_.kd != Divergence::kNone;
       const bool hetero = pass_.hetero != Hetero::kNone;
       kernel_ = kd ? hetero ? &cells_ce_kd_hetero() : &cells_ce_kd()
                    : hetero ? &cells_ce_hetero() : &cells_ce();
-    } else if (on_label_grids(o) &&
+    } else if (on_label_grids() &&
                labels_grid(pass_.classes, pass_.teacher.source != Source::kNone) != nullptr) {
       kernel_ = labels_grid(pass_.classes, pass_.teacher.source != Source::kNone);
     } else {
@@ -317,7 +280,7 @@ class Run {
     const int64_t lanes = kWarpSize - (pass_.halo ? 1 : 0);
     pass_.programs = narrow(ceil_div(pass_.columns, warps * lanes), "blocks of an image");
     if (!cells) {
-      hold_pixels(o);
+      hold_pixels();
       return;
     }
     const int32_t models = kernel_->staged_models;
@@ -332,39 +295,44 @@ class Run {
   }
 
   // The kernels by segments hold their pixels in shared memory where they fit.
-  void hold_pixels(const Options& o) {
+  void hold_pixels() {
     if (kernel_ != &segments(wide_)) return;
     const int64_t models = pass_.teacher.source == Source::kNone ? 1 : 2;
     const int64_t bytes = kWarpSize * pass_.classes * models * kernel_->pixels * (wide_ ? 8 : 4);
     if (bytes * (kernel_->threads / kWarpSize) > kMostSharedBytes) return;
     pass_.warp_bytes = static_cast<int32_t>(bytes);
-    if (wide_ || pass_.feature || (pass_.ce && o.label_smoothing != 0.0)) return;
+    if (wide_ || pass_.feature || (pass_.ce && terms_.smoothing != 0.0) || !together()) return;
     const Kernel* fixed = segments_fixed(pass_.kd, pass_.hetero, pass_.mix);
     if (fixed != nullptr) kernel_ = fixed;
   }
 
   // ce, forward kd, and hetero of the preset softmax-kl, in float.
-  bool usual(const Options& o) const {
+  bool usual() const {
     return !wide_ && pass_.teacher.dtype != Dtype::kDouble && !pass_.feature &&
-           (!pass_.ce || o.label_smoothing == 0.0) &&
-           (pass_.kd == KdDivergence::kNone || pass_.kd == KdDivergence::kForward) &&
+           (!pass_.ce || terms_.smoothing == 0.0) &&
+           (pass_.kd == Divergence::kNone || pass_.kd == Divergence::kForward) &&
            (pass_.hetero == Hetero::kNone ||
             (pass_.hetero == Hetero::kSoftmaxKl && pass_.mix == Mix::kProbs));
   }
 
-  bool on_label_grids(const Options& o) const {
-    return usual(o) && on_labels() &&
+  bool on_label_grids() const {
+    return usual() && on_labels() &&
            (pass_.teacher.source == Source::kNone || pass_.teacher.source == Source::kLabels);
   }
 
-  bool on_cells(const Options& o) const {
+  // Whether ce and kd have one gradient, as in kernels of fixed terms; with class weights they have two.
+  bool together() const {
+    return !pass_.ce || pass_.kd == Divergence::kNone || terms_.slot[kCe] == terms_.slot[kKd];
+  }
+
+  bool on_cells() const {
     const bool same_grid =
         pass_.student.source == Source::kCells &&
         (pass_.teacher.source == Source::kNone || pass_.teacher.source == Source::kCells);
     // Less high, exponentials by products could overflow (cell_pass.h); less wide, most of a thread's
     // pixels would not exist.
     // Of one class everything is exactly 0, and there by chance alone.
-    return usual(o) && same_grid && pass_.classes > 1 &&
+    return usual() && together() && same_grid && pass_.classes > 1 &&
            cells_have(3, pass_.student.height, pass_.label_height, pass_.align_corners) &&
            cells_have(2, pass_.student.width, pass_.label_width, pass_.align_corners);
   }
@@ -385,6 +353,7 @@ class Run {
   }
 
   Tensor student_;
+  PassTerms terms_;
   bool wide_;
   Pass pass_{};
   const Kernel* kernel_ = nullptr;
@@ -393,52 +362,39 @@ class Run {
   std::optional<Tensor> weight_, partials_, space_found_, space_shift_, space_weight_;
 };
 
-void check_sums(const Tensor& sums, const char* name) {
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.dim() == 1 &&
-                      sums.is_contiguous(),
-                  name, ": expected a contiguous float64 vector");
+bool lies_on(const Tensor& logits, const Tensor& target) {
+  return logits.size(2) == target.size(1) && logits.size(3) == target.size(2);
 }
 
-Tensor cuda_forward(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
-                    const Tensor& target, const std::optional<Tensor>& class_weight,
-                    const Tensor& numerators, const Tensor& denominators,
-                    const std::optional<Tensor>& report, const std::optional<Tensor>& maps,
-                    int64_t place_ce, int64_t place_kd, int64_t place_hetero,
-                    int64_t place_feature, int64_t kd_divergence, int64_t hetero, int64_t mix,
-                    bool evaluation, double kd_beta, double temperature, double tau,
-                    int64_t ignore_index, bool align_corners, double label_smoothing,
-                    bool compute_grad) {
-  const OnDevice device(student_logits.get_device_index());
-  const cudaStream_t stream = current_stream(student_logits.get_device_index());
-  const Options options = options_of(place_ce, place_kd, place_hetero, place_feature,
-                                     kd_divergence, hetero, mix, evaluation, kd_beta, temperature,
-                                     tau, ignore_index, align_corners, label_smoothing);
-  check_device(student_logits, numerators, "numerators");
-  check_device(student_logits, denominators, "denominators");
-  if (report.has_value()) check_device(student_logits, *report, "report");
-  if (maps.has_value()) check_device(student_logits, *maps, "maps");
-  STD_TORCH_CHECK(!maps.has_value() || (hetero > 0 && teacher_logits.has_value()),
-                  "maps: need hetero and teacher_logits");
-  check_sums(numerators, "numerators");
-  check_sums(denominators, "denominators");
-  for (const int64_t place : options.place) {
-    STD_TORCH_CHECK(place < numerators.size(0) && place < denominators.size(0),
-                    "numerators, denominators: expected a number for every term");
-  }
-  const bool on_labels = student_logits.dim() == 4 && target.dim() == 3 &&
-                         student_logits.size(2) == target.size(1) &&
-                         student_logits.size(3) == target.size(2);
-  Run run(student_logits, teacher_logits, target, class_weight, options, maps.has_value(),
-          compute_grad && !on_labels);
+std::optional<Tensor> teacher_of(const PassTerms& terms, const std::optional<Tensor>& logits) {
+  return terms.needs_teacher() ? logits : std::nullopt;
+}
+
+Spec decode(const std::vector<int64_t>& structure, const Tensor& numbers) {
+  STD_TORCH_CHECK(numbers.is_cpu() &&
+                      numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous(),
+                  "numbers: expected a contiguous float64 vector on the CPU");
+  return decode_spec(structure.data(), structure.size(),
+                     static_cast<const double*>(numbers.const_data_ptr()),
+                     static_cast<size_t>(numbers.numel()));
+}
+
+// Results of a call, in the order of the schema.
+struct Results {
+  Tensor numerators, totals, denominators, labels, maps;
+};
+
+// One pass; adds to the call's results and returns what it keeps for `gradient`.
+Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const Tensor& target,
+               const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms,
+               bool compute_grad, bool report, Results& results, cudaStream_t stream) {
+  Runner run(logits, teacher, target, class_weight, spec, terms,
+             compute_grad && !lies_on(logits, target));
   Tensor saved = run.pass().gradients ? run.make_saved()
-                                      : torch::stable::new_empty(student_logits, {0}, run.dtype());
-  if (maps.has_value()) {
-    const bool narrow_maps = maps->scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(maps->is_contiguous() && maps->numel() == 2 * target.numel() &&
-                        (narrow_maps || maps->scalar_type() == run.dtype()),
-                    "maps: expected contiguous [2, B, H, W] in the dtype of the arithmetic");
-    run.pass().maps_out = maps->mutable_data_ptr();
-    run.pass().maps_are_float = narrow_maps;
+                                      : torch::stable::new_empty(logits, {0}, run.dtype());
+  if (terms.maps) {
+    run.pass().maps_out = results.maps.mutable_data_ptr();
+    run.pass().maps_are_float = results.maps.scalar_type() == ScalarType::Float;
   }
   Finish finish{};
   finish.rows = run.start(stream);
@@ -447,77 +403,91 @@ Tensor cuda_forward(const Tensor& student_logits, const std::optional<Tensor>& t
   finish.images = pass.batch;
   finish.classes = pass.classes;
   finish.weighted = class_weight.has_value();
-  finish.knowledge = options.hetero == Hetero::kSoftmaxKl;
-  finish.per_image = options.hetero == Hetero::kPaperSpace && evaluation;
-  for (int k = 0; k < kTerms; ++k) finish.place[k] = pass.place[k];
-  finish.numerators = static_cast<double*>(numerators.mutable_data_ptr());
-  finish.denominators = static_cast<double*>(denominators.mutable_data_ptr());
-  if (report.has_value()) {
-    STD_TORCH_CHECK(report->scalar_type() == ScalarType::Long && report->numel() == 2 &&
-                        report->is_contiguous(),
-                    "report: expected int64 [2]");
-    finish.report = static_cast<int64_t*>(report->mutable_data_ptr());
+  finish.knowledge = terms.hetero == Hetero::kSoftmaxKl;
+  finish.per_image = terms.hetero == Hetero::kPaperSpace && terms.evaluation;
+  for (int k = 0; k < kTerms; ++k) {
+    finish.place[k] = terms.place[k];
+    finish.group[k] = terms.group[k];
   }
+  finish.numerators = static_cast<double*>(results.numerators.mutable_data_ptr());
+  finish.denominators = static_cast<double*>(results.denominators.mutable_data_ptr());
+  if (report) finish.report = static_cast<int64_t*>(results.labels.mutable_data_ptr());
   launch_finish_sums(finish, stream);
-  const bool wide_logits = student_logits.scalar_type() == ScalarType::Double;
+  const bool wide_logits = logits.scalar_type() == ScalarType::Double;
   return wide_logits ? saved : torch::stable::to(saved, ScalarType::Float);
 }
 
-Tensor cuda_backward(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
-                     const Tensor& target, const std::optional<Tensor>& class_weight,
-                     const Tensor& grad_numerators, int64_t place_ce, int64_t place_kd,
-                     int64_t place_hetero, int64_t place_feature, int64_t kd_divergence,
-                     int64_t hetero, int64_t mix, bool evaluation, double kd_beta,
-                     double temperature, double tau, int64_t ignore_index, bool align_corners,
-                     double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
+    const Tensor& student_logits, const std::optional<Tensor>& teacher_logits, const Tensor& target,
+    const std::optional<Tensor>& class_weight, const Tensor& numbers,
+    std::vector<int64_t> structure, bool student_grad, bool teacher_grad) {
+  const Spec spec = decode(structure, numbers);
+  check_tensors(student_logits, teacher_logits, target, class_weight);
+  STD_TORCH_CHECK(teacher_logits.has_value() || !(spec.student.needs_teacher() || spec.teacher.any),
+                  "teacher_logits: got None, these terms need them");
   const OnDevice device(student_logits.get_device_index());
   const cudaStream_t stream = current_stream(student_logits.get_device_index());
-  const Options options = options_of(place_ce, place_kd, place_hetero, place_feature,
-                                     kd_divergence, hetero, mix, evaluation, kd_beta, temperature,
-                                     tau, ignore_index, align_corners, label_smoothing);
-  check_device(student_logits, grad_numerators, "grad_numerators");
-  check_sums(grad_numerators, "grad_numerators");
-  for (const int64_t place : options.place) {
-    STD_TORCH_CHECK(place < grad_numerators.size(0),
-                    "grad_numerators: expected a number for every term");
+  const bool wide = student_logits.scalar_type() == ScalarType::Double;
+  const auto empty = [&](std::vector<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(student_logits, sizes, dtype);
+  };
+  Results results{empty({spec.terms}, ScalarType::Double), empty({spec.groups}, ScalarType::Double),
+                  empty({spec.groups}, ScalarType::Double), empty({2}, ScalarType::Long),
+                  empty({0}, wide ? ScalarType::Double : ScalarType::Float)};
+  if (spec.student.maps) {
+    results.maps = empty({2, target.size(0), target.size(1), target.size(2)},
+                         wide ? ScalarType::Double : ScalarType::Float);
   }
-  Run run(student_logits, teacher_logits, target, class_weight, options, false, true);
-  STD_TORCH_CHECK(run.on_labels(), "student_logits: expected logits on the label grid");
-  Tensor gradient = torch::stable::empty_like(student_logits);
-  run.pass().gradient = logits_of(gradient, "gradient");
-  run.pass().grad_numerators = static_cast<const double*>(grad_numerators.const_data_ptr());
-  run.start(stream);
-  return gradient;
+  Tensor student_saved = empty({0}, ScalarType::Float);
+  Tensor teacher_saved = student_saved;
+  if (spec.student.any) {
+    student_saved = forward(student_logits, teacher_of(spec.student, teacher_logits), target,
+                            class_weight, spec, spec.student, student_grad, true, results, stream);
+  }
+  if (spec.teacher.any) {
+    teacher_saved = forward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
+                            teacher_grad, !spec.student.any, results, stream);
+  }
+  GroupTotals totals{};
+  totals.terms = spec.terms;
+  totals.groups = spec.groups;
+  for (const PassTerms* terms : {&spec.student, &spec.teacher}) {
+    for (int k = 0; k < kTerms; ++k) {
+      if (terms->place[k] < 0) continue;
+      totals.group[terms->place[k]] = terms->group[k];
+      totals.weight[terms->place[k]] = terms->weight[k];
+    }
+  }
+  totals.numerators = static_cast<const double*>(results.numerators.const_data_ptr());
+  totals.totals = static_cast<double*>(results.totals.mutable_data_ptr());
+  launch_group_totals(totals, stream);
+  return {results.numerators, results.totals, results.denominators, results.labels,
+          results.maps,       student_saved,  teacher_saved};
 }
 
-Tensor cuda_combine(const Tensor& saved, const Tensor& grad_numerators, int64_t place_0,
-                    int64_t place_1, int64_t place_2, int64_t place_3, const Tensor& like) {
-  const OnDevice device(saved.get_device_index());
-  const cudaStream_t stream = current_stream(saved.get_device_index());
-  check_device(saved, grad_numerators, "grad_numerators");
-  check_device(saved, like, "like");
-  check_sums(grad_numerators, "grad_numerators");
+// sum over slots of slot_weight * grad_totals[group] * saved[slot], in the form of like
+Tensor combine_gradients(const Tensor& saved, const Tensor& grad_totals, const PassTerms& terms,
+                         const Tensor& like, cudaStream_t stream) {
+  check_device(like, saved, "saved");
   const bool wide = saved.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(saved.dim() == 6 && like.dim() == 4 && saved.is_contiguous() &&
+  STD_TORCH_CHECK(saved.dim() == 6 && saved.is_contiguous() &&
                       (wide || saved.scalar_type() == ScalarType::Float) &&
-                      saved.size(0) <= kTerms && saved.size(1) == like.size(0) &&
+                      saved.size(0) == terms.slots && saved.size(1) == like.size(0) &&
                       saved.size(2) == like.size(1) &&
                       saved.size(4) >= 2 && saved.size(4) <= kMostChunkRows + 1 &&
                       saved.size(3) == ceil_div(like.size(2) + 1, saved.size(4) - 1) &&
                       saved.size(5) == like.size(3),
-                  "saved: expected what cuda_forward returned for logits like these");
+                  "saved: expected what sums returned for logits like these");
   Tensor out = torch::stable::empty_like(like);
   Combine k{};
   k.saved = saved.const_data_ptr();
   k.wide = wide;
-  k.slots = static_cast<int32_t>(saved.size(0));
-  const int64_t place[kTerms] = {place_0, place_1, place_2, place_3};
+  k.slots = terms.slots;
   for (int s = 0; s < k.slots; ++s) {
-    STD_TORCH_CHECK(place[s] >= 0 && place[s] < grad_numerators.size(0),
-                    "grad_numerators: expected a number for every saved gradient");
-    k.place[s] = static_cast<int32_t>(place[s]);
+    k.group[s] = terms.slot_group[s];
+    k.weight[s] = terms.slot_weight[s];
   }
-  k.scales = static_cast<const double*>(grad_numerators.const_data_ptr());
+  k.grad_totals = static_cast<const double*>(grad_totals.const_data_ptr());
   k.batch = narrow(like.size(0), "batch");
   k.classes = narrow(like.size(1), "classes");
   k.chunks = saved.size(3);
@@ -527,26 +497,58 @@ Tensor cuda_combine(const Tensor& saved, const Tensor& grad_numerators, int64_t 
   return out;
 }
 
-std::string cuda_kernel(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
-                        const Tensor& target, int64_t place_ce, int64_t place_kd,
-                        int64_t place_hetero, int64_t place_feature, int64_t kd_divergence,
-                        int64_t hetero, int64_t mix, bool align_corners, double label_smoothing,
-                        bool maps) {
-  const Options options =
-      options_of(place_ce, place_kd, place_hetero, place_feature, kd_divergence, hetero, mix, true,
-                 0.5, 1.0, 1.0, 255, align_corners, label_smoothing);
-  return Run(student_logits, teacher_logits, target, std::nullopt, options, maps, false)
-      .kernel()
-      .name;
+// Of one pass's logits. saved: what `sums` kept, or nothing.
+Tensor backward(const Tensor& logits, const std::optional<Tensor>& teacher,
+                const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                const Spec& spec, const PassTerms& terms, const Tensor& grad_totals,
+                const std::optional<Tensor>& saved, cudaStream_t stream) {
+  if (saved.has_value()) return combine_gradients(*saved, grad_totals, terms, logits, stream);
+  STD_TORCH_CHECK(target.has_value(), "saved, target: got None");
+  check_tensors(logits, teacher, *target, class_weight);
+  STD_TORCH_CHECK(lies_on(logits, *target), "saved: got None for logits off the label grid");
+  Runner run(logits, teacher, *target, class_weight, spec, terms, true);
+  Tensor gradient = torch::stable::empty_like(logits);
+  run.pass().gradient = logits_of(gradient, "gradient");
+  run.pass().grad_totals = static_cast<const double*>(grad_totals.const_data_ptr());
+  run.start(stream);
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor> gradient(const Tensor& grad_totals, const Tensor& student_logits,
+                                    const std::optional<Tensor>& teacher_logits,
+                                    const std::optional<Tensor>& target,
+                                    const std::optional<Tensor>& class_weight,
+                                    const Tensor& numbers,
+                                    const std::optional<Tensor>& student_saved,
+                                    const std::optional<Tensor>& teacher_saved,
+                                    std::vector<int64_t> structure, bool student_grad,
+                                    bool teacher_grad) {
+  const Spec spec = decode(structure, numbers);
+  const OnDevice device(student_logits.get_device_index());
+  const cudaStream_t stream = current_stream(student_logits.get_device_index());
+  check_device(student_logits, grad_totals, "grad_totals");
+  STD_TORCH_CHECK(grad_totals.scalar_type() == ScalarType::Double && grad_totals.is_contiguous() &&
+                      grad_totals.numel() == spec.groups,
+                  "grad_totals: expected float64 [", spec.groups, "]");
+  Tensor student = torch::stable::new_empty(student_logits, {0}, ScalarType::Float);
+  Tensor teacher = student;
+  if (student_grad && spec.student.any) {
+    student = backward(student_logits, teacher_of(spec.student, teacher_logits), target,
+                       class_weight, spec, spec.student, grad_totals, student_saved, stream);
+  }
+  if (teacher_grad && spec.teacher.any) {
+    STD_TORCH_CHECK(teacher_logits.has_value(), "teacher_logits: got None");
+    teacher = backward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
+                       grad_totals, teacher_saved, stream);
+  }
+  return {student, teacher};
 }
 
 }  // namespace
 
 HAKD_REGISTER(m) {
-  m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
-  m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
-  m.impl("cuda_combine", TORCH_BOX(&cuda_combine));
-  m.impl("cuda_kernel", TORCH_BOX(&cuda_kernel));
+  m.impl("sums", TORCH_BOX(&sums));
+  m.impl("gradient", TORCH_BOX(&gradient));
 }
 
 }  // namespace heteroakd::cuda

@@ -6,13 +6,12 @@
 
 #include <cstdint>
 
+#include "../spec.h"
+
 namespace heteroakd::cuda {
 
 enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 enum class LabelDtype : int32_t { kUint8, kInt32, kInt64 };
-enum class KdDivergence : int32_t { kNone, kForward, kReverse, kJs };
-enum class Hetero : int32_t { kNone, kSoftmaxKl, kPaper, kPaperSpace };
-enum class Mix : int32_t { kProbs, kLogits, kTeacher };
 
 // How the logits of a model lie under the pixels.
 enum class Source : int32_t {
@@ -21,9 +20,6 @@ enum class Source : int32_t {
   kGather,   // on another grid: four taps per pixel
   kLabels,   // on the label grid: one tap per pixel
 };
-
-// The terms that the kernels know; `teacher_ce` is `ce` of a pass over the teacher's logits.
-enum Term : int32_t { kCe, kKd, kHetero, kFeature, kTerms };
 
 // Rows of cells that a warp walks down (a chunk): two, or one where cells are large, because they are
 // few then and warps would be idle. The edge between two chunks costs half a row of saved gradients;
@@ -75,11 +71,11 @@ struct Pass {
 
   // what to compute
   bool ce, feature, hetero_term, evaluation, maps, gradients;
-  KdDivergence kd;
+  Divergence kd;
   Hetero hetero;  // also set for the maps alone
   Mix mix;
   int32_t power;  // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
-  double temperature, tau, kd_beta, smoothing;
+  double temperature, tau, beta, smoothing;
   const void* class_weight;  // [C] of the arithmetic's type, or null
 
   // shared memory of a warp (staging.h): classes that lie there at a time, and its bytes
@@ -92,10 +88,12 @@ struct Pass {
   bool maps_are_float;
   int32_t slot[kTerms];  // which saved gradient a term adds to, -1: none
   void* saved;       // [slots, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type
-  // on the label grid: the gradient itself, in the dtype of the logits, and the terms' scales
+  // of a term's gradient: on the label grid weight[k] * grad_totals[group[k]], else weight[k]
+  double weight[kTerms];
+  int32_t group[kTerms];  // -1: not asked for
+  const double* grad_totals;
+  // on the label grid: the gradient itself, in the dtype of the logits
   Logits gradient;
-  const double* grad_numerators;
-  int32_t place[kTerms];  // of a term among grad_numerators, -1: none
 
   // weight_axis = space
   void* space_found;         // [B, programs, C, 2]: maximum and sum of H_s + dH, while collected

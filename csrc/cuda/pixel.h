@@ -12,31 +12,33 @@ namespace heteroakd::cuda {
 struct Any {
   HAKD_DEVICE static bool ce(const Pass& p) { return p.ce; }
   HAKD_DEVICE static bool smoothing(const Pass& p) { return p.ce && p.smoothing != 0.0; }
-  HAKD_DEVICE static KdDivergence kd(const Pass& p) { return p.kd; }
+  HAKD_DEVICE static Divergence kd(const Pass& p) { return p.kd; }
   HAKD_DEVICE static Hetero hetero(const Pass& p) { return p.hetero; }
   HAKD_DEVICE static Mix mix(const Pass& p) { return p.mix; }
   HAKD_DEVICE static bool feature(const Pass& p) { return p.feature; }
   HAKD_DEVICE static bool teacher(const Pass& p) { return p.teacher.source != Source::kNone; }
+  static constexpr bool kTogether = false;  // whether ce and kd have one slot, where a call has both
 };
 
 // Terms that are known when the kernel is compiled; a call may have fewer. No label smoothing, no
 // feature term.
-template <bool kCe_, KdDivergence kKd_, Hetero kHetero_, Mix kMix_ = Mix::kProbs>
+template <bool kCe_, Divergence kKd_, Hetero kHetero_, Mix kMix_ = Mix::kProbs>
 struct Fixed {
   HAKD_DEVICE static constexpr bool ce(const Pass&) { return kCe_; }
   HAKD_DEVICE static constexpr bool smoothing(const Pass&) { return false; }
-  HAKD_DEVICE static constexpr KdDivergence kd(const Pass&) { return kKd_; }
+  HAKD_DEVICE static constexpr Divergence kd(const Pass&) { return kKd_; }
   HAKD_DEVICE static constexpr Hetero hetero(const Pass&) { return kHetero_; }
   HAKD_DEVICE static constexpr Mix mix(const Pass&) { return kMix_; }
   HAKD_DEVICE static constexpr bool feature(const Pass&) { return false; }
   HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
-  static constexpr bool kTeacher = kKd_ != KdDivergence::kNone || kHetero_ != Hetero::kNone;
+  static constexpr bool kTogether = true;
+  static constexpr bool kTeacher = kKd_ != Divergence::kNone || kHetero_ != Hetero::kNone;
 };
 
-using Ce = Fixed<true, KdDivergence::kNone, Hetero::kNone>;
-using CeKd = Fixed<true, KdDivergence::kForward, Hetero::kNone>;
-using CeHetero = Fixed<true, KdDivergence::kNone, Hetero::kSoftmaxKl>;
-using CeKdHetero = Fixed<true, KdDivergence::kForward, Hetero::kSoftmaxKl>;
+using Ce = Fixed<true, Divergence::kNone, Hetero::kNone>;
+using CeKd = Fixed<true, Divergence::kForward, Hetero::kNone>;
+using CeHetero = Fixed<true, Divergence::kNone, Hetero::kSoftmaxKl>;
+using CeKdHetero = Fixed<true, Divergence::kForward, Hetero::kSoftmaxKl>;
 
 // What a set implies; names as in `kernels/distillation.py`.
 template <class Set>
@@ -45,7 +47,7 @@ HAKD_DEVICE bool knowledge(const Pass& p) {
 }
 template <class Set>
 HAKD_DEVICE bool pair(const Pass& p) {
-  return Set::kd(p) != KdDivergence::kNone || knowledge<Set>(p);
+  return Set::kd(p) != Divergence::kNone || knowledge<Set>(p);
 }
 template <class Set>
 HAKD_DEVICE bool soft(const Pass& p) {
@@ -71,12 +73,12 @@ HAKD_DEVICE Numbers<F> numbers_of(const Pass& p) {
   n.scale = softened ? F(kLog2E) / n.temperature : F(kLog2E);
   n.to_logits = F(1) / n.scale;
   n.hard_exponent = softened ? n.temperature : F(1);
-  n.beta = static_cast<F>(p.kd_beta);
-  n.one_minus_beta = static_cast<F>(1.0 - p.kd_beta);
+  n.beta = static_cast<F>(p.beta);
+  n.one_minus_beta = static_cast<F>(1.0 - p.beta);
   for (int k = 0; k < kTerms; ++k) {
-    n.term_scale[k] = F(1);
-    if (p.grad_numerators != nullptr) {
-      n.term_scale[k] = p.place[k] >= 0 ? static_cast<F>(p.grad_numerators[p.place[k]]) : F(0);
+    n.term_scale[k] = static_cast<F>(p.weight[k]);
+    if (p.grad_totals != nullptr && p.group[k] >= 0) {
+      n.term_scale[k] = static_cast<F>(p.weight[k] * p.grad_totals[p.group[k]]);
     }
   }
   return n;

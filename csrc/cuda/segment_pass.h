@@ -108,7 +108,7 @@ class SegmentPass {
   }
   // Whether kd's gradient is one of log ratios f_c.
   HAKD_DEVICE bool ratios() const {
-    return Set::kd(p) == KdDivergence::kReverse || Set::kd(p) == KdDivergence::kJs;
+    return Set::kd(p) == Divergence::kReverse || Set::kd(p) == Divergence::kJs;
   }
   HAKD_DEVICE bool mixes() const { return Set::mix(p) != Mix::kTeacher; }
   HAKD_DEVICE bool late() const {
@@ -327,7 +327,7 @@ class SegmentPass {
     return fast_log2(max_or_nan(x, F(kSmallestNormal)));
   }
   HAKD_DEVICE F log_ratio(F a_s, F e_s, F a_t, F e_t, int i) const {
-    if (Set::kd(p) == KdDivergence::kReverse) return reverse_ratio(a_s, a_t);
+    if (Set::kd(p) == Divergence::kReverse) return reverse_ratio(a_s, a_t);
     return a_s - js_log2(e_s, e_t, i);
   }
 
@@ -352,7 +352,7 @@ class SegmentPass {
         const F e_s = exp2(a_s);
         const F e_t = exp2(a_t);
         ratios_[i] = fma(e_s, log_ratio(a_s, e_s, a_t, e_t, i) - pivot_[i], ratios_[i]);
-        if (Set::kd(p) == KdDivergence::kJs) {
+        if (Set::kd(p) == Divergence::kJs) {
           js_teacher_[i] = fma(e_t, a_t - js_log2(e_s, e_t, i), js_teacher_[i]);
         }
       }
@@ -412,7 +412,7 @@ class SegmentPass {
     if (Set::ce(p)) {
       ce_[i] = cross_entropy_pixel<Set>(p, n, s, t_[i], weight_sum, at.label[i], valid, sums);
     }
-    if (Set::kd(p) == KdDivergence::kForward) {
+    if (Set::kd(p) == Divergence::kForward) {
       const PairCoefficients<F> k = kd_forward_pixel(n, t_[i], valid, sums);
       kd_student_[i] = k.student;
       kd_other_[i] = k.other;
@@ -422,7 +422,7 @@ class SegmentPass {
       const F mean = ratios_[i] * t_[i].student_inverse;
       F value = mean + pivot_[i] - log2_ratio;
       kd_other_[i] = F(0) - on_student * F(kLn2) * t_[i].student_inverse;
-      if (Set::kd(p) == KdDivergence::kJs) {
+      if (Set::kd(p) == Divergence::kJs) {
         value = fma(n.beta, fma(js_teacher_[i], t_[i].teacher_inverse, log2_ratio),
                     n.one_minus_beta * (mean + pivot_[i]));
         kd_other_[i] *= n.one_minus_beta;
@@ -577,18 +577,29 @@ class SegmentPass {
     const bool on_labels = p.student.source == Source::kLabels;
     const bool to_rows = p.gradients && !on_labels;
     const bool wants_hetero = p.hetero_term && Set::hetero(p) != Hetero::kNone;
-    const bool has[kTerms] = {Set::ce(p), Set::kd(p) != KdDivergence::kNone, wants_hetero,
+    const bool has[kTerms] = {Set::ce(p), Set::kd(p) != Divergence::kNone, wants_hetero,
                               Set::feature(p)};
+    // Of terms that share a slot the first one's cursor writes the sum.
+    const bool kd_with_ce =
+        has[kKd] && has[kCe] && (Set::kTogether || share_slot(p, kKd, kCe));
+    const bool feature_with_ce = has[kFeature] && has[kCe] && share_slot(p, kFeature, kCe);
+    const bool feature_with_kd =
+        has[kFeature] && has[kKd] && !feature_with_ce && share_slot(p, kFeature, kKd);
+    const bool writes[kTerms] = {to_rows, to_rows && !kd_with_ce, to_rows,
+                                 to_rows && !(feature_with_ce || feature_with_kd)};
     RowCursor<F> cursor[kTerms];
 #pragma unroll
     for (int k = 0; k < kTerms; ++k) {
-      if (has[k]) cursor[k] = {rows, to_rows ? p.slot[k] : -1, 0};
+      if (has[k] && !(Set::kTogether && k == kKd && has[kCe])) {
+        const int32_t slot = Set::kTogether && k == kCe && p.slot[kCe] < 0 ? p.slot[kKd] : p.slot[k];
+        cursor[k] = {rows, writes[k] ? slot : -1, 0};
+      }
     }
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
 #pragma unroll
       for (int k = 0; k < kTerms; ++k) {
-        if (has[k]) cursor[k].begin();
+        if (has[k] && !(Set::kTogether && k == kKd && has[kCe])) cursor[k].begin();
       }
       F z_s[S], z_t[S], merged[S], g[kTerms][S];
       read_student(c, z_s);
@@ -605,7 +616,7 @@ class SegmentPass {
           e_t = exp2(a_t);
         }
         g[kCe][i] = Set::ce(p) ? cross_entropy_gradient(c, a_s, e_s, i) : F(0);
-        g[kKd][i] = Set::kd(p) != KdDivergence::kNone ? kd_gradient(a_s, e_s, a_t, e_t, i) : F(0);
+        g[kKd][i] = Set::kd(p) != Divergence::kNone ? kd_gradient(a_s, e_s, a_t, e_t, i) : F(0);
         g[kHetero][i] =
             wants_hetero ? hetero_gradient(c, z_s[i], z_t[i], a_s, e_s, a_t, e_t, i) : F(0);
         g[kFeature][i] = Set::feature(p) ? feature_[i] * (z_s[i] - z_t[i]) : F(0);
@@ -624,8 +635,15 @@ class SegmentPass {
         continue;
       }
 #pragma unroll
+      for (int i = 0; i < S; ++i) {
+        if (feature_with_kd) g[kKd][i] += g[kFeature][i];
+        if (feature_with_ce) g[kCe][i] += g[kFeature][i];
+        if (kd_with_ce) g[kCe][i] += g[kKd][i];
+      }
+#pragma unroll
       for (int k = 0; k < kTerms; ++k) {
-        if (!has[k] || p.slot[k] < 0) continue;
+        if (!has[k] || (Set::kTogether && k == kKd && has[kCe])) continue;
+        if (!Set::kTogether && (!writes[k] || p.slot[k] < 0)) continue;
         F all = F(0), right = F(0);
 #pragma unroll
         for (int i = 0; i < S; ++i) {

@@ -9,7 +9,7 @@ constexpr Kernel fixed(const char* name) {
   return segments_of<float, Set, kSegmentPixels, Hold::kAlways>(name);
 }
 
-constexpr KdDivergence kForward = KdDivergence::kForward;
+constexpr Divergence kForward = Divergence::kForward;
 
 constexpr Kernel kCeOnly = fixed<Ce>("segments: ce");
 constexpr Kernel kProbs = fixed<CeKdHetero>("segments: ce, kd, hetero");
@@ -17,17 +17,17 @@ constexpr Kernel kLogits = fixed<Fixed<true, kForward, Hetero::kSoftmaxKl, Mix::
     "segments: ce, kd, hetero of mixed logits");
 constexpr Kernel kPaper = fixed<Fixed<true, kForward, Hetero::kPaper>>("segments: ce, kd, paper");
 constexpr Kernel kReverse =
-    fixed<Fixed<true, KdDivergence::kReverse, Hetero::kNone>>("segments: ce, reverse kd");
-constexpr Kernel kJs = fixed<Fixed<true, KdDivergence::kJs, Hetero::kNone>>("segments: ce, js");
+    fixed<Fixed<true, Divergence::kReverse, Hetero::kNone>>("segments: ce, reverse kd");
+constexpr Kernel kJs = fixed<Fixed<true, Divergence::kJs, Hetero::kNone>>("segments: ce, js");
 
 }  // namespace
 
-const Kernel* segments_fixed(KdDivergence kd, Hetero hetero, Mix mix) {
+const Kernel* segments_fixed(Divergence kd, Hetero hetero, Mix mix) {
   if (hetero != Hetero::kNone && mix == Mix::kTeacher) return nullptr;  // an ablation: seldom run
-  if (kd == KdDivergence::kReverse) return hetero == Hetero::kNone ? &kReverse : nullptr;
-  if (kd == KdDivergence::kJs) return hetero == Hetero::kNone ? &kJs : nullptr;
+  if (kd == Divergence::kReverse) return hetero == Hetero::kNone ? &kReverse : nullptr;
+  if (kd == Divergence::kJs) return hetero == Hetero::kNone ? &kJs : nullptr;
   switch (hetero) {
-    case Hetero::kNone: return kd == KdDivergence::kNone ? &kCeOnly : &kProbs;
+    case Hetero::kNone: return kd == Divergence::kNone ? &kCeOnly : &kProbs;
     case Hetero::kSoftmaxKl: return mix == Mix::kProbs ? &kProbs : &kLogits;
     case Hetero::kPaper: return &kPaper;
     default: return nullptr;

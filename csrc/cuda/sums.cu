@@ -1,7 +1,7 @@
 // What the warps of a pass left, brought together; in one order, whatever ran first.
 //
 // finish_sums: a block per column of `partials`, which it reads once. combine_gradients: the sum over
-// terms of scale_k times the gradient of term k, in the dtype and the strides of the logits; reads
+// terms of the scale times the gradient of each group, in the dtype and the strides of the logits; reads
 // each saved gradient and writes the result once: 4 (K (chunk_rows + 1) / chunk_rows + 1) bytes per
 // logit, memory bound. reduce_space: the softmax's denominators of weight_axis = space.
 #include "kernels.h"
@@ -53,19 +53,29 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
   const bool divergence = column == kKd || column == kHetero;
   const double numerator = divergence ? max_or_nan(0.0, total) : total;
   if (column < kTerms) set(f.numerators, f.place[column], numerator);
-  if (column == kWeightOfLabels && f.weighted) set(f.denominators, f.place[kCe], total);
-  if (column == kHeteroWeight && f.knowledge) set(f.denominators, f.place[kHetero], total);
+  if (column == kWeightOfLabels && f.weighted) set(f.denominators, f.group[kCe], total);
+  if (column == kHeteroWeight && f.knowledge) set(f.denominators, f.group[kHetero], total);
   if (column == kHeteroWeight && f.per_image) {
-    set(f.denominators, f.place[kHetero], images_with_pixels * f.classes);
+    set(f.denominators, f.group[kHetero], images_with_pixels * f.classes);
   }
   if (column == kValid) {
-    if (!f.weighted) set(f.denominators, f.place[kCe], total);
-    if (!f.knowledge && !f.per_image) set(f.denominators, f.place[kHetero], total);
-    set(f.denominators, f.place[kKd], total);
-    set(f.denominators, f.place[kFeature], total);
+    if (!f.weighted) set(f.denominators, f.group[kCe], total);
+    if (!f.knowledge && !f.per_image) set(f.denominators, f.group[kHetero], total);
+    set(f.denominators, f.group[kKd], total);
+    set(f.denominators, f.group[kFeature], total);
     if (f.report != nullptr) f.report[0] = static_cast<int64_t>(total);
   }
   if (column == kBad && f.report != nullptr) f.report[1] = static_cast<int64_t>(total);
+}
+
+__global__ void __launch_bounds__(kWarpSize) group_totals_kernel(const __grid_constant__ GroupTotals t) {
+  const auto g = static_cast<int32_t>(threadIdx.x);
+  if (g >= t.groups) return;
+  double total = 0.0;
+  for (int32_t k = 0; k < t.terms; ++k) {
+    if (t.group[k] == g) total += t.weight[k] * t.numerators[k];
+  }
+  t.totals[g] = total;
 }
 
 // Four logits of a row of a plane per thread, so that what depends on the place is found once.
@@ -84,7 +94,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   F scale[kTerms];
 #pragma unroll
   for (int s = 0; s < kTerms; ++s) {
-    scale[s] = s < k.slots ? static_cast<F>(k.scales[k.place[s]]) : F(0);
+    scale[s] = s < k.slots ? static_cast<F>(k.weight[s] * k.grad_totals[k.group[s]]) : F(0);
   }
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x; at < count;
        at += step) {
@@ -152,6 +162,10 @@ __global__ void __launch_bounds__(kSpaceThreads)
 void launch_finish_sums(const Finish& f, cudaStream_t stream) {
   launch(finish_sums_kernel, dim3(kPartials), dim3(kSumThreads), kSumThreads * sizeof(double),
          stream, "finish_sums", f);
+}
+
+void launch_group_totals(const GroupTotals& t, cudaStream_t stream) {
+  launch(group_totals_kernel, dim3(1), dim3(kWarpSize), 0, stream, "group_totals", t);
 }
 
 void launch_combine_gradients(const Combine& k, cudaStream_t stream) {

@@ -8,6 +8,8 @@ own resolution and nothing else; backward adds them up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, NamedTuple
 
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from .. import reference
 from ..labels import count_valid
-from ..spec import LossSpec
-from . import ForwardResult
+from ..spec import groups_of
+from ..terms import HeteroAKD, TeacherCrossEntropy
+from . import Call, Sums
+from .compiled import compute_dtype
 
 __all__ = ["BACKEND", "ReferenceBackend"]
 
@@ -28,48 +32,72 @@ _BAND_ELSEWHERE: Final = 2**24
 
 
 class ReferenceBackend:
-    """The methods of `Backend` that an eager call needs; a tracer gets `reference` itself."""
+    """Any terms on any device. Eager calls in float64 get `reference.sums` itself (`ops.py`)."""
 
     name = "reference"
 
-    def backward_reads_inputs(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor,
-        spec: LossSpec,
-        student_grad: bool,
-        teacher_grad: bool,
-    ) -> bool:
+    def devices(self) -> tuple[str, ...]:
+        return ()
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def projects(self, structure: tuple[int, ...], classes: int, float64: bool) -> bool:
         return False
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        spec: LossSpec,
-        student_grad: bool,
-        teacher_grad: bool,
-    ) -> ForwardResult:
-        """Sums of one pass; `target` is not empty. Saved: the unscaled gradients of the numerators,
-        [terms, B, C, h, w] of the student, then [1, B, C, h', w'] of the teacher."""
-        batch, classes = student_logits.shape[:2]
+    def reads_inputs(self, call: Call) -> bool:
+        return False
+
+    def saved_shapes(self, call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [
+            ((len(groups), *logits.shape), compute_dtype(call.student))
+            for logits, groups, wanted in zip(
+                (call.student, call.teacher), _groups(call), call.wants[::3], strict=True
+            )
+            if wanted and groups and logits is not None
+        ]
+
+    def sums(self, call: Call) -> Sums:
+        with _autograd():
+            return self._sums(call)
+
+    def _sums(self, call: Call) -> Sums:
+        """Saved: the gradients of the totals, [groups, B, C, h, w] of the student, then of the
+        teacher; of the groups that send one there."""
+        options, target, class_weight = call.spec.options(), call.labels, call.class_weight
+        batch, classes = call.student.shape[:2]
         height, width = target.shape[1:]
-        valid_count = count_valid(target, classes, spec.ignore_index)
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        valid_count = count_valid(target, classes, options.ignore_index)
+        dtype = compute_dtype(call.student)
         if class_weight is not None:
             class_weight = class_weight.to(dtype)
-        numerators = student_logits.new_zeros(len(spec.terms), dtype=torch.float64)
+        numerators = call.student.new_zeros(len(options.asked), dtype=torch.float64)
         denominators = torch.zeros_like(numerators)
-        maps = student_logits.new_empty((2, *target.shape) if spec.maps else 0, dtype=dtype)
-        of_student = _terms_of_student(spec)
+        maps = call.student.new_empty((2, *target.shape) if options.maps else 0, dtype=dtype)
+        positions: dict[bool, list[int]] = {False: [], True: []}  # of the terms, by who learns
+        for k, term in enumerate(options.asked):
+            positions[isinstance(term, TeacherCrossEntropy)].append(k)
+        asked_groups = [group for group in options.groups if group >= 0]
         sides = [
-            _Side(logits, terms if learns else (), (height, width), spec.align_corners, dtype)
+            _Side(
+                logits,
+                {
+                    group: [k for k in terms if asked_groups[k] == group]
+                    for group in dict.fromkeys(asked_groups[k] for k in terms)
+                }
+                if learns
+                else {},
+                (height, width),
+                options.align_corners,
+                dtype,
+            )
             for logits, terms, learns in (
-                (student_logits if of_student or spec.maps else None, of_student, student_grad),
-                (teacher_logits, ("teacher_ce",), teacher_grad),
+                (
+                    call.student if positions[False] or options.maps else None,
+                    positions[False],
+                    call.wants[0],
+                ),
+                (call.teacher, positions[True], call.wants[3]),
             )
             if logits is not None
         ]
@@ -78,7 +106,7 @@ class ReferenceBackend:
         rows = max(1, budget // (classes * width * images))
         for first in range(0, batch, images):
             chunk = slice(first, first + images)
-            label, valid = reference.labels_and_valid(target[chunk], classes, spec.ignore_index)
+            label, valid = reference.labels_and_valid(target[chunk], classes, options.ignore_index)
             bands = [
                 _Band(slice(y, y + rows), label[:, y : y + rows], valid[:, y : y + rows])
                 for y in range(0, height, rows)
@@ -86,61 +114,66 @@ class ReferenceBackend:
             for side in sides:
                 side.open(chunk)
             knowledge: list[reference.Knowledge | None] = [None] * len(bands)
-            over_space = "hetero" in spec.terms and spec.weighs_space
-            if over_space:
-                knowledge = list(_knowledge_over_space(sides, bands, spec))
+            hetero = next((t for t in options.asked if isinstance(t, HeteroAKD)), None)
+            over_space = hetero is not None and hetero.weighs_space
+            if hetero is not None and over_space:
+                knowledge = list(_knowledge_over_space(sides, bands, hetero))
             for band, known in zip(bands, knowledge, strict=True):
                 z = [side.on_grid(band) for side in sides]
                 for leaf, side in zip(z, sides, strict=True):
-                    leaf.requires_grad_(bool(side.terms))
+                    leaf.requires_grad_(bool(side.groups))
                 with torch.enable_grad():
                     fractions, band_maps = reference.terms_on_grid(
-                        z[0], z[-1], band.label, band.valid, class_weight, spec, known
+                        z[0], z[-1], band.label, band.valid, class_weight, options, known
                     )
                 for k, (numerator, denominator) in enumerate(fractions):
-                    term = spec.terms[k]
                     numerators[k] += numerator.detach()
-                    if not (over_space and term == "hetero"):
+                    if not (over_space and options.asked[k] is hetero):
                         denominators[k] += denominator.detach()
-                    for leaf, side in zip(z, sides, strict=True):
-                        if term in side.terms:
-                            (gradient,) = torch.autograd.grad(numerator, leaf, retain_graph=True)
-                            side.add(term, gradient, band.rows)
+                for leaf, side in zip(z, sides, strict=True):
+                    for slot, members in enumerate(side.groups.values()):
+                        with torch.enable_grad():
+                            parts = [options.asked[k].weight * fractions[k][0] for k in members]
+                            total = torch.stack(parts).sum()
+                        (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
+                        side.add(slot, gradient, band.rows)
                 if band_maps is not None:
                     maps[:, chunk, band.rows] = band_maps
             if knowledge[0] is not None and knowledge[0].shares is not None:
                 # an image and class once, not in each of its bands
-                denominators[spec.terms.index("hetero")] += (knowledge[0].shares[1] != 0).sum()
+                denominators[options.asked.index(hetero)] += (knowledge[0].shares[1] != 0).sum()
             for side in sides:
                 side.close()
-        saved = [side.gradients for side in sides if side.terms]
-        return ForwardResult(numerators, denominators, valid_count, maps, saved)
+        saved = [side.gradients for side in sides if side.groups]
+        totals, per_group = reference.group(numerators, denominators, options)
+        return Sums(numerators, totals, per_group, valid_count, maps, saved)
 
-    def backward(
-        self,
-        grad_numerators: Tensor,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        target: Tensor | None,
-        class_weight: Tensor | None,
-        saved: list[Tensor],
-        spec: LossSpec,
-        student_grad: bool,
-        teacher_grad: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def gradient(self, call: Call, grad_totals: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
         remaining = iter(saved)
-        scales = dict(zip(spec.terms, grad_numerators.unbind(), strict=True))
-        student = teacher = None
-        if student_grad:
-            of_student = [scales[term] for term in _terms_of_student(spec)]
-            student = _combine(next(remaining), of_student, student_logits)
-        if teacher_grad and teacher_logits is not None:
-            teacher = _combine(next(remaining), [scales["teacher_ce"]], teacher_logits)
-        return student, teacher
+        scales = grad_totals.unbind()
+        grads: list[Tensor | None] = [None] * 6
+        for at, logits, groups in zip(
+            (0, 3), (call.student, call.teacher), _groups(call), strict=True
+        ):
+            if call.wants[at] and logits is not None:
+                grads[at] = _combine(next(remaining), [scales[group] for group in groups], logits)
+        return grads
 
 
-def _terms_of_student(spec: LossSpec) -> tuple[str, ...]:
-    return tuple(term for term in spec.terms if term != "teacher_ce")
+def _groups(call: Call) -> tuple[list[int], list[int]]:
+    """The groups that send a gradient to the student, and to the teacher, in order."""
+    asked = groups_of(call.spec.structure)
+    student = dict.fromkeys(group for name, group in asked.items() if name != "teacher_ce")
+    return list(student), [group for name, group in asked.items() if name == "teacher_ce"]
+
+
+def _autograd() -> AbstractContextManager[object]:
+    """Compiled graphs call operators below autograd, which the formulas are differentiated with."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+        guard: AbstractContextManager[object] = torch._C._SetExcludeDispatchKeyGuard(key, False)
+        return guard
+    return nullcontext()
 
 
 class _Band(NamedTuple):
@@ -153,14 +186,14 @@ class _Band(NamedTuple):
 
 
 def _knowledge_over_space(
-    sides: list[_Side], bands: list[_Band], spec: LossSpec
+    sides: list[_Side], bands: list[_Band], term: HeteroAKD
 ) -> list[reference.Knowledge]:
     """Of each band, with weights that are a softmax over all of them."""
     student, teacher = sides
     return reference.join_over_space(
         [
             reference.evaluate_knowledge(
-                student.on_grid(band), teacher.on_grid(band), band.label, band.valid, spec
+                student.on_grid(band), teacher.on_grid(band), band.label, band.valid, term
             )
             for band in bands
         ]
@@ -168,7 +201,7 @@ def _knowledge_over_space(
 
 
 def _combine(gradients: Tensor, scales: list[Tensor], logits: Tensor) -> Tensor:
-    """The sum of the terms' gradients, in the dtype of `logits`, rounded once."""
+    """The sum of the groups' gradients, in the dtype of `logits`, rounded once."""
     total = gradients[0] * scales[0].to(gradients.dtype)
     for gradient, scale in zip(gradients[1:], scales[1:], strict=True):
         total.addcmul_(gradient, scale.to(gradients.dtype))
@@ -187,14 +220,14 @@ class _Side:
     def __init__(
         self,
         logits: Tensor,
-        terms: tuple[str, ...],
+        groups: Mapping[int, list[int]],
         size: tuple[int, int],
         align_corners: bool,
         dtype: torch.dtype,
     ) -> None:
-        """terms: those that send a gradient to these logits."""
-        self.terms = terms
-        self.gradients = logits.new_empty((len(terms), *logits.shape), dtype=dtype)
+        """groups: those that send a gradient to these logits, and their terms."""
+        self.groups = groups
+        self.gradients = logits.new_empty((len(groups), *logits.shape), dtype=dtype)
         self._logits = logits.detach()
         self._dtype = dtype
         self._align_corners = align_corners
@@ -208,10 +241,10 @@ class _Side:
         self._low = self._wide = self._logits[images].to(self._dtype)
         self._into = self._gradients = self.gradients[:, images]
         if self._low.shape[3] != self._width:
-            self._low.requires_grad_(bool(self.terms))
+            self._low.requires_grad_(bool(self.groups))
             with torch.enable_grad():
                 self._wide = _widen(self._low, self._width, self._align_corners)
-            self._gradients = self._low.new_empty((len(self.terms), *self._wide.shape))
+            self._gradients = self._low.new_empty((len(self.groups), *self._wide.shape))
         if self._taps is not None:  # else `add` writes each row once
             self._gradients.zero_()
 
@@ -226,9 +259,9 @@ class _Side:
         z.addcmul_(wide.index_select(2, upper), fraction)
         return _zero_where_ignored(z, band.valid)
 
-    def add(self, term: str, gradient: Tensor, rows: slice) -> None:
-        """Adds a term's gradient with respect to the logits of these rows."""
-        into = self._gradients[self.terms.index(term)]
+    def add(self, slot: int, gradient: Tensor, rows: slice) -> None:
+        """Adds a group's gradient with respect to the logits of these rows."""
+        into = self._gradients[slot]
         if self._taps is None:
             into[:, :, rows] = gradient
             return

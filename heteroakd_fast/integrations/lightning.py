@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
-from ..checks import check_ignore_index
+from .._checks import check_ignore_index
 from ..modules import SharesGroup
 from .metrics import ConfusionMatrix, predict_classes
 from .resolution import low_resolution, warn_of_full_resolution
@@ -228,7 +228,7 @@ class DistillationModule(SharesGroup, LightningModule):
             )
 
     def _log(self, output: DistillationOutput, stage: str, size: int, **options: Any) -> None:
-        values = {"loss": output.loss.detach(), **output.terms()}
+        values = {"loss": output.loss.detach(), **output.terms}
         self.log_dict(
             {f"{stage}/{name}": value for name, value in values.items()},
             batch_size=size,

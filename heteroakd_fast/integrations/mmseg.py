@@ -314,7 +314,7 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             )
             losses[one.loss_name] = losses.get(one.loss_name, 0.0) + value
             # None has "loss" in its name: shown, and not added up again.
-            losses.update(one.terms.terms())
+            losses.update(one.terms.terms)
         if len(head.loss_decode):
             for name, value in head.loss_by_feat(logits, data_samples).items():
                 losses[name] = losses[name] + value if name in losses else value

@@ -12,7 +12,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_integer
+from .._checks import check_choice, check_count, check_integer
 
 __all__ = ["LAYOUTS", "Feature", "FeatureTap", "Kept"]
 

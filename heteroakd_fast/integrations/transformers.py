@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import DistillationOutput, HeteroAKDLoss
-from ..checks import check_ignore_index
+from .._checks import check_ignore_index
 from .metrics import ConfusionMatrix, predict_classes
 from .resolution import low_resolution, unwrapped, warn_of_full_resolution
 from .taps import Feature
@@ -162,11 +162,11 @@ class DistillationTrainer(Trainer):
         )
         if model.training:
             self._batches += 1
-            for name, value in output.terms().items():
+            for name, value in output.terms.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
         elif self._evaluation is not None:
             self._evaluation.add(
-                output.terms(),
+                output.terms,
                 predict_classes(logits, labels.shape[-2:], self._align_corners),
                 labels,
                 self._own_images(labels),

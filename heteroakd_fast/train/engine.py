@@ -410,7 +410,7 @@ class Trainer:
                     )
                 loss = output.loss / len(prepared) if len(prepared) > 1 else output.loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            terms = {"loss": output.loss.detach(), **output.terms()}
+            terms = {"loss": output.loss.detach(), **output.terms}
             self._names = list(terms)
             rows.append(torch.stack([value.float() for value in terms.values()]))
         self._rows.append(torch.stack(rows).mean(0) if len(rows) > 1 else rows[0])

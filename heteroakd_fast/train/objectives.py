@@ -202,7 +202,7 @@ class DistillObjective(Objective):
         )
         return output._replace(
             loss=output.loss + self.cwd_weight * cwd.loss,
-            cwd=cwd.cwd,
+            terms={**output.terms, **cwd.terms},
             denominators={**(output.denominators or {}), **cwd.denominators},
         )
 

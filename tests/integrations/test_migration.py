@@ -93,5 +93,7 @@ def test_cwd() -> None:
     log_p_s = (student.flatten(2) / tau).log_softmax(2)
     theirs = tau**2 * (p_t * (p_t.log() - log_p_s)).sum() / (2 * 5)
     target = torch.zeros(2, 24, 28, dtype=torch.int64)
-    ours = ChannelWiseLoss(temperature=tau, resolution="logits")(student, target, teacher_logits=teacher).loss
+    ours = ChannelWiseLoss(temperature=tau, resolution="logits")(
+        student, target, teacher_logits=teacher
+    ).loss
     torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,316 @@
+"""From checked arguments to a result: the plan's passes, means, and one loss.
+
+This is what `functional` and the modules share. Options come checked (`check_options`); what is
+checked here is tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from ._checks import (
+    RESOLUTIONS,
+    Side,
+    check_choice,
+    check_class_weight,
+    check_flag,
+    check_ignore_index,
+    check_ignored_class,
+    check_integer,
+    check_scalar,
+    check_sides,
+    check_teacher,
+    classes_of,
+    plain_side,
+    plain_tensor,
+    tensor_of,
+)
+from .labels import check_synchronously, nearest_labels
+from .output import DistillationOutput
+from .projector import Projection
+from .spec import LossSpec, Numbers, PassPlan, Shape, plan
+from .terms import TERMS
+
+__all__ = [
+    "DEFAULTS",
+    "LossOptions",
+    "Normalizer",
+    "Part",
+    "check_normalizer",
+    "check_options",
+    "describe",
+    "evaluate",
+    "mean_over_ranks",
+]
+
+Normalizer = Tensor | float | Mapping[str, Tensor | float]
+
+
+class LossOptions(TypedDict, total=False):
+    """What every loss is built with, beside its terms; see `functional.segmentation_loss`."""
+
+    class_weight: Tensor | None
+    ignore_index: int | None
+    allow_ignored_class: bool
+    align_corners: bool
+    resolution: str
+    process_group: Any
+    backend: str | None
+
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "class_weight": None,
+    "ignore_index": 255,
+    "allow_ignored_class": False,
+    "align_corners": False,
+    "resolution": "label",
+    "process_group": None,
+    "backend": None,
+}
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """All of `LossOptions`, as they are kept; tensors and the process group unchecked.
+
+    Raises:
+        TypeError, ValueError: names the option.
+    """
+    checked = {**DEFAULTS, **options}
+    if checked["ignore_index"] is not None:
+        checked["ignore_index"] = check_integer(checked["ignore_index"], "ignore_index")
+    check_flag(checked["allow_ignored_class"], "allow_ignored_class")
+    check_flag(checked["align_corners"], "align_corners")
+    check_choice(checked["resolution"], "resolution", RESOLUTIONS)
+    if checked["backend"] is not None:
+        check_choice(checked["backend"], "backend", (backends.AUTO, *backends.names()))
+    return checked
+
+
+class Part(NamedTuple):
+    """Terms that are taken on one pair of logits, encoded (`spec.py`)."""
+
+    shape: Shape
+    numbers: Numbers
+    student: Side
+    teacher: Side | None = None
+    names: Mapping[str, str] = {}
+    """what the result calls a term of this part, if not by its name; of one name it has the sum"""
+
+
+class _Pass(NamedTuple):
+    plan: PassPlan
+    sums: ops.SumsResult
+    part: Part
+
+
+def evaluate(
+    parts: Sequence[Part],
+    target: Tensor,
+    options: Mapping[str, Any],
+    normalizer: Normalizer | None = None,
+    return_maps: bool = False,
+) -> DistillationOutput:
+    """Runs the passes of all parts and makes one loss of them; maps come from the last part."""
+    check_flag(return_maps, "return_maps")
+    target = plain_tensor(target)
+    class_weight: Tensor | None = plain_tensor(options["class_weight"])
+    apart = tuple(normalizer) if isinstance(normalizer, Mapping) else ()
+    passes: list[_Pass] = []
+    for k, part in enumerate(parts):
+        maps = return_maps and k == len(parts) - 1
+        plans = plan(part.shape, class_weight is not None, maps, apart)
+        teacher = None if part.teacher is None else plain_side(part.teacher)
+        part = part._replace(student=plain_side(part.student), teacher=teacher)
+        passes += _run(part, plans, target, class_weight, options, maps)
+    return _combine(passes, options, normalizer)
+
+
+def _run(
+    part: Part,
+    plans: list[PassPlan],
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: Mapping[str, Any],
+    maps: bool,
+) -> list[_Pass]:
+    names = [name for one in plans for name in one.names]
+    if not names:
+        weights = ", ".join(f"{term.name}_weight" for term in TERMS)
+        raise ValueError(f"weights: every term has weight 0; give at least one of {weights}")
+    student, teacher = part.student, part.teacher
+    classes = check_sides(student, target, teacher)
+    check_teacher(teacher, names, maps)
+    check_ignored_class(options["ignore_index"], classes, options["allow_ignored_class"])
+    if class_weight is not None:
+        check_class_weight(class_weight, classes, tensor_of(student))
+    ignore_index = check_ignore_index(options["ignore_index"])
+    grid = tensor_of(student).shape[2:]
+    if options["resolution"] == "logits" and target.shape[1:] != grid:
+        if target.device.type == "cpu" or check_synchronously():
+            # Those that resampling skips count too.
+            ops.valid_count(target, classes, ignore_index)
+        target = nearest_labels(target, (grid[0], grid[1]))
+    done = []
+    for one in plans:
+        head = (ignore_index, int(options["align_corners"]), int(one.maps))
+        spec = LossSpec((*head, *one.structure), _numbers_of(part, one))
+        sums = ops.sums(
+            student,
+            target,
+            teacher if one.needs_teacher else None,
+            class_weight if one.weighted else None,
+            spec,
+            backends.select(options["backend"], spec.structure, tensor_of(student).device.type),
+        )
+        done.append(_Pass(one, sums, part))
+    return done
+
+
+def _numbers_of(part: Part, one: PassPlan) -> Numbers:
+    numbers = part.numbers
+    if one.numbers is None:
+        return numbers
+    if isinstance(numbers, tuple):
+        return tuple(numbers[k] for k in one.numbers)
+    return numbers[list(one.numbers)]
+
+
+def _combine(
+    passes: Sequence[_Pass], options: Mapping[str, Any], normalizer: Normalizer | None
+) -> DistillationOutput:
+    """Denominators (global if asked, in one collective), means, weighted sum."""
+    kinds = [kind for one in passes for kind in one.plan.denominators]
+    # of each term of all passes its name and the position of its group among all groups
+    terms: list[tuple[str, int]] = []
+    for one in passes:
+        first = sum(len(earlier.plan.denominators) for earlier in passes[: passes.index(one)])
+        terms += [
+            (name, first + group)
+            for name, group in zip(one.plan.names, one.plan.groups, strict=True)
+        ]
+    replaced = check_normalizer(normalizer, terms, kinds)
+    denominators = _joined([one.sums.denominators for one in passes])
+    if options["process_group"] is not None:
+        denominators = mean_over_ranks(denominators, options["process_group"])
+    per_group = denominators.unbind()
+    own: dict[str, Tensor] = {}
+    for name, group in terms:
+        own.setdefault(name, per_group[group])
+    if replaced:
+        denominators = torch.stack(
+            [
+                denominator
+                if k not in replaced
+                else torch.as_tensor(
+                    plain_tensor(replaced[k]), dtype=denominators.dtype, device=denominators.device
+                ).reshape(())
+                for k, denominator in enumerate(per_group)
+            ]
+        )
+    # A mean over nothing is 0, with a graph. NaN stays NaN.
+    inverse = torch.where(denominators == 0, 0.0, 1.0 / denominators)
+    totals = _joined([one.sums.totals for one in passes])
+    dtype = torch.promote_types(tensor_of(passes[0].part.student).dtype, torch.float32)
+    loss = (totals * inverse).sum().to(dtype)
+    numerators = _joined([one.sums.numerators for one in passes])
+    scales = inverse.unbind()
+    of_terms = torch.stack([scales[group] for _, group in terms])
+    means = (numerators * of_terms).to(dtype).unbind()
+    reported: dict[str, Tensor] = {}
+    names = [one.part.names.get(name, name) for one in passes for name in one.plan.names]
+    for name, mean in zip(names, means, strict=True):
+        reported[name] = reported[name] + mean if name in reported else mean
+    maps = next((one.sums.maps for one in passes if one.plan.maps), None)
+    return DistillationOutput(
+        loss=loss,
+        terms=reported,
+        valid=passes[0].sums.valid,
+        denominators=own,
+        maps=None if maps is None else {"reliability": maps[0], "discrepancy": maps[1]},
+    )
+
+
+def describe(
+    parts: Sequence[Part], target: Tensor, options: Mapping[str, Any], return_maps: bool = False
+) -> str:
+    """The passes of such a call, a paragraph each; runs nothing."""
+    lines: list[str] = []
+    weighted = options["class_weight"] is not None
+    for k, part in enumerate(parts):
+        maps = return_maps and k == len(parts) - 1
+        device = tensor_of(part.student).device.type
+        for one in plan(part.shape, weighted, maps, ()):
+            structure = (255, int(options["align_corners"]), int(one.maps), *one.structure)
+            decoded = LossSpec(structure, _numbers_of(part, one)).options()
+            groups: dict[str, list[str]] = {}
+            for name, group in zip(one.names, one.groups, strict=True):
+                groups.setdefault(f"{one.denominators[group]}, {group}", []).append(name)
+            shared = "; ".join(
+                f"{' + '.join(names)} over {kind.split(',')[0]}" for kind, names in groups.items()
+            )
+            lines += [
+                f"pass {len(lines) // 4 + 1}: {', '.join(map(repr, decoded.terms))}",
+                f"  denominators, and one gradient for each: {shared or 'none'}",
+                f"  backend: {backends.explain(options['backend'], structure, device)}",
+                f"  {_source(part, target, structure, options)}",
+            ]
+    return "\n".join(lines)
+
+
+def _source(
+    part: Part, target: Tensor, structure: tuple[int, ...], options: Mapping[str, Any]
+) -> str:
+    """Where the logits of a pass come from, in words."""
+    student = part.student
+    grid = tuple(tensor_of(student).shape[2:])
+    size = grid if options["resolution"] == "logits" else tuple(target.shape[1:])
+    if not isinstance(student, Projection):
+        return f"logits: {grid} to {size}"
+    backend = backends.select(options["backend"], structure, tensor_of(student).device.type)
+    if grid != size:
+        return f"projection: first, because it is interpolated from {grid} to {size} afterwards"
+    if backends.projects(backend, structure, classes_of(student), False):
+        return f"projection: in the kernel of {backend}"
+    return f"projection: first, because {backend} has no kernel that projects for these terms"
+
+
+def _joined(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def mean_over_ranks(denominators: Tensor, process_group: Any) -> Tensor:
+    """The mean, not the sum: data-parallel training averages gradients over the ranks, and
+    R * (sum over ranks) / R leaves exactly the gradient of the whole batch."""
+    import torch.distributed as dist
+
+    total = denominators.clone()
+    dist.all_reduce(total, group=process_group)
+    return total / dist.get_world_size(process_group)
+
+
+def check_normalizer(
+    normalizer: Normalizer | None, terms: Sequence[tuple[str, int]], kinds: Sequence[str]
+) -> dict[int, Tensor | float]:
+    """Which groups' denominators are replaced, and by what.
+
+    terms: names and groups; kinds: of each group (`Term.denominator`).
+    """
+    if normalizer is None:
+        return {}
+    if isinstance(normalizer, Mapping):
+        asked = {name for name, _ in terms}
+        for name, value in normalizer.items():
+            if name not in asked:
+                raise ValueError(
+                    f"normalizer: names the term {name!r}, this call computes "
+                    f"{', '.join(sorted(asked))}"
+                )
+            check_scalar(value, f"normalizer[{name!r}]")
+        return {group: normalizer[name] for name, group in terms if name in normalizer}
+    check_scalar(normalizer, "normalizer")
+    return {group: normalizer for group, kind in enumerate(kinds) if kind == "valid"}

@@ -1,0 +1,303 @@
+"""The terms of a loss, one class each: what it computes, its denominator, its options.
+
+    from heteroakd_fast import SegmentationLoss
+    from heteroakd_fast.terms import KD, CrossEntropy, HeteroAKD
+    loss_fn = SegmentationLoss(CrossEntropy(), KD(0.1), HeteroAKD(1.0, temperature=2.0))
+
+Notation: z_s, z_t [C] are the logits of student and teacher at a pixel of the label grid, y its
+label, V the pixels whose label is not `ignore_index`, softmax_T(z) = softmax(z / T).
+
+The fields of these classes are the only list of options: the operators' encoding (`spec.py`), the
+keywords of `functional.distillation_loss` and `HeteroAKDLoss` (`FLAT`) and the driver's table are
+derived from them. Adding a term: docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, Final, TypedDict
+
+from ._checks import check_choice, check_number, check_temperature
+
+__all__ = [
+    "FLAT",
+    "FLAT_DEFAULTS",
+    "KD",
+    "TERMS",
+    "CrossEntropy",
+    "Feature",
+    "FlatOptions",
+    "HeteroAKD",
+    "TeacherCrossEntropy",
+    "Term",
+    "from_flat",
+]
+
+
+def _check_fraction(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}: got {number}, expected [0, 1]")
+    return number
+
+
+def _check_beta(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.0 < number < 1.0:
+        raise ValueError(
+            f"{name}: got {number}, expected a number in (0, 1); the ends are "
+            f"{name.replace('beta', 'divergence')}='forward' and 'reverse'"
+        )
+    return number
+
+
+def _number(
+    default: float, check: Callable[[object, str], float] = check_number, flat: str | None = None
+) -> Any:
+    """A field that is a number; flat: its keyword in `FLAT`, its own name if None."""
+    return field(default=default, metadata={"check": check, "flat": flat})
+
+
+def _choice(default: str | None, choices: tuple[str, ...], flat: str | None = None) -> Any:
+    """A field that is one of `choices`; None stands for what the others imply."""
+
+    def check(value: object, name: str) -> object:
+        if value is not None or default is not None:
+            check_choice(value, name, choices)
+        return value
+
+    return field(default=default, metadata={"check": check, "flat": flat, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of a loss; `weight` multiplies its mean, and 0 leaves it out.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or value.
+    """
+
+    weight: float = _number(1.0)
+
+    name: ClassVar[str]
+    needs_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = option.metadata["check"](getattr(self, option.name), option.name)
+            object.__setattr__(self, option.name, value)
+        self._resolve()
+
+    def _resolve(self) -> None:
+        """Replaces what is None and checks what cannot be checked option by option."""
+
+    def denominator(self, weighted: bool) -> str:
+        """What the term is divided by; terms of one call with the same one share a gradient.
+
+        weighted: whether the call has class weights.
+        """
+        return "valid"
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Term):
+    """`F.cross_entropy` of the student's logits: -log softmax(z_s)_y, with label smoothing.
+
+    Denominator: |V|, or with class weights the sum of w_y over V, as in PyTorch.
+
+    Args:
+        weight: of the term in the loss.
+        label_smoothing: in [0, 1].
+    """
+
+    label_smoothing: float = _number(0.0, _check_fraction)
+
+    name: ClassVar[str] = "ce"
+    needs_teacher: ClassVar[bool] = False
+
+    def denominator(self, weighted: bool) -> str:
+        return "class_weight" if weighted else "valid"
+
+
+@dataclass(frozen=True)
+class TeacherCrossEntropy(Term):
+    """`CrossEntropy` of the teacher's logits: the only term that sends them a gradient.
+
+    Denominator: as of `CrossEntropy`.
+
+    Args:
+        weight: of the term in the loss.
+        label_smoothing: in [0, 1].
+    """
+
+    label_smoothing: float = _number(0.0, _check_fraction)
+
+    name: ClassVar[str] = "teacher_ce"
+
+    def denominator(self, weighted: bool) -> str:
+        return "class_weight" if weighted else "valid"
+
+
+@dataclass(frozen=True)
+class KD(Term):
+    """T^2 times a divergence of the softened distributions p = softmax_T(z) of both sides.
+
+    "forward" is KL(p_t || p_s) (Hinton et al., 2015), "reverse" KL(p_s || p_t), "js" the
+    generalised Jensen-Shannon divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m) with
+    m = beta p_t + (1 - beta) p_s. Denominator: |V|.
+
+    Args:
+        weight: of the term in the loss.
+        temperature: T, from 1e-4 to 1e4.
+        divergence: "forward", "reverse" or "js".
+        beta: in (0, 1), read by "js".
+    """
+
+    temperature: float = _number(1.0, check_temperature)
+    divergence: str = _choice("forward", ("forward", "reverse", "js"), "kd_divergence")
+    beta: float = _number(0.5, _check_beta, "kd_beta")
+
+    name: ClassVar[str] = "kd"
+
+
+@dataclass(frozen=True)
+class HeteroAKD(Term):
+    """Mixed-target distillation, weighted by what the teacher knows better (docs/method.md).
+
+    Preset "softmax-kl": the mixed target m = r_t softmax_T(z_t) + r_s softmax_T(z_s), reliabilities
+    r from both cross entropies at tau, and d T^2 KL(m || softmax_T(z_s)) with the discrepancy
+    d = KL(softmax_T(z_t) || softmax_T(z_s)). Denominator: the sum of d over V, |V| without
+    evaluation. Preset "paper" (Eq. 5 to 10): class weights W times the soft cross entropy of the
+    mixed logits. Denominator: |V|; with weight_axis="space" images with a valid pixel times C.
+    Source: HeteroAKD (Huang et al., AAAI 2025, arXiv 2504.07691), from public descriptions of it.
+
+    Args:
+        weight: of the term in the loss; its size depends on the preset, that of "paper" is about C
+            times smaller.
+        preset: "softmax-kl" or "paper" (as public reimplementations state the equations; no results
+            of the paper are claimed for it).
+        temperature: T, from 1e-4 to 1e4.
+        tau: how sharply reliability follows the difference in cross entropy ("softmax-kl"), from
+            1e-4 to 1e4.
+        mix: "probs" (default of "softmax-kl"), "logits" (default of "paper", which has no
+            "probs"), or "teacher": the target is the teacher's own knowledge, the ablation
+            without knowledge mixing.
+        evaluation: "discrepancy" (default) or "none" (every pixel and class counts alike, the
+            ablation without knowledge evaluation).
+        weight_axis: "class" (default) or "space" ("paper" only): axis of the weights' softmax.
+    """
+
+    preset: str = _choice("softmax-kl", ("softmax-kl", "paper"))
+    temperature: float = _number(1.0, check_temperature)
+    tau: float = _number(1.0, check_temperature)
+    mix: str | None = _choice(None, ("probs", "logits", "teacher"))
+    evaluation: str | None = _choice(None, ("discrepancy", "none"))
+    weight_axis: str = _choice("class", ("class", "space"))
+
+    name: ClassVar[str] = "hetero"
+
+    def _resolve(self) -> None:
+        if self.mix is None:
+            object.__setattr__(self, "mix", "logits" if self.preset == "paper" else "probs")
+        if self.evaluation is None:
+            object.__setattr__(self, "evaluation", "discrepancy")
+        if self.preset == "paper" and self.mix == "probs":
+            raise ValueError(
+                f"mix: got {self.mix!r}, the preset 'paper' mixes logits (Eq. 7) or, with "
+                "mix='teacher', nothing; leave mix=None or use preset='softmax-kl'"
+            )
+        if self.preset != "paper" and self.weight_axis != "class":
+            raise ValueError(
+                f"weight_axis: got {self.weight_axis!r}, only preset='paper' has class weights"
+            )
+
+    @property
+    def weighs_space(self) -> bool:
+        """Whether it divides by sums over whole images."""
+        return self.weight_axis == "space" and self.evaluation == "discrepancy"
+
+    def denominator(self, weighted: bool) -> str:
+        if self.evaluation == "none" or (self.preset == "paper" and self.weight_axis == "class"):
+            return "valid"
+        return "images" if self.preset == "paper" else "discrepancy"
+
+
+@dataclass(frozen=True)
+class Feature(Term):
+    """Mean over classes of (z_s - z_t)^2, in the aligned logits space. Denominator: |V|.
+
+    Args:
+        weight: of the term in the loss.
+    """
+
+    name: ClassVar[str] = "feature"
+
+
+#: Every term, in the order in which the operators number them.
+TERMS: Final[tuple[type[Term], ...]] = (CrossEntropy, TeacherCrossEntropy, KD, HeteroAKD, Feature)
+
+
+class FlatOptions(TypedDict, total=False):
+    """The options of all terms as keywords of one call: `functional.distillation_loss`,
+    `HeteroAKDLoss`. Their meaning, range and default: the field of the term."""
+
+    ce_weight: float
+    teacher_ce_weight: float
+    kd_weight: float
+    hetero_weight: float
+    feature_weight: float
+    label_smoothing: float
+    temperature: float
+    kd_divergence: str
+    kd_beta: float
+    preset: str
+    tau: float
+    mix: str | None
+    evaluation: str | None
+    weight_axis: str
+
+
+def flat_name(term: type[Term], option: Field[Any]) -> str:
+    """The keyword that an option of a term has beside those of all other terms."""
+    if option.name == "weight":
+        return f"{term.name}_weight"
+    return option.metadata["flat"] or option.name
+
+
+#: Keywords of `FlatOptions`, each with the terms' fields that it sets.
+FLAT: Final[Mapping[str, tuple[tuple[type[Term], Field[Any]], ...]]] = {
+    name: tuple(
+        (term, option)
+        for term in TERMS
+        for option in fields(term)
+        if flat_name(term, option) == name
+    )
+    for name in FlatOptions.__annotations__
+}
+
+
+#: Of `FlatOptions`; of all weights but the cross entropy's 0.
+FLAT_DEFAULTS: Final[Mapping[str, Any]] = {
+    name: 0.0 if name.endswith("_weight") and name != "ce_weight" else options[0][1].default
+    for name, options in FLAT.items()
+}
+
+
+def check_flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as they are kept, each checked on its own.
+
+    Raises:
+        TypeError, ValueError: names the keyword.
+    """
+    return {
+        name: FLAT[name][0][1].metadata["check"](value, name) for name, value in options.items()
+    }
+
+
+def from_flat(options: Mapping[str, Any]) -> tuple[Term, ...]:
+    """Every term, those of weight 0 too, with its options out of all of `FlatOptions`."""
+    return tuple(
+        term(**{option.name: options[flat_name(term, option)] for option in fields(term)})
+        for term in TERMS
+    )

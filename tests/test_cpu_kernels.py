@@ -9,26 +9,32 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from common import (
+    CPU_KERNELS,
     DTYPES_16,
+    F32,
     TERM_CASES,
     Batch,
     Result,
     assert_accurate,
+    assert_like_logits,
+    assert_maps_match,
     assert_matches,
+    check,
     eager_cross_entropy,
     evaluate,
+    has_isa,
+    instruction_set,
     make_batch,
+    reads,
     truth,
 )
+from geometries import arrange, arrange_labels, batch_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,7 +45,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.loaded(), reason=f"no compiled extension: {_extension.unavailable()}"
 )
 
-F32 = torch.float32
 DTYPES = (F32, torch.float64, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 # What Linux calls the features that each instruction set needs.
@@ -52,77 +57,7 @@ ISAS: dict[str, set[str]] = {
 ALL: dict[str, Any] = TERM_CASES["all"]
 
 
-@cache
-def has_isa(isa: str) -> bool:
-    try:
-        _extension.operators().elementary(torch.zeros(16), "exp2", isa)
-    except RuntimeError:
-        return False
-    return True
-
-
-@contextmanager
-def instruction_set(isa: str) -> Iterator[None]:
-    """Runs a block with one instruction set; skips where the processor lacks it."""
-    if not has_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HETEROAKD_CPU_ISA", isa)
-        assert _extension.operators().cpu_isa() == isa
-        yield
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with instruction_set(request.param):
-        yield request.param
-
-
-def in_layout(dense: Tensor, layout: str) -> Tensor:
-    """The same values, contiguous, channels_last, or with gaps in every dimension."""
-    if layout == "channels_last":
-        return dense.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        b, c, h, w = dense.shape
-        wide = torch.full((b, c + 2, h + 1, 2 * w + 1), 77.0, dtype=dense.dtype)
-        view = wide[:, 1:-1, 1:, 1::2]
-        view.copy_(dense)
-        return view
-    return dense
-
-
-def strided_labels(dense: Tensor) -> Tensor:
-    """The same labels, two apart in a row, with bad labels between them."""
-    wide = torch.full((*dense.shape[:2], 2 * dense.shape[2] + 1), 77, dtype=dense.dtype)
-    view = wide[..., 1::2]
-    view.copy_(dense)
-    return view
-
-
-def same_bits(a: Result, b: Result) -> None:
-    assert a.loss == b.loss
-    assert a.terms == b.terms
-    for name in ("student_grad", "teacher_grad"):
-        ours, theirs = getattr(a, name), getattr(b, name)
-        assert (ours is None) == (theirs is None), name
-        assert ours is None or torch.equal(ours, theirs), name
-    assert (a.maps is None) == (b.maps is None)
-    for name, values in (a.maps or {}).items():
-        assert b.maps is not None
-        assert torch.equal(values, b.maps[name]), name
-
-
-def assert_maps_match(got: Result, expected: Result) -> None:
-    assert got.maps is not None
-    assert expected.maps is not None
-    for name, values in got.maps.items():
-        double = values.dtype == torch.float64
-        torch.testing.assert_close(
-            values.double(),
-            expected.maps[name],
-            rtol=1e-10 if double else 1e-4,
-            atol=1e-12 if double else 1e-6,
-        )
+every_isa = pytest.mark.parametrize("backend", CPU_KERNELS)
 
 
 def assert_call_matches(batch: Batch, got: Result, expected: Result, **options: Any) -> None:
@@ -162,18 +97,13 @@ def assert_call_matches(batch: Batch, got: Result, expected: Result, **options: 
             assert ((ours.double() - theirs).abs() <= allowed).all(), name
 
 
-def student_grad(result: Result) -> Tensor:
-    assert result.student_grad is not None
-    return result.student_grad
-
-
 # --- every term, every geometry ------------------------------------------------------------------
 
 
 class Call(NamedTuple):
     """A call of the loss, small enough to print."""
 
-    isa: str
+    backend: str
     batch: int
     classes: int
     grid: tuple[int, int]
@@ -204,25 +134,21 @@ class Call(NamedTuple):
             seed=self.seed,
         )
         batch = Batch(
-            in_layout(plain.student.to(self.dtypes[0]), self.layouts[0]),
-            in_layout(plain.teacher.to(self.dtypes[1]), self.layouts[1]),
-            strided_labels(plain.target) if self.strided else plain.target,
+            arrange(plain.student.to(self.dtypes[0]), self.layouts[0]),
+            arrange(plain.teacher.to(self.dtypes[1]), self.layouts[1]),
+            arrange_labels(plain.target, "sliced" if self.strided else "contiguous"),
         )
         options = dict(self.options)
         if self.weighted:
             generator = torch.Generator().manual_seed(self.seed)
             options["class_weight"] = torch.rand(self.classes, generator=generator) + 0.1
         wanted = self.student_requires_grad or not options.get("teacher_ce_weight")
-        with instruction_set(self.isa):
-            got = evaluate(batch, 2.5, wanted, backend="cpu", **options)
+        got = evaluate(batch, 2.5, wanted, backend=self.backend, **options)
         expected = truth(batch, 2.5, **options)
         if not wanted:
             expected = expected._replace(student_grad=None)
         assert_call_matches(batch, got, expected, **options)
-        for logits, grad in ((batch.student, got.student_grad), (batch.teacher, got.teacher_grad)):
-            if grad is not None:
-                assert grad.dtype == logits.dtype
-                assert grad.stride() == torch.empty_like(logits).stride()
+        assert_like_logits(batch, got)
         if options["return_maps"]:
             assert_maps_match(got, expected)
 
@@ -287,7 +213,7 @@ def calls(draw: st.DrawFn) -> Call:
     others = [torch.float64] if narrower else [F32, torch.float64]
     layouts = st.sampled_from(["contiguous", "channels_last", "sliced"])
     return Call(
-        isa=draw(st.sampled_from([name for name in ISAS if has_isa(name)])),
+        backend=draw(st.sampled_from(CPU_KERNELS)),
         batch=draw(st.integers(1, 3)),
         classes=draw(st.integers(1, 24)),
         **draw(grids(align_corners)),
@@ -311,36 +237,17 @@ def test_every_call_equals_the_oracle(call: Call) -> None:
     call.run()
 
 
-# Student, teacher, labels, align_corners, classes.
-GEOMETRIES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool, int]] = {
-    # columns of two blocks of 16 lanes, the second one ragged; three bands
-    "stride-4": ((18, 19), (9, 5), (72, 76), False, 7),
-    # one chunk and a ragged vector more, on the label grid
-    "identity": ((3, 261), (3, 261), (3, 261), False, 7),
-    "no-integer": ((10, 37), (21, 11), (23, 61), False, 5),
-    "corners": ((9, 13), (17, 25), (65, 97), True, 5),
-}
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("case", TERM_CASES)
-def test_every_term_on_every_instruction_set(isa: str, case: str, geometry: str) -> None:
-    grid, teacher_grid, size, align_corners, classes = GEOMETRIES[geometry]
-    options = {**TERM_CASES[case], "align_corners": align_corners, "return_maps": True}
-    batch = make_batch(2, classes, grid, teacher_grid, size, dtype=F32)
-    got = evaluate(batch, 2.5, backend="cpu", **options)
-    expected = truth(batch, 2.5, **options)
-    assert_matches(got, expected)
-    assert_maps_match(got, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES_16)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_16_bits_on_every_instruction_set(isa: str, geometry: str, dtype: torch.dtype) -> None:
-    grid, teacher_grid, size, align_corners, classes = GEOMETRIES[geometry]
-    options = {**ALL, "align_corners": align_corners}
-    batch = make_batch(2, classes, grid, teacher_grid, size, dtype=dtype)
-    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, F32) for case in TERM_CASES), *(("all", x) for x in DTYPES_16)]
+)
+@pytest.mark.parametrize("geometry", ["bands", "bands-label-grid", "bands-uneven", "bands-corners"])
+@every_isa
+def test_every_term_on_every_instruction_set(
+    backend: str, geometry: str, case: str, dtype: torch.dtype
+) -> None:
+    options = {"align_corners": geometry == "bands-corners", "return_maps": True}
+    batch = batch_of(geometry, classes=7, dtype=dtype)
+    check(batch, backend=backend, **TERM_CASES[case], **options)
 
 
 # --- which instruction set -----------------------------------------------------------------------
@@ -352,6 +259,12 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
         _extension.operators().cpu_isa()
     with pytest.raises(RuntimeError, match=r"HETEROAKD_CPU_ISA.*sse9"):
         evaluate(make_batch(dtype=F32), backend="cpu")
+
+
+@every_isa
+def test_the_variable_chooses_the_instruction_set(backend: str) -> None:
+    with instruction_set(backend.removeprefix("cpu-")):
+        assert f"cpu-{_extension.operators().cpu_isa()}" == backend
 
 
 @pytest.mark.skipif(
@@ -496,39 +409,6 @@ def test_elementary_functions_do_not_hide_nan(name: str, function: str) -> None:
             assert torch.equal(got, expected)
 
 
-# --- threads -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threads", [2, 3, 5])
-@pytest.mark.parametrize(
-    "case", ["all", "ce-smoothed", "kd-js", "hetero-paper", "hetero-paper-space"]
-)
-@pytest.mark.parametrize(
-    ("grid", "teacher_grid", "size"),
-    [((33, 40), (17, 20), (132, 160)), ((33, 37), (65, 21), (101, 97)), ((40, 600),) * 3],
-    ids=["stride-4", "no-integer", "identity"],
-)
-def test_bits_do_not_depend_on_the_number_of_threads(
-    grid: tuple[int, int],
-    teacher_grid: tuple[int, int],
-    size: tuple[int, int],
-    case: str,
-    threads: int,
-) -> None:
-    """Loss, terms, both gradients and maps; several bands, blocks of columns and images."""
-    options = {**TERM_CASES[case], "return_maps": True}
-    batch = make_batch(2, 6, grid, teacher_grid, size, dtype=F32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = evaluate(batch, backend="cpu", **options)
-        torch.set_num_threads(threads)
-        for _ in range(2):
-            same_bits(evaluate(batch, backend="cpu", **options), one)
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- two ways to the gradient --------------------------------------------------------------------
 
 
@@ -565,7 +445,7 @@ def test_off_the_label_grid_inputs_may_be_overwritten(which: str) -> None:
         dtype=F32, grid=grids["student"], teacher_grid=grids["teacher"], size=(9, 11)
     )
     options: dict[str, Any] = {"hetero_weight": 1.0, "backend": "cpu"}
-    expected = student_grad(evaluate(batch, **options))
+    expected = evaluate(batch, **options).student_grad
     student = batch.student.clone().requires_grad_()
     logits, teacher, target = student * 1.0, batch.teacher.clone(), batch.target.clone()
     loss = functional.distillation_loss(logits, target, teacher, **options).loss
@@ -593,85 +473,17 @@ def test_both_ways_give_the_same_gradient(case: str) -> None:
         assert_matches(got, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("size", [(10, 23), (40, 92)], ids=["identity", "stride-4"])
-def test_gradients_follow_dtype_and_layout(
-    size: tuple[int, int], layout: str, dtype: torch.dtype
-) -> None:
-    batch = make_batch(2, 6, (10, 23), (10, 23), size, dtype=dtype)
-    moved = Batch(in_layout(batch.student, layout), in_layout(batch.teacher, layout), batch.target)
-    got = evaluate(moved, backend="cpu", **ALL)
-    for logits, grad in ((moved.student, got.student_grad), (moved.teacher, got.teacher_grad)):
-        assert grad is not None
-        assert grad.dtype == dtype
-        assert grad.stride() == torch.empty_like(logits).stride()
-    if layout == "channels_last":
-        assert student_grad(got).is_contiguous(memory_format=torch.channels_last)
-    same_bits(got, evaluate(batch, backend="cpu", **ALL))
-    assert_matches(got, truth(batch, **ALL))
-
-
 @pytest.mark.parametrize("width", [800, 801])
-def test_a_gradient_larger_than_the_caches(isa: str, width: int) -> None:
+@every_isa
+def test_a_gradient_larger_than_the_caches(backend: str, width: int) -> None:
     """On the label grid it is written past them, where rows are aligned to a vector (and where
     they are not, as every other is here, without)."""
     batch = make_batch(1, 13, (210, width), None, (210, width), dtype=F32)
     assert batch.student.numel() * 4 > 8 << 20
-    options: dict[str, Any] = {"kd_weight": 0.5}
-    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
+    check(batch, backend=backend, kd_weight=0.5)
 
 
 # --- geometry ------------------------------------------------------------------------------------
-
-
-EDGES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool]] = {
-    "one-pixel": ((1, 1), (1, 1), (1, 1), False),
-    "one-logit": ((1, 1), (2, 3), (37, 41), False),
-    "one-logit-corners": ((1, 1), (1, 1), (19, 35), True),
-    "one-label": ((9, 17), (4, 4), (1, 1), False),
-    "one-label-corners": ((9, 17), (4, 4), (1, 1), True),
-    "width-1": ((9, 1), (5, 1), (36, 1), False),
-    "width-1-upsampled": ((9, 1), (5, 1), (36, 9), True),
-    "height-1": ((1, 19), (1, 7), (1, 76), False),
-    "height-1-upsampled": ((1, 19), (1, 7), (5, 76), True),
-    "width-2": ((3, 2), (3, 2), (12, 32), False),
-    # a block is lanes x ratio columns: 256 pixels at ratio 16 and 16 lanes
-    "ratio-16-one-block": ((2, 16), (2, 16), (32, 256), False),
-    "ratio-16-ragged": ((2, 17), (3, 5), (32, 272), False),
-    "ratio-16-just-short": ((2, 15), (2, 15), (32, 240), False),
-    "ratio-7": ((9, 33), (9, 33), (63, 231), False),
-    "only-width": ((17, 9), (17, 9), (17, 36), False),
-    "only-height": ((9, 35), (9, 35), (36, 35), False),
-    "downsampled": ((40, 50), (17, 90), (11, 13), False),
-    "downsampled-corners": ((40, 50), (17, 90), (11, 13), True),
-    "half": ((18, 70), (18, 70), (9, 35), False),
-    "teacher-finer": ((5, 9), (40, 72), (20, 36), False),
-    "teacher-on-labels": ((5, 9), (20, 36), (20, 36), False),
-    "teacher-coarser": ((20, 36), (3, 2), (40, 72), False),
-    "teacher-one-logit": ((20, 36), (1, 1), (20, 36), False),
-    "student-on-labels": ((20, 36), (5, 9), (20, 36), False),
-    "corners-97-769": ((2, 97), (2, 97), (9, 769), True),
-    "corners-13-97": ((13, 13), (25, 49), (97, 97), True),
-    "corners-identity": ((9, 33), (9, 33), (9, 33), True),
-    "ratio-64": ((2, 3), (2, 3), (128, 192), False),
-    "ratio-65": ((2, 3), (2, 3), (130, 195), False),
-    "ratio-65-corners": ((3, 3), (3, 3), (131, 131), True),
-    "ratio-65-of-height": ((1, 20), (2, 20), (65, 20), False),
-}
-
-
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges_of_the_geometry(isa: str, edge: str) -> None:
-    """Every term at once where grids are tiny, ragged, or related in a way of their own."""
-    grid, teacher_grid, size, align_corners = EDGES[edge]
-    batch = make_batch(3, 5, grid, teacher_grid, size, dtype=F32, seed=1)
-    batch.target[:, 0, 0] = torch.tensor([0, 1, 2])
-    options = {**ALL, "align_corners": align_corners, "return_maps": True}
-    got = evaluate(batch, 2.5, backend="cpu", **options)
-    expected = truth(batch, 2.5, **options)
-    assert_matches(got, expected)
-    assert_maps_match(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -679,111 +491,36 @@ def test_edges_of_the_geometry(isa: str, edge: str) -> None:
 def test_where_float_sums_become_too_long(ratio: int, dtype: torch.dtype) -> None:
     """Beyond 64 label pixels per logit everything is computed in double, for every dtype."""
     batch = make_batch(2, 4, (2, 3), (5, 4), (2 * ratio, 3 * ratio), dtype=dtype)
-    options = {**ALL, "return_maps": True}
-    got = evaluate(batch, backend="cpu", **options)
-    expected = truth(batch, **options)
-    assert got.maps is not None
+    got = check(batch, backend="cpu", return_maps=True, **ALL)
     for values in (got.loss, *got.maps.values()):
         assert values.dtype == torch.promote_types(dtype, F32)
-    assert_matches(got, expected)
-    assert_maps_match(got, expected)
-
-
-@pytest.mark.parametrize("classes", [150, 171])
-@pytest.mark.parametrize("case", ["all", "kd-js", "hetero-mix-logits", "hetero-paper"])
-@pytest.mark.parametrize("size", [(9, 18), (36, 72)], ids=["identity", "stride-4"])
-def test_many_classes(size: tuple[int, int], case: str, classes: int) -> None:
-    batch = make_batch(3, classes, (9, 18), (9, 18), size, dtype=F32)
-    options = TERM_CASES[case]
-    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
-
-
-@pytest.mark.parametrize("ignored", ["rows", "columns", "scattered", "all-but-one", "an-image"])
-@pytest.mark.parametrize("case", ["all", "hetero-paper-space"])
-def test_vectors_without_a_valid_pixel(isa: str, case: str, ignored: str) -> None:
-    """They are skipped, in any order with those that are not."""
-    batch = make_batch(2, 5, (18, 37), (9, 18), (72, 148), dtype=F32, ignored=0.0)
-    target = batch.target
-    if ignored == "rows":
-        target[:, 3:17] = 255
-        target[:, 30::3] = 255
-    elif ignored == "columns":
-        target[:, :, 5:90] = 255
-    elif ignored == "scattered":
-        target[torch.rand(target.shape) < 0.99] = 255
-    elif ignored == "all-but-one":
-        keep = int(target[1, 40, 77])
-        target.fill_(255)
-        target[1, 40, 77] = keep
-    else:
-        target[0] = 255
-    options = TERM_CASES[case]
-    assert_matches(evaluate(batch, backend="cpu", **options), truth(batch, **options))
 
 
 # --- large and broken values ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 3e37, 3e38])
 @pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
-def test_a_class_masked_by_minus_infinity_is_absent(
-    isa: str, size: tuple[int, int], align_corners: bool
+@every_isa
+def test_huge_finite_logits_are_those_of_the_oracle(
+    backend: str, size: tuple[int, int], value: float
 ) -> None:
-    """Cross entropy with a class at -inf everywhere is that of the other classes."""
-    batch = make_batch(2, 6, (9, 21), None, size, dtype=F32, ignored=0.3)
-    batch.target[batch.target == 5] = 4
-    masked = batch.student.clone()
-    masked[:, 5] = -math.inf
-    got = evaluate(batch._replace(student=masked), backend="cpu", align_corners=align_corners)
-    others = batch._replace(student=batch.student[:, :5], teacher=batch.teacher[:, :5])
-    expected = truth(others, align_corners=align_corners)
-    assert (student_grad(got)[:, 5] == 0.0).all()
-    assert_matches(got._replace(student_grad=student_grad(got)[:, :5]), expected)
+    """p is 0 or 1 at every pixel: finite, and neither an overflow nor a NaN from inf - inf.
 
-
-def huge_batch(size: tuple[int, int], value: float) -> Batch:
-    """Rows at value take turns with rows at -value in one class: their difference at 3e38 is not
-    a float, and interpolated pixels between them see all that lies between."""
+    Rows at value take turns with rows at -value in one class: their difference at 3e38 is not a
+    float, and interpolated pixels between them see all that lies between."""
     batch = make_batch(2, 4, (9, 21), None, size, dtype=F32)
     batch.student[:, 0, ::2] = value
     batch.student[:, 0, 1::2] = -value
     batch.target[batch.target == 0] = 1
-    return batch
-
-
-@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 3e38])
-@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
-def test_huge_finite_logits_have_the_gradient_of_the_oracle(
-    isa: str, size: tuple[int, int], value: float
-) -> None:
-    """p is 0 or 1 at every pixel: finite, and neither an overflow nor a NaN from inf - inf."""
-    batch = huge_batch(size, value)
-    got = evaluate(batch, backend="cpu")
+    got, expected = evaluate(batch, backend=backend), truth(batch)
+    assert_accurate(got.student_grad, expected.student_grad)
     if value < torch.finfo(F32).max / 2:  # beyond, the loss itself is no float32, in torch neither
-        assert math.isfinite(got.loss)
-    assert_accurate(student_grad(got), student_grad(truth(batch)))
+        assert float(got.loss) == pytest.approx(float(expected.loss), rel=2e-6)
 
 
-@pytest.mark.parametrize("value", [1e20, 1e29, 1e31, 3e37])
-@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
-def test_huge_finite_logits_have_the_loss_of_the_oracle(
-    isa: str, size: tuple[int, int], value: float
-) -> None:
-    batch = huge_batch(size, value)
-    got, expected = evaluate(batch, backend="cpu"), truth(batch)
-    assert float(got.loss) == pytest.approx(float(expected.loss), rel=2e-6)
-
-
-def test_a_label_on_a_masked_class_has_an_infinite_loss(isa: str) -> None:
-    logits = torch.tensor([0.0, -math.inf, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
-    target = torch.ones(1, 8, 8, dtype=torch.int64)
-    for size in (4, 8):
-        assert functional.cross_entropy(logits, target[:, :size, :size], backend="cpu").loss == (
-            math.inf
-        )
-
-
-def test_equal_models_have_no_divergence(isa: str) -> None:
+@every_isa
+def test_equal_models_have_no_divergence(backend: str) -> None:
     """Exactly: the logarithms of powers of 2 are exact, and what is left cancels."""
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     for classes in (1, 2, 4):
@@ -793,46 +530,23 @@ def test_equal_models_have_no_divergence(isa: str) -> None:
             {"hetero_weight": 1.0, "evaluation": "none"},
         ):
             batch = Batch(logits, logits.clone(), target)
-            got = evaluate(batch, backend="cpu", ce_weight=0.0, temperature=4.0, **options)
+            got = evaluate(batch, backend=backend, ce_weight=0.0, temperature=4.0, **options)
             assert got.loss == 0
-            assert (student_grad(got) == 0).all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
-@pytest.mark.parametrize("case", ["all", "ce-smoothed", "hetero-paper", "hetero-paper-space"])
-@pytest.mark.parametrize("size", [(18, 37), (72, 148)], ids=["identity", "stride-4"])
-def test_garbage_that_only_ignored_pixels_see(
-    isa: str, size: tuple[int, int], case: str, bad: float
-) -> None:
-    """Its band is handled with care, and the valid pixels of that band are as accurate as ever."""
-    clean = make_batch(2, 5, (18, 37), (18, 37), size, dtype=F32)
-    ratio = size[0] // 18
-    clean.target[1, :, 20 * ratio :] = 255
-    clean.target[0, 10 * ratio :] = 255
-    dirty = Batch(clean.student.clone(), clean.teacher.clone(), clean.target)
-    for logits in (dirty.student, dirty.teacher):
-        logits[1, :, :, 22:] = bad
-        logits[0, 2, 12:] = bad
-    options = TERM_CASES[case]
-    got = evaluate(dirty, backend="cpu", **options)
-    assert_matches(got, truth(clean, **options))
-    for grad in (got.student_grad, got.teacher_grad):
-        if grad is not None:
-            assert (grad[1, :, :, 22:] == 0.0).all()
-            assert (grad[0, :, 12:] == 0.0).all()
+            assert not got.student_grad.any()
 
 
 @pytest.mark.parametrize("bad", [1e31, 3e38, -math.inf])
 @pytest.mark.parametrize("size", [(26, 37), (104, 148)], ids=["identity", "stride-4"])
+@every_isa
 def test_huge_values_change_nothing_in_other_images_and_bands(
-    isa: str, size: tuple[int, int], bad: float
+    backend: str, size: tuple[int, int], bad: float
 ) -> None:
     """Care is taken band by band: what does not see the huge value keeps its bits."""
     clean = make_batch(2, 5, (26, 37), None, size, dtype=F32)
     clean.target[clean.target == 3] = 2
     dirty = clean._replace(student=clean.student.clone())
     dirty.student[1, 3, 12, 20] = bad
-    here, there = (student_grad(evaluate(batch, backend="cpu")) for batch in (clean, dirty))
+    here, there = (evaluate(batch, backend=backend).student_grad for batch in (clean, dirty))
     assert torch.equal(here[0], there[0])
     # bands are 8 rows of logits; row 12 is seen by labels from row 11 to 13, these are of band 1
     assert torch.equal(here[1, :, :8], there[1, :, :8])
@@ -846,46 +560,20 @@ def test_huge_values_change_nothing_in_other_images_and_bands(
 @pytest.mark.parametrize("case", TERM_CASES)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("size", [(9, 21), (36, 84)], ids=["identity", "stride-4"])
-def test_a_nan_in_any_lane_shows(isa: str, size: tuple[int, int], side: str, case: str) -> None:
+@every_isa
+def test_a_nan_in_any_lane_shows(backend: str, size: tuple[int, int], side: str, case: str) -> None:
     options = TERM_CASES[case]
     batch = make_batch(1, 5, (9, 21), (9, 21), size, dtype=F32, ignored=0.0)
-    reads = {
-        name for name in ("teacher_ce", "kd", "hetero", "feature") if options.get(f"{name}_weight")
-    }
-    if side == "student":
-        reads = (reads - {"teacher_ce"}) | ({"ce"} if options.get("ce_weight", 1.0) else set())
+    affected = reads(side, **options)
     for column, c in ((0, 0), (7, 4), (8, 1), (20, 3)):
         logits = getattr(batch, side).clone()
         logits[0, c, 4, column] = math.nan
-        got = evaluate(batch._replace(**{side: logits}), backend="cpu", **options)
-        assert math.isnan(got.loss) == bool(reads), (column, c)
-        assert {name for name, value in got.terms.items() if math.isnan(value)} == reads
+        got = evaluate(batch._replace(**{side: logits}), backend=backend, **options)
+        assert math.isnan(got.loss) == bool(affected), (column, c)
+        assert {name for name, value in got.terms.items() if math.isnan(value)} == affected
 
 
 # --- labels --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label_dtype", LABEL_DTYPES)
-@pytest.mark.parametrize("ignore_index", [255, 0, 3])
-@pytest.mark.parametrize("size", [(9, 21), (36, 84), (23, 50)])
-def test_labels_of_any_dtype_and_stride_are_the_same(
-    size: tuple[int, int], ignore_index: int, label_dtype: torch.dtype
-) -> None:
-    batch = make_batch(2, 5, (9, 21), (9, 21), size, dtype=F32, ignore_index=ignore_index)
-    options = {**ALL, "ignore_index": ignore_index, "allow_ignored_class": ignore_index < 5}
-    options |= {"return_maps": True, "backend": "cpu"}
-    expected = evaluate(batch, **options)
-    dense = batch.target.to(label_dtype)
-    for target in (
-        dense,
-        strided_labels(dense),
-        dense.transpose(1, 2).contiguous().transpose(1, 2),
-        dense[:, :1].expand(-1, size[0], -1),
-    ):
-        if target.stride(1) == 0:
-            repeated = batch._replace(target=target.contiguous())
-            expected = evaluate(repeated, **options)
-        same_bits(evaluate(batch._replace(target=target), **options), expected)
 
 
 @pytest.mark.parametrize("label_dtype", LABEL_DTYPES)
@@ -904,7 +592,7 @@ def test_the_first_label_out_of_range_is_named(
     for b, y, x in bad:
         batch.target[b, y, x] = label
     b, y, x = min(bad)
-    target = strided_labels(batch.target) if strided else batch.target
+    target = arrange_labels(batch.target, "sliced" if strided else "contiguous")
     expected = rf"label {label} at \(b={b}, y={y}, x={x}\).*; {len(bad)} such pixels"
     for wanted in (False, True):
         with pytest.raises(ValueError, match=expected):
@@ -918,121 +606,78 @@ def test_the_first_label_out_of_range_is_named(
 
 @settings(max_examples=150)
 @given(
-    batch=st.integers(1, 3),
-    classes=st.integers(2, 24),
-    grid=st.tuples(st.integers(1, 21), st.integers(1, 21)),
-    size=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+    batch=st.builds(
+        make_batch,
+        batch=st.integers(1, 3),
+        classes=st.integers(2, 24),
+        grid=st.tuples(st.integers(1, 21), st.integers(1, 21)),
+        teacher_grid=st.none(),
+        size=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+        dtype=st.sampled_from(DTYPES),
+        label_dtype=st.sampled_from(LABEL_DTYPES),
+        scale=st.sampled_from([0.0, 1.0, 5.0, 40.0]),
+        ignored=st.sampled_from([0.0, 0.3, 0.95]),
+        seed=st.integers(0, 2**31),
+    ),
     align_corners=st.booleans(),
     weighted=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-    label_dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
-    scale=st.sampled_from([0.0, 1.0, 5.0, 40.0]),
-    ignored=st.sampled_from([0.0, 0.3, 0.95]),
-    channels_last=st.booleans(),
-    seed=st.integers(0, 2**31),
+    layout=st.sampled_from(["contiguous", "channels_last"]),
 )
 @example(  # the last label rows read the last logits row twice
-    batch=1, classes=2, grid=(9, 1), size=(70, 1), align_corners=False, weighted=False,
-    smoothing=0.0, dtype=torch.float64, label_dtype=torch.int64, scale=1.0, ignored=0.0,
-    channels_last=False, seed=0,
-)  # fmt: skip
+    make_batch(1, 2, (9, 1), None, (70, 1), ignored=0.0), False, False, 0.0, "contiguous"
+)
 @example(  # three bands of rows and two tiles of columns, with ragged ends
-    batch=2, classes=3, grid=(17, 5), size=(69, 129), align_corners=True, weighted=True,
-    smoothing=0.1, dtype=torch.float32, label_dtype=torch.uint8, scale=5.0, ignored=0.3,
-    channels_last=True, seed=1,
+    make_batch(2, 3, (17, 5), None, (69, 129), F32, 5.0, 0.3, label_dtype=torch.uint8),
+    True, True, 0.1, "channels_last",
 )  # fmt: skip
 def test_equals_interpolate_and_cross_entropy(
-    batch: int,
-    classes: int,
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    align_corners: bool,
-    weighted: bool,
-    smoothing: float,
-    dtype: torch.dtype,
-    label_dtype: torch.dtype,
-    scale: float,
-    ignored: float,
-    channels_last: bool,
-    seed: int,
+    batch: Batch, align_corners: bool, weighted: bool, smoothing: float, layout: str
 ) -> None:
     """Against torch's own functions in float64, value and gradient, on the same input values."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(batch, classes, *grid, generator=generator, dtype=torch.float64) * scale
-    logits = z.to(dtype)
-    if channels_last:
-        logits = logits.contiguous(memory_format=torch.channels_last)
-    target = torch.randint(0, classes, (batch, *size), generator=generator)
-    target[torch.rand(target.shape, generator=generator) < ignored] = 255
-    target[0, 0, 0] = 0  # at least one valid pixel
-    weight = torch.rand(classes, generator=generator).double() + 0.1 if weighted else None
-
-    x = logits.detach().requires_grad_()
-    output = functional.cross_entropy(
-        x,
-        target.to(label_dtype),
+    batch.target[0, 0, 0] = 0  # at least one valid pixel
+    classes = batch.student.shape[1]
+    weight = torch.rand(classes) + 0.1 if weighted else None
+    got = evaluate(
+        batch._replace(student=arrange(batch.student, layout)),
+        -1.7,
         align_corners=align_corners,
-        class_weight=None if weight is None else weight.float(),
+        class_weight=weight,
         label_smoothing=smoothing,
         backend="cpu",
     )
-    exact = logits.detach().double().requires_grad_()
+    exact = batch.student.double().requires_grad_()
     expected = eager_cross_entropy(
         exact,
-        target,
+        batch.target,
         align_corners,
-        weight=None if weight is None else weight.float().double(),
+        weight=None if weight is None else weight.double(),
         label_smoothing=smoothing,
     )
-    relative = 1e-12 if dtype == torch.float64 else 3e-6
-    assert float(output.loss.detach()) == pytest.approx(
-        float(expected.detach()), rel=relative, abs=relative
-    )
-    grad_output = torch.tensor(-1.7)
-    (ours,) = torch.autograd.grad(output.loss, x, grad_output.to(output.loss))
-    (theirs,) = torch.autograd.grad(expected, exact, grad_output.double())
-    assert ours.stride() == x.stride()
-    assert output.valid is not None
-    natural = 1.7 / int(output.valid)
+    relative = 1e-12 if batch.student.dtype == torch.float64 else 3e-6
+    assert float(got.loss) == pytest.approx(float(expected.detach()), rel=relative, abs=relative)
+    (theirs,) = torch.autograd.grad(expected, exact, torch.tensor(-1.7).double())
+    natural = 1.7 / int((batch.target != 255).sum())
     if theirs.abs().max() > 1e-3 * natural:
-        assert_accurate(ours, theirs)
+        assert_accurate(got.student_grad, theirs)
     else:  # everything cancels: uniform logits under full smoothing
-        assert ours.abs().max() <= 2e-3 * natural
+        assert got.student_grad.abs().max() <= 2e-3 * natural
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5, 7, 8, 16, 32])
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_integer_ratios(ratio: int, align_corners: bool) -> None:
-    torch.manual_seed(ratio)
-    batch = Batch(
-        torch.randn(2, 19, 9, 11) * 4,
-        torch.zeros(2, 19, 1, 1),
-        torch.randint(0, 19, (2, 9 * ratio, 11 * ratio)),
-    )
-    got = evaluate(batch, backend="cpu", align_corners=align_corners)
-    expected = truth(batch, align_corners=align_corners)
-    assert_accurate(student_grad(got), student_grad(expected))
+    batch = make_batch(2, 19, (9, 11), None, (9 * ratio, 11 * ratio), F32, scale=4.0)
+    check(batch, backend="cpu", align_corners=align_corners)
 
 
-def test_odd_ratio_far_from_the_origin() -> None:
-    """Column 4000 of a ratio that is no power of two: the taps must be placed in double."""
-    batch = Batch(
-        torch.randn(1, 3, 2, 1500) * 5,
-        torch.zeros(1, 3, 1, 1),
-        torch.randint(0, 3, (1, 5, 4001)),
-    )
-    got = evaluate(batch, backend="cpu")
-    assert_accurate(student_grad(got), student_grad(truth(batch)))
-
-
-@pytest.mark.parametrize(("grid", "size"), [((1, 1), (1, 65536)), ((2, 2), (700, 700))])
-def test_a_great_many_label_pixels_per_logit(grid: tuple[int, int], size: tuple[int, int]) -> None:
-    batch = Batch(
-        torch.randn(1, 3, *grid), torch.zeros(1, 3, 1, 1), torch.zeros(1, *size, dtype=torch.uint8)
-    )
-    got = evaluate(batch, backend="cpu")
-    assert_accurate(student_grad(got), student_grad(truth(batch)))
+@pytest.mark.parametrize(
+    ("grid", "size"), [((2, 1500), (5, 4001)), ((1, 1), (1, 65536)), ((2, 2), (700, 700))]
+)
+def test_far_from_the_origin(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    """Column 4000 of a ratio that is no power of two: the taps must be placed in double. And a
+    great many label pixels per logit."""
+    check(make_batch(1, 3, grid, None, size, F32, 5.0, ignored=0.0), backend="cpu")
 
 
 def test_infinite_logits_spread_no_further_than_their_weights() -> None:
@@ -1065,7 +710,7 @@ def step(x, t, y):
     if backend == "eager":
         z = F.interpolate(x, y.shape[1:], mode="bilinear")
         return F.cross_entropy(z, y.long(), ignore_index=255).backward()
-    functional.distillation_loss(x, t, y, backend=backend, **weights).loss.backward()
+    functional.distillation_loss(x, y, t, backend=backend, **weights).loss.backward()
 # load and allocate what every call needs once
 step(logits(4).requires_grad_(), logits(4), y[:, :8, :8])
 def status(name):
@@ -1116,26 +761,6 @@ def test_peak_memory_of_the_whole_step_does_not_grow_with_the_label_grid() -> No
     assert large < classes * 1024 * 1024 * 4 / 10
 
 
-def test_strides_beyond_2_31_elements() -> None:
-    """Image 1 lies more than 2^31 elements behind image 0, in logits and in labels.
-
-    The memory between them is never touched, so it is never allocated.
-    """
-    torch.use_deterministic_algorithms(False)  # would fill the gap
-    far = 2**31 + 12345
-    logits = torch.empty(far + 200, dtype=torch.bfloat16).as_strided((2, 3, 4, 5), (far, 20, 5, 1))
-    target = torch.empty(far + 200, dtype=torch.uint8).as_strided((2, 8, 10), (far, 10, 1))
-    dense = Batch(
-        torch.randn(2, 3, 4, 5).bfloat16(), logits, torch.randint(0, 3, (2, 8, 10)).to(torch.uint8)
-    )
-    logits.copy_(dense.student)
-    target.copy_(dense.target)
-    got = evaluate(Batch(logits, logits, target), backend="cpu")
-    expected = evaluate(dense, backend="cpu")
-    assert got.loss == expected.loss
-    assert torch.equal(student_grad(got), student_grad(expected))
-
-
 @pytest.mark.skipif(
     not os.environ.get("HETEROAKD_TEST_LARGE"),
     reason="needs 32 GiB of free memory and a minute; HETEROAKD_TEST_LARGE=1 runs it",
@@ -1154,23 +779,6 @@ def test_gradient_of_more_than_2_31_elements() -> None:
         row, column = (128, 384)[y], (128, 384)[x]
         assert grad[1, label, row, column] == pytest.approx((1 / 4096 - 1) / 7, rel=0.01)
         assert grad[1, 17, row, column] == pytest.approx(1 / 4096 / 7, rel=0.01)
-
-
-@pytest.mark.parametrize("student", [(4, 4), (4, 0), (0, 4)])
-@pytest.mark.parametrize("teacher", [(0, 3), (3, 0), (3, 3)])
-@pytest.mark.parametrize("label", [(16, 0), (0, 16), (1, 0)])
-def test_no_pixels_and_no_logits(
-    student: tuple[int, int], teacher: tuple[int, int], label: tuple[int, int]
-) -> None:
-    batch = Batch(
-        torch.randn(2, 5, *student),
-        torch.randn(2, 5, *teacher),
-        torch.zeros(2, *label, dtype=torch.int64),
-    )
-    for case in ("all", "hetero-paper-space", "kd-js"):
-        got = evaluate(batch, backend="cpu", return_maps=True, **TERM_CASES[case])
-        assert got.loss == 0
-        assert (student_grad(got) == 0).all()
 
 
 def test_raw_operator_refuses_terms_without_their_kind() -> None:
@@ -1207,13 +815,14 @@ def test_inputs_of_inference_mode_may_change_before_backward() -> None:
     with torch.inference_mode():
         teacher.zero_()
     loss.backward()
-    assert torch.equal(student.grad, student_grad(expected))
+    assert torch.equal(student.grad, expected.student_grad)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (16, 24)])
-def test_divergences_of_huge_logits(isa: str, size: tuple[int, int]) -> None:
+@every_isa
+def test_divergences_of_huge_logits(backend: str, size: tuple[int, int]) -> None:
     batch = make_batch(2, 5, (4, 6), (4, 6), size, dtype=F32)
     batch.student[:, 1] = 1e33
     options = {"ce_weight": 0.0, "kd_weight": 1.0}
-    got, expected = evaluate(batch, backend="cpu", **options), truth(batch, **options)
+    got, expected = evaluate(batch, backend=backend, **options), truth(batch, **options)
     assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-5)

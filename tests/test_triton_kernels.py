@@ -1,30 +1,22 @@
-"""The Triton kernels against the float64 oracle: on a GPU, or here in Triton's interpreter.
+"""What is the Triton kernels' own, beyond what every backend is tested for (tests/contract): the
+exact fallback, 64-bit offsets, launches, and the elementary functions.
 
-Small shapes that cross every border there is: between threads' cells, warps (31 columns each),
-programs (62), chunks of rows, and the edges of the picture. `test_kernel_resources.py` looks at
-what the compiler makes of the same sources.
+On a GPU, or here in Triton's interpreter. `test_kernel_resources.py` looks at what the compiler
+makes of the same sources.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from common import (
-    TERM_CASES,
-    Batch,
-    Result,
-    assert_matches,
-    evaluate,
-    make_batch,
-    truth,
-)
+from common import F32, TERM_CASES, Batch, make_batch
+from common import check as check_on
+from geometries import batch_of
 from interpreter import INTERPRETED
-from test_gpu import arrange, arrange_labels
 
 from heteroakd_fast import backends
 from heteroakd_fast.spec import LossSpec
@@ -37,77 +29,20 @@ import triton.language as tl
 from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics, tune
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-F32 = torch.float32
 HETERO: dict[str, Any] = {"hetero_weight": 1.0, "temperature": 2.0}
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "several-warps": {"grid": (9, 40), "teacher_grid": None, "size": (18, 80), "batch": 2},
-    "several-programs": {"grid": (20, 17), "teacher_grid": None, "size": (40, 34), "batch": 1},
-    "other-teacher": {"grid": (4, 6), "teacher_grid": (8, 3), "size": (13, 17)},
-    "label-grid": {"grid": (5, 8), "teacher_grid": None, "size": (5, 8)},
-    "label-grid-ragged": {"grid": (5, 7), "teacher_grid": None, "size": (5, 7)},
-    "teacher-on-label-grid": {"grid": (3, 4), "teacher_grid": (9, 11), "size": (9, 11)},
-    "student-on-label-grid": {"grid": (9, 11), "teacher_grid": (3, 4), "size": (9, 11)},
-    "downsampled": {"grid": (20, 11), "teacher_grid": (9, 23), "size": (9, 7)},
-    "one-logit": {"grid": (1, 1), "teacher_grid": None, "size": (9, 7)},
-    "one-row": {"grid": (1, 5), "teacher_grid": (3, 1), "size": (7, 11)},
-    "large-ratio": {"grid": (2, 3), "teacher_grid": None, "size": (20, 36), "batch": 1},
-    "one-row-of-labels": {"grid": (3, 3), "teacher_grid": None, "size": (1, 9)},
-    "one-pixel": {"grid": (3, 3), "teacher_grid": None, "size": (1, 1), "ignored": 0.0},
-}
-
-
-def on_device(batch: Batch) -> Batch:
-    return Batch(*(tensor.to(DEVICE) for tensor in batch))
-
-
-def run(batch: Batch, **options: Any) -> Result:
-    return evaluate(on_device(batch), 2.5, backend="triton", **options)
 
 
 def check(batch: Batch, **options: Any) -> None:
-    got = run(batch, **options)
-    if DEVICE != "cpu":
-        got = got._replace(
-            loss=got.loss.cpu(),
-            student_grad=None if got.student_grad is None else got.student_grad.cpu(),
-            teacher_grad=None if got.teacher_grad is None else got.teacher_grad.cpu(),
-        )
-    assert_matches(got, truth(batch, 2.5, **options))
+    check_on(batch, backend="triton", **options)
 
 
 # --- accuracy ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, F32], ids=str)
-@pytest.mark.parametrize("case", TERM_CASES)
-def test_every_term(case: str, dtype: torch.dtype) -> None:
-    """In float64 to 1e-12: what is left to see there is arithmetic, not rounding."""
-    batch = make_batch(classes=3, dtype=dtype, grid=(3, 4), teacher_grid=None, size=(9, 12))
-    check(batch, **TERM_CASES[case])
-
-
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_every_geometry(geometry: str, align_corners: bool) -> None:
-    batch = make_batch(classes=3, dtype=F32, **GEOMETRIES[geometry])
-    check(batch, align_corners=align_corners, **HETERO)
-
-
-@pytest.mark.parametrize("case", ["all", "kd-js", "hetero-paper", "hetero-paper-space"])
-@pytest.mark.parametrize("geometry", ["label-grid", "other-teacher"])
-def test_terms_that_do_not_fold(geometry: str, case: str) -> None:
-    check(make_batch(classes=3, dtype=F32, **GEOMETRIES[geometry]), **TERM_CASES[case])
-
-
 @pytest.mark.parametrize("classes", [1, 2, 19, config.MANY_CLASSES, 150])
 def test_numbers_of_classes(classes: int) -> None:
     """19 and 150 are no power of two; from MANY_CLASSES on the label's logit is read apart."""
-    check(
-        make_batch(
-            batch=1, classes=classes, dtype=F32, grid=(2, 2), teacher_grid=None, size=(4, 4)
-        ),
-        **HETERO,
-    )
+    check(make_batch(1, classes, (2, 2), None, (4, 4), F32), **HETERO)
 
 
 @pytest.mark.parametrize(
@@ -127,37 +62,16 @@ def test_steep_logits_where_threads_have_more_pixels_than_cells(
     grid: Any, size: Any, align_corners: bool, options: dict[str, Any]
 ) -> None:
     """Pixels that do not exist are computed with the others, and must stay finite to be nothing."""
-    batch = make_batch(batch=1, classes=3, dtype=F32, grid=grid, teacher_grid=None, size=size)
+    batch = make_batch(1, 3, grid, None, size, F32)
     batch = Batch(20 * batch.student, 20 * batch.teacher, batch.target)
     check(batch, align_corners=align_corners, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_16_bits_and_layouts(layout: str, dtype: torch.dtype) -> None:
-    batch = make_batch(classes=3, dtype=dtype, grid=(3, 4), teacher_grid=None, size=(9, 12))
-    arranged = Batch(
-        arrange(batch.student.to(DEVICE), layout),
-        arrange(batch.teacher.to(DEVICE), layout),
-        arrange_labels(batch.target.to(DEVICE), layout),
-    )
-    check(arranged, **TERM_CASES["all"])
 
 
 def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the tensors had more than 2^31 elements."""
     monkeypatch.setattr(launch, "_INT32", 10)
-    check(make_batch(classes=3, dtype=F32), **TERM_CASES["all"])
-    check(make_batch(classes=3, dtype=F32, **GEOMETRIES["label-grid"]), **HETERO)
-
-
-def test_same_bits_again() -> None:
-    batch = make_batch(classes=3, dtype=F32, **GEOMETRIES["several-programs"])
-    first, second = run(batch, **HETERO), run(batch, **HETERO)
-    assert first.student_grad is not None
-    assert second.student_grad is not None
-    assert torch.equal(first.student_grad, second.student_grad)
-    assert first.terms == second.terms
+    check(batch_of("other-teacher"), **TERM_CASES["all"])
+    check(batch_of("label-grid"), **HETERO)
 
 
 # --- the careful twin --------------------------------------------------------------------------
@@ -181,8 +95,7 @@ def always_careful(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_careful_pass_computes_the_same(geometry: str, case: str) -> None:
-    batch = make_batch(classes=3, dtype=torch.float64, **GEOMETRIES[geometry])
-    check(batch, **TERM_CASES[case])
+    check(batch_of(geometry, dtype=torch.float64), **TERM_CASES[case])
 
 
 def careful_programs(batch: Batch, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[bool]:
@@ -206,7 +119,7 @@ def test_confident_logits(
 ) -> None:
     """Ordinary logits take the fast way. Where the corners' maxima lie far above a pixel's own, the
     bound would underflow, and the careful way is taken."""
-    batch = make_batch(classes=4, dtype=F32, grid=(3, 4), teacher_grid=None, size=(12, 16))
+    batch = make_batch(2, 4, (3, 4), None, (12, 16), F32)
     batch = Batch(batch.student * scale, batch.teacher * scale, batch.target)
     flags = careful_programs(batch, monkeypatch, hetero_weight=1.0, temperature=temperature)
     assert flags
@@ -214,45 +127,6 @@ def test_confident_logits(
         assert not any(flags)
     if scale >= 200.0:
         assert all(flags)
-
-
-@pytest.mark.parametrize("case", ["ce-smoothed", "kd-js", "hetero-paper-space", "all"])
-def test_nothing_of_an_ignored_pixel_comes_through(case: str) -> None:
-    batch = make_batch(classes=3, dtype=F32, grid=(4, 6), teacher_grid=None, size=(16, 24))
-    student, teacher, target = (tensor.clone() for tensor in batch)
-    student[0, :, 0, 0] = math.nan
-    student[0, 1, 3, 5] = math.inf
-    teacher[1, 2, 1, 1] = math.nan
-    target[0, :8, :8] = 255
-    target[0, 10:, 18:] = 255
-    target[1, :12, :12] = 255
-    check(Batch(student, teacher, target), **TERM_CASES[case])
-
-
-@pytest.mark.parametrize("case", ["ce", "kd-js", "hetero-mix-logits", "hetero-paper", "all"])
-def test_nothing_of_an_ignored_pixel_comes_through_on_the_label_grid(case: str) -> None:
-    batch = make_batch(classes=3, dtype=F32, **GEOMETRIES["label-grid"])
-    ignored = (batch.target == 255)[:, None]
-    assert ignored.any()
-    student = batch.student.masked_fill(ignored, math.nan)
-    teacher = batch.teacher.masked_fill(ignored, -math.inf)
-    check(batch._replace(student=student, teacher=teacher), **TERM_CASES[case])
-
-
-def test_nan_of_a_valid_pixel_shows() -> None:
-    batch = make_batch(classes=3, dtype=F32, grid=(4, 6), teacher_grid=None, size=(16, 24))
-    student = batch.student.clone()
-    student[0, 1, 2, 2] = math.nan
-    got = run(batch._replace(student=student), **HETERO)
-    assert got.loss.isnan()
-
-
-def test_a_label_on_a_masked_class_costs_infinitely_much() -> None:
-    batch = make_batch(classes=3, dtype=F32, grid=(3, 4), teacher_grid=None, size=(3, 4), ignored=0)
-    student = batch.student.clone()
-    student[:, 1] = -math.inf
-    got = run(batch._replace(student=student))
-    assert got.terms["ce"] == math.inf
 
 
 # --- elementary functions ----------------------------------------------------------------------
@@ -345,7 +219,7 @@ def test_other_launches_compute_the_same(
 ) -> None:
     monkeypatch.setattr(config, "rows_of_program", lambda *_: rows)
     with config.forced(config.Launch(pixels=pixels, warps=1)):
-        check(make_batch(classes=3, dtype=torch.float64), **TERM_CASES["all"])
+        check(batch_of("other-teacher", dtype=torch.float64), **TERM_CASES["all"])
 
 
 def test_tuning_takes_the_fastest_and_needs_a_gpu(
@@ -365,59 +239,6 @@ def test_tuning_takes_the_fastest_and_needs_a_gpu(
         arguments = ["--logits", "1x3x4x4", "--labels", "8x8", "--output", str(tmp_path / "x.json")]
         assert tune.main(arguments) == 2
         assert "no GPU" in capsys.readouterr().err
-
-
-# --- these tests can fail ----------------------------------------------------------------------
-
-
-@triton.jit
-def _wrong_kl(weighted_difference, inverse_total_a, log2_total_a, log2_total_b):
-    return weighted_difference * inverse_total_a - log2_total_a + log2_total_b
-
-
-@triton.jit
-def _wrong_mixed_target(teacher_weight, teacher, student_weight, student):
-    return teacher_weight * student + student_weight * teacher
-
-
-@triton.jit
-def _wrong_numerator(is_label, e, others):
-    return tl.where(is_label, others, e)
-
-
-@triton.jit
-def _wrong_fraction(position, cell, in_size, step, origin, unit, FLOAT: tl.constexpr):
-    return ((position * step + origin - cell * unit) / unit).to(FLOAT)
-
-
-@triton.jit
-def _wrong_reliability(teacher_nll, student_nll, inverse_tau, PTX: tl.constexpr):
-    r = tl.exp2((teacher_nll - student_nll) * inverse_tau)
-    return 1.0 / (1.0 + r), r / (1.0 + r)
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "replacement", "case"),
-    [
-        ("distillation", "kl", _wrong_kl, "kd"),
-        ("distillation", "mixed_target", _wrong_mixed_target, "hetero-softmax-kl"),
-        ("distillation", "reliability", _wrong_reliability, "hetero-softmax-kl"),
-        ("distillation", "cross_entropy_gradient_numerator", _wrong_numerator, "ce"),
-        # the whole gradient of an edge pixel must go to the logit that exists
-        ("tiles", "fraction_in_cell", _wrong_fraction, "ce"),
-    ],
-)
-def test_a_broken_kernel_is_noticed(
-    module: str, name: str, replacement: Any, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not INTERPRETED:
-        pytest.skip("the interpreter looks names up at each call, the compiler once")
-    broken = importlib.import_module(f"heteroakd_fast.kernels.{module}")
-    batch = make_batch(classes=3, dtype=F32, grid=(3, 4), teacher_grid=None, size=(9, 12))
-    check(batch, **TERM_CASES[case])
-    monkeypatch.setattr(broken, name, replacement)
-    with pytest.raises(AssertionError):
-        check(batch, **TERM_CASES[case])
 
 
 # --- the operator, called directly ---------------------------------------------------------------

@@ -71,6 +71,9 @@ LARGE: dict[str, dict[str, Any]] = {
     "bands-label-grid": _of((3, 261), (3, 261)),
     "bands-uneven": _of((10, 37), (23, 61), (21, 11)),
     "bands-corners": _of((9, 13), (65, 97), (17, 25)),
+    "bands-ragged": _of((17, 5), (69, 129)),
+    # the last label rows read the last logits row twice
+    "bands-of-one-column": _of((9, 1), (70, 1)),
     "bands-downsampled": _of((40, 50), (11, 13), (17, 90)),
     # a block is lanes x ratio columns: 256 pixels at ratio 16 and 16 lanes
     "ratio-16": _of((2, 16), (32, 256)),

@@ -119,7 +119,7 @@ COMPILED = (
         "cpu/terms.h",
         "!evenly_spaced(student_fraction)",
         "false",
-        _cpu("test_integer_ratios", 4, False),
+        _cpu("test_integer_ratios", 4, False, 4.0, 0.0),
     ),
     Compiled(
         "cpu: 1 - beta in float",

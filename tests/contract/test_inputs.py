@@ -80,20 +80,14 @@ def test_strides_beyond_2_31_elements(backend: str) -> None:
     assert_same_bits(got, evaluate(dense, backend=backend))
 
 
+@pytest.mark.parametrize("case", ["ce", "all"])
 @every_backend
-def test_resolution_logits_takes_labels_by_nearest_neighbour(backend: str) -> None:
+def test_resolution_logits(backend: str, case: str) -> None:
+    """Labels are taken by nearest neighbour, and the teacher is interpolated."""
+    options = {**TERM_CASES[case], "backend": backend}
     batch = make_batch(dtype=F32, size=(16, 24))
-    got = evaluate(batch, backend=backend, resolution="logits")
-    expected = evaluate(batch._replace(target=batch.target[:, ::4, ::4]), backend=backend)
-    assert_same_bits(got, expected)
-
-
-def test_resolution_logits_resamples_the_teacher() -> None:
-    batch = make_batch(size=(16, 24))
-    options = {**TERM_CASES["all"], "backend": "reference"}
     got = evaluate(batch, resolution="logits", **options)
-    expected = evaluate(batch._replace(target=batch.target[:, ::4, ::4]), **options)
-    assert_matches(got, expected)
+    assert_same_bits(got, evaluate(batch._replace(target=batch.target[:, ::4, ::4]), **options))
 
 
 @every_backend

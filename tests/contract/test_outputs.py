@@ -103,22 +103,6 @@ def test_maps(backend: str, case: str) -> None:
     assert_maps_match(got, truth(batch, **options), maps_relative(backend))
 
 
-def test_a_better_teacher_is_more_reliable() -> None:
-    batch = make_batch(dtype=F32, size=(4, 6), teacher_grid=(4, 6), ignored=0.0)
-    good = torch.zeros_like(batch.student).scatter_(1, batch.target[:, None], 8.0)
-    for preset in ("softmax-kl", "paper"):
-        maps = functional.distillation_loss(
-            batch.student,
-            batch.target,
-            good,
-            ce_weight=0.0,
-            hetero_weight=1.0,
-            preset=preset,
-            return_maps=True,
-        ).maps
-        assert maps["reliability"].mean() > 0.8
-
-
 @every_backend
 @pytest.mark.parametrize("case", TERM_CASES)
 def test_all_pixels_ignored(backend: str, case: str) -> None:
@@ -380,19 +364,21 @@ def test_three_way_rule_for_16_bits(backend: str, dtype: torch.dtype, confident:
     assert_accurate(got, expected)
 
 
+@pytest.mark.parametrize("geometry", ["other-teacher", "teacher-on-label-grid"])
 @every_cpu_backend
-def test_logits_and_labels_may_be_overwritten_before_backward(backend: str) -> None:
+def test_logits_and_labels_may_be_overwritten_before_backward(backend: str, geometry: str) -> None:
     """Metrics computed in place, reused label buffers: a backend keeps neither."""
-    batch = make_batch(dtype=F32)
-    expected = evaluate(batch, backend=backend).student_grad
+    batch, weight = batch_of(geometry), torch.rand(3) + 0.5
+    options = {"hetero_weight": 1.0, "class_weight": weight, "backend": backend}
+    expected = evaluate(batch, **options).student_grad
     student = batch.student.clone().requires_grad_()
     logits = student * 1.0
-    target, weight = batch.target.clone(), torch.ones(5)
-    loss = functional.cross_entropy(logits, target, class_weight=weight, backend=backend).loss
+    loss = functional.distillation_loss(logits, batch.target, batch.teacher, **options).loss
     with torch.no_grad():
         logits.sigmoid_()
+        batch.teacher.fill_(math.nan)
         weight.zero_()
-    target.fill_(255)
+    batch.target.fill_(255)
     loss.backward()
     assert torch.equal(student.grad, expected)
 

@@ -22,7 +22,8 @@ from heteroakd_fast import _extension
 F32 = torch.float32
 # Where pytest finds the test files that are named below, if it collects them.
 sys.path += [
-    str(Path(__file__).parent / folder) for folder in ("contract", "integrations", "train")
+    str(Path(__file__).parent / folder)
+    for folder in ("contract", "kernels", "integrations", "train")
 ]
 
 

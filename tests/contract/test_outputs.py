@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from common import (
     BACKENDS,
+    CPU_BACKENDS,
     DTYPES_16,
     F32,
     TERM_CASES,
@@ -364,8 +366,13 @@ def test_three_way_rule_for_16_bits(backend: str, dtype: torch.dtype, confident:
     assert_accurate(got, expected)
 
 
-@pytest.mark.parametrize("geometry", ["other-teacher", "teacher-on-label-grid"])
-@every_cpu_backend
+@pytest.mark.parametrize(
+    ("backend", "geometry"),
+    [
+        *itertools.product(CPU_BACKENDS, ("other-teacher", "teacher-on-label-grid")),
+        *itertools.product({"cpu"} & {*CPU_BACKENDS}, ("student-on-label-grid",)),
+    ],
+)
 def test_logits_and_labels_may_be_overwritten_before_backward(backend: str, geometry: str) -> None:
     """Metrics computed in place, reused label buffers: a backend keeps neither."""
     batch, weight = batch_of(geometry), torch.rand(3) + 0.5

@@ -325,10 +325,11 @@ def order(stage: StageRun) -> None:
 
 
 _ON_GPU: Final = ("tests/test_gpu.py", "-m", "gpu", "-k")
-_SAMPLE: Final = "test_value_and_gradients and odd and contiguous and float32"
+_SAMPLE: Final = "test_value_and_gradients and other-teacher and contiguous and float32"
 _KERNELS: Final = (
-    "tests/test_cuda_kernels.py",
-    "tests/test_triton_kernels.py",
+    "tests/contract/test_values.py",
+    "tests/kernels/test_cuda_kernels.py",
+    "tests/kernels/test_triton_kernels.py",
     "tests/test_projection.py",
 )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from heteroakd_fast.backends.order import CANDIDATES, kind_of
+
 from heteroakd_fast.functional import resolve_mix
 from heteroakd_fast.spec import TERMS, LossSpec
 

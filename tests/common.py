@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +18,10 @@ from heteroakd_fast.terms import FLAT
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
 BACKENDS = tuple(name for name, reason in backends.available().items() if reason is None)
+
+#: Instruction sets of the CPU kernels; `test_cpu_kernels.py` says which ones a processor has.
+ISAS = ("avx512", "avx2", "portable")
+F32 = torch.float32
 
 # Every preset and variant of the heterogeneous term, as arguments of `distillation_loss`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,6 +69,19 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+#: What the CUDA kernels by cells and on the label grid compute; everything else goes by segments.
+FAST_CASES: dict[str, dict[str, Any]] = {
+    "ce": {},
+    "hetero": {"ce_weight": 0.0, "hetero_weight": 1.5},
+    "ce+kd": {"kd_weight": 0.7, "temperature": 4.0},
+    "kd": {"ce_weight": 0.0, "kd_weight": 0.7, "temperature": 0.7},
+    "ce+hetero-T2": {"hetero_weight": 0.7, "temperature": 2.0, "tau": 0.6},
+    "ce+hetero-T1.7": {"hetero_weight": 0.7, "temperature": 1.7},
+    "ce+hetero-no-evaluation": {"hetero_weight": 0.7, "evaluation": "none"},
+    "ce+kd+hetero": {"kd_weight": 0.4, "hetero_weight": 0.7, "temperature": 2.0},
+    "maps": {"hetero_weight": 0.7, "return_maps": True},
+}
+
 
 class Batch(NamedTuple):
     student: Tensor
@@ -103,35 +122,65 @@ def make_batch(
 class Result(NamedTuple):
     loss: Tensor
     terms: dict[str, float]
-    student_grad: Tensor | None
-    teacher_grad: Tensor | None
+    student_grad: Any
+    """A tensor, or None where none was asked for"""
+    teacher_grad: Any
     maps: dict[str, Tensor] | None
+
+
+@contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    """Runs a block of calls of the CPU kernels with one instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        if isa:
+            patch.setenv("HETEROAKD_CPU_ISA", isa)
+        yield
+
+
+def moved(value: Any, device: str | torch.device) -> Any:
+    """A tensor with its whole memory, so that strides and gaps stay; anything else as it is."""
+    if not isinstance(value, Tensor) or value.device.type == torch.device(device).type:
+        return value
+    memory = value.untyped_storage().nbytes() // max(value.element_size(), 1)
+    whole = value.detach().as_strided((memory,), (1,), 0).to(device)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def device_of(backend: str | None, batch: Batch) -> str:
+    """Where a call with this batch is computed: kernels of a GPU on one, if there is one."""
+    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    return "cuda" if on_gpu else batch.student.device.type
 
 
 def evaluate(
     batch: Batch,
     grad_output: float = 1.0,
     student_requires_grad: bool = True,
+    backend: str | None = None,
     **options: Any,
 ) -> Result:
-    """Loss, terms and gradients of one call."""
-    student = batch.student.detach().requires_grad_(student_requires_grad)
-    teacher = batch.teacher.detach()
-    if options.get("teacher_ce_weight"):
-        teacher = teacher.requires_grad_()
-    output = functional.distillation_loss(student, batch.target, teacher, **options)
-    wanted = [t for t in (student, teacher) if t.requires_grad]
-    grads = iter(
-        torch.autograd.grad(
-            output.loss, wanted, torch.as_tensor(grad_output).to(output.loss), allow_unused=True
+    """Loss, terms and gradients of one call, on the batch's device. The name of a backend may say
+    which instruction set, as in `cpu-avx2`."""
+    backend, _, isa = (backend or "").partition("-")
+    home, there = batch.student.device, device_of(backend, batch)
+    student, teacher, target = (moved(tensor.detach(), there) for tensor in batch)
+    options = {name: moved(value, there) for name, value in options.items()}
+    student = student.requires_grad_(student_requires_grad)
+    teacher = teacher.requires_grad_(bool(options.get("teacher_ce_weight")))
+    with instruction_set(isa):
+        output = functional.distillation_loss(
+            student, target, teacher, backend=backend or None, **options
         )
-    )
+        wanted = [t for t in (student, teacher) if t.requires_grad]
+        scale = torch.as_tensor(grad_output).to(output.loss)
+        grads = iter(torch.autograd.grad(output.loss, wanted, scale, allow_unused=True))
+    maps = output.maps
     return Result(
-        output.loss.detach(),
+        output.loss.detach().to(home),
         {name: float(value) for name, value in output.terms.items()},
-        next(grads) if student.requires_grad else None,
-        next(grads) if teacher.requires_grad else None,
-        output.maps,
+        moved(next(grads), home) if student.requires_grad else None,
+        moved(next(grads), home) if teacher.requires_grad else None,
+        None if maps is None else {name: values.to(home) for name, values in maps.items()},
     )
 
 
@@ -205,3 +254,84 @@ def assert_matches(got: Result, expected: Result) -> None:
         assert (ours is None) == (theirs is None), name
         if theirs is not None and theirs.abs().max() > 0:
             assert_accurate(ours, theirs, name)
+
+
+def assert_maps_match(got: Result, expected: Result, relative: float = 1e-5) -> None:
+    """Maps on request equal the oracle's."""
+    for name, values in expected.maps.items():
+        double = got.maps[name].dtype == torch.float64
+        torch.testing.assert_close(
+            got.maps[name].double(),
+            values.double(),
+            rtol=1e-10 if double else relative,
+            atol=1e-12 if double else 1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def maps_relative(backend: str) -> float:
+    """The relative error that float32 maps may have."""
+    return 1e-4 if backend == "reference" else 1e-5
+
+
+def assert_like_logits(batch: Batch, got: Result) -> None:
+    """A gradient has its logits' dtype, and their strides where those leave no gaps."""
+    for logits, grad in ((batch.student, got.student_grad), (batch.teacher, got.teacher_grad)):
+        if grad is not None:
+            assert grad.dtype == logits.dtype
+            assert grad.stride() == torch.empty_like(logits).stride()
+
+
+def check(batch: Batch, grad_output: float = 2.5, **options: Any) -> Result:
+    """The call against the oracle, with maps if there are any."""
+    got = evaluate(batch, grad_output, **options)
+    expected = truth(batch, grad_output, **options)
+    assert_matches(got, expected)
+    assert_like_logits(batch, got)
+    if got.maps is not None:
+        assert_maps_match(got, expected, maps_relative(options["backend"]))
+    return got
+
+
+def assert_same_bits(one: Result, other: Result) -> None:
+    """Loss, terms, gradients and maps."""
+    assert torch.equal(one.loss, other.loss)
+    assert one.terms == other.terms
+    for name in ("student_grad", "teacher_grad"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        assert (ours is None) == (theirs is None), name
+        assert ours is None or torch.equal(ours, theirs), name
+    assert (one.maps is None) == (other.maps is None)
+    for name, values in (one.maps or {}).items():
+        assert torch.equal(values, other.maps[name]), name
+
+
+def reads(side: str, **options: Any) -> set[str]:
+    """Names of the terms of a call that depend on the logits of one side."""
+    names = ("teacher_ce", "kd", "hetero", "feature")
+    asked = {name for name in names if options.get(f"{name}_weight")}
+    asked |= {"ce"} if options.get("ce_weight", 1.0) else set()
+    return asked - {"teacher_ce" if side == "student" else "ce"}
+
+
+def has_isa(isa: str) -> bool:
+    """Whether the compiled CPU kernels run with this instruction set here."""
+    if "cpu" not in BACKENDS:
+        return False
+    try:
+        evaluate(make_batch(batch=1, dtype=F32), backend=f"cpu-{isa}")
+    except RuntimeError:
+        return False
+    return True
+
+
+CPU_KERNELS = tuple(f"cpu-{isa}" for isa in ISAS if has_isa(isa))
+#: What arithmetic is tested on: backends, and of the CPU's each instruction set.
+KERNELS = (*CPU_KERNELS, *(name for name in BACKENDS if name != "cpu"))
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_kernel = pytest.mark.parametrize("backend", KERNELS)
+#: Of tests that call a loss with CPU tensors themselves, which is not for kernels on a GPU.
+CPU_BACKENDS = tuple(name for name in BACKENDS if device_of(name, make_batch()) == "cpu")
+every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+#: Kernels that are interpreted run every combination of such a test, and not a sample.
+complete = pytest.mark.share(1)

@@ -22,40 +22,39 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 interpreter.set_up()
 shim_backend.set_up()
 
+import geometries  # noqa: E402  (which asks what runs here)
+
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci")
 
 
-#: Too large for an interpreter.
-NOT_INTERPRETED = {"test_4096_classes", "test_bits_do_not_depend_on_threads_or_runs"}
-#: Of each test of the contract, every how manieth combination runs on kernels that are interpreted,
-#: or run by the shim.
-SHARES = {"triton": 32, "cuda": 3}
+#: Of each test of the contract, every how manieth combination runs on Triton kernels, unless its
+#: marker `share` has another number.
+SHARE = 32
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An interpreted kernel takes a second where a compiled one takes a millisecond: of each test
-    that runs on every backend, a sample of the combinations runs on it. All of them do where there
-    is a GPU, and with HETEROAKD_TEST_INTERPRETED=all. (test_triton_kernels.py and
-    test_cuda_kernels.py are complete.)"""
+    """A Triton kernel takes a second to interpret, or to compile for a GPU, where others take a
+    millisecond: of each test that runs on every backend, a sample of the combinations runs on it,
+    and none of the large geometries where it is interpreted. HETEROAKD_TEST_INTERPRETED=all runs
+    them all."""
     if os.environ.get("HETEROAKD_TEST_INTERPRETED") == "all":
         return
-    if not interpreter.INTERPRETED and not shim_backend.USED:
-        leave_out(config, items, [item for item in items if compiles_much(item)])
-        return
     seen: Counter[str] = Counter()
-    left_out = []
+    left_out = [item for item in items if compiles_much(item)]
     for item in items:
         if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
             continue
-        backend = item.callspec.params.get("backend")
-        if backend not in SHARES:
+        chosen = item.callspec.params
+        on_gpu = "gpu" in item.keywords and not interpreter.INTERPRETED
+        if chosen.get("backend") != "triton" or on_gpu:
             continue
-        function = f"{backend} {item.module.__name__}.{item.originalname}"
-        large = backend == "triton" and (
-            item.originalname in NOT_INTERPRETED or item.callspec.params.get("size") == (129, 131)
-        )
-        if large or seen[function] % SHARES[backend]:
+        if interpreter.INTERPRETED and chosen.get("geometry") in geometries.LARGE:
+            left_out.append(item)
+            continue
+        function = f"{item.module.__name__}.{item.originalname}"
+        marker = item.get_closest_marker("share")
+        if seen[function] % (marker.args[0] if marker else SHARE):
             left_out.append(item)
         seen[function] += 1
     leave_out(config, items, left_out)
@@ -68,7 +67,7 @@ def compiles_much(item: pytest.Item) -> bool:
         return False
     chosen = item.callspec.params
     plain = chosen["dtype"] == torch.float32 and chosen["layout"] == "contiguous"
-    return chosen["backend"] == "triton" and not plain and chosen["resolution"] != "odd"
+    return chosen["backend"] == "triton" and not plain and chosen["geometry"] != "other-teacher"
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], which: list[pytest.Item]) -> None:

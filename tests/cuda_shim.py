@@ -54,6 +54,13 @@ def set_seed(seed: int) -> None:
     loaded().hakd_shim_set_seed(ctypes.c_uint64(seed))
 
 
+def launched() -> list[str]:
+    """Names of the kernels that were launched since the last call."""
+    names = loaded().hakd_shim_launched
+    names.restype = ctypes.c_char_p
+    return [str(name) for name in names().decode().splitlines()]
+
+
 def set_shared_limit(size: int) -> None:
     """Bytes of shared memory that a block can have, from 48 KiB to 227 KiB: 163 KiB on sm_80."""
     if not loaded().hakd_shim_set_shared_limit(ctypes.c_size_t(size)):

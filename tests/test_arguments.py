@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import BACKENDS, make_batch, require
+from common import BACKENDS, F32, every_cpu_backend, make_batch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,7 +26,6 @@ from heteroakd_fast.integrations.smp import DistillationLoss
 from heteroakd_fast.losses import HeteroAKDOptions
 from heteroakd_fast.projector import Projector
 
-F32 = torch.float32
 S, T, Y = make_batch(grid=(2, 3), teacher_grid=(3, 2), size=(5, 6), dtype=F32)
 FEATURES = {
     "student_features": torch.randn(2, 7, 2, 3),
@@ -246,11 +245,10 @@ def test_a_class_is_not_ignored_unasked() -> None:
     ("dtype", "label"),
     [(torch.uint8, 255), (torch.int32, -(2**31)), (torch.int64, -(2**63)), (torch.int64, -1)],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_cpu_backend
 def test_without_an_ignored_label_every_other_is_wrong(
     backend: str, dtype: torch.dtype, label: int
 ) -> None:
-    require(backend)
     target = Y.clamp(max=4).to(dtype)
     got = functional.cross_entropy(S, target, ignore_index=None, backend=backend)
     assert int(got.valid) == target.numel()

@@ -19,17 +19,19 @@ from typing import Any
 import pytest
 import torch
 from common import (
+    F32,
     TERM_CASES,
     Batch,
     Result,
     assert_matches,
+    assert_same_bits,
     evaluate,
-    make_batch,
+    moved,
     require,
     spec_of,
     truth,
 )
-from heteroakd_fast.backends.order import kind_of, order
+from geometries import arranged, batch_of
 from torch import Tensor
 
 from heteroakd_fast import BackendUnavailableError, backends, functional
@@ -38,23 +40,17 @@ from heteroakd_fast import BackendUnavailableError, backends, functional
 # handle is made: before the first product of matrices is early enough.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-F32 = torch.float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_GPU = torch.cuda.is_available()
 # By name and not by what is usable here: one that cannot run is a skip with its reason.
 COMPILED = backends.CANDIDATES["cuda"]
 EVERY = ("reference", *COMPILED)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
-RESOLUTIONS: dict[str, dict[str, Any]] = {
-    "ratio-1": {"grid": (13, 17), "teacher_grid": None, "size": (13, 17)},
-    "ratio-4": {"grid": (6, 5), "teacher_grid": None, "size": (24, 20)},
-    "odd": {"grid": (4, 6), "teacher_grid": (8, 3), "size": (13, 17)},
-    "teacher-stride": {"grid": (4, 4), "teacher_grid": (8, 8), "size": (32, 32)},
-    "downsampled": {"grid": (20, 11), "teacher_grid": (9, 23), "size": (9, 7)},
-    "align-corners": {"grid": (5, 4), "teacher_grid": (9, 7), "size": (17, 13)},
-    # more than one block in every direction, with ragged ends
-    "blocks": {"grid": (17, 33), "teacher_grid": None, "size": (67, 131), "classes": 19},
-}
+GEOMETRIES = (
+    "label-grid", "stride-4", "other-teacher", "teacher-stride", "downsampled", "bands-corners",
+    "blocks",
+)  # fmt: skip
+
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device is visible to torch")
 
@@ -74,91 +70,23 @@ some_cases = pytest.mark.parametrize("case", ["ce-smoothed", "hetero-softmax-kl"
 # --- helpers -----------------------------------------------------------------------------------
 
 
-def arrange(dense: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, on the same device."""
-    if layout == "contiguous":
-        return dense.contiguous()
-    if layout == "channels_last":
-        return dense.contiguous(memory_format=torch.channels_last)
-    b, c, h, w = dense.shape
-    wide = torch.full((b, c + 2, h + 1, 2 * w), 77.0, dtype=dense.dtype, device=dense.device)
-    view = wide[:, 1:-1, 1:, ::2]
-    view.copy_(dense)
-    return view
-
-
-def arrange_labels(dense: Tensor, layout: str) -> Tensor:
-    if layout != "sliced":
-        return dense.contiguous()
-    b, h, w = dense.shape
-    wide = torch.full((b, h + 2, 3 * w), 255, dtype=dense.dtype, device=dense.device)
-    view = wide[:, 1:-1, ::3]
-    view.copy_(dense)
-    return view
-
-
-def placed(batch: Batch, device: str, layout: str = "contiguous") -> Batch:
-    """Moved first and arranged then: a copy between devices makes sliced tensors dense."""
-    return Batch(
-        arrange(batch.student.to(device), layout),
-        arrange(batch.teacher.to(device), layout),
-        arrange_labels(batch.target.to(device), layout),
-    )
+def placed(geometry: str, device: str, dtype: torch.dtype = F32, seed: int = 0) -> Batch:
+    return arranged(batch_of(geometry, dtype=dtype, seed=seed), "contiguous", device)
 
 
 def on_cpu(result: Result) -> Result:
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.cpu()
+    maps = result.maps and {name: values.cpu() for name, values in result.maps.items()}
+    return Result(*(moved(value, "cpu") for value in result[:-1]), maps)
 
-    return result._replace(
-        loss=result.loss.cpu(),
-        student_grad=move(result.student_grad),
-        teacher_grad=move(result.teacher_grad),
-        maps=None if result.maps is None else {k: v.cpu() for k, v in result.maps.items()},
-    )
+
+def options_of(case: str, geometry: str = "other-teacher") -> dict[str, Any]:
+    return {**TERM_CASES[case], "align_corners": geometry == "bands-corners"}
 
 
 @cache
-def batch_of(resolution: str, dtype: torch.dtype, seed: int = 0) -> Batch:
-    return make_batch(dtype=dtype, seed=seed, **RESOLUTIONS[resolution])
-
-
-def options_of(case: str, resolution: str = "odd") -> dict[str, Any]:
-    return {**TERM_CASES[case], "align_corners": resolution == "align-corners"}
-
-
-@cache
-def expected_of(case: str, resolution: str, dtype: torch.dtype, seed: int = 0) -> Result:
+def expected_of(case: str, geometry: str = "other-teacher", dtype: torch.dtype = F32) -> Result:
     """The oracle is the same for every backend, layout and device."""
-    return truth(batch_of(resolution, dtype, seed), 2.5, **options_of(case, resolution))
-
-
-def check_correct(
-    device: str,
-    backend: str,
-    case: str,
-    dtype: torch.dtype = F32,
-    layout: str = "contiguous",
-    resolution: str = "odd",
-) -> None:
-    options = options_of(case, resolution)
-    require(backend, device, **options)
-    batch = placed(batch_of(resolution, dtype), device, layout)
-    got = evaluate(batch, 2.5, backend=backend, **options)
-    for gradient, logits in ((got.student_grad, batch.student), (got.teacher_grad, batch.teacher)):
-        if gradient is not None:
-            assert gradient.device == logits.device
-            assert gradient.dtype == dtype
-    assert_matches(on_cpu(got), expected_of(case, resolution, dtype))
-
-
-def assert_same_bits(first: Result, second: Result) -> None:
-    assert torch.equal(first.loss, second.loss)
-    assert first.terms == second.terms
-    for name in ("student_grad", "teacher_grad"):
-        one, other = getattr(first, name), getattr(second, name)
-        assert (one is None) == (other is None), name
-        assert one is None or torch.equal(one, other), name
+    return truth(batch_of(geometry, dtype=dtype), 2.5, **options_of(case, geometry))
 
 
 Step = Callable[[], list[Tensor]]
@@ -245,92 +173,48 @@ def _memory_is_given_back() -> Iterator[None]:
 
 
 @gpu
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_case
 @every_backend
 def test_value_and_gradients(
-    backend: str, case: str, dtype: torch.dtype, layout: str, resolution: str
+    backend: str, case: str, dtype: torch.dtype, layout: str, geometry: str
 ) -> None:
-    check_correct("cuda", backend, case, dtype, layout, resolution)
-
-
-@pytest.mark.parametrize("resolution", ["odd", "align-corners", "blocks"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["ce", "all"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_chosen_backend_is_accurate(
-    device: str, case: str, dtype: torch.dtype, layout: str, resolution: str
-) -> None:
-    check_correct(device, "auto", case, dtype, layout, resolution)
+    options = options_of(case, geometry)
+    require(backend, "cuda", **options)
+    batch = arranged(batch_of(geometry, dtype=dtype), layout, "cuda")
+    got = evaluate(batch, 2.5, backend=backend, **options)
+    for gradient, logits in ((got.student_grad, batch.student), (got.teacher_grad, batch.teacher)):
+        if gradient is not None:
+            assert gradient.device == logits.device
+            assert gradient.dtype == dtype
+    assert_matches(on_cpu(got), expected_of(case, geometry, dtype))
 
 
 @every_case
 @pytest.mark.parametrize("device", DEVICES)
 def test_auto_takes_the_first_that_can(device: str, case: str) -> None:
     options = TERM_CASES[case]
-    batch = placed(batch_of("odd", F32), device)
+    batch = placed("other-teacher", device)
     spec = spec_of(**options)
-    chosen = backends.select("auto", spec, device)
+    chosen = backends.select("auto", spec.structure, device)
     first = next(
         (
             name
-            for name in order(device, kind_of(spec)).names
-            if backends.available()[name] is None and not backends.get(name).unsupported(spec)
+            for name in backends.order(device, spec.structure)[0]
+            if backends.available()[name] is None
         ),
         "reference",
     )
     assert chosen == first
     got = evaluate(batch, 2.5, backend="auto", **options)
-    assert_matches(on_cpu(got), expected_of(case, "odd", F32))
+    assert_matches(on_cpu(got), expected_of(case))
     if chosen != "reference":
         assert_same_bits(got, evaluate(batch, 2.5, backend=chosen, **options))
 
 
-@gpu
-@every_case
-@every_backend
-def test_cpu_and_gpu_agree(backend: str, case: str) -> None:
-    options = TERM_CASES[case]
-    require(backend, "cuda", **options)
-    batch = batch_of("odd", F32)
-    on_gpu = evaluate(placed(batch, "cuda"), 2.5, backend=backend, **options)
-    assert_matches(on_cpu(on_gpu), evaluate(batch, 2.5, **options))
-
-
-@pytest.mark.parametrize("backend", [*EVERY, "cpu"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_maps(device: str, backend: str) -> None:
-    options = {"hetero_weight": 1.0, "return_maps": True}
-    require(backend, device, **options)
-    batch = batch_of("odd", F32)
-    got = on_cpu(evaluate(placed(batch, device), backend=backend, **options))
-    expected = truth(batch, **options)
-    assert got.maps is not None
-    assert expected.maps is not None
-    for name, wanted in expected.maps.items():
-        torch.testing.assert_close(got.maps[name].double(), wanted, rtol=1e-5, atol=1e-5)
-
-
 # --- determinism -------------------------------------------------------------------------------
-
-
-def check_determinism(device: str, backend: str, case: str, dtype: torch.dtype) -> None:
-    """Two runs give the same bits, also with other work and other memory in between."""
-    options = options_of(case)
-    require(backend, device, **options)
-    # a fault that hides behind PyTorch's own deterministic mode is a fault
-    torch.use_deterministic_algorithms(False)
-    batch = placed(batch_of("blocks", dtype), device)
-    first = evaluate(batch, 2.5, backend=backend, **options)
-    assert first.student_grad is None or first.student_grad.isfinite().all()
-    for elements in (1, 12345, 1 << 20):
-        garbage = torch.full((elements,), float("nan"), device=device)
-        again = evaluate(batch, 2.5, backend=backend, **options)
-        assert_same_bits(first, again)
-        del garbage
 
 
 @gpu
@@ -338,13 +222,18 @@ def check_determinism(device: str, backend: str, case: str, dtype: torch.dtype) 
 @every_case
 @every_compiled
 def test_determinism(backend: str, case: str, dtype: torch.dtype) -> None:
-    check_determinism("cuda", backend, case, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_determinism_check_on_the_cpu(backend: str, dtype: torch.dtype) -> None:
-    check_determinism("cpu", backend, "ce-smoothed", dtype)
+    """Two runs give the same bits, also with other work and other memory in between."""
+    options = options_of(case)
+    require(backend, "cuda", **options)
+    # a fault that hides behind PyTorch's own deterministic mode is a fault
+    torch.use_deterministic_algorithms(False)
+    batch = placed("blocks", "cuda", dtype)
+    first = evaluate(batch, 2.5, backend=backend, **options)
+    assert first.student_grad is None or first.student_grad.isfinite().all()
+    for elements in (1, 12345, 1 << 20):
+        garbage = torch.full((elements,), float("nan"), device="cuda")
+        assert_same_bits(first, evaluate(batch, 2.5, backend=backend, **options))
+        del garbage
 
 
 # --- streams, graphs, synchronisation ----------------------------------------------------------
@@ -357,7 +246,7 @@ def test_non_default_stream(backend: str, case: str) -> None:
     """The inputs arrive late on the side stream: a kernel on any other one reads old values."""
     options = options_of(case)
     require(backend, "cuda", **options)
-    values = placed(batch_of("odd", F32), "cuda")
+    values = placed("other-teacher", "cuda")
     evaluate(values, 2.5, backend=backend, **options)  # what compiles, compiles here
     late = Batch(
         torch.zeros_like(values.student),
@@ -371,16 +260,16 @@ def test_non_default_stream(backend: str, case: str) -> None:
         refill(late, values)
         got = evaluate(late, 2.5, backend=backend, **options)
     side.synchronize()
-    assert_matches(on_cpu(got), expected_of(case, "odd", F32))
+    assert_matches(on_cpu(got), expected_of(case))
 
 
-def eager_steps(
-    leaves: Batch, step: Step, batches: list[Batch]
-) -> Iterator[tuple[Batch, list[Tensor]]]:
+def eager_steps(leaves: Batch, step: Step, batches: list[Batch]) -> list[list[Tensor]]:
     """What each batch gives without a graph."""
+    results = []
     for values in batches:
         refill(leaves, values)
-        yield values, [tensor.clone() for tensor in step()]
+        results.append([tensor.clone() for tensor in step()])
+    return results
 
 
 @gpu
@@ -390,10 +279,10 @@ def eager_steps(
 def test_graph_replay_with_new_values(backend: str, case: str, dtype: torch.dtype) -> None:
     options = options_of(case)
     require(backend, "cuda", **options)
-    batches = [placed(batch_of("odd", dtype, seed), "cuda") for seed in (0, 1, 2)]
+    batches = [placed("other-teacher", "cuda", dtype, seed) for seed in (0, 1, 2)]
     leaves = leaves_of(batches[0], options)
     step = step_of(leaves, backend=backend, **options)
-    expected = [outputs for _, outputs in eager_steps(leaves, step, batches)]
+    expected = eager_steps(leaves, step, batches)
     assert not torch.equal(expected[0][0], expected[1][0])
     check_graph(step, leaves, [*batches[1:], batches[0]], [*expected[1:], expected[0]])
 
@@ -411,10 +300,10 @@ def plain_step(leaves: Batch) -> Step:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_eager_steps_follow_their_inputs(device: str) -> None:
-    batches = [placed(batch_of("odd", F32, seed), device) for seed in (0, 1)]
+    batches = [placed("other-teacher", device, seed=seed) for seed in (0, 1)]
     for make in (plain_step, lambda leaves: step_of(leaves, **TERM_CASES["all"])):
         leaves = leaves_of(batches[0], TERM_CASES["all"])
-        results = [outputs for _, outputs in eager_steps(leaves, make(leaves), batches)]
+        results = eager_steps(leaves, make(leaves), batches)
         assert not torch.equal(results[0][0], results[1][0])
         refill(leaves, batches[0])
         assert torch.equal(make(leaves)()[0], results[0][0])
@@ -422,10 +311,10 @@ def test_eager_steps_follow_their_inputs(device: str) -> None:
 
 @gpu
 def test_graph_and_synchronisation_harness_on_plain_torch() -> None:
-    batches = [placed(batch_of("odd", F32, seed), "cuda") for seed in (0, 1)]
+    batches = [placed("other-teacher", "cuda", seed=seed) for seed in (0, 1)]
     leaves = leaves_of(batches[0], {})
     step = plain_step(leaves)
-    expected = [outputs for _, outputs in eager_steps(leaves, step, batches)]
+    expected = eager_steps(leaves, step, batches)
     check_graph(step, leaves, batches[::-1], expected[::-1])
     with refuse_synchronisation():
         step()
@@ -439,9 +328,8 @@ def test_graph_and_synchronisation_harness_on_plain_torch() -> None:
 def test_no_synchronisation(backend: str, case: str) -> None:
     options = options_of(case)
     require(backend, "cuda", **options)
-    step = step_of(
-        leaves_of(placed(batch_of("odd", F32), "cuda"), options), backend=backend, **options
-    )
+    leaves = leaves_of(placed("other-teacher", "cuda"), options)
+    step = step_of(leaves, backend=backend, **options)
     for _ in range(2):  # compiling and loading may wait
         step()
     torch.cuda.synchronize()
@@ -509,43 +397,18 @@ def test_more_than_2_31_elements_of_work(backend: str) -> None:
     check_image_by_image("cuda", backend, large_batch("cuda", images, (128, 256), size), far)
 
 
-@gpu
-@every_backend
-def test_strides_beyond_2_31_elements(backend: str) -> None:
-    """Image 1 lies more than 2^31 elements behind image 0, in logits and in labels."""
-    options = TERM_CASES["ce"]
-    require(backend, "cuda", **options)
-    need_memory(20)
-    torch.use_deterministic_algorithms(False)  # would fill the gap
-    far = 2**31 + 12345
-    memory = torch.empty(far + 200, dtype=torch.bfloat16, device="cuda")
-    labels = torch.empty(far + 200, dtype=torch.uint8, device="cuda")
-    dense = make_batch(
-        classes=3,
-        grid=(4, 5),
-        teacher_grid=None,
-        size=(8, 10),
-        dtype=torch.bfloat16,
-        label_dtype=torch.uint8,
-    )
-    logits = memory.as_strided((2, 3, 4, 5), (far, 20, 5, 1)).copy_(dense.student)
-    target = labels.as_strided((2, 8, 10), (far, 10, 1)).copy_(dense.target)
-    got = evaluate(Batch(logits, dense.teacher.cuda(), target), 2.5, backend=backend, **options)
-    assert_matches(on_cpu(got), truth(dense, 2.5, **options))
-
-
 # --- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["teacher_logits", "target", "class_weight"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_refuses_a_mix_of_devices(device: str, which: str) -> None:
-    batch = placed(batch_of("odd", F32), device)
+    batch = placed("other-teacher", device)
     call: dict[str, Any] = {
         "student_logits": batch.student,
         "teacher_logits": batch.teacher,
         "target": batch.target,
-        "class_weight": torch.ones(5, device=device),
+        "class_weight": torch.ones(3, device=device),
     }
     elsewhere = "meta" if device == "cpu" else "cpu"
     call[which] = call[which].to(elsewhere)
@@ -555,7 +418,7 @@ def test_refuses_a_mix_of_devices(device: str, which: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_refuses_a_backend_of_another_device(device: str) -> None:
-    batch = placed(batch_of("odd", F32), device)
+    batch = placed("other-teacher", device)
     others = [name for name in COMPILED if device not in backends.get(name).devices()]
     for name in others if device == "cpu" else ["cpu"]:
         reason = backends.available()[name]
@@ -573,7 +436,7 @@ def test_refuses_bad_labels_when_told_to_wait_for_them(
 ) -> None:
     require(backend, device)
     monkeypatch.setenv("HETEROAKD_CHECK_LABELS", "1")
-    batch = placed(batch_of("odd", F32), device)
+    batch = placed("other-teacher", device)
     target = batch.target.clone()
     target[1, 2, 3] = 5
     with pytest.raises(ValueError, match=r"target: label 5 at \(b=1, y=2, x=3\)"):

@@ -9,9 +9,10 @@ namespace heteroakd::cuda {
 constexpr int kCellSide = 4;  // pixels of a thread along each axis
 
 template <class Set>
-void start_cells(const Pass& pass, dim3 grid, int64_t shared_bytes, cudaStream_t stream) {
+void start_cells(const Pass& pass, dim3 grid, int64_t shared_bytes, cudaStream_t stream,
+                 const char* name) {
   launch(cell_kernel<Set, kCellSide, kCellSide>, grid, dim3(kCellThreads),
-         static_cast<size_t>(shared_bytes), stream, "distillation", pass);
+         static_cast<size_t>(shared_bytes), stream, name, pass);
 }
 
 template <class Set>

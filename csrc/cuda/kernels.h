@@ -15,7 +15,7 @@ struct Kernel {
   int32_t threads;         // of a block
   int32_t pixels;          // neighbours that a lane has on the label grid
   int32_t staged_models;   // whose logits lie in shared memory; 0: nothing does
-  void (*launch)(const Pass&, dim3 grid, int64_t shared_bytes, cudaStream_t);
+  void (*launch)(const Pass&, dim3 grid, int64_t shared_bytes, cudaStream_t, const char* name);
 };
 
 // By terms, of the preset softmax-kl with mix = probs, forward kd, without label smoothing. float.

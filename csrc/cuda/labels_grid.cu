@@ -5,11 +5,11 @@ namespace heteroakd::cuda {
 namespace {
 
 template <class Set, int S>
-void start(const Pass& pass, dim3 grid, int64_t, cudaStream_t stream) {
+void start(const Pass& pass, dim3 grid, int64_t, cudaStream_t stream, const char* name) {
   const auto kernel = pass.gradients ? label_kernel<Set, S, true> : label_kernel<Set, S, false>;
   constexpr int kModels = Set::kTeacher ? 2 : 1;
   const size_t bytes = static_cast<size_t>(pass.classes) * kModels * sizeof(Pixels<S>) * kLabelThreads;
-  launch(kernel, grid, dim3(kLabelThreads), bytes, stream, "distillation", pass);
+  launch(kernel, grid, dim3(kLabelThreads), bytes, stream, name, pass);
 }
 
 template <class Set, int S>

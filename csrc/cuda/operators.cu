@@ -202,7 +202,7 @@ class Runner {
     if (pass_.hetero == Hetero::kPaperSpace && pass_.evaluation && pass_.hetero_term) {
       collect_space(rows, stream);
     }
-    kernel_->launch(pass_, grid(), warps * pass_.warp_bytes, stream);
+    kernel_->launch(pass_, grid(), warps * pass_.warp_bytes, stream, kernel_->name);
     return rows;
   }
 
@@ -346,7 +346,8 @@ class Runner {
     pass_.space_found = space_found_->mutable_data_ptr();
     pass_.space_shift = space_shift_->mutable_data_ptr();
     pass_.space_weight = space_weight_->mutable_data_ptr();
-    space_statistics(wide_).launch(pass_, grid(), 0, stream);
+    const Kernel& statistics = space_statistics(wide_);
+    statistics.launch(pass_, grid(), 0, stream, statistics.name);
     launch_reduce_space({pass_.space_found, wide_, rows, pass_.batch, pass_.classes,
                          space_shift_->mutable_data_ptr(), space_weight_->mutable_data_ptr()},
                         stream);

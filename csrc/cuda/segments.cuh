@@ -8,9 +8,10 @@
 namespace heteroakd::cuda {
 
 template <auto kKernel>
-void start_segments(const Pass& pass, dim3 grid, int64_t shared_bytes, cudaStream_t stream) {
+void start_segments(const Pass& pass, dim3 grid, int64_t shared_bytes, cudaStream_t stream,
+                    const char* name) {
   launch(kKernel, grid, dim3(kSegmentThreads), static_cast<size_t>(shared_bytes), stream,
-         "distillation", pass);
+         name, pass);
 }
 
 template <typename F, class Set, int S, Hold kHold>

@@ -61,7 +61,7 @@ def test_dry_run_prints_every_command(capsys: pytest.CaptureFixture[str], tmp_pa
         "gpu_workers kernels check cuda",
         "ncu --csv --metrics sm__inst_issued",
         "tests/test_gpu.py -m gpu",
-        "tests/test_triton_kernels.py",
+        "tests/kernels/test_triton_kernels.py",
         "--tool racecheck",
         "benchmarks run --device cuda",
     ):

@@ -12,6 +12,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -471,6 +472,8 @@ void run_block() {
   }
 }
 
+std::string launched;  // names, a line each
+
 uint64_t seed_of_this_launch() {
   if (seed_is_set) return chosen_seed;
   const char* text = std::getenv("HAKD_SHIM_SEED");
@@ -481,7 +484,10 @@ uint64_t seed_of_this_launch() {
 
 void* shared_memory() { return shared; }
 
-void name_next_launch(const char* name) { next_name = name; }
+void name_next_launch(const char* name) {
+  next_name = name;
+  launched += std::string(name) + '\n';
+}
 
 void fail(const char* what) {
   if (current == &launcher) throw std::runtime_error(std::string("CUDA shim: ") + what);
@@ -677,6 +683,12 @@ extern "C" void __assert_fail(const char* assertion, const char* file, unsigned 
 extern "C" __attribute__((visibility("default"))) void hakd_shim_set_seed(uint64_t seed) {
   hakd_shim::seed_is_set = true;
   hakd_shim::chosen_seed = seed;
+}
+// Names of the launches since the last call, a line each.
+extern "C" __attribute__((visibility("default"))) const char* hakd_shim_launched() {
+  static std::string names;
+  names = std::exchange(hakd_shim::launched, std::string());
+  return names.c_str();
 }
 // Devices have less than 227 KiB, too: bytes of shared memory that a block may ask for.
 extern "C" __attribute__((visibility("default"))) int hakd_shim_set_shared_limit(size_t bytes) {

@@ -60,7 +60,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
 }
-EXTENSION_TESTS = ["tests/test_cpu_kernels.py", "tests/test_outputs.py"]
+EXTENSION_TESTS = ["tests/kernels/test_cpu_kernels.py", "tests/contract"]
 
 
 class CannotTellError(Exception):

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from common import make_batch
+from common import F32, make_batch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, Projection, functional
 
-F32 = torch.float32
 _BATCH = make_batch(dtype=F32, grid=(4, 6), teacher_grid=(4, 6), size=(4, 6))
 _TARGET = _BATCH.target
 _FEATURES = {

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from heteroakd_fast import backends, functional
-from heteroakd_fast.projected import projected_distillation_loss
-from heteroakd_fast.spec import TERMS, LossSpec
+from heteroakd_fast import HeteroAKDLoss, functional
+from heteroakd_fast.output import DistillationOutput
 
-__all__ = ["CALLS", "MODES", "Call", "check", "graph", "inputs_of", "outputs_of", "repeat"]
+from .stages import Details
+from .timing import capture
+
+__all__ = ["CALLS", "MODES", "Call", "check", "inputs_of", "outputs_of", "repeat"]
 
 # cuBLAS asks for it in deterministic mode, and reads it when its handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-HETERO: Final = {"hetero_weight": 1.0, "temperature": 2.0}
+HETERO: Final[dict[str, Any]] = {"hetero_weight": 1.0, "temperature": 2.0}
+SPACE: Final = {**HETERO, "preset": "paper", "weight_axis": "space"}
 EVERY: Final = {"teacher_ce_weight": 0.8, "kd_weight": 0.7, "hetero_weight": 0.6,
                 "feature_weight": 0.5, "temperature": 1.5}  # fmt: skip
 BF16: Final = torch.bfloat16
@@ -52,6 +57,7 @@ class Call:
 
 LABEL_GRID: Final[dict[str, Any]] = {"grid": (13, 20), "size": (13, 20)}
 GATHER: Final[dict[str, Any]] = {"grid": (4, 6), "teacher_grid": (8, 3), "size": (13, 17)}
+PROJECTION: Final[dict[str, Any]] = {"depth": 24, "size": (9, 17), "backends": ("triton",)}
 CALLS: Final[dict[str, Call]] = {
     # by cells
     "ce": Call({}),
@@ -76,18 +82,16 @@ CALLS: Final[dict[str, Call]] = {
     "two grids": Call({**HETERO, "kd_weight": 0.3}, **GATHER),
     "mix = logits": Call({**HETERO, "mix": "logits"}),
     "paper": Call({**HETERO, "preset": "paper"}),
-    "paper, space": Call({**HETERO, "preset": "paper", "weight_axis": "space"}),
+    "paper, space": Call(SPACE),
     "reverse kd": Call({"kd_weight": 0.3, "kd_divergence": "reverse"}),
     "js": Call({"kd_weight": 1.3, "kd_divergence": "js", "kd_beta": 0.3}),
     "maps": Call({**HETERO, "return_maps": True}),
     "every term": Call(EVERY, **GATHER),
     "every term, bfloat16": Call(EVERY, **GATHER, dtype=BF16),
     "float64": Call(EVERY, dtype=torch.float64),
-    "float64, space": Call(
-        {**HETERO, "preset": "paper", "weight_axis": "space"}, dtype=torch.float64
-    ),
-    "projection": Call(HETERO, depth=24, size=(9, 17), backends=("triton",)),
-    "projection, bfloat16": Call(HETERO, depth=24, size=(9, 17), dtype=BF16, backends=("triton",)),
+    "float64, space": Call(SPACE, dtype=torch.float64),
+    "projection": Call(HETERO, **PROJECTION),
+    "projection, bfloat16": Call(HETERO, **PROJECTION, dtype=BF16),
 }
 
 
@@ -122,42 +126,54 @@ def inputs_of(call: Call, device: str, seed: int = 0) -> list[Tensor]:
 def outputs_of(call: Call, tensors: list[Tensor], backend: str) -> list[Tensor]:
     """Loss, gradients of what learns, maps."""
     student, teacher, target, *weights = (x.detach() for x in tensors)
-    options = dict(call.options)
-    learns = [student, *weights[:1]]
+    options = {**call.options, "backend": backend}
+    learns = [student.requires_grad_()]
     if "teacher_ce_weight" in options:
-        learns.append(teacher)
-    for leaf in learns:
-        leaf.requires_grad_()
+        learns.append(teacher.requires_grad_())
     if options.get("class_weight"):
         options["class_weight"] = torch.linspace(
             0.5, 1.5, call.classes, dtype=student.dtype, device=student.device
         )
     if weights:
-        out = projected_distillation_loss(
-            student, weights[0], None, teacher, weights[1], None, target, backend=backend, **options
-        )
+        learns += [weight.requires_grad_() for weight in weights]
+        out = _projected_loss(call, student, teacher, target, weights, backend)
     else:
-        out = functional.distillation_loss(student, target, teacher, backend=backend, **options)
-    grads = torch.autograd.grad(out.loss, learns)
-    return [out.loss.detach(), *grads, *(out.maps or {}).values()]
+        out = functional.distillation_loss(student, target, teacher, **options)
+    return [out.loss.detach(), *torch.autograd.grad(out.loss, learns), *(out.maps or {}).values()]
 
 
-def kernel_of(call: Call, tensors: list[Tensor], backend: str) -> str:
-    """Names of the kernels that compute the terms."""
-    chooser = getattr(backends.get(backend), "kernel", None)
-    if chooser is None:
-        return "projection_pass" if call.depth else "distillation_pass"
-    options = call.options
-    weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in TERMS}
-    fields = {k: v for k, v in options.items() if k in LossSpec.__dataclass_fields__}
-    fields["mix"] = functional.resolve_mix(options.get("preset", "softmax-kl"), options.get("mix"))
-    spec = LossSpec(
-        terms=tuple(name for name, weight in weights.items() if weight),
-        maps="return_maps" in options,
-        **fields,
-    )
-    names = chooser(*tensors[:3], spec)
-    return "; ".join(sorted(set(names.values())))
+def _projected_loss(
+    call: Call,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    weights: list[Tensor],
+    backend: str,
+) -> DistillationOutput:
+    """At the features' resolution, with these weights of the 1x1 projections."""
+    module = _module(call.classes, call.depth, backend, student.device, student.dtype)
+    names = ("student_projector.conv.weight", "teacher_projector.conv.weight")
+    parameters = {k: w[:, :, None, None] for k, w in zip(names, weights, strict=True)}
+    final = student.new_zeros(2, call.classes, 1, 1)  # no term reads them
+    features = {"student_features": student, "teacher_features": teacher}
+    out: DistillationOutput = functional_call(module, parameters, (final, target), features)
+    return out
+
+
+@cache
+def _module(
+    classes: int, depth: int, backend: str, device: torch.device, dtype: torch.dtype
+) -> HeteroAKDLoss:
+    """Made once: while a CUDA graph is captured nothing may be copied to the GPU."""
+    loss = HeteroAKDLoss(
+        classes, depth, depth, ce_weight=0.0, kd_weight=0.0, resolution="logits", backend=backend,
+        **HETERO,
+    )  # fmt: skip
+    for projector in (loss.student_projector, loss.teacher_projector):
+        assert projector is not None
+        assert projector.conv.bias is not None
+        torch.nn.init.zeros_(projector.conv.bias)
+    return loss.to(device, dtype)
 
 
 def digest(outputs: list[Tensor]) -> str:
@@ -176,7 +192,7 @@ def tolerances(dtype: torch.dtype) -> tuple[float, float]:
     return 2e-6, 1e-5 + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * 1.001)
 
 
-def check(call: Call, backend: str, device: str) -> dict[str, Any]:
+def check(call: Call, backend: str, device: str) -> Details:
     """Errors of loss and gradients (and maps), relative to the largest; memory that no kernel has
     written is NaN."""
     tensors = inputs_of(call, device)
@@ -191,12 +207,7 @@ def check(call: Call, backend: str, device: str) -> dict[str, Any]:
     for ours, wanted in zip(got, expected, strict=True):
         scale = wanted.abs().max()
         errors.append(float((ours.cpu().double() - wanted).abs().max() / scale))
-    found: dict[str, Any] = {
-        "kernel": kernel_of(call, tensors, backend),
-        "loss_error": errors[0],
-        "gradient_error": max(errors[1:]),
-        "bits": digest(got),
-    }
+    found = {"loss_error": errors[0], "gradient_error": max(errors[1:]), "bits": digest(got)}
     of_loss, of_gradient = tolerances(call.dtype)
     if not errors[0] <= of_loss:  # NaN is not
         found["failed"] = f"loss {float(got[0])}, expected {float(expected[0])}"
@@ -205,58 +216,32 @@ def check(call: Call, backend: str, device: str) -> dict[str, Any]:
     return found
 
 
-def repeat(call: Call, backend: str, device: str) -> dict[str, Any]:
-    """Bits of several runs, with other memory in between."""
-    tensors = inputs_of(call, device)
-    first = outputs_of(call, tensors, backend)
-    found = {"bits": digest(first)}
+def repeat(call: Call, backend: str, device: str) -> Details:
+    """Bits of several runs, with other memory in between, and of replays of a captured graph with
+    new values."""
+    sets = [inputs_of(call, device, seed) for seed in range(2)]
+    bits = [digest(outputs_of(call, tensors, backend)) for tensors in sets]
+    found: Details = {"bits": bits[0]}
     for elements in (1, 12345, 1 << 20):
         garbage = torch.full((elements,), float("nan"), device=device)
-        again = outputs_of(call, tensors, backend)
-        if digest(again) != found["bits"]:
+        if digest(outputs_of(call, sets[0], backend)) != bits[0]:
             found["failed"] = "another run gives other bits"
         del garbage
-    return found
-
-
-def graph(call: Call, backend: str, device: str) -> dict[str, Any]:
-    """Replays of a captured graph with new values, against the bits without one."""
-    sets = [inputs_of(call, device, seed) for seed in range(2)]
-    expected = [digest(outputs_of(call, tensors, backend)) for tensors in sets]
     held = [tensor.clone() for tensor in sets[0]]
     replay, outputs = capture(lambda: outputs_of(call, held, backend), device)
-    for tensors, wanted in zip(sets[::-1], expected[::-1], strict=True):
+    for tensors, wanted in zip(sets[::-1], bits[::-1], strict=True):
         for buffer, value in zip(held, tensors, strict=True):
             buffer.copy_(value)
         replay()
         if digest(outputs) != wanted:
-            return {"failed": "a replay gives other bits than the call"}
-    return {"replays": len(sets)}
+            found.setdefault("failed", "a replay gives other bits than the call")
+    return found
 
 
-def capture(
-    step: Callable[[], list[Tensor]], device: str
-) -> tuple[Callable[[], object], list[Tensor]]:
-    if device == "cpu":  # a rehearsal
-        outputs = step()
-        return (lambda: [x.copy_(y) for x, y in zip(outputs, step(), strict=True)]), outputs
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # compiles, loads modules, sizes workspaces: not while capturing
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        outputs = step()
-    return captured.replay, outputs
-
-
-def once(call: Call, backend: str, device: str) -> dict[str, Any]:
-    """Runs it: for tools that look at what it does, and for the compiler."""
+def once(call: Call, backend: str, device: str) -> Details:
+    """Run it: for tools that look at what it does, and for the compiler."""
     outputs_of(call, inputs_of(call, device), backend)
     return {}
 
 
-MODES: Final = {"check": check, "bits": repeat, "graph": graph, "once": once}
+MODES: Final = {"check": check, "repeat": repeat, "once": once}

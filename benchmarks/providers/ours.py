@@ -32,12 +32,12 @@ class Ours:
             "backend": self.backend,
             **case.target.options,
         }
-        teacher_logits = inputs.teacher_logits if case.target.needs_teacher else None
 
         def forward() -> Tensor:
             student_logits = inputs.student_logits
             if case.target.from_features:
                 student_logits = F.conv2d(inputs.student_features, inputs.weight[:, :, None, None])
+            teacher_logits = inputs.teacher_logits if case.target.needs_teacher else None
             return functional.distillation_loss(
                 student_logits, inputs.target, teacher_logits, **options
             ).loss

@@ -313,7 +313,9 @@ def select(name: str, only: Sequence[str]) -> Suite:
     names = {text for group, cases in suite.items() for one in cases for text in _names(group, one)}
     for entry in only:
         if not any(fnmatchcase(text, entry) for text in names):
-            raise ValueError(f"--only: got {entry!r}, {_expected(name, entry, names)}")
+            close = get_close_matches(entry, sorted(names), n=3) or ["as `list` prints them"]
+            expected = f"expected names of suite {name!r}: {'; '.join(close)}"
+            raise ValueError(f"--only: got {entry!r}, {expected}")
     kept = {
         group: [
             one
@@ -327,17 +329,3 @@ def select(name: str, only: Sequence[str]) -> Suite:
 
 def _names(group: str, one: Case) -> tuple[str, ...]:
     return one.key, group, one.objective, one.dataset
-
-
-def _expected(suite: str, entry: str, names: set[str]) -> str:
-    others = [
-        other
-        for other, groups in SUITES.items()
-        for group, cases in groups.items()
-        for one in cases
-        if other != suite and any(fnmatchcase(text, entry) for text in _names(group, one))
-    ]
-    if others:
-        return f"which suite {suite!r} lacks; --suite {others[0]} has it"
-    close = get_close_matches(entry, sorted(names), n=3) or ["as `list` prints them"]
-    return f"expected names of suite {suite!r}: {'; '.join(close)}"

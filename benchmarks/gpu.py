@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -41,6 +40,7 @@ NO_GPU: Final = (
     "build of torch."
 )
 WORKERS: Final = ("-m", "benchmarks.gpu_workers")
+TESTS: Final = ("-m", "benchmarks.gpu_tests")
 BACKENDS: Final = ("cuda", "triton")
 HEADLINE: Final = ("eager", "compile", "compile-whole", *(f"heteroakd[{x}]" for x in BACKENDS))
 SANITIZERS: Final = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -123,17 +123,6 @@ def build(stage: StageRun, given: Path | None = None) -> None:
     return None
 
 
-def calls(mode: str, stage: StageRun) -> None:
-    """Small calls of every kernel (`gpu_calls.py`), both backends at once."""
-    with ThreadPoolExecutor(len(BACKENDS)) as pool:
-        list(pool.map(lambda name: stage.items(*WORKERS, "calls", mode, name), BACKENDS))
-    before = stage.report.items("smoke")
-    for name, one in stage.details["items"].items():
-        if one.get("bits") != before.get(name, one).get("bits") and "bits" in one:
-            one["failed"] = "other bits than in another process"
-            stage.conclude("failed")
-
-
 def suite(name: str, groups: Sequence[str], stage: StageRun, *options: str) -> None:
     """Groups of the benchmark suite, in the time of the stage, into a folder of this name."""
     output = stage.report.path.parent / name
@@ -143,7 +132,7 @@ def suite(name: str, groups: Sequence[str], stage: StageRun, *options: str) -> N
     limits = ("--seconds", f"{max(stage.limit - 20, 1):.0f}", "--output", str(output))
     command = ("-m", "benchmarks", "run", "--device", "cuda", *limits, "--only", *groups, *options)
     ran = stage.python(*command)
-    stage.conclude(ran.status, output=ran.tail if ran.code else "")
+    stage.conclude(ran.status, output=ran.tail)  # it ends with the headline's times
     if (found := output / "results.csv").exists():
         with found.open(newline="") as file:
             stage.details["rows"] = list(csv.DictReader(file))
@@ -204,7 +193,9 @@ def sanitizer(stage: StageRun) -> None:
             prefix += ["--report-api-errors", "no"]
         # Each tensor is an allocation that it can see.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        worker, silent = (*WORKERS, "sanitized"), float("inf")
+        # conftest.py would fill the memory that initcheck is to see
+        selection = ("tests/test_gpu_calls.py", "-k", "test_under_a_sanitizer", "--noconftest")
+        worker, silent = (*TESTS, "0/1", *pytest_arguments(selection)), float("inf")
         ran = stage.items(
             *worker, group=tool, prefix=prefix, silent=silent, environment=environment
         )
@@ -222,46 +213,34 @@ def sanitizer(stage: StageRun) -> None:
         list(pool.map(check, SANITIZERS))
 
 
-def tests(*selection: str) -> Callable[[StageRun], None]:
-    """A run of pytest, whose plugin `gpu_pytest` tells of each test."""
+def pytest_arguments(selection: Sequence[str]) -> list[str]:
+    """Arguments of pytest, which runs elsewhere."""
+    found = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    return found + [str(ROOT / x) if x.startswith("tests/") else x for x in selection]
+
+
+def run_tests(*selection: str, silent: float = 120.0) -> Callable[[StageRun], None]:
+    """Tests as items (`gpu_tests.py`), in several processes: most of their time goes into compiling
+    kernels."""
 
     def work(stage: StageRun) -> None:
         if importlib.util.find_spec("pytest") is None:
             return stage.conclude("skipped", "pytest is not installed")
-        arguments = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-        arguments += [str(ROOT / x) if x.startswith("tests/") else x for x in selection]
-        arguments += ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_pytest"]
-        arguments += ["--maxfail=50"]
-        if importlib.util.find_spec("xdist") is not None:
-            # most of the time goes into compiling kernels, one process each
-            arguments += ["-n", str(min(os.cpu_count() or 1, 12)), "--dist", "worksteal"]
+        arguments = pytest_arguments(selection)
         if importlib.util.find_spec("hypothesis") is None:
             # conftest.py imports it, and these tests do not need it: a bare machine runs them
             # without poisoned memory rather than not at all.
             arguments.append("--noconftest")
-        ran = stage.python(*arguments, on_line=partial(count_test, stage))
-        if ran.code == 5 or (ran.code == 0 and not stage.details.get("counts", {}).get("passed")):
-            return stage.conclude("skipped")
-        return stage.conclude(ran.status, output=ran.tail if ran.code else "")
+        number = 1 if stage.dry else min(os.cpu_count() or 1, 12)
+        shares = [f"{i}/{number}" for i in range(number)]
+        with ThreadPoolExecutor(number) as pool:
+            list(pool.map(lambda x: stage.items(*TESTS, x, *arguments, silent=silent), shares))
+        return None
 
     return work
 
 
-def count_test(stage: StageRun, line: str) -> None:
-    """Count what the plugin tells of a test."""
-    found = event_of(line).get("found")
-    if found is None:
-        return
-    outcome = next((x for x in ("failed", "skipped") if x in found), "passed")
-    counts = stage.details.setdefault("counts", Counter())
-    counts[outcome] += 1
-    if outcome == "skipped":
-        stage.details.setdefault("skipped", Counter())[found[outcome]] += 1
-    elif outcome == "failed":
-        stage.details.setdefault("failing", {})[event_of(line)["name"]] = found[outcome]
-    stage.record(stage.details, "counts", counts)
-
-
+_CALLS: Final = "tests/test_gpu_calls.py"
 _ON_GPU: Final = ("tests/test_gpu.py", "-m", "gpu", "-k")
 _SAMPLE: Final = "test_value_and_gradients and odd and contiguous and float32"
 _KERNELS: Final = (
@@ -273,15 +252,15 @@ _OTHERS: Final = [group for group in SUITES["gpu"] if group != "headline"]
 
 STAGES: Final = (
     Stage("prepare", 150, prepare),
-    Stage("smoke", 60, partial(calls, "check")),
+    Stage("smoke", 75, run_tests(_CALLS, "-k", "test_value_gradients_and_bits")),
     Stage("headline", 110, headline),
     Stage("issue", 45, issue),
-    Stage("correctness", 60, tests(*_ON_GPU, _SAMPLE)),
-    Stage("repeat", 45, partial(calls, "repeat")),
+    Stage("correctness", 60, run_tests(*_ON_GPU, _SAMPLE)),
+    Stage("graphs", 45, run_tests(_CALLS, "-k", "test_graph_replays")),
     Stage("sanitizer", 75, sanitizer),
-    Stage("driver", 90, tests("tests/train/test_train_gpu.py")),
-    Stage("tests", 300, tests(*_ON_GPU, f"not ({_SAMPLE})")),
-    Stage("kernels", 120, tests(*_KERNELS)),
+    Stage("driver", 90, run_tests("tests/train/test_train_gpu.py")),
+    Stage("tests", 300, run_tests(*_ON_GPU, f"not ({_SAMPLE})")),
+    Stage("kernels", 120, run_tests(*_KERNELS)),
     Stage("benchmarks", float("inf"), partial(suite, "benchmarks", _OTHERS)),
 )
 
@@ -292,9 +271,6 @@ STAGES: Final = (
 def summary(details: Details) -> str:
     """A stage's details in a few words."""
     parts = [f"library {details['library']}"] if "library" in details else []
-    if "counts" in details:
-        parts.append(", ".join(f"{n} {name}" for name, n in details["counts"].items()))
-        parts += list(details.get("failing", ()))[:3]
     for group in ("items", *SANITIZERS):
         found = details.get(group, {})
         bad = {name: one["failed"] for name, one in found.items() if "failed" in one}
@@ -304,28 +280,6 @@ def summary(details: Details) -> str:
     for launch in details.get("launches", [])[:4]:
         parts.append(f"{launch['kernel']} {launch.get('issue_slots_percent')} of the issue slots")
     return "; ".join(x.strip() for x in [*parts, *details.get("reasons", [])] if x.strip())
-
-
-def times_table(report: Report) -> str:
-    """The headline: milliseconds of forward and backward, as the GPU needs them without the host's
-    launches where a CUDA graph could be captured; MiB at the peak, above the inputs."""
-    cases: dict[str, dict[str, Details]] = {}
-    for row in report.stages.get("headline", {}).get("details", {}).get("rows", []):
-        key = f"{row['objective']} B{row['batch']} C{row['classes']} {row['height']}x{row['width']}"
-        key += f" /{row['stride']} {row['dtype']}"
-        cases.setdefault(key, {})[row["provider"]] = row
-    if not cases:
-        return ""
-    names = [name.removeprefix("heteroakd[").removesuffix("]") for name in HEADLINE]
-    peaks = [0, 3, 4]
-    titles = [*names, "floor", *(f"MiB {names[i]}" for i in peaks)]
-    lines = [f"{'ms':46}" + "".join(f"{x:>14}" for x in titles)]
-    for key, found in cases.items():
-        rows = [found.get(name, {}) for name in HEADLINE]
-        cells = [row.get("graph_ms") or row.get("total_ms") for row in rows]
-        cells += [rows[0].get("floor_ms"), *(rows[i].get("peak_mib") for i in peaks)]
-        lines.append(f"{key:46}" + "".join(f"{x or '-':>14}" for x in cells))
-    return "\n".join(lines)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -384,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_stages(options.stages, report, seconds, summary, **running)
     if options.dry_run:
         return 0
-    print(f"\n{about['machine']}, commit {report.commit}\n{times_table(report)}\n{report.path}")
+    print(f"\n{about['machine']}, commit {report.commit}\n{report.path}")
     return 0 if report.ok else 1
 
 

@@ -16,16 +16,10 @@ import torch
 
 from .cases import SUITES, Case
 from .gpu import BACKENDS, HEADLINE, NO_GPU, find_tool
-from .gpu_calls import CALLS, MODES
 from .inputs import make_inputs
 from .providers import find
 from .stages import Details, Item, go_through
 
-#: Calls for the sanitizer: kernels that are checked are slow.
-SANITIZED = (
-    *("ce+hetero", "bfloat16", "40 classes", "masked class", "label grid", "label grid, bfloat16"),
-    *("two grids", "mix = logits", "paper, space", "js", "every term", "float64", "projection"),
-)
 DEVICE = "cuda"
 
 
@@ -58,20 +52,6 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def calls(mode: str, backend: str, *names: str) -> list[Item]:
-    """The small calls on a backend, all of them or those that are named."""
-    from heteroakd_fast import backends
-
-    if reason := backends.available()[backend]:
-        return [(backend, lambda: {"skipped": reason})]
-    return [(f"{backend} {name}", partial(MODES[mode], CALLS[name], backend, DEVICE))
-            for name in names or CALLS if backend in CALLS[name].backends]  # fmt: skip
-
-
-def sanitized() -> list[Item]:
-    return [item for backend in BACKENDS for item in calls("once", backend, *SANITIZED)]
-
-
 def one_step(case: Case, name: str) -> Details:
     """Forward and backward."""
     provider = find()[name]
@@ -84,11 +64,10 @@ def one_step(case: Case, name: str) -> Details:
 
 
 def compile_share(share: str) -> list[Item]:
-    """The i-th of n shares of what Triton and torch.compile compile for the other stages."""
+    """The i-th of n shares of what Triton and torch.compile compile for the headline."""
     os.nice(10)  # nvcc, at the same time, has the longer way
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
-    items = calls("once", "triton")
-    items += [
+    items: list[Item] = [
         (f"{one.key} {name}", partial(one_step, one, name))
         for one in SUITES["gpu"]["headline"]
         for name in HEADLINE
@@ -106,8 +85,6 @@ def counted() -> list[Item]:
 
 WORKERS: dict[str, Callable[..., list[Item]]] = {
     "environment": environment,
-    "calls": calls,
-    "sanitized": sanitized,
     "compile": compile_share,
     "counted": counted,
 }

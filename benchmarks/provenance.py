@@ -22,8 +22,7 @@ _STAMP = ROOT / "runs" / "tests-passed"
 _SOURCES = ("heteroakd_fast", "kernels", "csrc", "benchmarks", "tests")
 _SUFFIXES = {".py", ".cpp", ".cu", ".h", ".toml", ".json"}
 _PACKAGES = (
-    "numpy", "triton", "transformers", "pytest", "liger-kernel", "orda-kernel",
-    "cut-cross-entropy", "quack-kernels",
+    "numpy", "triton", "transformers", "pytest", "liger-kernel", "orda-kernel", "cut-cross-entropy",
 )  # fmt: skip
 
 

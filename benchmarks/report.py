@@ -80,7 +80,6 @@ def _page(results: Results, pictures: dict[str, str]) -> list[str]:
     for group, title in TABLES.items():
         shown = ("time.png", "memory.png") if group == "headline" else ()
         section(title, _cases(results, results.measured(group)), *shown)
-    section("Share of the floor", _floors(results))
     section("Other settings", _other_settings(results))
     curves = [one for group in CURVES for one in results.measured(group)]
     section("Scaling", _cases(results, list(dict.fromkeys(curves))), "scaling.png")
@@ -111,7 +110,7 @@ def _environment(results: Results) -> list[str]:
 def _cases(results: Results, cases: Sequence[Case]) -> list[str]:
     """A row for each case: the three sides."""
     header = ["case", "eager ms", "compile ms", "ours ms", "over eager", "over compile"]
-    header += ["MiB eager / compile / ours", "error loss, gradient: eager; ours"]
+    header += ["MiB eager / compile / ours", "error loss, gradient: eager; ours", "floor / ours"]
     cells = []
     for one in cases:
         eager, compiled, ours = three_sides(results.of(one)).values()
@@ -124,20 +123,9 @@ def _cases(results: Results, cases: Sequence[Case]) -> list[str]:
             _times(compiled, ours, bold=True),
             " / ".join(_mib(row) for row in (eager, compiled, ours)),
             f"{_errors(eager)}; {_errors(ours)}",
+            _floor(ours),
         ])  # fmt: skip
     return _table(header, cells)
-
-
-def _floors(results: Results) -> list[str]:
-    cells = []
-    for one in (one for group in TABLES for one in results.measured(group)):
-        ours = three_sides(results.of(one))["ours"]
-        if ours and ours.total and ours.floor_ms:
-            share = f"{100 * ours.floor_ms / ours.total.median:.1f} %"
-            row = [_name(one), f"{ours.floor_ms:.3g}", share, ours.floor_binds]
-            if row not in cells:
-                cells.append(row)
-    return _table(["case", "floor ms", "floor / ours", "binds"], cells)
 
 
 def _other_settings(results: Results) -> list[str]:
@@ -228,6 +216,12 @@ def _ms(row: Row | None) -> str:
 
 def _mib(row: Row | None) -> str:
     return _digits(row.peak_mib) if row else "-"
+
+
+def _floor(row: Row | None) -> str:
+    if row is None or not row.total_ms or not row.floor_ms:
+        return "-"
+    return f"{100 * row.floor_ms / row.total_ms:.1f} % ({row.floor_binds})"
 
 
 def _times(baseline: Row | None, row: Row | None, bold: bool = False) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 __all__ = [
+    "END",
     "Ran",
     "Report",
     "Stage",
@@ -36,7 +37,7 @@ __all__ = [
     "say",
 ]
 
-_END: Final = "end"
+END: Final = "end"
 _TAIL: Final = 4000  # characters of output kept of a command that went wrong
 _LEAST: Final = 5.0  # seconds: with less, a stage is not begun
 _SILENT: Final = 40.0  # seconds without a line after which an item is taken to hang
@@ -68,7 +69,7 @@ def go_through(items: Sequence[Item], start: int) -> None:
         say(name=name, found=found)
         if broken:  # so may be the context: another process goes on
             raise SystemExit(1)
-    say(name=_END)
+    say(name=END)
 
 
 # --- outside of it -----------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def follow(
         outputs.append(ran.output)
         if ran.code == 0 or left() <= 0:
             break
-        if name == _END or begun < start:  # no item is to blame
+        if name == END or begun < start:  # no item is to blame
             break
         if not told:
             how = "hangs" if ran.code is None else f"ends its process with {ran.code}"

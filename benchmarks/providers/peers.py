@@ -182,24 +182,6 @@ def _cut(package: Any, case: Case, inputs: Inputs) -> Forward:
     )
 
 
-def _quack(quack: Any, case: Case, inputs: Inputs) -> Forward:
-    target = inputs.target.flatten()
-
-    def forward() -> Tensor:
-        # Its chunked projection takes multiples of 8 classes only, and falls back to these two
-        # steps, as here, for the 19, 21, 150 and 171 of segmentation. In float32 also because its
-        # copies of 16 bits need an even number of classes.
-        if case.objective == "projection+ce":
-            logits = F.linear(rows_of_features(inputs), inputs.weight)
-            rows = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        else:
-            rows = full_resolution_rows(case, inputs)
-        loss: Tensor = quack.cross_entropy(rows, target, ignore_index=IGNORE_INDEX)
-        return loss
-
-    return forward
-
-
 PROJECTIONS: Final = ("projection+ce", "projection+ce+upsample")
 PEERS: Final = (
     Peer(
@@ -231,7 +213,6 @@ PEERS: Final = (
         _cut,
         dtypes=("bfloat16", "float16"),
     ),
-    Peer("quack-kernels", "0.6.5", "quack", ("ce", *PROJECTIONS), "has cross entropy only", _quack),
 )
 
 

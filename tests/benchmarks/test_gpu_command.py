@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -13,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shim_backend
 import torch
-from common import spec_of
-from torch import Tensor
-
-from heteroakd_fast import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `dev` is no part of the package
 
-from benchmarks import gpu, gpu_calls, gpu_workers, stages  # noqa: E402
-
-shim = pytest.mark.skipif(not shim_backend.USED, reason="the CUDA sources do not run on the CPU")
+from benchmarks import gpu, gpu_workers, stages  # noqa: E402
+from benchmarks.cases import SUITES  # noqa: E402
 
 
 def stage_run(name: str, path: Path = Path("gpu.json"), **options: Any) -> stages.StageRun:
@@ -63,7 +56,7 @@ def test_dry_run_prints_every_command(capsys: pytest.CaptureFixture[str], tmp_pa
         "TORCH_CUDA_ARCH_LIST=9.0a",
         "gpu_workers compile 0/1",
         "setup.py build_ext",
-        "gpu_workers calls check cuda",
+        "benchmarks.gpu_tests 0/1",
         "ncu --csv --metrics sm__inst_issued",
         "tests/test_gpu.py -m gpu",
         "tests/test_triton_kernels.py",
@@ -72,7 +65,7 @@ def test_dry_run_prints_every_command(capsys: pytest.CaptureFixture[str], tmp_pa
     ):
         assert part in text
     assert list(tmp_path.iterdir()) == []
-    assert gpu.main(["--dry-run", "--only", "repeat"]) == 0
+    assert gpu.main(["--dry-run", "--only", "graphs"]) == 0
     assert "sanitizer" not in capsys.readouterr().out
 
 
@@ -214,6 +207,7 @@ def test_an_exit_code_after_the_last_item_is_noticed(tmp_path: Path) -> None:
 # --- what the stages read ----------------------------------------------------------------------
 
 _TESTS = """
+import os
 import pytest
 
 @pytest.mark.parametrize("x", ["[1 2]", "a b"])
@@ -225,27 +219,39 @@ def test_skip():
 
 @pytest.fixture
 def broken():
-    raise RuntimeError("at setup")
+    raise RuntimeError("CUDA error: at setup")
 
 def test_broken(broken):
+    pass
+
+def test_dies():
+    os._exit(11)
+
+def test_last():
     pass
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
-def test_counts_of_a_test_run(workers: list[str], tmp_path: Path) -> None:
-    """With workers and without, as the run goes on."""
+def test_a_test_that_dies_stops_none_of_the_later(tmp_path: Path) -> None:
+    """Each test is an item, in the first or the second share."""
     (tmp_path / "test_x.py").write_text(_TESTS)
     stage = stage_run("x", tmp_path / "gpu.json", environment={"PYTHONPATH": str(ROOT)})
-    arguments = ("-m", "pytest", "-q", "-p", "benchmarks.gpu_pytest", *workers, str(tmp_path))
-    ran = stage.python(*arguments, on_line=lambda line: gpu.count_test(stage, line), cwd=tmp_path)
-    assert ran.code == 1
-    assert stage.details["counts"] == {"passed": 1, "failed": 2, "skipped": 1}, ran.output
-    failing = {name.split("::")[-1]: text for name, text in stage.details["failing"].items()}
-    assert set(failing) == {"test_some[a b]", "test_broken"}
-    assert "why - not" in failing["test_some[a b]"]
-    assert failing["test_broken"] == "RuntimeError: at setup"
-    assert stage.details["skipped"] == {"Skipped: no GPU here": 1}
+    for share in ("0/2", "1/2"):
+        options = ("-p", "no:cacheprovider", str(tmp_path), "-k", "test")
+        ran = stage.items(*gpu.TESTS, share, *options, cwd=tmp_path)
+    assert ran.code == 0, ran.output
+    assert [x.split("--start ")[1:] for x in stage.commands] == [[], ["3"], [], ["2"]]
+    items = stage.details["items"]
+    found = {name.split("::")[-1]: what for name, what in items.items()}
+    assert found.pop("test_some[a b]")["failed"].startswith("AssertionError: why - not")
+    assert found.pop("test_dies")["failed"].startswith("ends its process with 11")
+    assert found == {
+        "test_some[[1 2]]": {},
+        "test_skip": {"skipped": "no GPU here"},
+        "test_broken": {"failed": "RuntimeError: CUDA error: at setup"},
+        "test_last": {},
+    }
+    assert stage.status == "failed"
 
 
 def test_counters_of_ncu_are_read() -> None:
@@ -270,19 +276,22 @@ def test_counters_of_ncu_are_read() -> None:
     assert "cell_kernel 61.5 % of the issue slots" in gpu.summary({"launches": launches})
 
 
-def test_times_are_put_into_a_table() -> None:
-    case = {"objective": "ce", "batch": "8", "classes": "19", "height": "512", "width": "1024",
-            "stride": "4", "dtype": "float32", "floor_ms": "0.065"}  # fmt: skip
-    ours = {"total_ms": "0.5", "graph_ms": "0.3125", "peak_mib": "38.0"}
-    rows = [
-        {**case, "provider": "eager", "total_ms": "6.25", "graph_ms": "", "peak_mib": "1520.0"},
-        {**case, "provider": "heteroakd[cuda]", **ours},
-    ]
-    report = stages.Report(Path("gpu.json"), 6.0, "", stages={"headline": {"details": {}}})
-    assert gpu.times_table(report) == ""
-    report.stages["headline"]["details"]["rows"] = rows
-    cells = gpu.times_table(report).splitlines()[1].split()
-    assert cells[6:] == ["6.25", "-", "-", "0.3125", "-", "0.065", "1520.0", "38.0", "-"]
+def test_a_report_of_the_suite_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that did not end well."""
+    stage = stage_run("headline", tmp_path / "gpu.json")
+
+    def python(*arguments: str, **options: Any) -> stages.Ran:
+        output = Path(arguments[arguments.index("--output") + 1])
+        output.mkdir()
+        (output / "results.csv").write_text("provider,total_ms\neager,6.25\n")
+        return stages.Ran(1, "it broke", 1.0)
+
+    monkeypatch.setattr(stage, "python", python)
+    gpu.headline(stage)
+    assert stage.details["rows"] == [{"provider": "eager", "total_ms": "6.25"}]
+    assert (stage.status, stage.details["output"]) == ("failed", "it broke")
 
 
 def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,94 +326,9 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (gpu.PACKAGE / "_C.abi3.so").samefile(ROOT / "dev.py")
 
 
-# --- workers -----------------------------------------------------------------------------------
-
-
-def small(name: str) -> gpu_calls.Call:
-    """Kernels that are run by the shim are slow."""
-    call = gpu_calls.CALLS[name]
-    grid, teacher = (3, 4), call.teacher_grid and (4, 2)
-    size = grid if call.size == call.grid else (10, 13)
-    return dataclasses.replace(call, classes=3, grid=grid, teacher_grid=teacher, size=size)
-
-
-@shim
-def test_the_calls_reach_every_kernel() -> None:
-    named = set()
-    for file in (ROOT / "csrc" / "cuda").glob("*.cu"):
-        pattern = r'"((?:cells|label grid|segments)(?:: [^"]+| in double)?)"'
-        named |= set(re.findall(pattern, file.read_text()))
-    assert len(named) >= 16
-    reached = set()
-    for call in gpu_calls.CALLS.values():
-        if "cuda" in call.backends:
-            kernel: Any = backends.get("cuda")
-            inputs = gpu_calls.inputs_of(call, "cpu")[:3]
-            reached |= set(kernel.kernel(*inputs, spec_of(**call.options)).values())
-    assert reached == named
-    assert set(gpu_workers.SANITIZED) <= set(gpu_calls.CALLS)
-    assert any(call.options.get("weight_axis") == "space" for call in gpu_calls.CALLS.values())
-
-
-@shim
-@pytest.mark.parametrize("name", gpu_calls.CALLS)
-def test_calls_are_right_and_errors_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = small(name)
-    backend = "cuda" if "cuda" in call.backends else "cpu"
-    found = gpu_calls.check(call, backend, "cpu")
-    assert "failed" not in found
-    assert found["gradient_error"] > 0
-    assert gpu_calls.repeat(call, backend, "cpu") == {"bits": found["bits"]}
-    real = gpu_calls.outputs_of
-
-    def wrong(call: gpu_calls.Call, tensors: list[Tensor], backend: str) -> list[Tensor]:
-        loss, *others = real(call, tensors, backend)
-        scale = 1.0 if backend == "reference" else 1.01
-        return [loss, *(scale * other for other in others)]
-
-    monkeypatch.setattr(gpu_calls, "outputs_of", wrong)
-    assert "gradients are wrong" in gpu_calls.check(call, backend, "cpu")["failed"]
-
-
-@shim
-def test_other_bits_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    call, real = small("ce"), gpu_calls.outputs_of
-    runs = iter(range(100))
-
-    def drifting(*arguments: Any) -> list[Tensor]:
-        loss, *others = real(*arguments)
-        return [loss + 1e-7 * next(runs), *others]
-
-    def stale(work: Any, device: str) -> tuple[Any, list[Tensor]]:
-        return (lambda: None), work()
-
-    monkeypatch.setattr(gpu_calls, "outputs_of", drifting)
-    assert "another run" in gpu_calls.repeat(call, "cuda", "cpu")["failed"]
-    monkeypatch.setattr(gpu_calls, "outputs_of", real)
-    monkeypatch.setattr(gpu_calls, "capture", stale)
-    assert "a replay" in gpu_calls.repeat(call, "cuda", "cpu")["failed"]
-
-    # and between the processes of two stages
-    stage = stage_run("repeat")
-    before = {"x": {"bits": "1"}, "y": {"bits": "2"}}
-    stage.report.stages["smoke"] = {"details": {"items": before}}
-    stage.details["items"] = {"x": {"bits": "1"}, "y": {"bits": "3"}, "z": {"bits": "4"}}
-    monkeypatch.setattr(stage, "items", lambda *_: None)
-    gpu.calls("repeat", stage)
-    assert [name for name, one in stage.details["items"].items() if "failed" in one] == ["y"]
-    assert stage.status == "failed"
-
-
 def test_workers_list_their_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each once, in shares; a backend that cannot is skipped with its reason."""
+    """Each once, in shares."""
     monkeypatch.setattr(os, "nice", lambda _: None)
-    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(gpu.BACKENDS))
     names = [name for i in range(3) for name, _ in gpu_workers.compile_share(f"{i}/3")]
-    assert len(names) == len(set(names)) > 60
-    assert "triton projection" in names
+    assert len(names) == len(set(names)) == 3 * len(SUITES["gpu"]["headline"])
     assert len(gpu_workers.counted()) == 4
-    assert [name for name, _ in gpu_workers.calls("check", "cuda", "ce", "projection")] == [
-        "cuda ce"
-    ]
-    monkeypatch.setattr(backends, "available", lambda: {"cuda": "no GPU"})
-    assert gpu_workers.calls("check", "cuda")[0][1]() == {"skipped": "no GPU"}

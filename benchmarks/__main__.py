@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     return code
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--providers", nargs="+", default=(), help="names, see `list`")
     run.add_argument("--visits", type=int, default=2, help="times that each case is come back to")
     run.add_argument("--rounds", type=int, default=5, help="rounds in each visit, at most")
-    run.add_argument("--phases", nargs="+", help="times memory settings steps")
+    run.add_argument("--phases", nargs="+", help="times memory settings")
     run.set_defaults(command=_run)
 
     compare = commands.add_parser("compare", help="two result files; exit code 1 if worse")
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     from heteroakd_fast import _requirements
 
     from . import report, runner
-    from .cases import SUITES
+    from .cases import SUITES, cases_of, select
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
@@ -93,7 +93,9 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--phases: got {sorted(unknown)}, known are {', '.join(runner.PHASES)}")
     if options.device == "cpu":
         # A machine with a GPU may have no network: there, what needs them is left out, and named.
-        needed = ["matplotlib", *(["transformers"] if "steps" in phases else [])]
+        chosen = cases_of(select(suite, options.only))
+        models = any(one.target.models for one in chosen)
+        needed = ["matplotlib", *(["transformers"] if models else [])]
         if problem := _requirements.explain({name: name for name in needed}, "bench"):
             raise ValueError(problem)
     # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
@@ -117,7 +119,7 @@ def _run(options: argparse.Namespace) -> int:
     page = report.write(results, plan.output)
     print(report.summary(results))
     print(f"\nreport: {page}, figures: results.csv")
-    return 0
+    return 130 if results.interrupted else 0
 
 
 def _compare(options: argparse.Namespace) -> int:

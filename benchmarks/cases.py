@@ -21,6 +21,9 @@ class Objective:
     needs_teacher: bool = True
     from_features: bool = False
     """Starts from a feature map and the weight of a 1x1 projection instead of logits."""
+    models: tuple[str, str] | None = None
+    """Starts from images: student and teacher (`models.py`), whose forward and backward are part of
+    it."""
 
 
 _T2: Final = {"temperature": 2.0}
@@ -48,6 +51,17 @@ OBJECTIVES: Final[dict[str, Objective]] = {
     ),
     "projection+ce+upsample": Objective(
         "1x1 projection + upsampling + cross entropy", {}, needs_teacher=False, from_features=True
+    ),
+    # Without the optimizer's update, which is the same for all
+    "training step": Objective(
+        "forward and backward of ce+hetero and the networks",
+        {"hetero_weight": 1.0, **_T2},
+        models=("SegFormer-B0", "UperNet128-ConvNeXt-T"),
+    ),
+    "tiny training step": Objective(
+        "the same of tiny networks",
+        {"hetero_weight": 1.0, **_T2},
+        models=("SegFormer-tiny", "UperNet-ConvNeXt-tiny"),
     ),
 }
 
@@ -193,7 +207,7 @@ def _headline_of_gpu() -> list[Case]:
 
 def _objectives(batch: int = 2) -> list[Case]:
     """Every objective on logits, on one shape."""
-    names = [name for name, one in OBJECTIVES.items() if not one.from_features]
+    names = [name for name, one in OBJECTIVES.items() if not (one.from_features or one.models)]
     return [case(name, "Cityscapes", batch, 4) for name in names]
 
 
@@ -202,6 +216,18 @@ def _dtypes(batch: int = 2) -> list[Case]:
         case(objective, "Cityscapes", batch, 4, dtype=dtype)
         for objective in ("ce", "ce+hetero")
         for dtype in ("float32", "bfloat16", "float16")
+    ]
+
+
+def _training(batch: int, size: tuple[int, int], dtype: str = "float32") -> list[Case]:
+    """A training step at two batches, and the loss alone."""
+    return [
+        case(objective, "ADE20K", number, 4, size=size, dtype=dtype)
+        for objective, number in (
+            ("training step", batch),
+            ("training step", 2 * batch),
+            ("ce+hetero", batch),
+        )
     ]
 
 
@@ -242,6 +268,7 @@ SUITES: Final[dict[str, Suite]] = {
     "cpu": {
         "headline": _headline(),
         "objectives": _objectives(),
+        "training": _training(1, (256, 256)),
         "dtypes": _dtypes(),
         "projections": _projections(1),
         "strides": _strides("ce"),
@@ -260,6 +287,7 @@ SUITES: Final[dict[str, Suite]] = {
             case("ce+hetero", "VOC", 16, 16),
         ],
         "objectives": _objectives(8),
+        "training": _training(8, (512, 512), "bfloat16"),
         "dtypes": _dtypes(8),
         "projections": [
             replace(one, dtype=dtype)
@@ -280,6 +308,11 @@ SUITES: Final[dict[str, Suite]] = {
         "objectives": [
             case(name, "Cityscapes", 1, 4, size=(32, 64), channels=8 * one.from_features)
             for name, one in OBJECTIVES.items()
+            if not one.models
+        ],
+        "training": [
+            case("tiny training step", "VOC", 1, 4, size=(64, 64)),
+            case("ce+hetero", "VOC", 1, 4, size=(64, 64)),
         ],
         "dtypes": [case("ce", "Cityscapes", 1, 4, size=(64, 64), dtype="bfloat16")],
     },

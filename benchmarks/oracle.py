@@ -30,11 +30,15 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     a second one takes each image's part of the loss and of the gradient by them.
     """
     objective = case.target
-    leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
-    logits = leaves[0]
+    if inputs.models:  # the networks stay in their own precision
+        leaves = inputs.leaves
+        logits, teacher_logits = inputs.models()
+    else:
+        leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
+        logits, teacher_logits = leaves[0], inputs.teacher_logits
     if objective.from_features:
         logits = F.conv2d(logits, leaves[1][:, :, None, None])
-    teacher = inputs.teacher_logits.double() if objective.needs_teacher else None
+    teacher = teacher_logits.double() if objective.needs_teacher else None
 
     def loss_of(
         image: int, z: Tensor, denominators: dict[str, Tensor] | None = None
@@ -50,7 +54,7 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
             **objective.options,
         )
 
-    images = logits.detach().split(1)
+    images = logits.detach().double().split(1)
     denominators: dict[str, Tensor] = {}
     for image, z in enumerate(images):
         for name, value in (loss_of(image, z).denominators or {}).items():
@@ -61,17 +65,21 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
         loss += part.item()
         grads += torch.autograd.grad(part, z)
     total = torch.cat(grads)
-    if not objective.from_features:
+    if logits is leaves[0]:
         return Truth(loss, [total])
-    return Truth(loss, list(torch.autograd.grad(logits, leaves, total)))
+    return Truth(loss, list(torch.autograd.grad(logits, leaves, total.to(logits.dtype))))
 
 
 def errors_of(truth: Truth, loss: Tensor, inputs: Inputs) -> tuple[float, float]:
-    """Relative error of the loss, and the largest gradient error over the largest gradient."""
+    """Relative error of the loss, and the largest gradient error over the largest gradient, of each
+    leaf; of a network over the largest of all, for some of its gradients are zero by symmetry."""
     loss_error = abs(float(loss.detach()) - truth.loss) / max(abs(truth.loss), 1e-300)
     grad_error = 0.0
-    for grad, leaf in zip(truth.grads, inputs.leaves, strict=True):
+    largest = [float(grad.abs().amax()) for grad in truth.grads]
+    for grad, leaf, own in zip(truth.grads, inputs.leaves, largest, strict=True):
         assert leaf.grad is not None
-        difference = (leaf.grad.double() / inputs.loss_scale - grad).abs().amax()
-        grad_error = max(grad_error, float(difference / grad.abs().amax().clamp(min=1e-300)))
+        difference = float((leaf.grad.double() / inputs.loss_scale - grad).abs().amax())
+        scale = max(max(largest) if inputs.models else own, 1e-300)
+        # NaN must stay, and max would drop it
+        grad_error = grad_error if difference / scale <= grad_error else difference / scale
     return loss_error, grad_error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .cases import Case
 from .markdown import table
 from .plots import draw_all, three_sides
-from .results import MIB, OURS, RUN_TO_RUN, Results, Row, Spread, expected, ratio
+from .results import OURS, RUN_TO_RUN, Results, Row, Spread, expected, ratio
 
 __all__ = ["summary", "write"]
 
@@ -23,6 +24,8 @@ TABLES = {
     "projections": "Projections",
 }
 CURVES = ("pixels", "classes", "batches", "strides")
+#: Memory that a training step may take above networks and inputs
+BUDGET_GIB = 4
 HOW_TO_READ = f"""\
 Times are medians of forward + backward, all providers interleaved in one process, a case visited at
 different moments of the run while its time allows. A ratio is that of the medians; in brackets the
@@ -84,7 +87,7 @@ def _page(results: Results, pictures: dict[str, str]) -> list[str]:
     curves = [one for group in CURVES for one in results.measured(group)]
     section("Scaling", _cases(results, list(dict.fromkeys(curves))), "scaling.png")
     section("Every provider", _everyone(results))
-    section("A whole training step", _steps(results))
+    section("A training step of real networks", _training(results))
     return lines
 
 
@@ -150,7 +153,7 @@ def _everyone(results: Results) -> list[str]:
     for one in dict.fromkeys(one for group in TABLES for one in results.measured(group)):
         for name, row in results.of(one).items():
             if row.cannot:
-                reasons[f"- {name}: {row.cannot}"] = None
+                reasons[f"- {name}: {' '.join(row.cannot.split())}"] = None
             elif row.total:
                 both = f"{_digits(row.total.median)} "
                 both += f"({_digits(row.total.low)}-{_digits(row.total.high)})"
@@ -165,27 +168,27 @@ def _everyone(results: Results) -> list[str]:
     )
 
 
-def _steps(results: Results) -> list[str]:
-    batches = {one["provider"]: one for one in results.batches}
+def _training(results: Results) -> list[str]:
+    """Of each side, a step beside its loss alone; the largest batch by the line through the peaks
+    of two batches, for memory is linear in the batch."""
     cells = []
-    for row in results.steps:
-        shown = [f"cannot: {row.get('cannot')}"]
-        if "step_ms" in row:
-            batch = batches.get(row["provider"], {})
-            peaks = ", ".join(f"B{n} {_digits(x / MIB)}" for n, x in batch.get("peaks", {}).items())
-            shown = [
-                f"{row['step_ms']:.0f} ({row['step_p10_ms']:.0f}-{row['step_p90_ms']:.0f})",
-                f"{row['loss_ms']:.0f}",
-                f"{100 * row['loss_share']:.1f} %",
-                f"{row['relative_error']:.1e}",
-                peaks or "-",
-                str(batch.get("batch", batch.get("cannot", "-"))),
-            ]
-        cells.append([row["key"], row["provider"], *shown])
-    header = ["step", "provider", "step ms", "loss ms", "loss's share", "loss error"]
-    budget = next((f" in {one['budget'] / MIB:.0f} MiB" for one in results.batches
-                   if "budget" in one), "")  # fmt: skip
-    return _table([*header, "peak MiB of a step", f"largest batch{budget}, by these peaks"], cells)
+    for one in results.measured("training"):
+        twice = results.of(replace(one, batch=2 * one.batch))
+        loss = results.of(replace(one, objective="ce+hetero"))
+        for row in three_sides(results.of(one)).values():
+            alone = loss.get(row.provider) if row else None
+            if not (one.target.models and row and row.total_ms and alone and alone.total_ms):
+                continue
+            share = f"{100 * alone.total_ms / row.total_ms:.1f} %"
+            more = twice.get(row.provider)
+            batch = "-"
+            if row.peak_mib and more and more.peak_mib:
+                of_one = (more.peak_mib - row.peak_mib) / one.batch
+                room = 1024 * BUDGET_GIB - row.peak_mib
+                batch = f"{one.batch + room / of_one:.0f}" if of_one > 0 else "-"
+            cells.append([_name(one), row.provider, _ms(row), _ms(alone), share, _mib(row), batch])
+    header = ["step", "provider", "step ms", "loss alone ms", "loss's share", "peak MiB"]
+    return _table([*header, f"largest batch in {BUDGET_GIB} GiB, by two peaks"], cells)
 
 
 # --- cells -------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def row_of(case: Case, setting: str, visits: Iterable[Timed], floor: tuple[float
         graph_ms=median(samples("graph_ms")),
         rounds=len(forward),
         peak_mib=peak and round(peak / MIB, 2),
-        floor_ms=round(floor[0], 4),
+        floor_ms=round(floor[0], 4) or None,
         floor_binds=floor[1],
         loss_error=first("loss_error"),
         grad_error=first("grad_error"),
@@ -167,13 +167,10 @@ class Results:
     """Name -> how the rows of it were measured"""
     rates: Rates
     rows: list[Row] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    """Of `steps.measure`"""
-    batches: list[dict[str, Any]] = field(default_factory=list)
-    """Of `steps.largest_batch`"""
     missed: dict[str, list[str]] = field(default_factory=dict)
     """What each phase was to measure and did not come to"""
     seconds: float = 0.0
+    interrupted: bool = False
 
     def of(self, case: Case, setting: str = "main") -> dict[str, Row]:
         """Rows of a case by provider."""

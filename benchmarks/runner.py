@@ -1,15 +1,14 @@
-"""One run of a suite: times, peaks, a whole training step.
+"""One run of a suite: times, peaks of memory, a few times again in other settings.
 
 `results.csv` is rewritten after each case, so that a run that is stopped leaves what it had.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 
-from . import floor, memory, provenance, steps, timing
+from . import floor, memory, provenance, timing
 from .cases import Case, Suite, cases_of, select
 from .providers import EAGER, find
-from .results import MIB, OURS, Results, ours, row_of, save
+from .results import MIB, OURS, Results, row_of, save
 from .stages import Details, execute, follow
 
 __all__ = ["PHASES", "Plan", "providers_of", "run"]
@@ -37,10 +36,10 @@ CURVES = ("strides", "pixels", "classes", "batches")
 #: On a CPU a graph with the interpolation inside is slower than one without: the weaker baseline.
 WEAK_ON_CPU = ("compile-whole",)
 #: Groups whose peaks of memory are measured
-PEAKS = ("headline", "large", "objectives", "projections", "batches")
+PEAKS = ("headline", "training", "large", "objectives", "projections", "batches")
 #: What is measured, in this order, and the share of the time at which each ends: it leaves out its
 #: last cases for those after it.
-PHASES = {"times": 0.55, "memory": 0.77, "settings": 0.85, "steps": 1.0}
+PHASES = {"times": 0.6, "memory": 0.9, "settings": 1.0}
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def run(plan: Plan) -> Results:
                 plan.say(f"-- {name} ({time.time() - started:.0f} s)")
                 getattr(work, f"measure_{name}")(results.missed[name])
     except KeyboardInterrupt:
-        plan.say("interrupted")
+        results.interrupted = True
     results.missed = {name: items for name, items in results.missed.items() if items}
     results.seconds = time.time() - started
     save(results.rows, plan.output)
@@ -128,7 +127,10 @@ class _Run:
         self.names = names
         self.results = results
         self.end = float("inf")
-        self.floors = {one: floor.floor_ms(one, results.rates) for one in names}
+        self.floors = {
+            one: (0.0, "") if one.target.models else floor.floor_ms(one, results.rates)
+            for one in names
+        }
 
     def left(self) -> float:
         return self.end - time.time()
@@ -139,9 +141,7 @@ class _Run:
         if phase == "memory":
             groups = {name: self.suite[name] for name in PEAKS if name in self.suite}
             return [one.key for one in cases_of(groups)]
-        if phase == "settings":
-            return list(self.results.settings)[1:]
-        return [steps.STEP_CASES[self.plan.suite].key]
+        return list(self.results.settings)[1:]
 
     # --- times ---------------------------------------------------------------------------------
 
@@ -151,9 +151,9 @@ class _Run:
     def measure_settings(self, pending: list[str]) -> None:
         """A few cases again with another malloc, and with one thread."""
         few = [one for one in self.suite.get("headline", []) if one in self.names]
+        names = {one: [n for n in self.names[one] if n in (EAGER, "compile") or n.startswith(OURS)]
+                 for one in few[:4]}  # fmt: skip
         for setting in list(pending):
-            names = {one: [n for n in self.names[one] if n in (EAGER, "compile")
-                           or n.startswith(OURS)] for one in few[:4]}  # fmt: skip
             self._time(replace(self.plan, visits=1, rounds=3), names, setting, [])
             if any(row.setting == setting for row in self.results.rows):
                 pending.remove(setting)
@@ -219,7 +219,10 @@ class _Run:
             return
         for key in list(pending):
             one = next(case for case in self.names if case.key == key)
-            able = {name: row for name, row in self.results.of(one).items() if row.total}
+            rows = self.results.of(one)
+            if not rows:
+                continue  # its time was over
+            able = {name: row for name, row in rows.items() if row.total}
             if any(name.startswith(OURS) and name != REFERENCE for name in able):
                 able.pop(REFERENCE, None)  # it is there for want of a kernel only
             for name, row in able.items():
@@ -236,29 +239,3 @@ class _Run:
             self.plan.say(f"   {key}: {', '.join(peaks)}")
             pending.remove(key)
             save(self.results.rows, self.plan.output)
-
-    def _sides(self, objective: str) -> Sequence[str]:
-        """Eager, a compiled graph, and the fastest of ours for an objective."""
-        timed = [one for one in self.names if one.objective == objective and self.results.of(one)]
-        mine = ours(self.results.of(timed[0])) if timed else None
-        return EAGER, "compile", mine.provider if mine else REFERENCE
-
-    def measure_steps(self, pending: list[str]) -> None:
-        """In a process with the same malloc as the times."""
-        job = {
-            "suite": self.plan.suite,
-            "names": self._sides("ce+hetero"),
-            "device": self.plan.device,
-            "deadline": min(self.end, time.time() + 300.0),
-        }
-
-        def tell(event: Details) -> None:
-            found = event.get("found", {})
-            self.results.steps += found.get("rows", [])
-            self.results.batches += [found["batch"]] if "batch" in found else []
-            if "failed" in found:
-                self.plan.say(f"   {event['name']}: {found['failed']}")
-
-        command = [sys.executable, "-m", "benchmarks.steps", json.dumps(job)]
-        follow(command, tell, self._execute("main"))
-        pending.clear()

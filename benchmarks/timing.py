@@ -147,7 +147,7 @@ def _visit(case: Case, timed: dict[str, Timed], job: Job, check: bool) -> None:
                 one.backward_ms.append(backward_ms)
     finally:
         gc.enable()
-    if job.device != "cpu":
+    if job.device != "cpu" and case.target.models is None:
         for one, forwards in running:
             one.graph_ms = _graph_ms(forwards, sets, job.rounds)
 
@@ -164,7 +164,7 @@ def _input_sets(case: Case, device: str) -> list[Inputs]:
     """On a GPU as many sets as it takes to run out of the second-level cache before one comes
     round again. On a CPU the baselines between two calls have swept the caches already."""
     first = make_inputs(case, device)
-    if device == "cpu":
+    if device == "cpu" or case.target.models:
         return [first]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     count = min(6, 2 * cache // max(first.bytes(), 1) + 2)

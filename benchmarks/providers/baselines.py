@@ -115,6 +115,8 @@ def loss_of(case: Case) -> FullResolutionLoss:
 
 def student_and_teacher(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Logits at their own resolution."""
+    if inputs.models:
+        return inputs.models()
     if case.target.from_features:
         return F.conv2d(inputs.student_features, inputs.weight[:, :, None, None]), inputs.weight
     if not case.target.needs_teacher:

@@ -21,7 +21,6 @@ from benchmarks.inputs import IGNORE_INDEX, make_inputs
 from benchmarks.oracle import errors_of, truth_of
 from benchmarks.providers import find
 from benchmarks.results import Results, Row, Spread, ratio, spread
-from benchmarks.steps import STEP_CASES
 
 SMOKE = list(cases_of(SUITES["smoke"]))
 
@@ -310,12 +309,13 @@ def test_cells_of_tables_hold_names_with_bars_and_messages_of_lines(
 ) -> None:
     monkeypatch.setattr(report, "draw_all", lambda *_: {})
     found = _results()
-    found.steps = [{"key": "step | A -> B | float32", "provider": "eager", "cannot": "x|y\nz"}]
+    found.rows += [_row("a|peer\nof us", 3.0), _row("another", 0.0, "needs x\nand z")]
     page = report.write(found, tmp_path).read_text()
-    assert r"| step \| A -> B \| float32 | eager | cannot: x\|y z |" in page
+    assert r"| a\|peer of us | 1.5 | 1.5 |" in page
+    assert "- another: needs x and z\n" in page
     bars = [len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines()]
     tables = [list(group) for is_row, group in itertools.groupby(bars, key=bool) if is_row]
-    assert len(tables) == 4
+    assert len(tables) == 3
     assert all(len(set(rows)) == 1 for rows in tables), tables
 
 
@@ -354,12 +354,16 @@ def test_a_run_names_what_it_did_not_come_to(
     monkeypatch.setattr(runner.memory, "supported", lambda: None)
     monkeypatch.setattr(runner.floor, "measure_rates", lambda _: floor.Rates(1e11, 3e10, 0.0))
     monkeypatch.setattr(report, "draw_all", lambda *_: {})
-    plan = runner.Plan("smoke", "cpu", tmp_path, phases=("times", "memory", "steps"))
+    plan = runner.Plan(
+        "smoke",
+        "cpu",
+        tmp_path,
+    )
     found = runner.run(plan)
-    groups = ("headline", "objectives")
+    assert found.interrupted
+    groups, settings = ("headline", "training", "objectives"), ["default-malloc", "1 thread"]
     peaks = [one.key for name in groups for one in SUITES["smoke"][name]]
-    step = [STEP_CASES["smoke"].key]
-    assert found.missed == {"times": keys[4:], "memory": peaks, "steps": step}
+    assert found.missed == {"times": keys[4:], "memory": peaks, "settings": settings}
     dead = found.of(SMOKE[3])
     assert {row.cannot for row in dead.values()} == {"ends its process with -9"}
     assert found.of(SMOKE[0])["eager"].rounds == 2
@@ -399,3 +403,16 @@ def test_curves_are_timed_by_the_sides_that_matter() -> None:
     assert names[suite["classes"][0]][0] == "eager"
     assert "compile" not in names[suite["classes"][0]]
     assert "compile" in names[suite["headline"][0]]
+
+
+def test_a_training_step_is_reported_beside_its_loss(tmp_path: Path) -> None:
+    """A third of the step; 30 MiB + 100 MiB for each image."""
+    found = _results()
+    step = case("tiny training step", "VOC", 1, 4, size=(64, 64))
+    loss, twice = replace(step, objective="ce+hetero"), replace(step, batch=2)
+    found.groups["training"] = [step, twice, loss]
+    for one, ms, peak in ((step, 30.0, 130.0), (twice, 60.0, 230.0), (loss, 10.0, 9.0)):
+        found.rows.append(replace(_row("eager", ms, peak=peak), case=one))
+    lines = report.write(found, tmp_path).read_text().splitlines()
+    (line,) = (x for x in lines if x.startswith("| tiny training step, B1") and "eager" in x)
+    assert line.endswith("| eager | 30 | 10 | 33.3 % | 130 | 41 |")

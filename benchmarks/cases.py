@@ -15,7 +15,6 @@ __all__ = ["DATASETS", "OBJECTIVES", "SUITES", "Case", "Objective", "cases_of", 
 class Objective:
     """A loss that people train with."""
 
-    title: str
     options: dict[str, Any]
     """Keyword arguments of `functional.distillation_loss`."""
     needs_teacher: bool = True
@@ -26,43 +25,20 @@ class Objective:
     it."""
 
 
-_T2: Final = {"temperature": 2.0}
-_T17: Final = {"temperature": 1.7}
+_HETERO: Final = {"hetero_weight": 1.0, "temperature": 2.0}
 OBJECTIVES: Final[dict[str, Objective]] = {
-    "ce": Objective("cross entropy", {}, needs_teacher=False),
-    "ce+kd": Objective("cross entropy + KD, T = 2", {"kd_weight": 1.0, **_T2}),
-    "ce+hetero": Objective("cross entropy + HeteroAKD, T = 2", {"hetero_weight": 1.0, **_T2}),
-    "ce+hetero-T1.7": Objective(
-        "cross entropy + HeteroAKD, T = 1.7", {"hetero_weight": 1.0, **_T17}
-    ),
-    "ce+hetero-logits": Objective(
-        "cross entropy + HeteroAKD, mix = logits, T = 2",
-        {"hetero_weight": 1.0, "mix": "logits", **_T2},
-    ),
-    "ce+paper": Objective(
-        "cross entropy + HeteroAKD, preset paper, T = 2",
-        {"hetero_weight": 1.0, "preset": "paper", **_T2},
-    ),
-    "projection+ce": Objective(
-        "1x1 projection + cross entropy at the features' resolution",
-        {},
-        needs_teacher=False,
-        from_features=True,
-    ),
-    "projection+ce+upsample": Objective(
-        "1x1 projection + upsampling + cross entropy", {}, needs_teacher=False, from_features=True
-    ),
-    # Without the optimizer's update, which is the same for all
-    "training step": Objective(
-        "forward and backward of ce+hetero and the networks",
-        {"hetero_weight": 1.0, **_T2},
-        models=("SegFormer-B0", "UperNet128-ConvNeXt-T"),
-    ),
-    "tiny training step": Objective(
-        "the same of tiny networks",
-        {"hetero_weight": 1.0, **_T2},
-        models=("SegFormer-tiny", "UperNet-ConvNeXt-tiny"),
-    ),
+    "ce": Objective({}, needs_teacher=False),
+    "ce+kd": Objective({"kd_weight": 1.0, "temperature": 2.0}),
+    "ce+hetero": Objective(_HETERO),
+    "ce+hetero-T1.7": Objective({**_HETERO, "temperature": 1.7}),
+    "ce+hetero-logits": Objective({**_HETERO, "mix": "logits"}),
+    "ce+paper": Objective({**_HETERO, "preset": "paper"}),
+    # at the features' resolution
+    "projection+ce": Objective({}, needs_teacher=False, from_features=True),
+    "projection+ce+upsample": Objective({}, needs_teacher=False, from_features=True),
+    # without the optimizer's update, which is the same for all
+    "training step": Objective(_HETERO, models=("SegFormer-B0", "UperNet128-ConvNeXt-T")),
+    "tiny training step": Objective(_HETERO, models=("SegFormer-tiny", "UperNet-ConvNeXt-tiny")),
 }
 
 # name: classes, label height, label width; crops as the usual recipes take them

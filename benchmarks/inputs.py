@@ -44,11 +44,8 @@ class Inputs:
         candidates = (self.student_logits, self.student_features, self.weight)
         return [*(x for x in candidates if x.requires_grad), *self.parameters]
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in vars(self).values() if isinstance(t, Tensor) and t.numel()]
-
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
 
 def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:

@@ -40,7 +40,6 @@ __all__ = [
 END: Final = "end"
 _TAIL: Final = 4000  # characters of output kept of a command that went wrong
 _LEAST: Final = 5.0  # seconds: with less, a stage is not begun
-_SILENT: Final = 40.0  # seconds without a line after which an item is taken to hang
 _STATUSES: Final = ("running", "skipped", "passed", "timeout", "failed")  # the last one counts
 Details = dict[str, Any]
 Item = tuple[str, Callable[[], Details]]
@@ -275,10 +274,11 @@ class StageRun:
         *worker: str,
         group: str = "items",
         prefix: Sequence[str] = (),
-        silent: float = _SILENT,
+        silent: float,
         **options: Any,
     ) -> Ran:
-        """`follow` a worker; what its items find goes into `details`."""
+        """`follow` a worker; what its items find goes into `details`. One that prints nothing for
+        `silent` seconds hangs."""
         with self._lock:
             found: Details = self.details.setdefault(group, {})
 

@@ -30,7 +30,7 @@ from .oracle import errors_of, truth_of
 from .providers import Forward, Provider, find
 from .stages import Details, Item, go_through
 
-__all__ = ["TOLERANCES", "Job", "Timed", "capture", "elapsed_ms", "items", "step"]
+__all__ = ["TOLERANCES", "Job", "Timed", "elapsed_ms", "items", "step"]
 
 #: Largest relative error (loss, gradient) that still counts as the same result, by dtype. Far
 #: above what arithmetic explains, far below what a different formula gives.
@@ -226,12 +226,7 @@ def elapsed_ms(forward: Forward, inputs: Inputs, device: str) -> tuple[float, fl
     return start.elapsed_time(middle), middle.elapsed_time(end)
 
 
-def capture(work: Callable[[], Any], device: str) -> tuple[Callable[[], object], Any]:
-    """What replays `work` as a CUDA graph, and the outputs that each replay fills; on a CPU, where
-    there are no graphs, work itself, for tests."""
-    if device == "cpu":
-        outputs = work()
-        return (lambda: [x.copy_(y) for x, y in zip(outputs, work(), strict=True)]), outputs
+def _capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -241,23 +236,23 @@ def capture(work: Callable[[], Any], device: str) -> tuple[Callable[[], object],
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = work()
-    return graph.replay, outputs
+        work()
+    return graph
 
 
 def _graph_ms(forwards: list[Forward], sets: list[Inputs], rounds: int) -> list[float]:
     """Forward and backward replayed from CUDA graphs: the device's time without the host's; nothing
     where a provider cannot be captured."""
     try:
-        replays = [capture(partial(step, forward, inputs), "cuda")[0]
-                   for forward, inputs in zip(forwards, sets, strict=True)]  # fmt: skip
+        graphs = [_capture(partial(step, forward, inputs))
+                  for forward, inputs in zip(forwards, sets, strict=True)]  # fmt: skip
     except Exception:
         return []
     found = []
     for turn in range(rounds + 1):
         start, end = _moments("cuda", 2)
         start.record()
-        replays[turn % len(replays)]()
+        graphs[turn % len(graphs)].replay()
         end.record()
         end.synchronize()
         if turn:  # the first replay uploads the graph

@@ -198,7 +198,9 @@ def test_items_go_on_behind_one_that_dies_or_hangs(tmp_path: Path) -> None:
 
 
 def test_an_exit_code_after_the_last_item_is_noticed(tmp_path: Path) -> None:
-    work = stages.Stage("exits", 30.0, lambda stage: stage.items("-c", _WORKER, "1") and None)
+    work = stages.Stage(
+        "exits", 30.0, lambda stage: stage.items("-c", _WORKER, "1", silent=30) and None
+    )
     found = run(tmp_path, work)["exits"]
     assert found["status"] == "failed"
     assert len(found["commands"]) == 1
@@ -238,7 +240,7 @@ def test_a_test_that_dies_stops_none_of_the_later(tmp_path: Path) -> None:
     stage = stage_run("x", tmp_path / "gpu.json", environment={"PYTHONPATH": str(ROOT)})
     for share in ("0/2", "1/2"):
         options = ("-p", "no:cacheprovider", str(tmp_path), "-k", "test")
-        ran = stage.items(*gpu.TESTS, share, *options, cwd=tmp_path)
+        ran = stage.items(*gpu.TESTS, share, *options, silent=60, cwd=tmp_path)
     assert ran.code == 0, ran.output
     assert [x.split("--start ")[1:] for x in stage.commands] == [[], ["3"], [], ["2"]]
     items = stage.details["items"]

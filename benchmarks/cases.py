@@ -95,6 +95,12 @@ class Case:
         return text + (" ac" if self.align_corners else "")
 
     @property
+    def name(self) -> str:
+        """For tables of several objectives."""
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.objective}{dtype}, {self.label}"
+
+    @property
     def target(self) -> Objective:
         return OBJECTIVES[self.objective]
 

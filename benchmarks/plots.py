@@ -61,11 +61,6 @@ def _overview(results: Results) -> list[Case]:
     return list(dict.fromkeys(one for group in groups for one in results.measured(group)))[:16]
 
 
-def _two_lines(one: Case) -> str:
-    dtype = "" if one.dtype == "float32" else f", {one.dtype}"
-    return f"{one.objective}{dtype}\n{one.label}"
-
-
 def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -83,7 +78,9 @@ def _three_bars(
     if not found:
         return None
     figure, axes = plt.subplots(figsize=(9, 0.75 * len(found) + 1.6))
-    axes.set_yticks(range(len(found)), [_two_lines(one) for one in found])
+    axes.set_yticks(
+        range(len(found)), [one.name.replace(f", {one.label}", f"\n{one.label}") for one in found]
+    )
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(xlabel)

@@ -60,7 +60,7 @@ def summary(results: Results) -> str:
         over = "cannot"
         if ours:
             over = f"{_times(eager, ours)}, {_times(compiled, ours)}  {ours.provider}"
-        lines.append(f"{_name(one):58} {times}  {over}")
+        lines.append(f"{one.name:58} {times}  {over}")
     for phase, items in results.missed.items():
         lines += ["", f"not reached, {phase}:", *(f"  {item}" for item in items)]
     return "\n".join(lines)
@@ -118,7 +118,7 @@ def _cases(results: Results, cases: Sequence[Case]) -> list[str]:
     for one in cases:
         eager, compiled, ours = three_sides(results.of(one)).values()
         cells.append([
-            _name(one),
+            one.name,
             _ms(eager),
             _ms(compiled),
             f"{_ms(ours)} ({_backend(ours)})",
@@ -139,7 +139,7 @@ def _other_settings(results: Results) -> list[str]:
             eager, compiled, ours = three_sides(results.of(one, setting)).values()
             times = [_ms(row) for row in (eager, compiled, ours)]
             ratios = [_times(row, ours, bold=True) for row in (eager, compiled)]
-            cells.append([setting, _name(one), *times, *ratios])
+            cells.append([setting, one.name, *times, *ratios])
     return _table(header, cells)
 
 
@@ -159,7 +159,7 @@ def _everyone(results: Results) -> list[str]:
                 both += f"({_digits(row.total.low)}-{_digits(row.total.high)})"
                 parts = [_digits(x) for x in (row.forward_ms, row.backward_ms)]
                 graph, peak = _digits(row.graph_ms), _mib(row)
-                cells.append([_name(one), name, *parts, both, graph, peak, _errors(row)])
+                cells.append([one.name, name, *parts, both, graph, peak, _errors(row)])
     found = _table(header, cells)
     return (
         [*found, "", "Who cannot (some of) these cases, and why:", "", *reasons]
@@ -186,7 +186,7 @@ def _training(results: Results) -> list[str]:
                 of_one = (more.peak_mib - row.peak_mib) / one.batch
                 room = 1024 * BUDGET_GIB - row.peak_mib
                 batch = f"{one.batch + room / of_one:.0f}" if of_one > 0 else "-"
-            cells.append([_name(one), row.provider, _ms(row), _ms(alone), share, _mib(row), batch])
+            cells.append([one.name, row.provider, _ms(row), _ms(alone), share, _mib(row), batch])
     header = ["step", "provider", "step ms", "loss alone ms", "loss's share", "peak MiB"]
     return _table([*header, f"largest batch in {BUDGET_GIB} GiB, by two peaks"], cells)
 
@@ -197,11 +197,6 @@ def _training(results: Results) -> list[str]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Nothing where there are no rows."""
     return [table(header, rows)] if rows else []
-
-
-def _name(one: Case) -> str:
-    dtype = "" if one.dtype == "float32" else f", {one.dtype}"
-    return f"{one.objective}{dtype}, {one.label}"
 
 
 def _backend(row: Row | None) -> str:

@@ -1,10 +1,8 @@
 """The benchmark suite.
 
-python -m benchmarks                           the CPU report: tables, plots, JSON, CSV
-python -m benchmarks run --suite full          every combination
+python -m benchmarks                           the CPU report: tables, pictures, CSV
 python -m benchmarks run --device cuda         on a GPU (see also python3 dev.py gpu)
 python -m benchmarks compare OLD NEW           what changed beyond the noise; 1 if worse
-python -m benchmarks report DIRECTORY          tables and plots again from its results.json
 python -m benchmarks gate                      the regression gate of CI
 python -m benchmarks list                      suites, cases, providers
 """
@@ -23,17 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import gate
 
         return int(gate.main(arguments[1:]))
-    if arguments[:1] not in (["run"], ["compare"], ["report"], ["list"], ["-h"], ["--help"]):
+    if arguments[:1] not in (["run"], ["compare"], ["list"], ["-h"], ["--help"]):
         arguments.insert(0, "run")
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("benchmarks: interrupted; the cases that ended are saved", file=sys.stderr)
-        return 130
     return code
 
 
@@ -43,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="run | compare | report | gate | list")
+    commands = parser.add_subparsers(required=True, metavar="run | compare | gate | list")
 
     run = commands.add_parser("run", help="measure a suite and write its report")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--suite", help="cpu, gpu, full or smoke; by default that of the device")
+    run.add_argument("--suite", help="cpu, gpu or smoke; by default that of the device")
     run.add_argument("--output", type=Path, help="directory; default runs/benchmarks/SUITE")
     run.add_argument("--seconds", type=float, default=None, help="limit of the whole run")
     run.add_argument(
@@ -61,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--providers", nargs="+", default=(), help="names, see `list`")
     run.add_argument("--visits", type=int, default=2, help="times that each case is come back to")
     run.add_argument("--rounds", type=int, default=5, help="rounds in each visit, at most")
-    run.add_argument("--phases", nargs="+", help="times default-malloc threads memory crops steps")
+    run.add_argument("--phases", nargs="+", help="times memory settings")
     run.set_defaults(command=_run)
 
     compare = commands.add_parser("compare", help="two result files; exit code 1 if worse")
@@ -69,11 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("after", type=Path)
     compare.add_argument("--all", action="store_true", help="list what did not change too")
     compare.set_defaults(command=_compare)
-
-    report = commands.add_parser("report", help="tables and plots from a results.json")
-    report.add_argument("results", type=Path)
-    report.add_argument("--output", type=Path, help="directory; default: that of the results")
-    report.set_defaults(command=_report)
 
     commands.add_parser(
         "list", help="suites, cases, objectives, data sets, providers"
@@ -84,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
+    from heteroakd_fast import _requirements
+
     from . import report, runner
-    from .cases import SUITES
+    from .cases import SUITES, cases_of, select
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
@@ -101,7 +93,11 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--phases: got {sorted(unknown)}, known are {', '.join(runner.PHASES)}")
     if options.device == "cpu":
         # A machine with a GPU may have no network: there, what needs them is left out, and named.
-        _require("matplotlib", *(["transformers"] if "steps" in phases else []))
+        chosen = cases_of(select(suite, options.only))
+        models = any(one.target.models for one in chosen)
+        needed = ["matplotlib", *(["transformers"] if models else [])]
+        if problem := _requirements.explain({name: name for name in needed}, "bench"):
+            raise ValueError(problem)
     # The report of a CPU stays under ten minutes on two idle cores; a slower machine drops the
     # last cases rather than the promise.
     seconds = 560.0 if options.seconds is None and suite == "cpu" else (options.seconds or 0.0)
@@ -117,54 +113,29 @@ def _run(options: argparse.Namespace) -> int:
         phases=phases,
         say=lambda text: print(text, flush=True),
     )
-    plan.output.mkdir(parents=True, exist_ok=True)
-    (plan.output / "results.json").unlink(missing_ok=True)  # must not pass for this run's
     results = runner.run(plan)
-    if not results.data["rows"]:
+    if not results.rows:
         raise ValueError("nothing was measured; see --phases, --seconds and --only")
     page = report.write(results, plan.output)
     print(report.summary(results))
-    print(f"\nreport: {page}\nfigures: {page.parent / 'results.json'}, results.csv")
-    return 0
-
-
-def _require(*modules: str) -> None:
-    """Raises ValueError: one is not installed; before minutes are spent without it."""
-    from heteroakd_fast import _requirements
-
-    if problem := _requirements.explain({name: name for name in modules}, "bench"):
-        raise ValueError(problem)
+    print(f"\nreport: {page}, figures: results.csv")
+    return 130 if results.interrupted else 0
 
 
 def _compare(options: argparse.Namespace) -> int:
     from .compare import compare, to_text
-    from .results import Results
+    from .results import load
 
-    before, after = Results.load(options.before), Results.load(options.after)
-    changes = compare(before, after)
+    changes = compare(load(options.before), load(options.after))
     if not changes:
         raise ValueError("compare: the two files have no case and provider in common")
-    for name in ("processor", "gpu", "threads", "torch"):
-        old, new = (one.data["environment"].get(name) for one in (before, after))
-        if old != new:
-            print(f"note: {name} was {old}, is {new}: ratios of different machines differ")
     print(to_text(changes, options.all))
     return int(any(change.verdict == "worse" for change in changes))
 
 
-def _report(options: argparse.Namespace) -> int:
-    from . import report
-    from .results import Results
-
-    _require("matplotlib")
-    where = options.results if options.results.is_dir() else options.results.parent
-    print(report.write(Results.load(options.results), options.output or where))
-    return 0
-
-
 def _list(options: argparse.Namespace) -> int:
     from .cases import DATASETS, OBJECTIVES, SUITES, cases_of
-    from .providers import names
+    from .providers import find
 
     for name, suite in SUITES.items():
         print(f"{name}: {len(list(cases_of(suite)))} cases")
@@ -173,7 +144,7 @@ def _list(options: argparse.Namespace) -> int:
                 print(f"  {group:12} {one.key}")
     print("objectives:", ", ".join(OBJECTIVES))
     print("data sets:", ", ".join(DATASETS))
-    print("providers:", ", ".join(names()))
+    print("providers:", ", ".join(find()))
     return 0
 
 

@@ -15,40 +15,30 @@ __all__ = ["DATASETS", "OBJECTIVES", "SUITES", "Case", "Objective", "cases_of", 
 class Objective:
     """A loss that people train with."""
 
-    title: str
     options: dict[str, Any]
     """Keyword arguments of `functional.distillation_loss`."""
     needs_teacher: bool = True
     from_features: bool = False
     """Starts from a feature map and the weight of a 1x1 projection instead of logits."""
+    models: tuple[str, str] | None = None
+    """Starts from images: student and teacher (`models.py`), whose forward and backward are part of
+    it."""
 
 
-_T2: Final = {"temperature": 2.0}
-_T17: Final = {"temperature": 1.7}
+_HETERO: Final = {"hetero_weight": 1.0, "temperature": 2.0}
 OBJECTIVES: Final[dict[str, Objective]] = {
-    "ce": Objective("cross entropy", {}, needs_teacher=False),
-    "ce+kd": Objective("cross entropy + KD, T = 2", {"kd_weight": 1.0, **_T2}),
-    "ce+hetero": Objective("cross entropy + HeteroAKD, T = 2", {"hetero_weight": 1.0, **_T2}),
-    "ce+hetero-T1.7": Objective(
-        "cross entropy + HeteroAKD, T = 1.7", {"hetero_weight": 1.0, **_T17}
-    ),
-    "ce+hetero-logits": Objective(
-        "cross entropy + HeteroAKD, mix = logits, T = 2",
-        {"hetero_weight": 1.0, "mix": "logits", **_T2},
-    ),
-    "ce+paper": Objective(
-        "cross entropy + HeteroAKD, preset paper, T = 2",
-        {"hetero_weight": 1.0, "preset": "paper", **_T2},
-    ),
-    "projection+ce": Objective(
-        "1x1 projection + cross entropy at the features' resolution",
-        {},
-        needs_teacher=False,
-        from_features=True,
-    ),
-    "projection+ce+upsample": Objective(
-        "1x1 projection + upsampling + cross entropy", {}, needs_teacher=False, from_features=True
-    ),
+    "ce": Objective({}, needs_teacher=False),
+    "ce+kd": Objective({"kd_weight": 1.0, "temperature": 2.0}),
+    "ce+hetero": Objective(_HETERO),
+    "ce+hetero-T1.7": Objective({**_HETERO, "temperature": 1.7}),
+    "ce+hetero-logits": Objective({**_HETERO, "mix": "logits"}),
+    "ce+paper": Objective({**_HETERO, "preset": "paper"}),
+    # at the features' resolution
+    "projection+ce": Objective({}, needs_teacher=False, from_features=True),
+    "projection+ce+upsample": Objective({}, needs_teacher=False, from_features=True),
+    # without the optimizer's update, which is the same for all
+    "training step": Objective(_HETERO, models=("SegFormer-B0", "UperNet128-ConvNeXt-T")),
+    "tiny training step": Objective(_HETERO, models=("SegFormer-tiny", "UperNet-ConvNeXt-tiny")),
 }
 
 # name: classes, label height, label width; crops as the usual recipes take them
@@ -105,6 +95,12 @@ class Case:
         return text + (" ac" if self.align_corners else "")
 
     @property
+    def name(self) -> str:
+        """For tables of several objectives."""
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.objective}{dtype}, {self.label}"
+
+    @property
     def target(self) -> Objective:
         return OBJECTIVES[self.objective]
 
@@ -158,30 +154,62 @@ def case(
     )
 
 
-def _headline(objective: str = "ce+hetero", scale: int = 1) -> list[Case]:
-    """The rows of the targets; `scale` multiplies the batches (a GPU needs more to fill it)."""
+def _headline() -> list[Case]:
+    """The rows of the targets."""
     return [
-        case(objective, "Cityscapes", 2 * scale, 4),
-        case(objective, "Cityscapes", 2 * scale, 8),
-        case(objective, "VOC", 4 * scale, 8),
-        case(objective, "ADE20K", 2 * scale, 4),
-        case(objective, "Cityscapes", 2 * scale, 1),
-        case(objective, "Cityscapes 769", 2 * scale, 8, align_corners=True),
-        case(objective, "Cityscapes", 2 * scale, 8, teacher_stride=4),
+        case("ce+hetero", "Cityscapes", 2, 4),
+        case("ce+hetero", "Cityscapes", 2, 8),
+        case("ce+hetero", "VOC", 4, 8),
+        case("ce+hetero", "ADE20K", 2, 4),
+        case("ce+hetero", "Cityscapes", 2, 1),
+        case("ce+hetero", "Cityscapes 769", 2, 8, align_corners=True),
+        case("ce+hetero", "Cityscapes", 2, 8, teacher_stride=4),
+    ]
+
+
+def _headline_of_gpu() -> list[Case]:
+    """What tells most first: there may be time for some of them only."""
+    return [
+        case("ce+hetero", "Cityscapes", 8, 4),
+        case("ce+hetero", "Cityscapes", 8, 1),
+        case("ce+hetero", "ADE20K", 8, 4),
+        case("ce+hetero", "Cityscapes", 8, 4, dtype="bfloat16"),
+        case("ce+hetero", "Cityscapes", 8, 8),
+        case("ce", "Cityscapes", 8, 4),
+        case("ce+paper", "Cityscapes", 8, 4),
+        case("ce+hetero-logits", "Cityscapes", 8, 4),
+        case("ce+hetero", "Cityscapes", 8, 8, teacher_stride=4),
+        case("ce+hetero", "Cityscapes 769", 8, 8, align_corners=True),
+        case("ce+hetero", "COCO-Stuff", 8, 8),
+        case("ce+hetero-T1.7", "Cityscapes", 8, 4),
+        case("ce+hetero", "ADE20K", 8, 4, dtype="bfloat16"),
+        case("ce+hetero", "Cityscapes", 8, 1, dtype="bfloat16"),
     ]
 
 
 def _objectives(batch: int = 2) -> list[Case]:
     """Every objective on logits, on one shape."""
-    names = [name for name, one in OBJECTIVES.items() if not one.from_features]
+    names = [name for name, one in OBJECTIVES.items() if not (one.from_features or one.models)]
     return [case(name, "Cityscapes", batch, 4) for name in names]
 
 
-def _dtypes(batch: int = 2, objectives: tuple[str, ...] = ("ce", "ce+hetero")) -> list[Case]:
+def _dtypes(batch: int = 2) -> list[Case]:
     return [
         case(objective, "Cityscapes", batch, 4, dtype=dtype)
-        for objective in objectives
+        for objective in ("ce", "ce+hetero")
         for dtype in ("float32", "bfloat16", "float16")
+    ]
+
+
+def _training(batch: int, size: tuple[int, int], dtype: str = "float32") -> list[Case]:
+    """A training step at two batches, and the loss alone."""
+    return [
+        case(objective, "ADE20K", number, 4, size=size, dtype=dtype)
+        for objective, number in (
+            ("training step", batch),
+            ("training step", 2 * batch),
+            ("ce+hetero", batch),
+        )
     ]
 
 
@@ -214,16 +242,6 @@ def _projections(batch: int = 2) -> list[Case]:
     ]
 
 
-def _coco_and_large(batch: int = 16) -> list[Case]:
-    return [
-        case("ce+hetero", "COCO-Stuff", batch, 4),
-        case("ce+hetero", "ADE20K", batch, 8),
-        case("ce+hetero", "ADE20K", batch, 16),
-        case("ce+hetero", "Cityscapes", batch, 4),
-        case("ce+hetero", "VOC", batch, 16),
-    ]
-
-
 Suite = dict[str, list[Case]]
 
 #: suite -> group -> cases. A case may be in several groups; it is measured once.
@@ -232,6 +250,7 @@ SUITES: Final[dict[str, Suite]] = {
     "cpu": {
         "headline": _headline(),
         "objectives": _objectives(),
+        "training": _training(1, (256, 256)),
         "dtypes": _dtypes(),
         "projections": _projections(1),
         "strides": _strides("ce"),
@@ -241,10 +260,16 @@ SUITES: Final[dict[str, Suite]] = {
     },
     # The same on a GPU, at batches that fill it.
     "gpu": {
-        "headline": _headline(scale=4)
-        + [replace(one, dtype="bfloat16") for one in _headline(scale=4)],
-        "large": _coco_and_large(16),
+        "headline": _headline_of_gpu(),
+        "large": [
+            case("ce+hetero", "COCO-Stuff", 16, 4),
+            case("ce+hetero", "ADE20K", 16, 8),
+            case("ce+hetero", "ADE20K", 16, 16),
+            case("ce+hetero", "Cityscapes", 16, 4),
+            case("ce+hetero", "VOC", 16, 16),
+        ],
         "objectives": _objectives(8),
+        "training": _training(8, (512, 512), "bfloat16"),
         "dtypes": _dtypes(8),
         "projections": [
             replace(one, dtype=dtype)
@@ -256,20 +281,6 @@ SUITES: Final[dict[str, Suite]] = {
         "classes": _classes("ce", 8, 512) + _classes("ce+hetero", 8, 512),
         "batches": _batches("ce+hetero", 512, 32),
     },
-    # Every combination, for a long afternoon.
-    "full": {
-        "headline": [
-            one for name in OBJECTIVES if "projection" not in name for one in _headline(name)
-        ],
-        "large": [*_coco_and_large(4), case("ce", "COCO-Stuff", 4, 4)],
-        "objectives": _objectives(),
-        "dtypes": _dtypes(objectives=tuple(n for n in OBJECTIVES if "projection" not in n)),
-        "projections": _projections(2),
-        "strides": _strides("ce") + _strides("ce+hetero"),
-        "pixels": _pixels("ce", largest=2048) + _pixels("ce+hetero", largest=2048),
-        "classes": _classes("ce") + _classes("ce+hetero"),
-        "batches": _batches("ce") + _batches("ce+hetero"),
-    },
     # A minute or two: does everything still run.
     "smoke": {
         "headline": [
@@ -279,6 +290,11 @@ SUITES: Final[dict[str, Suite]] = {
         "objectives": [
             case(name, "Cityscapes", 1, 4, size=(32, 64), channels=8 * one.from_features)
             for name, one in OBJECTIVES.items()
+            if not one.models
+        ],
+        "training": [
+            case("tiny training step", "VOC", 1, 4, size=(64, 64)),
+            case("ce+hetero", "VOC", 1, 4, size=(64, 64)),
         ],
         "dtypes": [case("ce", "Cityscapes", 1, 4, size=(64, 64), dtype="bfloat16")],
     },
@@ -312,7 +328,9 @@ def select(name: str, only: Sequence[str]) -> Suite:
     names = {text for group, cases in suite.items() for one in cases for text in _names(group, one)}
     for entry in only:
         if not any(fnmatchcase(text, entry) for text in names):
-            raise ValueError(f"--only: got {entry!r}, {_expected(name, entry, names)}")
+            close = get_close_matches(entry, sorted(names), n=3) or ["as `list` prints them"]
+            expected = f"expected names of suite {name!r}: {'; '.join(close)}"
+            raise ValueError(f"--only: got {entry!r}, {expected}")
     kept = {
         group: [
             one
@@ -326,17 +344,3 @@ def select(name: str, only: Sequence[str]) -> Suite:
 
 def _names(group: str, one: Case) -> tuple[str, ...]:
     return one.key, group, one.objective, one.dataset
-
-
-def _expected(suite: str, entry: str, names: set[str]) -> str:
-    others = [
-        other
-        for other, groups in SUITES.items()
-        for group, cases in groups.items()
-        for one in cases
-        if other != suite and any(fnmatchcase(text, entry) for text in _names(group, one))
-    ]
-    if others:
-        return f"which suite {suite!r} lacks; --suite {others[0]} has it"
-    close = get_close_matches(entry, sorted(names), n=3) or ["as `list` prints them"]
-    return f"expected names of suite {suite!r}: {'; '.join(close)}"

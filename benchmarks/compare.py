@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .results import Results, Spread, ratio, spread, total_ms
+from .providers import EAGER
+from .results import Row, Spread, by_provider, ratio
 
-__all__ = ["Change", "compare", "to_text"]
+__all__ = ["Change", "compare", "judge", "to_text"]
 
 #: A change smaller than this is no news even where the samples are quiet.
 SMALLEST = 0.05
-SMALLEST_MEMORY = 0.05
 #: A median that moved this far deserves a look even where the ranges overlap.
 UNCLEAR = 0.25
-MEMORY_NOISE = 4 * 2**20
+MEMORY_NOISE_MIB = 4.0
 
 
 class Change(NamedTuple):
@@ -27,7 +29,7 @@ class Change(NamedTuple):
     """ "same", "worse", "better", or "unclear": moved far, within samples that scatter further """
 
 
-def compare(before: Results, after: Results) -> list[Change]:
+def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     """Every case and provider that both files have.
 
     Ratios to eager are compared, because both sides of a ratio saw the same moods of the machine;
@@ -35,30 +37,26 @@ def compare(before: Results, after: Results) -> list[Change]:
     time is listed and never judged.
     """
     changes = []
-    for key in before.cases:
-        old_rows, new_rows = before.rows(key), after.rows(key)
+    for case in dict.fromkeys(row.case for row in before):
+        old_rows, new_rows = by_provider(before, case), by_provider(after, case)
         for name, old in old_rows.items():
             new = new_rows.get(name)
-            if not old["forward_ms"] or new_rows == {}:
+            if old.total is None or not new_rows:
                 continue  # nothing to lose, or a case that the other run did not have
-            if new is None or not new["forward_ms"]:
-                changes.append(Change(key, name, "measured at all", 1, 0, "worse"))
+            if new is None or new.total is None:
+                changes.append(Change(case.key, name, "measured at all", 1, 0, "worse"))
                 continue
-            if name == "eager":
-                a, b = spread(total_ms(old)), spread(total_ms(new))
-                if a and b:
-                    changes.append(Change(key, name, "time", a.median, b.median, "same"))
+            if name == EAGER:
+                times = old.total.median, new.total.median
+                changes.append(Change(case.key, name, "time", *times, "same"))
                 continue
-            if "eager" in old_rows and "eager" in new_rows:
-                a, b = ratio(old_rows["eager"], old), ratio(new_rows["eager"], new)
-                if a and b:
-                    changes.append(
-                        Change(key, name, "ratio to eager", a.median, b.median, judge(a, b))
-                    )
-            x = before.data["peak_bytes"].get(key, {}).get(name)
-            y = after.data["peak_bytes"].get(key, {}).get(name)
-            if isinstance(x, int) and isinstance(y, int):
-                changes.append(Change(key, name, "peak memory", x, y, judge_memory(x, y)))
+            a, b = ratio(old_rows.get(EAGER), old), ratio(new_rows.get(EAGER), new)
+            if a and b:
+                found = judge(a, b)
+                changes.append(Change(case.key, name, "ratio to eager", a.median, b.median, found))
+            if old.peak_mib is not None and new.peak_mib is not None:
+                peaks = old.peak_mib, new.peak_mib
+                changes.append(Change(case.key, name, "peak memory", *peaks, judge_memory(*peaks)))
     return sorted(changes)
 
 
@@ -74,28 +72,24 @@ def judge(before: Spread, after: Spread) -> str:
     return "unclear" if moved > 1.0 + UNCLEAR else "same"
 
 
-def judge_memory(before: int, after: int) -> str:
+def judge_memory(before: float, after: float) -> str:
     """Peaks hardly scatter; a few pages more are the allocator's."""
-    allowed = max(MEMORY_NOISE, SMALLEST_MEMORY * before)
-    if abs(after - before) <= allowed:
+    if abs(after - before) <= max(MEMORY_NOISE_MIB, SMALLEST * before):
         return "same"
     return "worse" if after > before else "better"
 
 
-def to_text(changes: list[Change], everything: bool = False) -> str:
-    lines = []
-    for change in changes:
-        if change.verdict == "same" and not everything:
-            continue
-        lines.append(
-            f"{change.verdict:7} {change.case:62} {change.provider:22} {change.what:15} "
-            f"{change.before:12.4g} -> {change.after:.4g}"
-        )
-    judged = [change for change in changes if change.what != "time"]
-    counts = {verdict: sum(change.verdict == verdict for change in judged)
-              for verdict in ("same", "better", "worse", "unclear")}  # fmt: skip
+def to_text(changes: Sequence[Change], everything: bool = False) -> str:
+    """What changed, or everything, a line each, and the counts of the verdicts."""
+    lines = [
+        f"{change.verdict:7} {change.case:62} {change.provider:22} {change.what:15} "
+        f"{change.before:12.4g} -> {change.after:.4g}"
+        for change in changes
+        if change.verdict != "same" or everything
+    ]
+    counts = Counter(change.verdict for change in changes if change.what != "time")
     lines.append(
-        f"{len(judged)} figures compared: {counts['same']} the same within noise, "
+        f"{counts.total()} figures compared: {counts['same']} the same within noise, "
         f"{counts['better']} better, {counts['worse']} worse, {counts['unclear']} unclear "
         f"(moved by more than {UNCLEAR:.0%} in samples that scatter further: measure again)"
     )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -82,9 +82,6 @@ class Rates:
     bytes_per_s: float
     exp_per_s: float
     """0 where exponentials are made of multiply-adds"""
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @cache

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .cases import Case
+from .models import Logits, make_models
 
 __all__ = ["IGNORE_INDEX", "Inputs", "make_inputs"]
 
@@ -29,22 +30,22 @@ class Inputs:
     """[B, D, h, w], a leaf; empty where the objective starts from logits"""
     weight: Tensor
     """[C, D], a leaf, of the 1x1 projection; empty likewise"""
-
     loss_scale: float = 1.0
     """What the loss is multiplied by before backward: float16 is trained with a scaler, for
     gradients of means over a million pixels would vanish in it"""
+    models: Logits | None = None
+    """Runs the networks, where the objective has them, for student and teacher logits"""
+    parameters: list[Tensor] = field(default_factory=list)
+    """Of the student network, leaves"""
 
     @property
     def leaves(self) -> list[Tensor]:
         """The tensors whose `.grad` a step must fill."""
         candidates = (self.student_logits, self.student_features, self.weight)
-        return [tensor for tensor in candidates if tensor.requires_grad]
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in vars(self).values() if isinstance(t, Tensor) and t.numel()]
+        return [*(x for x in candidates if x.requires_grad), *self.parameters]
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
 
 def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
@@ -77,6 +78,10 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
 
     nothing = torch.empty(0, device=device)
     objective = case.target
+    scale = 2.0**16 if case.dtype == "float16" else 1.0
+    if objective.models:
+        models = make_models(case, device)
+        return Inputs(target.to(device), nothing, nothing, nothing, nothing, scale, *models)
     student = nothing if objective.from_features else logits(case.stride, 6.0).requires_grad_()
     teacher = logits(case.teacher_stride, 8.0) if objective.needs_teacher else nothing
     features = weight = nothing
@@ -87,5 +92,4 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         weight = 2.0 * weight / case.channels**0.5
         features = features.to(device, dtype).requires_grad_()
         weight = weight.to(device, dtype).requires_grad_()
-    scale = 2.0**16 if case.dtype == "float16" else 1.0
     return Inputs(target.to(device), student, teacher, features, weight, scale)

@@ -10,7 +10,6 @@ Valgrind knows no AVX-512: a kernel is counted as it runs on AVX2.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -22,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -49,8 +48,7 @@ _TOTAL = re.compile(r"^totals: (\d+)", re.MULTILINE)
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     per_pixel_class: list[float]
     """In the order of the jobs."""
     taken_with: dict[str, str]
@@ -68,36 +66,26 @@ def missing() -> str | None:
 
 def count(jobs: Sequence[Job], timeout: float = 600.0) -> Counts:
     """Single-threaded instructions per pixel and class of one warm forward + backward each."""
-    reason = missing()
-    if reason is not None:
+    if reason := missing():
         raise RuntimeError(reason)
     with tempfile.TemporaryDirectory(prefix="instructions") as name:
         folder = Path(name)
-        marks = _build_marks(folder)
-        order, report = folder / "jobs.json", folder / "report.json"
-        order.write_text(json.dumps([[case.fields(), provider] for case, provider in jobs]))
-        dumps = folder / "dump"
-        command = [
-            "valgrind",
-            "--tool=callgrind",
-            "--instr-atstart=no",
-            f"--callgrind-out-file={dumps}",
-            sys.executable,
-            *("-m", "benchmarks.instructions"),
-            *map(str, (order, marks, report)),
-        ]
+        order = json.dumps([[case.fields(), provider] for case, provider in jobs])
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no"]
+        command += [f"--callgrind-out-file={folder / 'dump'}", sys.executable]
+        command += ["-m", "benchmarks.instructions", order, str(_build_marks(folder))]
         # Hash order and threads would change the counts from run to run.
         environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         child = subprocess.run(
             command, cwd=_ROOT, env=environment, timeout=timeout, capture_output=True, text=True
         )
-        if child.returncode or not report.exists():
+        if child.returncode:
             raise RuntimeError(f"counting instructions failed:\n{child.stderr[-3000:]}")
         totals = _read_dumps(folder.glob("dump.*"))
-        if len(totals) != len(jobs):
-            raise RuntimeError(f"valgrind counted {len(totals)} of {len(jobs)} jobs")
-        counts = [totals[i] / jobs[i][0].pixel_classes for i in range(len(jobs))]
-        return Counts(counts, json.loads(report.read_text()))
+    if len(totals) != len(jobs):
+        raise RuntimeError(f"valgrind counted {len(totals)} of {len(jobs)} jobs")
+    counts = [totals[i] / jobs[i][0].pixel_classes for i in range(len(jobs))]
+    return Counts(counts, json.loads(child.stdout.splitlines()[-1]))
 
 
 def _compiler() -> str | None:
@@ -142,12 +130,12 @@ def _tools() -> dict[str, str]:
     }
 
 
-def _child(order: Path, marks_path: Path, report: Path) -> None:
-    """Runs the jobs; under valgrind, each leaves a dump."""
+def _child(order: str, marks_path: str) -> None:
+    """Runs the jobs; under valgrind, each leaves a dump. Prints the tools at last."""
     torch.set_num_threads(1)
-    marks = ctypes.CDLL(str(marks_path))
+    marks = ctypes.CDLL(marks_path)
     providers = find()
-    for i, (fields, provider) in enumerate(json.loads(order.read_text())):
+    for i, (fields, provider) in enumerate(json.loads(order)):
         case = Case(**fields)
         inputs = make_inputs(case)
         forward = providers[provider].build(case, inputs)
@@ -160,18 +148,8 @@ def _child(order: Path, marks_path: Path, report: Path) -> None:
         forward().backward()  # type: ignore[no-untyped-call]
         marks.end(name)
         gc.enable()
-    report.write_text(json.dumps(_tools()))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The child process; people run `python -m benchmarks.gate`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
-    for name in ("jobs", "marks", "report"):
-        parser.add_argument(name, type=Path)
-    options = parser.parse_args(arguments)
-    _child(options.jobs, options.marks, options.report)
-    return 0
+    print(json.dumps(_tools()))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    _child(*sys.argv[1:])

@@ -10,11 +10,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import signal
-import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,7 @@ from .cases import Case
 from .inputs import make_inputs
 from .providers import find
 
-__all__ = [
-    "death",
-    "fresh_process",
-    "gpu_high_water",
-    "high_water",
-    "largest_crop",
-    "peak_bytes",
-]
+__all__ = ["fresh_process", "high_water", "peak_bytes", "supported"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -45,14 +36,19 @@ def supported() -> str | None:
 
 
 def _resident(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
 
 
-def high_water(step: Callable[[], object]) -> int:
-    """Bytes of this process that `step` adds at its peak to what was resident before it."""
+def high_water(step: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that `step` takes at its peak beyond what was taken before it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - allocated
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed must not count as there already
     _CLEAR_REFS.write_text("5")  # resets VmHWM to VmRSS
@@ -61,51 +57,22 @@ def high_water(step: Callable[[], object]) -> int:
     return max(0, _resident("VmHWM") - before)
 
 
-def fresh_process(function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> Any:
+def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's value, computed in a new process with torch already imported.
 
     Raises:
-        RuntimeError: the process died (of memory, say), failed, or ran out of time.
+        RuntimeError: the process died (of memory, say) or the function failed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "heteroakd_fast", "benchmarks.memory"])
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(send, function, arguments), daemon=False)
-    process.start()
-    send.close()
-    try:
-        if not receive.poll(timeout):
-            process.kill()
-            raise RuntimeError(f"took more than {timeout:.0f} s")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            value, error = receive.recv()
-        except EOFError:
-            process.join()
-            raise RuntimeError(death(process.exitcode)) from None
-    finally:
-        process.join()
-        receive.close()
-    if error is not None:
-        raise RuntimeError(error)
-    return value
-
-
-def _run(send: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    result: tuple[Any, str | None]
-    try:
-        result = (function(*arguments), None)
-    except Exception as error:
-        text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        result = (None, text)
-    send.send(result)
-    send.close()
-
-
-def death(exit_code: int | None) -> str:
-    """What an exit status tells."""
-    if exit_code == -signal.SIGKILL:
-        return "killed, perhaps for want of memory"
-    return f"the process ended with {exit_code}"
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise RuntimeError("the process was killed, perhaps for want of memory") from None
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise RuntimeError(text) from None
 
 
 def peak_bytes(case: Case, provider: str, device: str = "cpu") -> int:
@@ -115,58 +82,19 @@ def peak_bytes(case: Case, provider: str, device: str = "cpu") -> int:
         RuntimeError: as `fresh_process`.
     """
     if device != "cpu":
-        return gpu_high_water(_step(case, provider, device))
-    value: int = fresh_process(_peak_on_cpu, case, provider)
+        return _peak(case, provider, device)
+    value: int = fresh_process(_peak, case, provider, device)
     return value
 
 
-def _step(case: Case, provider: str, device: str) -> Callable[[], None]:
+def _peak(case: Case, provider: str, device: str) -> int:
     inputs = make_inputs(case, device)
     forward = find()[provider].build(case, inputs)
 
     def step() -> None:
-        forward().backward()
+        forward().backward()  # type: ignore[no-untyped-call]
 
     step()  # compiles, starts thread pools, fills caches
     for leaf in inputs.leaves:
         leaf.grad = None
-    return step
-
-
-def _peak_on_cpu(case: Case, provider: str) -> int:
-    return high_water(_step(case, provider, "cpu"))
-
-
-def gpu_high_water(step: Callable[[], object]) -> int:
-    """Bytes of GPU memory that `step` allocates at its peak beyond what was allocated before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def largest_crop(
-    case: Case, provider: str, budget: int, device: str = "cpu", largest: int = 8192
-) -> dict[str, Any]:
-    """The side of the largest square label map whose loss stays within `budget` bytes.
-
-    Memory is linear in pixels, so two measurements predict the answer, and a third confirms it:
-    the peak at the returned side was measured and is within the budget.
-    """
-
-    def peak(side: int) -> int:
-        return peak_bytes(replace(case, height=side, width=side), provider, device)
-
-    unit = 32 * max(case.stride, case.teacher_stride) // 4
-    small, large = 256, 512
-    low, high = peak(small), peak(large)
-    per_pixel = max((high - low) / (large**2 - small**2), 1e-3)
-    side = int((budget / per_pixel) ** 0.5) // unit * unit
-    while True:
-        side = max(unit, min(side, largest))
-        used = peak(side)
-        if used <= budget or side == unit:
-            return {"side": side, "peak_bytes": used, "capped": side == largest}
-        side = (side - unit) // unit * unit
+    return high_water(step, device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heteroakd_fast import functional
+from heteroakd_fast.output import DistillationOutput
 
 from .cases import Case
 from .inputs import IGNORE_INDEX, Inputs
@@ -25,62 +26,60 @@ class Truth(NamedTuple):
 def truth_of(case: Case, inputs: Inputs) -> Truth:
     """Loss and gradients of the backend `reference` in float64.
 
-    A term is a quotient of sums over images, so each image gives its part of the numerator, of
-    its gradient and of the denominator, and the quotient is taken at the end.
+    A term is a quotient of sums over the images: a first round over them adds up the denominators,
+    a second one takes each image's part of the loss and of the gradient by them.
     """
     objective = case.target
-    weights = {"ce": 1.0}
-    options: dict[str, Any] = {
-        "ignore_index": IGNORE_INDEX,
-        "align_corners": case.align_corners,
-    }
-    for name, value in objective.options.items():
-        if name.endswith("_weight"):
-            weights[name.removesuffix("_weight")] = value
-        else:
-            options[name] = value
-
-    leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
-    if objective.from_features:
-        features, weight = leaves
-        logits = F.conv2d(features, weight[:, :, None, None])
+    if inputs.models:  # the networks stay in their own precision
+        leaves = inputs.leaves
+        logits, teacher_logits = inputs.models()
     else:
-        logits = leaves[0]
-    teacher = inputs.teacher_logits.double() if objective.needs_teacher else None
+        leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
+        logits, teacher_logits = leaves[0], inputs.teacher_logits
+    if objective.from_features:
+        logits = F.conv2d(logits, leaves[1][:, :, None, None])
+    teacher = teacher_logits.double() if objective.needs_teacher else None
 
-    terms = len(weights)
-    numerators = torch.zeros(terms, dtype=torch.float64)
-    denominators = torch.zeros(terms, dtype=torch.float64)
-    term_grads = torch.zeros(terms, *logits.shape, dtype=torch.float64, device=logits.device)
-    for image in range(case.batch):
-        z = logits.detach()[image : image + 1].requires_grad_()
-        one = functional.run(
+    def loss_of(
+        image: int, z: Tensor, denominators: dict[str, Tensor] | None = None
+    ) -> DistillationOutput:
+        return functional.distillation_loss(
             z,
-            None if teacher is None else teacher[image : image + 1],
             inputs.target[image : image + 1],
-            weights,
+            None if teacher is None else teacher[image : image + 1],
+            ignore_index=IGNORE_INDEX,
+            align_corners=case.align_corners,
+            normalizer=denominators,
             backend="reference",
-            **options,
+            **objective.options,
         )
-        sums = one.sums
-        numerators += sums.numerators.detach().cpu()
-        denominators += sums.denominators.detach().cpu()
-        for k in range(terms):
-            (grad,) = torch.autograd.grad(sums.numerators[k], z, retain_graph=k + 1 < terms)
-            term_grads[k, image] = grad[0]
-    scale = torch.tensor(list(weights.values()), dtype=torch.float64) / denominators
-    loss = float((scale * numerators).sum())
-    total = (scale.to(logits.device).view(-1, 1, 1, 1, 1) * term_grads).sum(dim=0)
-    grads = torch.autograd.grad(logits, leaves, total) if objective.from_features else [total]
-    return Truth(loss, list(grads))
+
+    images = logits.detach().double().split(1)
+    denominators: dict[str, Tensor] = {}
+    for image, z in enumerate(images):
+        for name, value in (loss_of(image, z).denominators or {}).items():
+            denominators[name] = denominators.get(name, 0.0) + value
+    loss, grads = 0.0, []
+    for image, z in enumerate(images):
+        part = loss_of(image, z.requires_grad_(), denominators).loss
+        loss += part.item()
+        grads += torch.autograd.grad(part, z)
+    total = torch.cat(grads)
+    if logits is leaves[0]:
+        return Truth(loss, [total])
+    return Truth(loss, list(torch.autograd.grad(logits, leaves, total.to(logits.dtype))))
 
 
 def errors_of(truth: Truth, loss: Tensor, inputs: Inputs) -> tuple[float, float]:
-    """Relative error of the loss, and the largest gradient error over the largest gradient."""
+    """Relative error of the loss, and the largest gradient error over the largest gradient, of each
+    leaf; of a network over the largest of all, for some of its gradients are zero by symmetry."""
     loss_error = abs(float(loss.detach()) - truth.loss) / max(abs(truth.loss), 1e-300)
     grad_error = 0.0
-    for grad, leaf in zip(truth.grads, inputs.leaves, strict=True):
+    largest = [float(grad.abs().amax()) for grad in truth.grads]
+    for grad, leaf, own in zip(truth.grads, inputs.leaves, largest, strict=True):
         assert leaf.grad is not None
-        difference = (leaf.grad.double() / inputs.loss_scale - grad).abs().amax()
-        grad_error = max(grad_error, float(difference / grad.abs().amax().clamp(min=1e-300)))
+        difference = float((leaf.grad.double() / inputs.loss_scale - grad).abs().amax())
+        scale = max(max(largest) if inputs.models else own, 1e-300)
+        # NaN must stay, and max would drop it
+        grad_error = grad_error if difference / scale <= grad_error else difference / scale
     return loss_error, grad_error

@@ -6,7 +6,6 @@ python -m benchmarks.provenance --tests-passed      remembers that they did (dev
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -16,12 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "describe", "remember_tests", "tests_status", "versions"]
+__all__ = ["commit", "describe", "fingerprint", "remember_tests"]
 
 ROOT = Path(__file__).resolve().parent.parent
-_STAMP = ROOT / "runs" / "tests-passed.json"
+_STAMP = ROOT / "runs" / "tests-passed"
 _SOURCES = ("heteroakd_fast", "kernels", "csrc", "benchmarks", "tests")
 _SUFFIXES = {".py", ".cpp", ".cu", ".h", ".toml", ".json"}
+_PACKAGES = (
+    "numpy", "triton", "transformers", "pytest", "liger-kernel", "orda-kernel", "cut-cross-entropy",
+)  # fmt: skip
 
 
 def fingerprint() -> str:
@@ -37,30 +39,22 @@ def fingerprint() -> str:
 
 
 def remember_tests() -> None:
+    """The whole test suite passed on exactly these sources, on this machine."""
     _STAMP.parent.mkdir(exist_ok=True)
-    _STAMP.write_text(json.dumps({"fingerprint": fingerprint(), "commit": commit()}))
-
-
-def tests_status() -> str:
-    """ "passed" if the whole suite did on exactly these sources, on this machine."""
-    if not _STAMP.exists():
-        return "not run on these sources"
-    same = json.loads(_STAMP.read_text())["fingerprint"] == fingerprint()
-    return "passed" if same else "not run on these sources"
+    _STAMP.write_text(fingerprint())
 
 
 def commit() -> str:
     """Short hash, with a + where the sources differ from it."""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else ""
-
-    try:
-        name = git("rev-parse", "--short", "HEAD")
-        return (name + ("+" if git("status", "--porcelain") else "")) if name else "unknown"
-    except OSError:
-        return "unknown"
+    names = []
+    for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")):
+        try:
+            found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return "unknown"
+        names.append(found.stdout.strip() if found.returncode == 0 else "")
+    name, changes = names
+    return (name + ("+" if changes else "")) if name else "unknown"
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -69,54 +63,43 @@ def describe(device: str) -> dict[str, Any]:
 
     from heteroakd_fast import info
 
-    report = info.collect()
+    found = info.collect()
+    passed = _STAMP.exists() and _STAMP.read_text() == fingerprint()
     about: dict[str, Any] = {
-        "device": device,
-        "processor": _processor(),
+        "machine": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(_memory_bytes() / 2**30, 1),
-        "cpu_capability": report["cpu_capability"],
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "extension": report["extension_build"],
-        "backends": report["backends"],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "packages": _versions(),
         "commit": commit(),
-        "tests": tests_status(),
-        "packages": versions("numpy", "triton", "transformers", "liger-kernel", "orda-kernel"),
-    }
+        "tests": "passed" if passed else "not run on these sources",
+        "sources": fingerprint(),
+        **{name: found[name] for name in ("cpu_capability", "python", "torch", "torch_cuda",
+                                          "extension_build", "backends")},
+    }  # fmt: skip
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(0)
         about |= {
-            "gpu": gpu.name,
+            "machine": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
             "multiprocessors": gpu.multi_processor_count,
-            "gpu_memory_gib": round(gpu.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "second_level_cache_mib": gpu.L2_cache_size >> 20,
         }
     return about
 
 
 def _processor() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.machine()
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Of the distributions that are installed."""
+def _versions() -> dict[str, str]:
+    """Of what is installed of the packages that matter."""
     found = {}
-    for name in names:
+    for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,26 +1,40 @@
-"""A result file: what it holds, statistics of its samples, JSON and CSV."""
+"""What a run found: rows as `results.csv` holds them, statistics of samples, ratios."""
 
 from __future__ import annotations
 
 import csv
-import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import Case
+from .cases import Case, Suite
+from .floor import Rates
 from .providers import EAGER
+from .timing import Timed
 
-__all__ = ["SCHEMA", "Results", "Spread", "expected", "ratio", "spread"]
+__all__ = [
+    "RUN_TO_RUN",
+    "Results",
+    "Row",
+    "Spread",
+    "best_compiled",
+    "expected",
+    "load",
+    "ours",
+    "ratio",
+    "row_of",
+    "save",
+    "spread",
+]
 
-SCHEMA = 1
 #: Of two runs of the suite on two idle cores, nine in ten ratios agreed within 13 %, while one in
 #: six lay outside the range of the first run's samples.
 RUN_TO_RUN = 0.15
-_OURS = "heteroakd["
-_PARTS = (
-    "suite", "environment", "settings", "rates", "floors", "groups", "cases", "rows", "peak_bytes",
-    "crops", "crop_budget", "steps", "step_batches", "seconds",
-)  # fmt: skip
+FILE = "results.csv"
+OURS = "heteroakd["
+MIB = 2**20
 
 
 class Spread(NamedTuple):
@@ -31,32 +45,89 @@ class Spread(NamedTuple):
     high: float
 
 
-def spread(samples: list[float]) -> Spread | None:
-    if not samples:
-        return None
-    return Spread(_quantile(samples, 0.5), _quantile(samples, 0.1), _quantile(samples, 0.9))
+def spread(samples: Sequence[float]) -> Spread | None:
+    if len(samples) < 2:
+        return Spread(samples[0], samples[0], samples[0]) if samples else None
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return Spread(statistics.median(samples), tenths[0], tenths[-1])
 
 
-def _quantile(samples: list[float], q: float) -> float:
-    ordered = sorted(samples)
-    position = q * (len(ordered) - 1)
-    lower = int(position)
-    upper = min(lower + 1, len(ordered) - 1)
-    return ordered[lower] + (position - lower) * (ordered[upper] - ordered[lower])
+@dataclass
+class Row:
+    """One provider on one case: a line of the file. None: not measured."""
+
+    case: Case
+    setting: str
+    """Key of `Results.settings`"""
+    provider: str
+    cannot: str = ""
+    """Why there are no times"""
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    total_ms: float | None = None
+    """Median of forward + backward of each round, as are its 10th and 90th percentile"""
+    total_ms_p10: float | None = None
+    total_ms_p90: float | None = None
+    graph_ms: float | None = None
+    """Median of replays of a CUDA graph"""
+    rounds: int = 0
+    peak_mib: float | None = None
+    floor_ms: float | None = None
+    floor_binds: str = ""
+    loss_error: float | None = None
+    grad_error: float | None = None
+
+    @property
+    def total(self) -> Spread | None:
+        if self.total_ms is None or self.total_ms_p10 is None or self.total_ms_p90 is None:
+            return None
+        return Spread(self.total_ms, self.total_ms_p10, self.total_ms_p90)
 
 
-def total_ms(row: dict[str, Any]) -> list[float]:
-    """Forward + backward of each round."""
-    return [f + b for f, b in zip(row["forward_ms"], row["backward_ms"], strict=True)]
+def row_of(case: Case, setting: str, visits: Iterable[Timed], floor: tuple[float, str]) -> Row:
+    """The row of one provider, of all samples of its visits."""
+    visits = list(visits)
+
+    def samples(name: str) -> list[float]:
+        return [value for one in visits for value in getattr(one, name)]
+
+    def first(name: str) -> Any:
+        return next((x for one in visits if (x := getattr(one, name)) not in (None, "")), None)
+
+    def median(values: list[float]) -> float | None:
+        return round(statistics.median(values), 4) if values else None
+
+    forward, backward = samples("forward_ms"), samples("backward_ms")
+    total = spread([f + b for f, b in zip(forward, backward, strict=True)])
+    middle, low, high = [round(value, 4) for value in total] if total else [None] * 3
+    peak = first("peak_bytes")
+    return Row(
+        case,
+        setting,
+        visits[0].provider,
+        cannot="" if total else first("cannot") or "",
+        forward_ms=median(forward),
+        backward_ms=median(backward),
+        total_ms=middle,
+        total_ms_p10=low,
+        total_ms_p90=high,
+        graph_ms=median(samples("graph_ms")),
+        rounds=len(forward),
+        peak_mib=peak and round(peak / MIB, 2),
+        floor_ms=round(floor[0], 4) or None,
+        floor_binds=floor[1],
+        loss_error=first("loss_error"),
+        grad_error=first("grad_error"),
+    )
 
 
-def ratio(baseline: dict[str, Any], row: dict[str, Any]) -> Spread | None:
+def ratio(baseline: Row | None, row: Row | None) -> Spread | None:
     """How many times faster `row` is than `baseline`: the ratio of the medians, and the range of
     the samples: each side's middle 80 % against the other's."""
-    theirs, ours = spread(total_ms(baseline)), spread(total_ms(row))
-    if theirs is None or ours is None or min(theirs.low, ours.low) <= 0.0:
+    theirs, mine = (one.total if one else None for one in (baseline, row))
+    if theirs is None or mine is None or min(theirs.low, mine.low) <= 0.0:
         return None
-    return Spread(theirs.median / ours.median, theirs.low / ours.high, theirs.high / ours.low)
+    return Spread(theirs.median / mine.median, theirs.low / mine.high, theirs.high / mine.low)
 
 
 def expected(found: Spread) -> Spread:
@@ -66,98 +137,101 @@ def expected(found: Spread) -> Spread:
     return Spread(found.median, min(found.low, low), max(found.high, high))
 
 
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    return min(
+        (row for row in rows if row.total), key=lambda row: row.total_ms or 0.0, default=None
+    )
+
+
+def ours(rows: dict[str, Row]) -> Row | None:
+    """The fastest of this package's backends that could; `reference` only for want of any."""
+    able = [row for name, row in rows.items() if name.startswith(OURS)]
+    compiled = [row for row in able if row.provider != OURS + "reference]"]
+    return _fastest(compiled) or _fastest(able)
+
+
+def best_compiled(rows: dict[str, Row]) -> Row | None:
+    """The fastest of the graphs of `torch.compile`."""
+    return _fastest(row for name, row in rows.items() if name.startswith("compile"))
+
+
+@dataclass
 class Results:
     """One run of the suite."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"results: got schema {data.get('schema')}, expected {SCHEMA}")
-        if missing := [name for name in _PARTS if name not in data]:
-            raise ValueError(f"results: the file lacks {', '.join(missing)}")
-        self.data = data
-        self.cases = {fields["key"]: _case(fields) for fields in data["cases"]}
+    name: str
+    groups: Suite
+    about: dict[str, Any]
+    """Machine and versions, see `provenance.describe`"""
+    settings: dict[str, str]
+    """Name -> how the rows of it were measured"""
+    rates: Rates
+    rows: list[Row] = field(default_factory=list)
+    missed: dict[str, list[str]] = field(default_factory=dict)
+    """What each phase was to measure and did not come to"""
+    seconds: float = 0.0
+    interrupted: bool = False
 
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        path = path / "results.json" if path.is_dir() else path
-        try:
-            data = json.loads(path.read_text())
-            if not isinstance(data, dict):
-                raise ValueError("no object in it")
-            return cls(data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a result file ({error})") from None
-
-    def rows(self, key: str, setting: str = "main") -> dict[str, dict[str, Any]]:
+    def of(self, case: Case, setting: str = "main") -> dict[str, Row]:
         """Rows of a case by provider."""
-        return {
-            row["provider"]: row
-            for row in self.data["rows"]
-            if row["case"] == key and row["setting"] == setting
-        }
+        return by_provider(self.rows, case, setting)
 
-    def group(self, name: str) -> list[Case]:
-        return [self.cases[key] for key in self.data["groups"].get(name, [])]
-
-    def ours(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-        """The fastest of this package's backends that could; `reference` only for want of any."""
-        able = [row for row in rows.values() if row["provider"].startswith(_OURS)
-                and row["cannot"] is None and row["forward_ms"]]  # fmt: skip
-        compiled = [row for row in able if row["provider"] != _OURS + "reference]"]
-        return min(compiled or able, key=lambda row: spread(total_ms(row)) or (0.0, 0.0, 0.0),
-                   default=None)  # fmt: skip
-
-    def best_compiled(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-        able = [row for name, row in rows.items() if name.startswith("compile")
-                and row["cannot"] is None and row["forward_ms"]]  # fmt: skip
-        return min(able, key=lambda row: spread(total_ms(row)) or (0.0, 0.0, 0.0), default=None)
-
-    def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / "results.json.part"
-        temporary.write_text(json.dumps(self.data, indent=1))
-        temporary.replace(directory / "results.json")
-        self._save_csv(directory / "results.csv")
-
-    def _save_csv(self, path: Path) -> None:
-        columns = [
-            "objective", "dataset", "batch", "classes", "height", "width", "stride",
-            "teacher_stride", "align_corners", "dtype", "channels", "setting", "provider", "cannot",
-            "forward_ms", "backward_ms", "total_ms", "total_ms_p10", "total_ms_p90", "graph_ms",
-            "rounds", "speedup_over_eager", "peak_mib", "floor_ms", "loss_error", "grad_error",
-        ]  # fmt: skip
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            for row in self.data["rows"]:
-                fields = self.cases[row["case"]].fields()
-                writer.writerow({**fields, **self._numbers(row)})
-
-    def _numbers(self, row: dict[str, Any]) -> dict[str, Any]:
-        both = spread(total_ms(row))
-        eager = self.rows(row["case"], row["setting"]).get(EAGER)
-        faster = ratio(eager, row) if eager else None
-        peak = self.data["peak_bytes"].get(row["case"], {}).get(row["provider"])
-
-        def median(name: str) -> float | str:
-            found = spread(row[name])
-            return round(found.median, 4) if found else ""
-
-        return {
-            **{name: row[name] for name in ("setting", "provider", "loss_error", "grad_error")},
-            "cannot": row["cannot"] or "",
-            "forward_ms": median("forward_ms"),
-            "backward_ms": median("backward_ms"),
-            "graph_ms": median("graph_ms"),
-            "total_ms": round(both.median, 4) if both else "",
-            "total_ms_p10": round(both.low, 4) if both else "",
-            "total_ms_p90": round(both.high, 4) if both else "",
-            "rounds": len(row["forward_ms"]),
-            "speedup_over_eager": round(faster.median, 3) if faster else "",
-            "peak_mib": round(peak / 2**20, 2) if isinstance(peak, int) else "",
-            "floor_ms": round(self.data["floors"][row["case"]]["ms"], 4),
-        }
+    def measured(self, group: str) -> list[Case]:
+        """The cases of a group that have rows."""
+        return [one for one in self.groups.get(group, []) if self.of(one)]
 
 
-def _case(fields: dict[str, Any]) -> Case:
-    return Case(**{name: value for name, value in fields.items() if name != "key"})
+def by_provider(rows: Iterable[Row], case: Case, setting: str = "main") -> dict[str, Row]:
+    return {row.provider: row for row in rows if row.case == case and row.setting == setting}
+
+
+_CASE = [one.name for one in fields(Case)]
+_VALUES = [one.name for one in fields(Row) if one.name != "case"]
+_TEXT = {"setting", "provider", "cannot", "floor_binds"}
+
+
+def save(rows: Sequence[Row], directory: Path) -> None:
+    """Write `results.csv`, whole or not at all."""
+    temporary = directory / f"{FILE}.part"
+    with temporary.open("w", newline="") as file:
+        columns = [*_CASE, *_VALUES, "speedup_over_eager"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            faster = ratio(by_provider(rows, row.case, row.setting).get(EAGER), row)
+            line = {**row.case.fields(), **{name: getattr(row, name) for name in _VALUES}}
+            line["speedup_over_eager"] = round(faster.median, 3) if faster else None
+            writer.writerow(line)
+    temporary.replace(directory / FILE)
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a `results.csv`, or of the one in a directory.
+
+    Raises:
+        ValueError: it is not one; names the file.
+    """
+    path = path / FILE if path.is_dir() else path
+    try:
+        with path.open(newline="") as file:
+            rows = [_row(line) for line in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a result file ({error!r})") from None
+    if not rows:
+        raise ValueError(f"{path}: not a result file (it has no rows)")
+    return rows
+
+
+def _row(line: dict[str, str]) -> Row:
+    known: dict[str, Any] = {}
+    for name in _CASE:
+        text = line[name]
+        is_text = name in ("objective", "dataset", "dtype")
+        known[name] = text if is_text else text == "True" if name == "align_corners" else int(text)
+    values: dict[str, Any] = {name: line[name] if name in _TEXT else _number(line[name])
+              for name in _VALUES if name in line}  # fmt: skip
+    return Row(Case(**known), **values)
+
+
+def _number(text: str) -> Any:
+    return None if not text else int(text) if text.isdigit() else float(text)

@@ -1,5 +1,8 @@
-"""Stages that run one after another within a time limit, each in processes of its own, into one
-JSON file that is rewritten as results arrive. Standard library only; `gpu.py` has the stages.
+"""Work in processes of its own, within time limits: what crashes or hangs costs itself alone.
+
+A worker is a program that goes through a list of items (`go_through`) and tells what it finds, a
+JSON object a line; `follow` runs one and goes on behind an item that ends its process. Stages run
+workers and other commands one after another into one JSON file. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,19 +28,50 @@ __all__ = [
     "Report",
     "Stage",
     "StageRun",
-    "events",
+    "event_of",
     "execute",
+    "follow",
+    "go_through",
     "last_line",
     "run_stages",
+    "say",
 ]
 
-SCHEMA: Final = 2
 END: Final = "end"
 _TAIL: Final = 4000  # characters of output kept of a command that went wrong
 _LEAST: Final = 5.0  # seconds: with less, a stage is not begun
-_SILENT: Final = 40.0  # seconds without a line after which an item is taken to hang
 _STATUSES: Final = ("running", "skipped", "passed", "timeout", "failed")  # the last one counts
 Details = dict[str, Any]
+Item = tuple[str, Callable[[], Details]]
+
+
+# --- in the worker -----------------------------------------------------------------------------
+
+
+def say(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def go_through(items: Sequence[Item], start: int) -> None:
+    """Do the items from `start` on and tell {"name": ..., "begin": index} before each, {"name":
+    ..., "found": {...}} after it; "failed" or "skipped" in what was found says why."""
+    for index, (name, work) in list(enumerate(items))[start:]:
+        say(name=name, begin=index)
+        broken = False
+        try:
+            found = work()
+            if "torch" in sys.modules and (cuda := sys.modules["torch"].cuda).is_available():
+                cuda.synchronize()  # an error of a kernel belongs to the item that launched it
+        except Exception as error:
+            found = {"failed": f"{type(error).__name__}: {error}".strip()[:600]}
+            broken = "CUDA" in found["failed"]
+        say(name=name, found=found)
+        if broken:  # so may be the context: another process goes on
+            raise SystemExit(1)
+    say(name=END)
+
+
+# --- outside of it -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,20 +94,20 @@ class Ran:
 
 def execute(
     command: Sequence[str],
-    limit: float,
-    environment: dict[str, str] | None = None,
+    limit: float = float("inf"),
+    environment: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] = lambda _: None,
     silent: float = float("inf"),
     cwd: Path | None = None,
 ) -> Ran:
-    """Runs a command; after `limit` seconds, or `silent` seconds without a line, it and its
-    children are ended."""
+    """Run a command; after `limit` seconds, or `silent` seconds without a line, it and its
+    children are ended. `environment` is the whole of it; None: that of this process."""
     began = heard = time.monotonic()
     lines: list[str] = []
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        env={**(os.environ if environment is None else environment), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -106,18 +141,63 @@ def execute(
     return Ran(code, "".join(lines), time.monotonic() - began)
 
 
-def events(output: str) -> Iterator[Details]:
-    """What a worker tells of its items, among what else it prints."""
-    for line in output.splitlines():
-        if line.startswith('{"name":'):
-            with contextlib.suppress(ValueError):  # a line that another process broke
-                yield json.loads(line)
+def event_of(line: str) -> Details:
+    """What a worker tells, empty for anything else that it prints."""
+    if not line.startswith('{"name":'):
+        return {}
+    try:
+        event: Details = json.loads(line)
+    except ValueError:  # a line that another process broke
+        return {}
+    return event
 
 
 def last_line(output: str) -> str:
     """What a program said last, apart from events."""
     lines = [line.strip() for line in output.splitlines() if line.strip()[:1] not in ("", "{")]
     return lines[-1][:300] if lines else "it printed nothing"
+
+
+def follow(
+    command: Sequence[str],
+    tell: Callable[[Details], None],
+    run: Callable[..., Ran] = execute,
+    left: Callable[[], float] = lambda: float("inf"),
+) -> Ran:
+    """Run a worker until its items are done and pass on its events. An item that ends the process,
+    or hangs, has failed, and another process (`--start`) goes on behind it.
+
+    Args:
+        run: `execute`, or what calls it with limits; is given the command and `on_line`.
+        left: seconds that are left; without any no other process goes on.
+
+    Returns:
+        How the last process ended, with the output of all.
+    """
+    start, begun, name, told, outputs = 0, -1, "", True, []
+
+    def on_line(line: str) -> None:
+        nonlocal begun, name, told
+        if event := event_of(line):
+            name, begun = event["name"], event.get("begin", begun)
+            told = "begin" not in event
+            tell(event)
+
+    while True:
+        more = ["--start", str(start)] if start else []
+        ran = run([*command, *more], on_line=on_line)
+        outputs.append(ran.output)
+        if ran.code == 0 or left() <= 0:
+            break
+        if name == END or begun < start:  # no item is to blame
+            break
+        if not told:
+            how = "hangs" if ran.code is None else f"ends its process with {ran.code}"
+            if ran.code == -signal.SIGKILL:
+                how += " (killed, perhaps for want of memory)"
+            tell({"name": name, "found": {"failed": f"{how}: {last_line(ran.output)}"}})
+        start, told = begun + 1, True
+    return Ran(ran.code, "".join(outputs), ran.seconds)
 
 
 @dataclass
@@ -138,17 +218,17 @@ class Report:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         fields = {name: value for name, value in vars(self).items() if name != "path"}
-        partial.write_text(json.dumps({"schema": SCHEMA, **fields}, indent=1) + "\n")
+        partial.write_text(json.dumps({"schema": 3, **fields}, indent=1) + "\n")
         os.replace(partial, self.path)
 
     @property
     def ok(self) -> bool:
         return all(stage["status"] in ("passed", "skipped") for stage in self.stages.values())
 
-    def found(self, stage: str, group: str = "items") -> Details:
+    def items(self, stage: str) -> Details:
         """What the items of a stage found."""
-        details: Details = self.stages.get(stage, {}).get("details", {}).get(group, {})
-        return details
+        found: Details = self.stages.get(stage, {}).get("details", {}).get("items", {})
+        return found
 
 
 @dataclass
@@ -183,8 +263,8 @@ class StageRun:
         if self.dry:
             print(f"    {self.commands[-1]}")
             return Ran(0, "", 0.0)
-        everything = {**self.environment, **(environment or {})}
-        return execute(command, self.left, everything, cwd=self.cwd, **options)
+        everything = {**os.environ, **self.environment, **(environment or {})}
+        return execute(command, self.left, everything, **{"cwd": self.cwd, **options})
 
     def python(self, *arguments: str, **options: Any) -> Ran:
         return self.run([sys.executable, *arguments], **options)
@@ -194,56 +274,39 @@ class StageRun:
         *worker: str,
         group: str = "items",
         prefix: Sequence[str] = (),
-        silent: float = _SILENT,
+        silent: float,
         **options: Any,
     ) -> Ran:
-        """Runs a worker: a program that goes through a list of items from `--start` on and prints a
-        JSON object a line, {"name": ..., "begin": index} before an item, {"name": ..., "found":
-        {...}} after it, and {"name": END} at last. "failed" or "skipped" among what was found says
-        why. An item that ends the process, or hangs, has failed, and another process goes on
-        behind it."""
-        start, begun, name, outputs = 0, -1, "", []
+        """`follow` a worker; what its items find goes into `details`. One that prints nothing for
+        `silent` seconds hangs."""
         with self._lock:
             found: Details = self.details.setdefault(group, {})
 
-        def on_line(line: str) -> None:
-            nonlocal begun, name
-            for event in events(line):
-                name, begun = event["name"], event.get("begin", begun)
-                if "found" in event:
-                    self.record(found, name, event["found"])
+        def tell(event: Details) -> None:
+            if "found" in event:
+                self.record(found, event["name"], event["found"])
 
-        while True:
-            more = ["--start", str(start)] if start else []
-            command = [*prefix, sys.executable, *worker, *more]
-            ran = self.run(command, on_line=on_line, silent=silent, **options)
-            outputs.append(ran.output)
-            if ran.code == 0 or self.left <= 0:
-                break
-            if name == END or begun < start:  # no item is to blame
-                reason = f"exit code {ran.code}: {last_line(ran.output)}"
-                self.conclude(ran.status, reason, ran.tail)
-                break
-            if name not in found:
-                how = "hangs" if ran.code is None else f"ends its process with {ran.code}"
-                self.record(found, name, {"failed": f"{how}: {last_line(ran.output)}"})
-            start = begun + 1
+        run = partial(self.run, silent=silent, **options)
+        ran = follow([*prefix, sys.executable, *worker], tell, run, lambda: self.left)
         with self._lock:
             for one in found.values():
                 self.conclude(next((x for x in ("failed", "skipped") if x in one), "passed"))
         if ran.code is None and self.left <= 0:
             self.conclude("timeout")
-        return Ran(ran.code, "".join(outputs), ran.seconds)
+        elif ran.code != 0:
+            reason = f"exit code {ran.code}: {last_line(ran.output)}"
+            self.conclude(ran.status, reason, ran.tail)
+        return ran
 
     def record(self, group: Details, name: str, value: Any) -> None:
-        """Sets a value in `details` or in a part of it, and soon in the file."""
+        """Set a value in `details` or in a part of it, and soon in the file."""
         with self._lock:
             group[name] = value
             if time.monotonic() - self._written > 1.0:
                 self.publish()
 
     def conclude(self, status: str, reason: str = "", output: str = "") -> None:
-        """Sets the status, unless a worse one is set already."""
+        """Set the status, unless a worse one is set already."""
         with self._lock:
             self.status = max(self.status, status, key=_STATUSES.index)
             if reason:
@@ -252,7 +315,7 @@ class StageRun:
                 self.details["output"] = output
 
     def publish(self) -> None:
-        """Puts what is known into the file."""
+        """Put what is known into the file."""
         if self.dry:
             return
         with self._lock:
@@ -282,7 +345,7 @@ def run_stages(
     summary: Callable[[Details], str] = lambda details: "; ".join(details.get("reasons", [])),
     **options: Any,
 ) -> None:
-    """Runs stages one after another within `seconds`, with a line for each; `options` are those of
+    """Run stages one after another within `seconds`, with a line for each; `options` are those of
     `StageRun`."""
     deadline = time.monotonic() + seconds
     for stage in stages:

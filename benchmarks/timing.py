@@ -1,9 +1,9 @@
 """Times of forward and backward, all providers of a case interleaved: A B C A B C ...
 
-    python -m benchmarks.timing JOB.json     reads a job, prints one JSON object a line
+    python -m benchmarks.timing JOB [--start N]     JOB as `Job.to_json` writes it
 
-It runs as a process of its own: malloc is configured by the environment, and a case that dies of
-memory must not take the results of the others along.
+It runs as a worker (`stages.go_through`) in a process of its own: malloc is configured by the
+environment, and a case that dies of memory must not take the results of the others along.
 
 Every case is visited more than once, at different moments of the run, so that the spread of the
 samples holds what a second run would see of a machine's moods.
@@ -11,14 +11,13 @@ samples holds what a second run would see of a machine's moods.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,12 @@ from torch import Tensor
 
 from .cases import Case
 from .inputs import Inputs, make_inputs
-from .memory import gpu_high_water
+from .memory import high_water
 from .oracle import errors_of, truth_of
 from .providers import Forward, Provider, find
+from .stages import Details, Item, go_through
 
-__all__ = ["Job", "run_job", "time_cases"]
+__all__ = ["TOLERANCES", "Job", "Timed", "elapsed_ms", "items", "step"]
 
 #: Largest relative error (loss, gradient) that still counts as the same result, by dtype. Far
 #: above what arithmetic explains, far below what a different formula gives.
@@ -51,12 +51,10 @@ class Job:
     providers: dict[str, list[str]]
     """case key -> names of the providers to time"""
     device: str = "cpu"
-    threads: int = 0
-    """0: as many as there are cores"""
     visits: int = 2
     rounds: int = 5
     """At most, in each visit"""
-    seconds: float = 4.0
+    seconds: float = 3.0
     """For the rounds of one case in one visit; at least three rounds are run"""
     deadline: float = 0.0
     """`time.time()` after which no further case is begun; 0: none"""
@@ -73,65 +71,53 @@ class Job:
 
 @dataclass
 class Timed:
-    """One provider on one case."""
+    """One provider on one case: the samples of one visit, or of all."""
 
-    provider: Provider
-    cannot: str | None = None
-    loss_error: float = 0.0
-    grad_error: float = 0.0
+    provider: str
+    cannot: str = ""
+    loss_error: float | None = None
+    """None, like the other error, in a visit that did not look"""
+    grad_error: float | None = None
     forward_ms: list[float] = field(default_factory=list)
     backward_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
-    graph_cannot: str | None = None
     peak_bytes: int | None = None
     """Above the inputs; on a GPU"""
 
-    def row(self, case: Case) -> dict[str, Any]:
-        values = {name: value for name, value in vars(self).items() if name != "provider"}
-        return {"case": case.key, "provider": self.provider.name, **values}
+
+def items(job: Job) -> list[Item]:
+    """Every case, and all of them again; each finds {"rows": [fields of `Timed`, ...]}."""
+    refused: dict[tuple[str, str], str] = {}
+
+    def visit(case: Case, first: bool) -> Details:
+        if job.deadline and time.time() > job.deadline:
+            return {"skipped": "the run's time was over"}
+        timed = {name: Timed(name, refused.get((case.key, name), ""))
+                 for name in job.providers[case.key]}  # fmt: skip
+        _visit(case, timed, job, check=first)
+        refused.update({(case.key, name): one.cannot for name, one in timed.items()})
+        gc.collect()
+        return {"rows": [vars(one) for one in timed.values()]}
+
+    return [(case.key, partial(visit, case, number == 0))
+            for number in range(job.visits) for case in job.cases]  # fmt: skip
 
 
-def time_cases(job: Job, announce: Callable[[dict[str, Any]], None]) -> None:
-    """Announces `{"row": ...}` for each provider of each case, after the last visit."""
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    providers = find()
-    timed: dict[str, list[Timed]] = {}
-    for visit in range(job.visits):
-        for case in job.cases:
-            if job.deadline and time.time() > job.deadline and case.key not in timed:
-                continue
-            announce({"begin": case.key, "visit": visit})
-            if visit == 0:
-                timed[case.key] = [Timed(providers[name]) for name in job.providers[case.key]]
-            if job.deadline and time.time() > job.deadline and visit > 0:
-                continue
-            _visit(case, timed[case.key], job, check=visit == 0)
-            announce({"done": case.key, "rows": [one.row(case) for one in timed[case.key]]})
-            gc.collect()
-
-
-def _visit(
-    case: Case,
-    timed: list[Timed],
-    job: Job,
-    check: bool,
-) -> None:
+def _visit(case: Case, timed: dict[str, Timed], job: Job, check: bool) -> None:
+    known = find()
     sets = _input_sets(case, job.device)
     truth = truth_of(case, sets[0]) if check else None
     running: list[tuple[Timed, list[Forward]]] = []
-    for one in timed:
-        if one.cannot is None:
-            one.cannot = one.provider.cannot(case, job.device)
-        if one.cannot is not None:
+    for name, one in timed.items():
+        one.cannot = one.cannot or known[name].cannot(case, job.device) or ""
+        if one.cannot:
             continue
         try:
-            forwards = [one.provider.build(case, inputs) for inputs in sets]
-            for inputs, forward in zip(sets, forwards, strict=True):
-                loss = _step(forward, inputs)
+            forwards = _built(known[name], case, sets)
             if truth is not None:
-                loss = _step(forwards[0], sets[0])
-                one.loss_error, one.grad_error = errors_of(truth, loss, sets[0])
+                one.loss_error, one.grad_error = errors_of(
+                    truth, step(forwards[0], sets[0]), sets[0]
+                )
                 allowed = TOLERANCES[case.dtype]
                 if not (one.loss_error <= allowed[0] and one.grad_error <= allowed[1]):
                     one.cannot = (
@@ -140,13 +126,13 @@ def _visit(
                     )
                     continue
                 if job.device != "cpu":
-                    one.peak_bytes = _peak_on_gpu(forwards[0], sets[0])
+                    _clear(sets[0])
+                    one.peak_bytes = high_water(partial(step, forwards[0], sets[0]), job.device)
         except Exception as error:  # a peer may raise anything; the others go on
-            one.cannot = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            one.cannot = first_line(error)
             continue
         running.append((one, forwards))
     del truth
-    measure = _measure_on_gpu if job.device != "cpu" else _measure_on_cpu
     started = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -156,147 +142,131 @@ def _visit(
                 break
             for one, forwards in running:
                 which = turn % len(sets)
-                forward_ms, backward_ms = measure(forwards[which], sets[which])
+                forward_ms, backward_ms = elapsed_ms(forwards[which], sets[which], job.device)
                 one.forward_ms.append(forward_ms)
                 one.backward_ms.append(backward_ms)
     finally:
         gc.enable()
-    if job.device != "cpu":
+    if job.device != "cpu" and case.target.models is None:
         for one, forwards in running:
-            _time_graphs(one, forwards, sets, job.rounds)
+            one.graph_ms = _graph_ms(forwards, sets, job.rounds)
+
+
+def _built(provider: Provider, case: Case, sets: list[Inputs]) -> list[Forward]:
+    """Its functions of all inputs, each warmed up."""
+    forwards = [provider.build(case, inputs) for inputs in sets]
+    for inputs, forward in zip(sets, forwards, strict=True):
+        step(forward, inputs)
+    return forwards
 
 
 def _input_sets(case: Case, device: str) -> list[Inputs]:
     """On a GPU as many sets as it takes to run out of the second-level cache before one comes
     round again. On a CPU the baselines between two calls have swept the caches already."""
     first = make_inputs(case, device)
-    if device == "cpu":
+    if device == "cpu" or case.target.models:
         return [first]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     count = min(6, 2 * cache // max(first.bytes(), 1) + 2)
     return [first, *(make_inputs(case, device, seed) for seed in range(1, count))]
 
 
-def _step(forward: Forward, inputs: Inputs) -> Tensor:
+def first_line(error: BaseException) -> str:
+    """What to tell of an error in a table."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def _clear(inputs: Inputs) -> None:
     for leaf in inputs.leaves:
         leaf.grad = None
+
+
+def _backward(loss: Tensor, inputs: Inputs) -> None:
+    loss.backward(torch.full_like(loss, inputs.loss_scale))  # type: ignore[no-untyped-call]
+
+
+def step(forward: Forward, inputs: Inputs) -> Tensor:
+    """Forward and backward; the loss."""
+    _clear(inputs)
     loss = forward()
-    loss.backward(torch.full_like(loss, inputs.loss_scale))
+    _backward(loss, inputs)
     return loss
 
 
-def _peak_on_gpu(forward: Forward, inputs: Inputs) -> int:
-    for leaf in inputs.leaves:
-        leaf.grad = None
-    return gpu_high_water(partial(_step, forward, inputs))
+class _Moment:
+    """An event of a CPU, with the methods of `torch.cuda.Event`."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter_ns()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: _Moment) -> float:
+        return (other.at - self.at) / 1e6
 
 
-def _measure_on_cpu(forward: Forward, inputs: Inputs) -> tuple[float, float]:
-    for leaf in inputs.leaves:
-        leaf.grad = None
-    start = time.perf_counter_ns()
-    loss = forward()
-    middle = time.perf_counter_ns()
-    loss.backward(torch.full_like(loss, inputs.loss_scale))
-    end = time.perf_counter_ns()
-    return (middle - start) / 1e6, (end - middle) / 1e6
-
-
-def _measure_on_gpu(forward: Forward, inputs: Inputs) -> tuple[float, float]:
-    for leaf in inputs.leaves:
-        leaf.grad = None
-    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+def _moments(device: str, number: int) -> list[Any]:
+    if device == "cpu":
+        return [_Moment() for _ in range(number)]
     torch.cuda.synchronize()
+    return [torch.cuda.Event(enable_timing=True) for _ in range(number)]
+
+
+def elapsed_ms(forward: Forward, inputs: Inputs, device: str) -> tuple[float, float]:
+    """Milliseconds of one forward and of its backward."""
+    _clear(inputs)
+    start, middle, end = _moments(device, 3)
     start.record()
     loss = forward()
     middle.record()
-    loss.backward(torch.full_like(loss, inputs.loss_scale))
+    _backward(loss, inputs)
     end.record()
     end.synchronize()
     return start.elapsed_time(middle), middle.elapsed_time(end)
 
 
-def _time_graphs(one: Timed, forwards: list[Forward], sets: list[Inputs], rounds: int) -> None:
-    """Forward and backward replayed from CUDA graphs: the device's time without the host's."""
-    if one.graph_cannot is not None:
-        return
-    graphs = []
+def _capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # compiles, loads modules, sizes workspaces: not while capturing
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def _graph_ms(forwards: list[Forward], sets: list[Inputs], rounds: int) -> list[float]:
+    """Forward and backward replayed from CUDA graphs: the device's time without the host's; nothing
+    where a provider cannot be captured."""
     try:
-        for forward, inputs in zip(forwards, sets, strict=True):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    _step(forward, inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            for leaf in inputs.leaves:
-                leaf.grad = None
-            with torch.cuda.graph(graph):
-                loss = forward()
-                loss.backward(torch.full_like(loss, inputs.loss_scale))
-            graphs.append(graph)
-    except Exception as error:
-        one.graph_cannot = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-        return
+        graphs = [_capture(partial(step, forward, inputs))
+                  for forward, inputs in zip(forwards, sets, strict=True)]  # fmt: skip
+    except Exception:
+        return []
+    found = []
     for turn in range(rounds + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _moments("cuda", 2)
         start.record()
         graphs[turn % len(graphs)].replay()
         end.record()
         end.synchronize()
         if turn:  # the first replay uploads the graph
-            one.graph_ms.append(start.elapsed_time(end))
+            found.append(start.elapsed_time(end))
+    return found
 
 
-def run_job(job: Job, directory: Path, environment: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Runs the job in fresh processes; a case that kills its process is reported and left out."""
-    import subprocess
-
-    cases = list(job.cases)
-    while cases:
-        part = Job(**{**vars(job), "cases": cases})
-        path = directory / "job.json"
-        path.write_text(part.to_json())
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.timing", str(path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert process.stdout is not None
-        current = None
-        finished: set[str] = set()
-        try:
-            for line in process.stdout:
-                if not line.startswith("{"):
-                    continue
-                event = json.loads(line)
-                current = event.get("begin", current)
-                if event.get("visit", 0) == 0 and "done" in event:
-                    finished.add(event["done"])
-                yield event
-        finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.kill()
-            code = process.wait()
-            path.unlink(missing_ok=True)
-        if code == 0:
-            return
-        if current is None:
-            raise RuntimeError(f"the timing process ended with {code} before its first case")
-        yield {"died": current, "code": code}
-        # What has been measured once is not measured again for the sake of another case.
-        cases = [case for case in cases if case.key not in finished | {current}]
-
-
-def main(path: str) -> None:
-    job = Job.from_json(Path(path).read_text())
-    time_cases(job, lambda event: print(json.dumps(event), flush=True))
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.timing")
+    parser.add_argument("job")
+    parser.add_argument("--start", type=int, default=0)
+    options = parser.parse_args(arguments)
+    go_through(items(Job.from_json(options.job)), options.start)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1])
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    main()

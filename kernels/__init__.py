@@ -2,5 +2,5 @@
 
 One file per subject, laid out like `heteroakd_fast/reference.py` and `csrc/math`: reliability,
 mixed_target, discrepancy and the terms under the same names in the same order. Nothing is imported
-here: `config` and `tune` are of use without Triton.
+here: `config` is of use without Triton.
 """

@@ -1,19 +1,12 @@
 """How many pixels a thread, rows a program, warps a program take: a small static table.
 
 Shapes and terms decide, never a measurement made while training: every rank and every run gets the
-same tiles, hence the same order of every sum. A measured table (`tune.py`) may stand in its place:
-a file named by HETEROAKD_TRITON_CONFIG, read once, the same for all ranks that name it.
+same tiles, hence the same order of every sum.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +18,10 @@ __all__ = [
     "MANY_CLASSES",
     "Launch",
     "Tiling",
-    "forced",
     "key_of",
-    "launch_config",
     "most_pixels",
     "rows_of_program",
+    "static_launch",
     "tiling",
 ]
 
@@ -38,7 +30,7 @@ MANY_CLASSES: Final = 64
 
 
 class Launch(NamedTuple):
-    """What can be tuned."""
+    """How much a thread and a program take."""
 
     pixels: int
     """per thread, at most"""
@@ -78,50 +70,8 @@ def key_of(logits: Tensor, teacher: Tensor | None, target: Tensor, heavy: bool) 
     return "heavy" if heavy or other_grid else "light"
 
 
-_PIXELS: Final = (1, 2, 4, 8, 16)
-_WARPS: Final = (1, 2, 4, 8)
-
-
-@cache
-def _measured() -> dict[str, Any]:
-    path = os.environ.get("HETEROAKD_TRITON_CONFIG")
-    if not path:
-        return {}
-    try:
-        table: dict[str, Any] = json.loads(Path(path).read_text())["launches"]
-        for name, row in table.items():
-            launch = Launch(**row)
-            if launch.pixels not in _PIXELS or launch.warps not in _WARPS:
-                raise ValueError(f"{name}: pixels one of {_PIXELS}, warps one of {_WARPS}: {row}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RuntimeError(
-            f"HETEROAKD_TRITON_CONFIG: {path} is not a table of launches ({error}). "
-            f"Write one with `python -m heteroakd_fast.kernels.tune`, or unset the variable."
-        ) from error
-    return table
-
-
-_forced: list[Launch] = []
-
-
-@contextmanager
-def forced(launch: Launch) -> Iterator[None]:
-    """Every launch in the block is this one: for measurements."""
-    _forced.append(launch)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def launch_config(key: str, classes: int, device_name: str) -> Launch:
-    """The measured row for this device, kind and number of classes, else the static one."""
-    if _forced:
-        return _forced[-1]
-    table = _measured()
-    for name in (f"{device_name}/{key}/{classes}", f"{device_name}/{key}"):
-        if name in table:
-            return Launch(**table[name])
+def static_launch(key: str) -> Launch:
+    """The row of the table, the same for all numbers of classes and devices."""
     return _STATIC[key]
 
 

@@ -161,17 +161,10 @@ def _heavy(one: Pass) -> bool:
 
 def _tiling(one: Pass, target: Tensor) -> config.Tiling:
     key = config.key_of(one.logits, one.teacher, target, _heavy(one))
-    launch = config.launch_config(key, one.logits.shape[1], _device_name(one.logits.device))
+    launch = config.static_launch(key)
     h, w = one.logits.shape[2:]
     label_h, label_w = target.shape[1:]
     return config.tiling((h, w), (label_h, label_w), one.options.align_corners, launch)
-
-
-@cache
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(device)
-    return device.type
 
 
 def patch_shape(

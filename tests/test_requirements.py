@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from heteroakd_fast import _requirements
 from heteroakd_fast.train.cli import main as train
@@ -59,12 +58,6 @@ def benchmarks(arguments: Sequence[str]) -> int:
     return main(["run", "--suite", "smoke", "--seconds", "0.001", *arguments])
 
 
-def report(arguments: Sequence[str]) -> int:
-    from benchmarks.__main__ import main
-
-    return main(["report", "none", *arguments])
-
-
 @pytest.mark.parametrize(
     ("main", "command", "module", "names"),
     [
@@ -72,7 +65,6 @@ def report(arguments: Sequence[str]) -> int:
         *((experiment, "heteroakd-experiment", *item) for item in _requirements.TRAINING.items()),
         (benchmarks, "benchmarks", "matplotlib", "matplotlib"),
         (benchmarks, "benchmarks", "transformers", "transformers"),
-        (report, "benchmarks", "matplotlib", "matplotlib"),
     ],
 )
 @pytest.mark.parametrize("how", ["absent", "refused"])
@@ -194,20 +186,6 @@ def test_logs_of_tensorboard(
     with caplog.at_level(logging.INFO):
         assert not TensorBoard(tmp_path, 0, enabled=True).active
     assert 'only metrics.jsonl is written; pip install "heteroakd_fast[train]"' in caplog.text
-
-
-def test_tuning_without_triton(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from heteroakd_fast.kernels import tune
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    sizes = ("--logits", "1x3x4x4", "--labels", "8x8", "--output", str(tmp_path / "x.json"))
-    assert tune.main(sizes) == 2
-    assert (
-        capsys.readouterr().err == 'triton: not installed; pip install "heteroakd_fast[triton]"\n'
-    )
 
 
 def test_transformers_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

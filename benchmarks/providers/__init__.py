@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cases import Case
 from ..inputs import Inputs
 
-__all__ = ["EAGER", "Forward", "Provider", "find", "names"]
+__all__ = ["EAGER", "Forward", "Provider", "find"]
 
 #: Computes the loss of its inputs, a scalar; `.backward()` of it fills the leaves.
 Forward = Callable[[], Tensor]
@@ -24,8 +24,9 @@ EAGER = "eager"
 
 
 class Provider(Protocol):
-    name: str
-    """What tables call it; with the version, where it is not this package or PyTorch."""
+    @property
+    def name(self) -> str:
+        """What tables call it; with the version, where it is not this package or PyTorch."""
 
     def cannot(self, case: Case, device: str) -> str | None:
         """Why this case cannot run on this device ("cpu" or "cuda"); None when it can."""
@@ -41,7 +42,3 @@ def find() -> dict[str, Provider]:
     return {
         one.name: one for one in (*baselines.providers(), *ours.providers(), *peers.providers())
     }
-
-
-def names() -> list[str]:
-    return list(find())

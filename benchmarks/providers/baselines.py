@@ -19,7 +19,7 @@ from . import EAGER, Forward, Provider
 
 __all__ = ["providers"]
 
-#: (student_z, teacher_z, target) on the label grid -> loss
+#: (student_z, teacher_z, target) -> loss
 FullResolutionLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -115,6 +115,8 @@ def loss_of(case: Case) -> FullResolutionLoss:
 
 def student_and_teacher(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Logits at their own resolution."""
+    if inputs.models:
+        return inputs.models()
     if case.target.from_features:
         return F.conv2d(inputs.student_features, inputs.weight[:, :, None, None]), inputs.weight
     if not case.target.needs_teacher:
@@ -122,64 +124,44 @@ def student_and_teacher(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs.student_logits, inputs.teacher_logits
 
 
-class Eager:
-    """What most trainers do."""
-
-    name = EAGER
-
-    def cannot(self, case: Case, device: str) -> str | None:
-        return None
-
-    def loss(self, case: Case) -> FullResolutionLoss:
-        return loss_of(case)
-
-    def build(self, case: Case, inputs: Inputs) -> Forward:
-        loss = self.loss(case)
-
-        def forward() -> Tensor:
-            student, teacher = student_and_teacher(case, inputs)
-            teacher_z = upsample(teacher, case) if case.target.needs_teacher else teacher
-            return loss(upsample(student, case), teacher_z, inputs.target)
-
-        return forward
-
-
-class Compiled(Eager):
-    """Upsampling in eager, the loss on the label grid compiled: the better graph on a CPU."""
-
-    name = "compile"
-
-    def loss(self, case: Case) -> FullResolutionLoss:
-        return compiled_loss(case)
-
-
-class CompiledWhole(Eager):
-    """Upsampling inside the graph too."""
-
-    name = "compile-whole"
-
-    def build(self, case: Case, inputs: Inputs) -> Forward:
-        compiled = compiled_whole(case)
-        return lambda: compiled(*student_and_teacher(case, inputs), inputs.target)
-
-
-# Compiled once, whatever inputs they get and however often a case is visited.
-@cache
-def compiled_loss(case: Case) -> FullResolutionLoss:
-    return torch.compile(loss_of(case), fullgraph=True, dynamic=False)
-
-
-@cache
-def compiled_whole(case: Case) -> FullResolutionLoss:
-    loss = loss_of(case)
+def with_upsampling(case: Case, loss: FullResolutionLoss) -> FullResolutionLoss:
+    """The loss from logits at their own resolution."""
 
     def whole(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         teacher_z = upsample(teacher, case) if case.target.needs_teacher else teacher
         return loss(upsample(student, case), teacher_z, target)
 
     whole.__code__ = whole.__code__.replace()
-    return torch.compile(whole, fullgraph=True, dynamic=False)
+    return whole
+
+
+def compiled(loss: FullResolutionLoss) -> FullResolutionLoss:
+    return torch.compile(loss, fullgraph=True, dynamic=False)
+
+
+# Compiled once, whatever inputs they get and however often a case is visited.
+@cache
+def loss_by(name: str, case: Case) -> FullResolutionLoss:
+    """What most trainers do; the loss on the label grid compiled, which is the better graph on a
+    CPU; upsampling inside the graph too."""
+    if name == EAGER:
+        return with_upsampling(case, loss_of(case))
+    if name == "compile":
+        return with_upsampling(case, compiled(loss_of(case)))
+    return compiled(with_upsampling(case, loss_of(case)))
+
+
+class Baseline:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def cannot(self, case: Case, device: str) -> str | None:
+        return None
+
+    def build(self, case: Case, inputs: Inputs) -> Forward:
+        loss = loss_by(self.name, case)
+        return lambda: loss(*student_and_teacher(case, inputs), inputs.target)
 
 
 def providers() -> list[Provider]:
-    return [Eager(), Compiled(), CompiledWhole()]
+    return [Baseline(name) for name in (EAGER, "compile", "compile-whole")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from heteroakd_fast import backends, functional
@@ -13,6 +12,7 @@ from heteroakd_fast import backends, functional
 from ..cases import OBJECTIVES, Case
 from ..inputs import IGNORE_INDEX, Inputs
 from . import Forward, Provider
+from .baselines import student_and_teacher
 
 __all__ = ["providers"]
 
@@ -32,14 +32,11 @@ class Ours:
             "backend": self.backend,
             **case.target.options,
         }
-        teacher_logits = inputs.teacher_logits if case.target.needs_teacher else None
 
         def forward() -> Tensor:
-            student_logits = inputs.student_logits
-            if case.target.from_features:
-                student_logits = F.conv2d(inputs.student_features, inputs.weight[:, :, None, None])
+            student, teacher = student_and_teacher(case, inputs)
             return functional.distillation_loss(
-                student_logits, inputs.target, teacher_logits, **options
+                student, inputs.target, teacher if case.target.needs_teacher else None, **options
             ).loss
 
         return forward

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
+import os
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import floor, memory, report, runner, timing
+from benchmarks import floor, memory, report, results, runner, stages, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import OBJECTIVES, SUITES, Case, case, cases_of, select
-from benchmarks.compare import compare, to_text
+from benchmarks.compare import compare, judge, to_text
 from benchmarks.inputs import IGNORE_INDEX, make_inputs
 from benchmarks.oracle import errors_of, truth_of
 from benchmarks.providers import find
-from benchmarks.results import Results, ratio, spread, total_ms
-from benchmarks.steps import STEP_CASES
+from benchmarks.results import Results, Row, Spread, ratio, spread
 
 SMOKE = list(cases_of(SUITES["smoke"]))
 
@@ -66,8 +64,6 @@ def test_only_names_close_to_what_it_does_not_know() -> None:
     assert f"expected names of suite 'smoke': {SMOKE[0].key}" in str(caught.value)
     with pytest.raises(ValueError, match="'headlines', expected names .*: headline"):
         select("smoke", ["headlines"])
-    with pytest.raises(ValueError, match="which suite 'smoke' lacks; --suite cpu has it"):
-        select("smoke", ["classes"])
 
 
 # --- what is timed ------------------------------------------------------------------------------
@@ -88,7 +84,7 @@ def test_every_provider_computes_the_same(one: Case) -> None:
     for name, provider in find().items():
         if name.startswith("compile") or provider.cannot(one, "cpu"):
             continue  # the compiled ones are the eager ones; compiling takes seconds each
-        loss = timing._step(provider.build(one, inputs), inputs)
+        loss = timing.step(provider.build(one, inputs), inputs)
         allowed = timing.TOLERANCES[one.dtype]
         found = errors_of(truth, loss, inputs)
         assert found[0] <= allowed[0], name
@@ -125,66 +121,38 @@ def test_inputs_are_confident_and_partly_ignored() -> None:
     assert torch.equal(inputs.student_logits, again.student_logits)
 
 
-def test_a_provider_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong:
-        name = "wrong"
+class Fake:
+    """Eager's loss, a thousandth too large; or no loss at all."""
 
-        def cannot(self, one: Case, device: str) -> str | None:
-            return None
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-        def build(self, one: Case, inputs: Any) -> Any:
-            right = find()["eager"].build(one, inputs)
-            return lambda: 1.001 * right()
+    def cannot(self, one: Case, device: str) -> str | None:
+        return None
 
-    everyone = {**find(), "wrong": Wrong()}
-    monkeypatch.setattr(timing, "find", lambda: everyone)
-    rows = _timed(SMOKE[0], ["eager", "wrong"])
-    assert "differs from the oracle" in rows["wrong"]["cannot"]
-    assert rows["wrong"]["forward_ms"] == []
-    assert len(rows["eager"]["forward_ms"]) == 6
-
-
-def test_a_provider_that_raises_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        name = "broken"
-
-        def cannot(self, one: Case, device: str) -> str | None:
-            return None
-
-        def build(self, one: Case, inputs: Any) -> Any:
+    def build(self, one: Case, inputs: Any) -> Any:
+        if self.name == "broken":
             raise RuntimeError("no such kernel")
-
-    everyone = {**find(), "broken": Broken()}
-    monkeypatch.setattr(timing, "find", lambda: everyone)
-    rows = _timed(SMOKE[0], ["broken", "eager"])
-    assert rows["broken"]["cannot"] == "RuntimeError: no such kernel"
-    assert rows["eager"]["forward_ms"]
+        right = find()["eager"].build(one, inputs)
+        return lambda: 1.001 * right()
 
 
-def _timed(one: Case, names: list[str]) -> dict[str, dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    job = timing.Job([one], {one.key: names}, rounds=3, visits=2)
-    timing.time_cases(timing.Job.from_json(job.to_json()), events.append)
-    return {row["provider"]: row for row in events[-1]["rows"]}
-
-
-def test_a_case_that_kills_its_process_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = SMOKE[:2]
-    fake = tmp_path / "python"  # dies in the first case, and ends well when that is left out
-    fake.write_text(
-        "#!/bin/sh\n"
-        f"if grep -q '{first.dataset}' $3; then\n"
-        f"  echo '{json.dumps({'begin': first.key, 'visit': 0})}'; kill -9 $$\nfi\n"
-        f"echo '{json.dumps({'done': second.key, 'rows': []})}'\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setattr(timing.sys, "executable", str(fake))
-    job = timing.Job([first, second], {one.key: ["eager"] for one in (first, second)})
-    events = list(timing.run_job(job, tmp_path, {"PATH": "/usr/bin:/bin"}))
-    assert {"died": first.key, "code": -9} in events
-    assert events[-1] == {"done": second.key, "rows": []}
+def test_who_differs_or_raises_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the others alone, also in the visits after the first."""
+    known: dict[str, Any] = find()
+    known |= {name: Fake(name) for name in ("wrong", "broken")}
+    monkeypatch.setattr(timing, "find", lambda: known)
+    names = ["broken", "wrong", "eager"]
+    job = timing.Job(SMOKE[:1], {SMOKE[0].key: names}, rounds=3, visits=2)
+    for _, work in timing.items(timing.Job.from_json(job.to_json())):
+        rows = {row["provider"]: row for row in work()["rows"]}
+        assert list(rows) == names
+        assert rows["broken"]["cannot"] == "RuntimeError: no such kernel"
+        assert "differs from the oracle" in rows["wrong"]["cannot"]
+        assert rows["wrong"]["forward_ms"] == []
+        assert len(rows["eager"]["forward_ms"]) == 3
+    late = timing.items(replace(job, deadline=1.0))
+    assert late[0][1]() == {"skipped": "the run's time was over"}
 
 
 @pytest.mark.skipif(memory.supported() is not None, reason=str(memory.supported()))
@@ -197,9 +165,16 @@ def _allocate_64_mib() -> None:
     torch.ones(64 * 2**20 // 4)
 
 
-def _die() -> None:
-    import os
+def test_memory_of_a_gpu_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [900]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 100))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    assert memory.high_water(lambda: peak.__setitem__(0, 350), "cuda") == 250
 
+
+def _die() -> None:
     os.kill(os.getpid(), 9)
 
 
@@ -212,13 +187,17 @@ def test_a_process_that_dies_is_an_error_with_its_reason() -> None:
 
 def test_statistics() -> None:
     assert spread([]) is None
-    found = spread([3.0, 1.0, 2.0])
-    assert found is not None
-    assert found.median == 2.0
-    assert 1.0 < found.low < 2.0 < found.high < 3.0
-    faster = ratio(_row("eager", 10.0), _row("ours", 2.0))
-    assert faster is not None
-    assert faster.median == pytest.approx(5.0)
+    assert spread([2.0]) == (2.0, 2.0, 2.0)
+    assert spread([3.0, 1.0, 2.0]) == pytest.approx((2.0, 1.2, 2.8))
+    assert ratio(_row("eager", 10.0), _row("ours", 2.0)) == pytest.approx((5.0, 4.9, 5.1), rel=0.01)
+
+
+def test_samples_of_all_visits_make_a_row() -> None:
+    first = timing.Timed("ours", "", 1e-7, 2e-7, [1.0, 2.0], [1.0, 1.0], peak_bytes=3 << 20)
+    second = timing.Timed("ours", forward_ms=[3.0], backward_ms=[2.0])
+    row = results.row_of(SMOKE[0], "main", [first, second], (0.5, "bytes"))
+    assert (row.forward_ms, row.backward_ms, row.total_ms, row.rounds) == (2.0, 1.0, 3.0, 3)
+    assert (row.loss_error, row.peak_mib, row.floor_ms) == (1e-7, 3.0, 0.5)
 
 
 def test_floors_grow_with_the_work() -> None:
@@ -234,162 +213,163 @@ def test_floors_grow_with_the_work() -> None:
 # --- result files ------------------------------------------------------------------------------
 
 
-def _row(provider: str, milliseconds: float, cannot: str | None = None) -> dict[str, Any]:
-    times = [] if cannot else [milliseconds / 2 * f for f in (0.99, 1.0, 1.01)]
-    return {
-        "case": SMOKE[0].key, "provider": provider, "setting": "main", "cannot": cannot,
-        "loss_error": 1e-7, "grad_error": 1e-7, "forward_ms": times, "backward_ms": times,
-        "graph_ms": [], "graph_cannot": None,
+def _row(name: str, ms: float, cannot: str = "", peak: float | None = None) -> Row:
+    times = [None] * 5 if cannot else [ms / 2, ms / 2, ms, 0.99 * ms, 1.01 * ms]
+    errors = {"loss_error": 1e-7, "grad_error": 1e-7}
+    return Row(SMOKE[0], "main", name, cannot, *times, peak_mib=peak, floor_ms=0.5,
+               floor_binds="bytes", **errors)  # fmt: skip
+
+
+def _rows(ours_ms: float = 2.0, peak: float = 10.0, cannot: str = "") -> list[Row]:
+    return [
+        _row("eager", 10.0, peak=200.0),
+        _row("compile", 6.0),
+        _row("heteroakd[cpu]", ours_ms, cannot, peak),
+        _row("heteroakd[reference]", 12.0),
+        _row("liger", 0.0, "needs Triton and a GPU"),
+    ]
+
+
+def _results(ours_ms: float = 2.0) -> Results:
+    about = {
+        "machine": "a CPU", "cores": 2, "memory_gib": 24, "cpu_capability": "AVX2", "torch": "2",
+        "python": "3", "packages": {}, "commit": "abc", "tests": "passed",
     }  # fmt: skip
+    groups = {"headline": [SMOKE[0]], "strides": [SMOKE[0]]}
+    rates = floor.Rates(1e11, 1e10, 0.0)
+    return Results("smoke", groups, about, {"main": "two threads"}, rates, _rows(ours_ms))
 
 
-def _results(ours_ms: float, peak: int = 10 * 2**20, cannot: str | None = None) -> Results:
-    one = SMOKE[0]
-    return Results({
-        "schema": 1, "suite": "smoke", "settings": {"main": "two threads"},
-        "environment": {
-            "processor": "a CPU", "cores": 2, "memory_gib": 24, "cpu_capability": "AVX2",
-            "torch": "2", "python": "3", "packages": {}, "commit": "abc", "tests": "passed",
-            "threads": 2,
-        },
-        "rates": {"fma_per_s": 1e11, "bytes_per_s": 1e10, "exp_per_s": 0.0},
-        "floors": {one.key: {"ms": 0.5, "binds": "bytes"}},
-        "groups": {"headline": [one.key], "strides": [one.key]},
-        "cases": [{"key": one.key, **one.fields()}],
-        "rows": [_row("eager", 10.0), _row("compile", 6.0), _row("heteroakd[cpu]", ours_ms, cannot),
-                 _row("heteroakd[reference]", 12.0),
-                 _row("liger", 0.0, cannot="needs Triton and a GPU")],
-        "peak_bytes": {
-            one.key: {"eager": 200 * 2**20, "heteroakd[cpu]": peak, "compile": "killed"}
-        },
-        "crops": [{"objective": "ce", "provider": "eager", "side": 512, "peak_bytes": 5,
-                   "capped": False}],
-        "crop_budget": 2**20, "steps": [], "step_batches": [], "seconds": 1.0,
-    })  # fmt: skip
-
-
-def test_compare_flags_what_got_worse_and_only_that() -> None:
-    base = _results(2.0)
-    assert all(change.verdict == "same" for change in compare(base, _results(2.02)))
-    slower = [c for c in compare(base, _results(4.0)) if c.verdict == "worse"]
-    assert [(c.provider, c.what) for c in slower] == [("heteroakd[cpu]", "ratio to eager")]
-    larger = [c for c in compare(base, _results(2.0, 40 * 2**20)) if c.verdict == "worse"]
-    assert [c.what for c in larger] == ["peak memory"]
-    assert [c.verdict for c in compare(base, _results(1.0)) if c.verdict != "same"] == ["better"]
-    lost = [c for c in compare(base, _results(2.0, cannot="broken")) if c.verdict == "worse"]
-    assert [(c.provider, c.what) for c in lost] == [("heteroakd[cpu]", "measured at all")]
-    assert "1 worse" in to_text(compare(base, _results(4.0)))
+@pytest.mark.parametrize(
+    ("after", "changed"),
+    [
+        (_rows(2.02), []),
+        (_rows(4.0), [("heteroakd[cpu]", "ratio to eager", "worse")]),
+        (_rows(1.0), [("heteroakd[cpu]", "ratio to eager", "better")]),
+        (_rows(peak=40.0), [("heteroakd[cpu]", "peak memory", "worse")]),
+        (_rows(cannot="broken"), [("heteroakd[cpu]", "measured at all", "worse")]),
+    ],
+)
+def test_compare_flags_what_changed_and_only_that(
+    after: list[Row], changed: list[tuple[str, str, str]]
+) -> None:
+    found = compare(_rows(), after)
+    assert [(x.provider, x.what, x.verdict) for x in found if x.verdict != "same"] == changed
+    assert f"{sum(x[2] == 'worse' for x in changed)} worse" in to_text(found)
 
 
 def test_a_large_move_within_scatter_is_not_called_the_same() -> None:
-    from benchmarks.compare import judge
-    from benchmarks.results import Spread
-
     assert judge(Spread(10.0, 2.0, 20.0), Spread(5.0, 2.0, 20.0)) == "unclear"
     assert judge(Spread(10.0, 9.0, 11.0), Spread(9.2, 8.5, 10.0)) == "same"
 
 
 def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _results(2.0).save(tmp_path / "old")
-    _results(4.0).save(tmp_path / "new")
-    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]) == 1
-    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "old")]) == 0
+    old, new, none = (tmp_path / name for name in ("old", "new", "none"))
+    for folder, rows in ((old, _rows()), (new, _rows(4.0))):
+        folder.mkdir()
+        results.save(rows, folder)
+    assert results.load(old) == _rows()
+    assert main(["compare", str(old), str(new)]) == 1
+    assert main(["compare", str(old), str(old)]) == 0
     capsys.readouterr()
-    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "none")]) == 2
-    assert "not a result file" in capsys.readouterr().err
+    assert main(["compare", str(old), str(none)]) == 2
+    assert f"{none}: not a result file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 9}', '{"schema": 1}'])
-def test_a_file_that_is_no_result_is_named(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "results.json").write_text(text)
-    assert main(["report", str(tmp_path)]) == 2
-    assert "not a result file" in capsys.readouterr().err
+def test_the_committed_report_can_be_compared_with() -> None:
+    rows = results.load(Path(__file__).parents[2] / "docs" / "benchmarks" / "cpu")
+    assert {SUITES["cpu"]["headline"][0], SUITES["cpu"]["classes"][0]} <= {x.case for x in rows}
+    assert all(change.verdict == "same" for change in compare(rows, rows))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "case,provider\n1,2\n"])
+def test_a_file_that_is_no_result_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.csv: not a result file"):
+        results.load(tmp_path)
 
 
 def test_the_report_shows_losing_rows_and_reasons(tmp_path: Path) -> None:
-    results = _results(20.0)
-    results.save(tmp_path)
-    page = report.write(Results.load(tmp_path), tmp_path).read_text()
+    found = _results(20.0)
+    page = report.write(found, tmp_path).read_text()
     assert "**0.50x**" in page
-    assert "cannot [1]" in page
-    assert "[1] needs Triton and a GPU" in page
+    assert "- liger: needs Triton and a GPU" in page
     assert "tests: passed" in page
-    for picture in ("time.png", "floor.png"):
+    assert "Not reached" not in page
+    for picture in ("time.png", "memory.png"):
         assert f"({picture})" in page
         assert (tmp_path / picture).stat().st_size > 5000
+    results.save(found.rows, tmp_path)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert {row["provider"] for row in rows} >= {"eager", "heteroakd[cpu]"}
     assert float(rows[2]["speedup_over_eager"]) == pytest.approx(0.5)
 
 
 def test_cells_of_tables_hold_names_with_bars_and_messages_of_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw_all", lambda *_: [])
-    results = _results(2.0)
-    step = {"key": "step | A -> B | B2 | float32", "provider": "eager"}
-    results.data["crops"].append({"objective": "ce", "provider": "ours", "cannot": "a|b\nc"})
-    results.data["steps"] = [{**step, "cannot": "x | y"}]
-    results.data["step_batches"] = [{**step, "cannot": "x | y", "budget": 2**20}]
-    page = report.write(results, tmp_path).read_text()
-    assert r"| **ce \| B1 C19 64x128 \| stride 4 \| float32** |" in page
-    assert r"a\|b c" in page
+    monkeypatch.setattr(report, "draw_all", lambda *_: {})
+    found = _results()
+    found.rows += [_row("a|peer\nof us", 3.0), _row("another", 0.0, "needs x\nand z")]
+    page = report.write(found, tmp_path).read_text()
+    assert r"| a\|peer of us | 1.5 | 1.5 |" in page
+    assert "- another: needs x and z\n" in page
     bars = [len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines()]
-    tables = [list(found) for is_row, found in itertools.groupby(bars, key=bool) if is_row]
-    assert len(tables) == 6
+    tables = [list(group) for is_row, group in itertools.groupby(bars, key=bool) if is_row]
+    assert len(tables) == 3
     assert all(len(set(rows)) == 1 for rows in tables), tables
+
+
+def test_ours_is_the_compiled_backend_where_there_is_one() -> None:
+    rows = {row.provider: row for row in _rows(99.0)}
+    assert results.ours(rows) is rows["heteroakd[cpu]"]
+    del rows["heteroakd[cpu]"]
+    assert results.ours(rows) is rows["heteroakd[reference]"]
+
+
+# --- runs --------------------------------------------------------------------------------------
 
 
 def test_a_run_names_what_it_did_not_come_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [0.0]
+    """A case whose process dies is reported; what the time was too short for is named."""
     keys = [one.key for one in SMOKE]
 
-    def run_job(job: timing.Job, *_: Any) -> Iterator[dict[str, Any]]:
-        assert job.deadline == 50.0
-        for key in keys[:3]:  # the others are past the deadline
-            for visit in range(2):
-                yield {"begin": key, "visit": visit}
-                rows = [{**_row(name, 1.0), "case": key} for name in ("eager", "compile")]
-                yield {"done": key, "rows": rows}
-        saved = Results.load(tmp_path).data["not_reached"]
-        assert saved == {"times": keys[3:], "memory": peaks, "steps": step}
+    def follow(command: list[str], tell: Any, run: Any) -> stages.Ran:
+        for key in (*keys[:3], *keys[:3]):  # the others are past the deadline
+            tell({"name": key, "begin": 0})
+            rows = [vars(timing.Timed(name, "", 1e-7, 1e-7, [1.0], [1.0])) for name in names]
+            tell({"name": key, "found": {"rows": rows}})
+        tell({"name": keys[3], "found": {"failed": "ends its process with -9"}})
+        tell({"name": keys[4], "found": {"skipped": "the run's time was over"}})
+        assert len(results.load(tmp_path)) == 3 * len(names) + len(find()) - 1
+        return stages.Ran(0, "", 1.0)
 
     def peak_bytes(*_: Any) -> int:
-        now[0] += 110.0
-        return 2**20
+        raise KeyboardInterrupt
 
-    peaks = [one.key for name in ("headline", "objectives") for one in SUITES["smoke"][name]]
-    step = [one.key for one in STEP_CASES["smoke"]]
-    monkeypatch.setattr(runner, "time", SimpleNamespace(time=lambda: now[0]))
-    monkeypatch.setattr(runner.timing, "run_job", run_job)
+    names = ("eager", "compile")
+    monkeypatch.setattr(runner, "follow", follow)
     monkeypatch.setattr(runner.memory, "peak_bytes", peak_bytes)
     monkeypatch.setattr(runner.memory, "supported", lambda: None)
     monkeypatch.setattr(runner.floor, "measure_rates", lambda _: floor.Rates(1e11, 3e10, 0.0))
-    monkeypatch.setattr(report, "draw_all", lambda *_: [])
-    plan = runner.Plan("smoke", "cpu", tmp_path, seconds=100.0, phases=("times", "memory", "steps"))
-    results = runner.run(plan)
-    assert results.data["not_reached"] == {
-        "times": keys[3:],
-        "memory": [f"{peaks[0]}: compile", *peaks[1:]],
-        "steps": step,
-    }
-    page, said = report.write(results, tmp_path).read_text(), report.summary(results)
-    assert f"- times: `{keys[3]}`; `{keys[4]}`" in page
-    assert f"not reached, memory:\n  {peaks[0]}: compile\n  {peaks[1]}\n" in said
-    results.data["not_reached"]["times"].clear()
-    assert "not reached, times" not in report.summary(results)
-    assert "Not reached" not in report.write(_results(2.0), tmp_path).read_text()
-
-
-def test_ours_is_the_compiled_backend_where_there_is_one() -> None:
-    ours = _results(99.0).ours(_results(99.0).rows(SMOKE[0].key))
-    assert ours is not None
-    assert ours["provider"] == "heteroakd[cpu]"
-    assert spread(total_ms(ours)) is not None
+    monkeypatch.setattr(report, "draw_all", lambda *_: {})
+    plan = runner.Plan(
+        "smoke",
+        "cpu",
+        tmp_path,
+    )
+    found = runner.run(plan)
+    assert found.interrupted
+    groups, settings = ("headline", "training", "objectives"), ["default-malloc", "1 thread"]
+    peaks = [one.key for name in groups for one in SUITES["smoke"][name]]
+    assert found.missed == {"times": keys[4:], "memory": peaks, "settings": settings}
+    dead = found.of(SMOKE[3])
+    assert {row.cannot for row in dead.values()} == {"ends its process with -9"}
+    assert found.of(SMOKE[0])["eager"].rounds == 2
+    page, said = report.write(found, tmp_path).read_text(), report.summary(found)
+    assert f"- times: `{keys[4]}`; `{keys[5]}`" in page
+    assert f"not reached, memory:\n  {peaks[0]}\n  {peaks[1]}\n" in said
 
 
 def test_one_small_run_from_the_command_line(tmp_path: Path) -> None:
@@ -398,11 +378,10 @@ def test_one_small_run_from_the_command_line(tmp_path: Path) -> None:
         "--providers", "eager", "heteroakd[reference]", "--visits", "1", "--rounds", "3",
         "--phases", "times", "memory",
     ]) == 0  # fmt: skip
-    data = json.loads((tmp_path / "results.json").read_text())
-    assert [row["provider"] for row in data["rows"]] == ["eager", "heteroakd[reference]"]
-    assert all(row["cannot"] is None and row["forward_ms"] for row in data["rows"])
+    rows = results.load(tmp_path)
+    assert [row.provider for row in rows] == ["eager", "heteroakd[reference]"]
+    assert all(not row.cannot and row.total and row.peak_mib is not None for row in rows)
     assert (tmp_path / "report.md").exists()
-    assert not (tmp_path / "job.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -420,7 +399,20 @@ def test_wrong_arguments_end_in_one_sentence(
 
 def test_curves_are_timed_by_the_sides_that_matter() -> None:
     suite = SUITES["cpu"]
-    names = runner._providers_of(suite, runner.Plan("cpu", "cpu", Path()))
-    assert names[suite["classes"][0].key][0] == "eager"
-    assert "compile" not in names[suite["classes"][0].key]
-    assert "compile" in names[suite["headline"][0].key]
+    names = runner.providers_of(suite, runner.Plan("cpu", "cpu", Path()))
+    assert names[suite["classes"][0]][0] == "eager"
+    assert "compile" not in names[suite["classes"][0]]
+    assert "compile" in names[suite["headline"][0]]
+
+
+def test_a_training_step_is_reported_beside_its_loss(tmp_path: Path) -> None:
+    """A third of the step; 30 MiB + 100 MiB for each image."""
+    found = _results()
+    step = case("tiny training step", "VOC", 1, 4, size=(64, 64))
+    loss, twice = replace(step, objective="ce+hetero"), replace(step, batch=2)
+    found.groups["training"] = [step, twice, loss]
+    for one, ms, peak in ((step, 30.0, 130.0), (twice, 60.0, 230.0), (loss, 10.0, 9.0)):
+        found.rows.append(replace(_row("eager", ms, peak=peak), case=one))
+    lines = report.write(found, tmp_path).read_text().splitlines()
+    (line,) = (x for x in lines if x.startswith("| tiny training step, B1") and "eager" in x)
+    assert line.endswith("| eager | 30 | 10 | 33.3 % | 130 | 41 |")

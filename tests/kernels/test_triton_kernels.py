@@ -7,7 +7,6 @@ makes of the same sources.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -27,7 +26,7 @@ if backends.available()["triton"] is not None:
 
 import triton
 import triton.language as tl
-from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics, tune
+from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HETERO: dict[str, Any] = {"hetero_weight": 1.0, "temperature": 2.0}
@@ -190,56 +189,13 @@ def test_threads_take_what_wastes_least() -> None:
     assert pixels(32, 32) == (2, 8, 16, 4)
 
 
-def test_measured_table(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    path = tmp_path / "launches.json"
-    row = {"pixels": 4, "warps": 1}
-    path.write_text(json.dumps({"launches": {"cpu/light": row}}))
-    monkeypatch.setenv("HETEROAKD_TRITON_CONFIG", str(path))
-    request.addfinalizer(config._measured.cache_clear)
-    config._measured.cache_clear()
-    assert config.launch_config("light", 19, "cpu") == config.Launch(4, 1)
-    assert config.launch_config("heavy", 19, "cpu") == config._STATIC["heavy"]
-    wrong: list[Any] = [
-        {"pixel": 4},
-        {**row, "pixels": 3},
-        {**row, "warps": 0},
-        {**row, "warps": "2"},
-    ]
-    for text in [*(json.dumps({"launches": {"x": one}}) for one in wrong), "[]", "nonsense"]:
-        path.write_text(text)
-        config._measured.cache_clear()
-        with pytest.raises(RuntimeError, match="HETEROAKD_TRITON_CONFIG"):
-            config.launch_config("light", 19, "cpu")
-
-
 @pytest.mark.parametrize(("pixels", "rows"), [(2, 1), (8, 3), (8, 4)])
 def test_other_launches_compute_the_same(
     pixels: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "rows_of_program", lambda *_: rows)
-    with config.forced(config.Launch(pixels=pixels, warps=1)):
-        check(batch_of("other-teacher", dtype=torch.float64), **TERM_CASES["all"])
-
-
-def test_tuning_takes_the_fastest_and_needs_a_gpu(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    speeds = {config.Launch(8, 1): 3.0, config.Launch(16, 2): 2.0}
-
-    def timer(step: Any) -> float:
-        step()
-        return speeds.get(config.launch_config("light", 19, ""), 9.0)
-
-    best, medians = tune.fastest(lambda: None, timer, tune.candidates())
-    assert best == config.Launch(16, 2)
-    assert medians[best] == 2.0
-    assert config.launch_config("light", 19, "") == config._STATIC["light"]
-    if INTERPRETED:
-        arguments = ["--logits", "1x3x4x4", "--labels", "8x8", "--output", str(tmp_path / "x.json")]
-        assert tune.main(arguments) == 2
-        assert "no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(config, "static_launch", lambda _: config.Launch(pixels, warps=1))
+    check(batch_of("other-teacher", dtype=torch.float64), **TERM_CASES["all"])
 
 
 # --- the operator, called directly ---------------------------------------------------------------

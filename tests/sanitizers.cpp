@@ -7,12 +7,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #define HAKD_EXPORT extern "C" __attribute__((visibility("default")))
@@ -23,19 +23,25 @@ namespace {
 enum Place { kHeap, kEnd, kStart };
 Place place = kHeap;
 std::mutex mutex;
-std::unordered_map<void*, std::pair<void*, size_t>> mappings;
+const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+constexpr char kGarbage = 0x7f;  // the heap is filled with something else
+
+struct Mapping {
+  char *first, *data, *last;  // without the unreadable pages
+  size_t bytes;
+};
+std::unordered_map<void*, Mapping> mappings;
 
 void* allocate(size_t bytes) {
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t inside = (bytes + page - 1) / page * page, whole = inside + 2 * page;
-  void* memory = mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const size_t inside = (bytes + page - 1) / page * page;
+  void* memory = mmap(nullptr, inside + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) std::abort();
   char* first = static_cast<char*>(memory) + page;
   mprotect(first, inside, PROT_READ | PROT_WRITE);
-  std::memset(first, 0x7f, inside);  // the heap is filled with something else
-  void* data = place == kEnd ? first + inside - bytes : first;
+  std::memset(first, kGarbage, inside);
+  char* data = place == kEnd ? first + inside - bytes : first;
   const std::lock_guard<std::mutex> lock(mutex);
-  mappings[data] = {memory, whole};
+  mappings[data] = {first, data, first + inside, bytes};
   return data;
 }
 
@@ -44,7 +50,13 @@ bool release(void* data) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = mappings.find(data);
   if (found == mappings.end()) return false;
-  munmap(found->second.first, found->second.second);
+  const auto [first, begin, last, bytes] = found->second;
+  const auto touched = [](char byte) { return byte != kGarbage; };
+  if (std::any_of(first, begin, touched) || std::any_of(begin + bytes, last, touched)) {
+    std::fprintf(stderr, "something was written beside an array of %zu bytes\n", bytes);
+    std::abort();
+  }
+  munmap(first - page, static_cast<size_t>(last - first) + 2 * page);
   mappings.erase(found);
   return true;
 }

@@ -31,7 +31,9 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000000",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
-    "OPENBLAS_NUM_THREADS": "1",  # numpy's: ThreadSanitizer does not look after a fork of threads
+    # The process forks, and has no threads then: those of the extension are its own.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
 }
 #: Functions that the extension gets from sanitizers.cpp.
 WRAPPED = ["malloc", "free", "_Znam", "_ZdaPv", "torch_parallel_for"]

@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UBSan, and ThreadSanitizer: docs/sanitizers.md."""
+"""The kernels under AddressSanitizer and UBSan, and ThreadSanitizer: docs/cpu.md."""
 
 from __future__ import annotations
 

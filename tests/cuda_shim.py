@@ -3,7 +3,6 @@ shim in tests/cuda_shim (its header says what it checks and what it cannot).
 
     ops = cuda_shim.load()          # torch.ops.heteroakd_fast_shim, for CPU tensors
     cuda_shim.set_seed(3)           # another order of threads and blocks; 0: the natural one
-    cuda_shim.run_sanitized("...")  # a Python program that may load a build with ASan and UBSan
 
 Built with g++ into a cache that outlives the run, one object per source: only what changed is
 compiled again. `python tests/cuda_shim.py [--sanitize]` builds it and says where it lies.
@@ -28,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sanitize.run import ADDRESS, OPTIONS, CannotTellError, find_compiler, library, supported
+from sanitizers import FLAGS, CannotTellError, find_compiler, supported
 
-__all__ = ["CannotTellError", "build", "load", "run_sanitized", "set_seed", "set_shared_limit"]
+__all__ = ["CannotTellError", "build", "load", "set_seed", "set_shared_limit"]
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
@@ -38,13 +37,16 @@ CSRC = ROOT / "csrc"
 NAMESPACE = "heteroakd_fast_shim"
 
 #: Alignment as well: the machine would fault at a misaligned vector load.
-SANITIZE = [*ADDRESS, "-fsanitize=alignment", "-O1", "-g1", "-fno-omit-frame-pointer"]
+SANITIZE = [
+    *FLAGS["address"],
+    *("-fsanitize=alignment", "-O1", "-g1", "-fno-omit-frame-pointer"),
+]
 JOBS = 2
 KEPT_FILES = 300
 
 
 def load(sanitize: bool = False) -> Any:
-    """The operators. With `sanitize` only in a process that `run_sanitized` has started."""
+    """The operators. With `sanitize` only in a process of `sanitizers.run_python`."""
     torch.ops.load_library(str(library_path(sanitize)))
     return getattr(torch.ops, NAMESPACE)
 
@@ -65,28 +67,6 @@ def set_shared_limit(size: int) -> None:
     """Bytes of shared memory that a block can have, from 48 KiB to 227 KiB: 163 KiB on sm_80."""
     if not loaded().hakd_shim_set_shared_limit(ctypes.c_size_t(size)):
         raise ValueError(f"shared limit: got {size}, expected 48 KiB to 227 KiB")
-
-
-def run_sanitized(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a Python program that may load libraries built with `sanitize`; stdout has stderr too.
-
-    Python is not built with the sanitizers: their libraries are loaded before it starts.
-    """
-    compiler = find_compiler()
-    preload = [library(compiler, name) for name in ("libasan.so", "libstdc++.so")]
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={
-            **os.environ,
-            **OPTIONS,
-            "LD_PRELOAD": " ".join(preload),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        },
-    )
 
 
 @cache
@@ -134,7 +114,7 @@ def build(
     with locked(cache_folder()) as folder:
         if sanitize:
             with tempfile.TemporaryDirectory() as scratch:
-                supported(compiler, SANITIZE, Path(scratch))
+                supported("address", Path(scratch))
         for _ in range(5):
             keys = [key(source, flags, environment) for source in sources]
             target = folder / f"{name}-{digest(*keys, *link)}.so"

@@ -1,41 +1,48 @@
-"""The CPU kernels under AddressSanitizer and UBSan. ThreadSanitizer and the whole extension are
-runs of their own: docs/sanitizers.md."""
+"""The kernels under AddressSanitizer and UBSan, and ThreadSanitizer: docs/cpu.md."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from functools import cache
+import os
 from pathlib import Path
 
+import cuda_shim
 import pytest
+import sanitizers
 
-ROOT = Path(__file__).resolve().parent.parent
-CANNOT_TELL = 77
+asked_for = pytest.mark.skipif(
+    os.environ.get("HETEROAKD_TEST_SANITIZED") != "1",
+    reason="HETEROAKD_TEST_SANITIZED=1 compiles the kernels with sanitizers, for a minute",
+)
+# tests/common.py loads the extension: its path is said before
+CPU = """
+import sys
+from pathlib import Path
+from heteroakd_fast import _extension
+_extension.library_path = lambda: Path(sys.argv[1])
+import sanitized_calls
+sanitized_calls.check_cpu(sys.argv[2])
+"""
 
 
-@cache
-def address_run() -> str:
-    """What `run.py address` prints; skips where this machine has no sanitizer."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "sanitize" / "run.py"), "address"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode == CANNOT_TELL:
-        pytest.skip(done.stdout.strip())
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=asked_for)])
+def test_the_cpu_kernels_touch_no_memory_but_their_own(sanitizer: str, tmp_path: Path) -> None:
+    try:
+        library = sanitizers.build_extension(sanitizer, tmp_path)
+        done = sanitizers.run_python(sanitizer, "-c", CPU, str(library), sanitizer)
+    except sanitizers.CannotTellError as reason:
+        pytest.skip(str(reason))
     assert done.returncode == 0, done.stdout
-    return done.stdout
+    for isa in ("portable", "double"):
+        assert f"{isa}: nothing was found" in done.stdout
 
 
-def test_the_kernels_touch_no_memory_but_their_own() -> None:
-    lines = address_run().splitlines()
-    for isa in ("portable", "portable in double"):
-        assert [line for line in lines if line.startswith(f"{isa}: ") and "equal bits" in line]
-
-
-@pytest.mark.parametrize("defect", ["overrun", "overflow", "page"])
-@pytest.mark.parametrize("isa", ["portable", "double"])
-def test_a_planted_defect_is_caught(defect: str, isa: str) -> None:
-    assert f"planted {defect}, {isa}: caught" in address_run()
+@asked_for
+def test_the_cuda_kernels_touch_no_memory_but_their_own() -> None:
+    try:
+        cuda_shim.library_path(sanitize=True)
+        code = "import sanitized_calls; sanitized_calls.check_cuda()"
+        done = sanitizers.run_python("address", "-c", code)
+    except sanitizers.CannotTellError as reason:
+        pytest.skip(str(reason))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "cuda: nothing was found" in done.stdout

@@ -165,6 +165,27 @@ def test_annealed_options_do_not_break_the_graph(backend: str) -> None:
         torch.testing.assert_close(compiled(*arguments), loss(*arguments))
 
 
+def test_a_module_is_annealed_without_recompiling() -> None:
+    torch.use_deterministic_algorithms(False)
+    batch = make_batch(dtype=torch.float32)
+    flat = hf.HeteroAKDLoss(5)
+    terms = hf.SegmentationLoss(CrossEntropy(), KD(0.1), HeteroAKD(temperature=2.0))
+    for loss in (flat, terms):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True)
+        seen = set()
+        for step in range(12):
+            if loss is flat:
+                flat.kd_weight, flat.temperature, flat.tau = 0.1 + step, 1.0 + step, 2.0 + step
+            else:
+                terms.set_weights(kd=0.1 + step, hetero=1.0 + step)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                got = compiled(*batch.arguments).loss
+            torch.testing.assert_close(got, loss(*batch.arguments).loss)
+            seen.add(float(got))
+        assert len(seen) == 12
+
+
 def test_fullgraph_compile_of_the_module() -> None:
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()

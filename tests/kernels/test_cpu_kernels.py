@@ -680,16 +680,6 @@ def test_gradient_of_more_than_2_31_elements() -> None:
         assert grad[1, 17, row, column] == pytest.approx(1 / 4096 / 7, rel=0.01)
 
 
-def test_raw_operator_refuses_terms_without_their_kind() -> None:
-    logits, target = torch.randn(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.int64)
-    for kd, hetero, maps in ((0, 1, False), (1, 0, False), (1, 0, True)):
-        with pytest.raises(RuntimeError, match="kd_divergence and hetero"):
-            _extension.operators().distillation(
-                logits, logits, target, None, 7, kd, hetero, 0, True, 0.5, 1.0, 1.0, 255, False,
-                0.0, maps, True, None,
-            )  # fmt: skip
-
-
 def test_a_call_that_gives_the_student_nothing_records_nothing() -> None:
     student = torch.randn(1, 3, 4, 4, requires_grad=True)
     target = torch.zeros(1, 8, 8, dtype=torch.int64)

@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 import cuda_shim
 import torch
 
-from heteroakd_fast import _extension
-from heteroakd_fast.backends import cuda
+from heteroakd_fast.backends import compiled
 
 __all__ = ["Compiled", "Defect", "Library", "compiled_library", "mutated"]
 
@@ -106,7 +105,8 @@ def _rewritten(kernel: Any, source: str) -> FunctionType:
 # --- C++ and CUDA ------------------------------------------------------------------------------
 
 _SWITCH = "heteroakd_mutant"
-_NAMESPACE = "heteroakd_fast_mutants"
+# Both have CPU tensors here, so that operators of one name are in two namespaces.
+_NAMESPACE, _CUDA_NAMESPACE = "heteroakd_fast_mutants", "heteroakd_fast_cuda_mutants"
 
 
 class Library:
@@ -114,22 +114,25 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(str(path))
-        self.operators = getattr(torch.ops, _NAMESPACE)
+        names = {"cpu": _NAMESPACE, "cuda": _CUDA_NAMESPACE}
+        self.operators = {name: getattr(torch.ops, space) for name, space in names.items()}
         self._mutant = ctypes.c_int.in_dll(ctypes.CDLL(str(path)), _SWITCH)
 
     @contextmanager
     def used(self, mutant: int) -> Iterator[None]:
         """Both backends run on this library, with the defect of that number; 0 is none."""
-        originals = _extension.operators, cuda.BACKEND.__dict__.copy()
-        _extension.operators = lambda: self.operators
-        cuda.BACKEND.__init__(lambda: self.operators, ("cpu",))  # type: ignore[misc]
+        both = (compiled.CPU, compiled.CUDA)
+        originals = [backend.__dict__.copy() for backend in both]
+        for backend in both:
+            own = partial(self.operators.get, backend.name)
+            backend.__dict__.update(unavailable=lambda: None, operators=own, _device="cpu")
         self._mutant.value = mutant
         try:
             yield
         finally:
             self._mutant.value = 0
-            _extension.operators = originals[0]
-            cuda.BACKEND.__dict__.update(originals[1])
+            for backend, original in zip(both, originals, strict=True):
+                backend.__dict__.update(original)
 
 
 @cache
@@ -139,7 +142,7 @@ def compiled_library(defects: tuple[Compiled, ...]) -> Library:
     common = [
         *("-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
         *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DHAKD_TORCH_TARGET=2.10"),
-        *(f"-DHAKD_LIBRARY={_NAMESPACE}", "-isystem", str(torch_root / "include")),
+        *("-isystem", str(torch_root / "include")),
     ]
     shim = ["-DHAKD_CUDA_SHIM", "-DHAKD_CUDA_KEY=CPU", f"-I{cuda_shim.SHIM}", "-x", "c++"]
     isa = {
@@ -158,12 +161,12 @@ def compiled_library(defects: tuple[Compiled, ...]) -> Library:
         macros.write_text(macros.read_text() + switch)
         for file in (copy / "cpu").glob("*.cpp"):
             file.write_text(file.read_text().replace("heteroakd_fast_c", _NAMESPACE))
+        shutil.copy(copy / "library.cpp", copy / "cuda_library.cpp")
         (copy / "mutant.cpp").write_text(f"{switch}int {_SWITCH} = 0;\n")
         sources = [
             *copy.glob("*.cpp"),
             *(copy / "cpu").glob("*.cpp"),
-            # operators of the same name are in cpu/
-            *(file for file in (copy / "cuda").glob("*.cu") if file.name != "labels.cu"),
+            *(copy / "cuda").glob("*.cu"),
             cuda_shim.SHIM / "shim.cpp",
         ]
         compiler = cuda_shim.find_compiler()
@@ -173,6 +176,8 @@ def compiled_library(defects: tuple[Compiled, ...]) -> Library:
             own = isa.get(source.name, [])
             own = [*own, "-mfma", "-mf16c"] if own else own
             options = shim if source.suffix == ".cu" or source.name == "shim.cpp" else []
+            cuda = bool(options) or source.name == "cuda_library.cpp"
+            own = [*own, f"-DHAKD_LIBRARY={_CUDA_NAMESPACE if cuda else _NAMESPACE}"]
             cuda_shim.run_compiler(compiler, [*common, *own, *options, "-c", str(source)], target)
             return target
 

@@ -10,11 +10,7 @@ import cuda_shim
 import numpy as np
 import pytest
 import sanitizers
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from heteroakd_fast import backends
 
 SELF_TEST = [cuda_shim.SHIM / "self_test.cpp"]
 SEEDS = range(12)
@@ -202,34 +198,3 @@ print("the right kernel:", repr(run(b"block_sum", 1024, 0)), flush=True)
 mode = int(sys.argv[2])
 print("not caught:", repr(run(b"mistake", 1024 if mode == 10 else 256, mode)), flush=True)
 """
-
-
-def labels(dtype: torch.dtype, form: str) -> Tensor:
-    high = 30 if dtype == torch.uint8 else 70000
-    whole = torch.randint(0, 20, (3, 42, 40), dtype=dtype)
-    whole[1, 20, 3:9] = high
-    whole[:, ::5] = 255
-    if form == "transposed":
-        return whole.transpose(1, 2)
-    if form == "strided":
-        return whole[:, ::2, 1::3]
-    if form == "empty":
-        return whole[:0]
-    return whole
-
-
-@pytest.mark.skipif(
-    backends.available().get("cpu") is not None, reason="the compiled extension is not built"
-)
-@pytest.mark.parametrize("form", ["contiguous", "transposed", "strided", "empty"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-def test_label_report_is_that_of_the_cpu(dtype: torch.dtype, form: str) -> None:
-    try:
-        ops = cuda_shim.load()
-    except cuda_shim.CannotTellError as reason:
-        pytest.skip(str(reason))
-    target = labels(dtype, form)
-    expected = torch.ops.heteroakd_fast_c.label_report(target, 19, 255)
-    for seed in (0, 1, 2):
-        cuda_shim.set_seed(seed)
-        assert torch.equal(ops.label_report(target, 19, 255), expected)

@@ -1,0 +1,237 @@
+"""Terms as objects, the plan of their passes, and that every spelling of a loss is the same."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from common import TERM_CASES, make_batch, truth
+
+import heteroakd_fast as hf
+from heteroakd_fast import functional
+from heteroakd_fast.spec import plan, shape_of
+from heteroakd_fast.terms import (
+    FLAT,
+    FLAT_DEFAULTS,
+    KD,
+    TERMS,
+    CrossEntropy,
+    Feature,
+    HeteroAKD,
+    TeacherCrossEntropy,
+    from_flat,
+)
+
+BATCH = make_batch(dtype=torch.float32)
+
+
+def passes(*terms: Any, maps: bool = False, weighted: bool = False) -> list[tuple[str, ...]]:
+    return [one.names for one in plan(shape_of(terms), weighted, maps, ())]
+
+
+def test_passes_are_as_few_as_possible() -> None:
+    assert passes(CrossEntropy(), KD(), HeteroAKD(), Feature()) == [
+        ("ce", "kd", "hetero", "feature")
+    ]
+    # a pass has one temperature beside the cross entropies' own, and a kind of term once
+    assert passes(CrossEntropy(), KD(), HeteroAKD(temperature=2.0)) == [("ce", "kd"), ("hetero",)]
+    assert passes(KD(temperature=2.0), KD(temperature=4.0), HeteroAKD(temperature=4.0)) == [
+        ("kd",),
+        ("kd_2", "hetero"),
+    ]
+    assert passes(CrossEntropy(), CrossEntropy(0.5, 0.1)) == [("ce",), ("ce_2",)]
+    assert passes(CrossEntropy(), KD(0.0, temperature=3.0), HeteroAKD()) == [("ce", "hetero")]
+
+
+def test_groups_follow_denominators() -> None:
+    def groups(*terms: Any, weighted: bool = False, apart: tuple[str, ...] = ()) -> Any:
+        (one,) = plan(shape_of(terms), weighted, False, apart)
+        return one.groups, one.denominators
+
+    terms = (CrossEntropy(), KD(), HeteroAKD(), Feature(), TeacherCrossEntropy())
+    assert groups(*terms) == ((0, 0, 1, 0, 0), ("valid", "discrepancy"))
+    assert groups(*terms, weighted=True)[0] == (0, 1, 2, 1, 0)
+    assert groups(*terms, apart=("kd",))[0] == (0, 1, 2, 0, 0)
+    assert groups(CrossEntropy(), HeteroAKD(evaluation="none"))[0] == (0, 0)
+
+
+def test_maps_need_no_term() -> None:
+    for terms in ((CrossEntropy(),), (CrossEntropy(), HeteroAKD(0.0, tau=0.5))):
+        out = functional.segmentation_loss(*BATCH.arguments, terms=terms, return_maps=True)
+        assert list(out.terms) == ["ce"]
+        assert out.maps is not None
+        tau = 1.0 if len(terms) == 1 else 0.5
+        expected = truth(BATCH, hetero_weight=1.0, tau=tau, return_maps=True)
+        torch.testing.assert_close(
+            out.maps["reliability"].double(), expected.maps["reliability"], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("case", TERM_CASES)
+def test_every_spelling_gives_the_same_bits(case: str) -> None:
+    options = {**FLAT_DEFAULTS, **TERM_CASES[case]}
+    terms = [term for term in from_flat(options) if term.weight]
+    student = BATCH.student.clone().requires_grad_()
+    teacher = BATCH.teacher.clone().requires_grad_("teacher_ce_weight" in TERM_CASES[case])
+    arguments = (student, BATCH.target, teacher)
+    spellings = [
+        lambda: functional.distillation_loss(*arguments, **TERM_CASES[case]),
+        lambda: functional.segmentation_loss(*arguments, terms=terms),
+        lambda: hf.SegmentationLoss(*terms)(*arguments),
+    ]
+    if "teacher_ce_weight" not in TERM_CASES[case]:
+        flat = {name: value for name, value in options.items() if name != "teacher_ce_weight"}
+        spellings.append(lambda: hf.HeteroAKDLoss(5, **flat)(*arguments))
+    if case == "ce-smoothed":
+        spellings.append(
+            lambda: functional.cross_entropy(student, BATCH.target, label_smoothing=0.1)
+        )
+    wanted = [x for x in (student, teacher) if x.requires_grad]
+    results = []
+    for spelling in spellings:
+        out = spelling()
+        grads = torch.autograd.grad(out.loss, wanted, allow_unused=True)
+        results.append(
+            (out.loss.detach(), *out.terms.values(), *(g for g in grads if g is not None))
+        )
+    for other in results[1:]:
+        assert len(other) == len(results[0])
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_several_passes_are_the_sum() -> None:
+    terms = (CrossEntropy(), KD(0.3), KD(0.2, temperature=4.0), HeteroAKD(2.0, temperature=2.0))
+    double = BATCH._replace(student=BATCH.student.double().requires_grad_(),
+                            teacher=BATCH.teacher.double())  # fmt: skip
+    together = functional.segmentation_loss(*double.arguments, terms=terms, backend="reference")
+    apart = [
+        functional.segmentation_loss(*double.arguments, terms=[term], backend="reference")
+        for term in terms
+    ]
+    expected = sum(one.loss for one in apart)
+    torch.testing.assert_close(together.loss, expected)
+    assert list(together.terms) == ["ce", "kd", "kd_2", "hetero"]
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, double.student)[0] for loss in (together.loss, expected))
+    )
+    # of the kernels likewise
+    student = BATCH.student.clone().requires_grad_()
+    got = functional.segmentation_loss(student, BATCH.target, BATCH.teacher, terms=terms)
+    torch.testing.assert_close(got.loss.double(), together.loss, rtol=1e-5, atol=1e-6)
+    again = functional.segmentation_loss(*double.arguments, terms=terms, backend="reference")
+    (grad,), (wanted,) = (
+        torch.autograd.grad(loss, x)
+        for loss, x in ((got.loss, student), (again.loss, double.student))
+    )
+    assert (grad.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.3, 2.0, 0.7), (1e-6, 3.0, 1e4, -2.0)])
+@pytest.mark.parametrize("evaluation", ["discrepancy", "none"])
+def test_weights_of_a_group(weights: tuple[float, ...], evaluation: str) -> None:
+    """Terms of a group share a gradient; far apart, signs mixed, with class weights or without."""
+    names = ("ce_weight", "kd_weight", "hetero_weight", "feature_weight")
+    options = {**dict(zip(names, weights, strict=True)), "evaluation": evaluation}
+    for class_weight in (None, torch.rand(5) + 0.1):
+        student = BATCH.student.clone().requires_grad_()
+        out = functional.distillation_loss(
+            student, BATCH.target, BATCH.teacher, class_weight=class_weight, **options
+        )
+        (grad,) = torch.autograd.grad(out.loss, student)
+        expected = truth(BATCH, class_weight=class_weight, **options)
+        assert (grad.double() - expected.student_grad).abs().max() <= (
+            1e-5 * expected.student_grad.abs().max()
+        )
+
+
+# --- the classes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KD("1"), "weight: got '1', expected a number"),
+        (lambda: KD(temperature=0.0), "temperature: got 0.0"),
+        (
+            lambda: KD(divergence="backward"),
+            "divergence: got 'backward', expected one of 'forward'",
+        ),
+        (lambda: KD(beta=1.0), "beta: got 1.0.*divergence='forward'"),
+        (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing: got 1.5"),
+        (lambda: HeteroAKD(preset="paper", mix="probs"), "mix: got 'probs'"),
+        (lambda: HeteroAKD(weight_axis="space"), "weight_axis: got 'space'"),
+        (lambda: HeteroAKD(tau=float("nan")), "tau: got nan"),
+        (lambda: hf.SegmentationLoss(), "terms: got 0"),
+        (lambda: hf.SegmentationLoss(KD(0.0)), "terms: got 1, expected one whose weight is not 0"),
+        (lambda: hf.SegmentationLoss("ce"), "terms: got str"),  # type: ignore[arg-type]
+        (lambda: hf.SegmentationLoss(KD(), ignore_label=0), "ignore_label: there is no such"),  # type: ignore[call-arg]
+        (lambda: hf.SegmentationLoss(KD()).set_weights(ce=1.0), "ce: there is no such"),
+    ],
+)
+def test_errors_name_the_option(make: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_terms_are_values() -> None:
+    assert KD(1, temperature=2) == KD(1.0, temperature=2.0)
+    assert len({KD(), KD(1.0), KD(2.0)}) == 2
+    assert HeteroAKD(preset="paper").mix == "logits"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KD().weight = 2.0  # type: ignore[misc]
+    for term in (term() for term in TERMS):
+        assert pickle.loads(pickle.dumps(term)) == term
+        assert "Denominator: " in (type(term).__doc__ or "")
+
+
+def test_every_option_has_one_flat_keyword() -> None:
+    found = sorted(
+        (term.__name__, option.name) for targets in FLAT.values() for term, option in targets
+    )
+    expected = sorted((t.__name__, f.name) for t in TERMS for f in dataclasses.fields(t))
+    assert found == expected
+
+
+def test_segmentation_loss_as_a_module() -> None:
+    loss = hf.SegmentationLoss(CrossEntropy(), KD(0.1), class_weight=[1.0] * 5, ignore_index=-1)
+    assert "KD(weight=0.1" in repr(loss)
+    assert loss.class_weight.dtype == torch.float32
+    assert dict(loss.weights) == {"ce": 1.0, "kd": 0.1}
+    loss.set_weights(kd=0.4)
+    loss.align_corners = True
+    for other in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        target = BATCH.target.where(BATCH.target != 255, -1)
+        got = other(BATCH.student, target, BATCH.teacher)
+        expected = functional.distillation_loss(
+            *BATCH.arguments, kd_weight=0.4, align_corners=True, class_weight=torch.ones(5)
+        )
+        assert torch.equal(got.loss, expected.loss)
+    loss.eval()
+    assert list(loss(BATCH.student, BATCH.target.clamp(max=4)).terms) == ["ce"]
+    loss.train()
+    with pytest.raises(ValueError, match="teacher_logits: got None, but kd_weight is not 0"):
+        loss(BATCH.student, BATCH.target.clamp(max=4))
+    with pytest.raises(AttributeError, match="did you mean terms"):
+        loss.term = ()
+
+
+def test_plan_says_passes_backends_and_reasons() -> None:
+    loss = hf.SegmentationLoss(CrossEntropy(), KD(0.1), HeteroAKD(1.0, temperature=2.0))
+    text = loss.plan(*BATCH.arguments)
+    assert text.count("pass ") == 2
+    assert "ce + kd over valid" in text
+    assert "hetero over discrepancy" in text
+    assert "backend: cpu of cpu -> reference" in text or "backend: reference" in text
+    assert "logits: (4, 6) to (13, 17)" in text
+    projecting = hf.HeteroAKDLoss(5, 7, 9, resolution="logits")
+    features = {
+        "student_features": torch.randn(2, 7, 4, 4),
+        "teacher_features": torch.randn(2, 9, 4, 4),
+    }
+    text = projecting.plan(*BATCH.arguments, **features)
+    assert text.count("pass ") == 2
+    assert "projection: first, because " in text

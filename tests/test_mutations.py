@@ -152,8 +152,8 @@ COMPILED = (
     ),
     Compiled(
         "the weight of a slot forgotten",
-        "spec.h",
-        "weight[term] / slot_weight[slot[term]]",
+        "cpu/distillation.cpp",
+        "terms_.relative_weight(term)",
         "1.0",
         _values("test_every_term", "cpu", "all", F32),
     ),
@@ -427,7 +427,7 @@ PYTHON = (
         "heteroakd_fast.losses:_projected",
         'if side == "teacher":',
         "if False:",
-        _outputs("test_module_on_features", "softmax-kl"),
+        _outputs("test_module_on_features", "paper"),
     ),
     Defect(
         "cwd: without T^2",

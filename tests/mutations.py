@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import cuda_shim
 import torch
 
+from heteroakd_fast import functional, spec
 from heteroakd_fast.backends import compiled
 
 __all__ = ["Compiled", "Defect", "Library", "compiled_library", "mutated"]
@@ -86,10 +87,20 @@ def mutated(where: str, old: str, new: str) -> Iterator[None]:
         code = scope[function.__name__].__code__
     before = function.__code__
     function.__code__ = code
+    forget()
     try:
         yield
     finally:
         function.__code__ = before
+        forget()
+
+
+def forget() -> None:
+    """What the package has kept from before, or with a defect."""
+    for module in (spec, functional):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def _rewritten(kernel: Any, source: str) -> FunctionType:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from .._checks import RESOLUTIONS
+from .._evaluate import LossOptions
+from ..functional import segmentation_loss
+from ..losses import HeteroAKDLoss, HeteroAKDOptions
+from ..terms import FLAT, FLAT_DEFAULTS, Term, from_flat
 
 Stage = Literal["teacher", "alone", "distilled"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -252,54 +269,65 @@ class OptimConfig(_Table):
     )
 
 
-class DistillConfig(_Table):
-    """The distillation loss."""
+def _documented(owner: Any) -> dict[str, str]:
+    """What a docstring says of each argument, in one line."""
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(owner) or "", re.M)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+# Of the loss's options, those that the data or the ranks decide.
+_NOT_CONFIGURED = {"teacher_ce_weight", "ignore_index", "allow_ignored_class", "process_group"}
+
+
+def _loss_options() -> dict[str, Any]:
+    """Every option of `HeteroAKDLoss` as a field: its type, range, default and description are the
+    loss's own, so that none can be missing here."""
+    loss = HeteroAKDLoss(num_classes=2)
+    fields: dict[str, Any] = {}
+    for name, hint in get_type_hints(HeteroAKDOptions).items():
+        if name in _NOT_CONFIGURED:
+            continue
+        about = _documented(segmentation_loss).get(name, "")
+        least = None
+        if name in FLAT:
+            term, option = FLAT[name][0]
+            about = f"{term.__name__}: {_documented(term)[option.name]}"
+            if "choices" in option.metadata:
+                choices: Any = Literal[tuple(option.metadata["choices"])]
+                hint = choices if option.default is not None else choices | None
+            check = partial(option.metadata["check"], name=f"distill.{name}")
+            hint = Annotated[hint, AfterValidator(check)]
+        elif name == "class_weight":
+            hint = tuple[float, ...] | None
+        elif name == "resolution":
+            hint = Literal[RESOLUTIONS]  # type: ignore[valid-type]
+        elif name == "projector_weight":
+            about = "Weight of the cross entropy of both projected features."
+        if name.endswith("_weight") and name != "class_weight":
+            least = 0.0
+        fields[name] = (hint, Field(default=getattr(loss, name), ge=least, description=about))
+    return fields
+
+
+_LossOptions = create_model("_LossOptions", __base__=_Table, **_loss_options())
+
+
+class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
+    """The distillation loss: every option of HeteroAKDLoss, and channel-wise distillation."""
 
     features: bool | None = Field(
         default=None,
         description="Distil projected features of both taps, not final logits; none: where taps "
         "are set.",
     )
-    preset: Literal["softmax-kl", "paper"] = Field(
-        default="softmax-kl", description="Formulation of the loss."
-    )
-    ce_weight: float = Field(default=1.0, ge=0.0, description="Weight of the cross entropy.")
-    kd_weight: float = Field(
-        default=0.1, ge=0.0, description="Weight of plain distillation on the logits."
-    )
-    hetero_weight: float = Field(
-        default=1.0, ge=0.0, description="Weight of the mixed-target term."
-    )
-    feature_weight: float = Field(
-        default=0.0, ge=0.0, description="Weight of the squared distance in logits space."
+    projector: Literal["linear", "conv-bn-relu"] | None = Field(
+        default=None, description="Kind of the projectors of features; none: the preset's choice."
     )
     cwd_weight: float = Field(
         default=0.0, ge=0.0, description="Weight of channel-wise distillation on the logits."
     )
     cwd_temperature: float = Field(
         default=4.0, gt=0.0, description="Temperature of channel-wise distillation."
-    )
-    projector_weight: float = Field(
-        default=1.0, ge=0.0, description="Weight of the projectors' cross entropy."
-    )
-    temperature: float = Field(
-        default=1.0, gt=0.0, description="Softens both sides' distributions."
-    )
-    tau: float = Field(
-        default=1.0, gt=0.0, description="Softens the choice of the more reliable side."
-    )
-    mix: Literal["probs", "logits", "teacher"] | None = Field(
-        default=None,
-        description="What is mixed (teacher: nothing, an ablation); none: the preset's choice.",
-    )
-    evaluation: Literal["discrepancy", "none"] | None = Field(
-        default=None, description="Weighting of pixels; None: the preset's choice."
-    )
-    label_smoothing: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Label smoothing of the cross entropy."
-    )
-    backend: str | None = Field(
-        default=None, description="Backend of the loss; none: chosen from the device."
     )
 
     @model_validator(mode="after")
@@ -316,7 +344,27 @@ class DistillConfig(_Table):
                     else "there would be nothing to train on"
                 )
             )
+        self.terms()  # some options go together only
         return self
+
+    def terms(self) -> list[Term]:
+        """The terms of the loss whose weight is not 0."""
+        own = self.model_dump(include=set(FLAT))
+        return [term for term in from_flat({**FLAT_DEFAULTS, **own}) if term.weight]
+
+    def of_loss(self) -> dict[str, Any]:
+        """The keywords of `HeteroAKDLoss`."""
+        options: dict[str, Any] = self.model_dump(
+            exclude={"features", "cwd_weight", "cwd_temperature"}
+        )
+        return options
+
+    def of_cross_entropy(self) -> dict[str, Any]:
+        """The keywords of `functional.cross_entropy`: what a network without a teacher trains
+        with, so that only the terms that need a teacher make a difference."""
+        names = {"label_smoothing", *LossOptions.__annotations__} - _NOT_CONFIGURED
+        options: dict[str, Any] = self.model_dump(include=names)
+        return options
 
 
 class LogConfig(_Table):

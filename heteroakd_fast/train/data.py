@@ -25,6 +25,7 @@ from .config import DataConfig
 from .errors import DataError, TrainingError, UserError
 from .pairs import FileSource
 from .pictures import Mask as Mask
+from .pictures import Palette
 from .pictures import Picture as Picture
 
 # Kept apart so that the order of the pictures and their augmentation never share a random stream.
@@ -46,7 +47,7 @@ class SegmentationData:
     train: Source
     val: Source
     class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: Palette
     ignore_index: int
     credit: str = ""
 
@@ -323,18 +324,6 @@ def load_data(config: DataConfig, seed: int) -> SegmentationData:
         from .landcover import load_landcover
 
         return load_landcover(config.ignore_index)
-    if config.kind == "cityscapes":
-        from .cityscapes import load_cityscapes
+    from .layouts import load_layout
 
-        return load_cityscapes(config)
-    if config.kind == "voc":
-        from .voc import load_voc
-
-        return load_voc(config)
-    if config.kind == "ade20k":
-        from .ade20k import load_ade20k
-
-        return load_ade20k(config)
-    from .folder import load_folder
-
-    return load_folder(config, seed)
+    return load_layout(config, seed)

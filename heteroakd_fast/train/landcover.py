@@ -27,41 +27,17 @@ from torch import Tensor
 from .data import Mask, Picture, SegmentationData
 from .errors import DataError
 from .files import write_atomically
-from .pictures import open_image, to_picture
+from .pictures import open_image, palette_of, to_picture
 
 CREDIT = (
     "Pictures: NASA Earth Observatory, Blue Marble Next Generation. "
     "Labels: NASA MODIS MCD12C1 v006, 2019, doi:10.5067/MODIS/MCD12C1.006."
 )
 CLASS_NAMES = ("water", "forest", "shrubland", "savanna", "grassland", "cropland", "barren", "snow")
-PALETTE = (
-    (38, 84, 158),
-    (24, 100, 40),
-    (166, 128, 80),
-    (188, 184, 70),
-    (140, 205, 110),
-    (236, 150, 60),
-    (214, 204, 186),
-    (235, 245, 255),
-)
+PALETTE = palette_of("26549e 186428 a68050 bcb846 8ccd6e ec963c d6ccba ebf5ff")
 # IGBP class -> ours. Wetland (11) and built-up (13) cover about 1 % and are left out (255).
-_FROM_IGBP = {
-    0: 0,
-    1: 1,
-    2: 1,
-    3: 1,
-    4: 1,
-    5: 1,
-    6: 2,
-    7: 2,
-    8: 3,
-    9: 3,
-    10: 4,
-    12: 5,
-    14: 5,
-    16: 6,
-    15: 7,
-}
+_FROM_IGBP = {0: 0, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 3, 9: 3, 10: 4, 12: 5, 14: 5}
+_FROM_IGBP |= {16: 6, 15: 7}
 _UNUSED = 255
 
 TILE = 128

@@ -1,14 +1,12 @@
-"""What there is to look at: chosen validation pictures, and masks and maps in colours.
-
-No matplotlib here: the training loop uses this at every evaluation.
-"""
+"""What there is to look at: chosen validation pictures, and masks and maps in colours."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,33 +30,8 @@ TILE_WIDTH = 512
 _LOOKED_AT = 200  # a large validation set is not read through for a handful of pictures
 _GAP, _HEAD = 4, 14
 
-# Evenly spaced points of what matplotlib calls RdYlBu and magma, linear in between.
-RELIABILITY_COLOURS = (
-    (165, 0, 38),
-    (215, 48, 39),
-    (244, 109, 67),
-    (253, 174, 97),
-    (254, 224, 144),
-    (255, 255, 191),
-    (224, 243, 248),
-    (171, 217, 233),
-    (116, 173, 209),
-    (69, 117, 180),
-    (49, 54, 149),
-)
-DISCREPANCY_COLOURS = (
-    (0, 0, 4),
-    (20, 14, 54),
-    (59, 15, 112),
-    (100, 26, 128),
-    (140, 41, 129),
-    (183, 55, 121),
-    (222, 73, 104),
-    (247, 112, 92),
-    (254, 159, 109),
-    (254, 207, 146),
-    (252, 253, 191),
-)
+#: Of matplotlib, by the map of the loss.
+COLOUR_MAPS = {"reliability": "RdYlBu", "discrepancy": "magma"}
 
 
 @dataclass(frozen=True)
@@ -187,12 +160,10 @@ def named_tiles(sample: Sample, data: SegmentationData, top: float) -> list[tupl
         tiles.append((name, colours(_thinned(mask, shape), data)))
     if sample.reliability is not None:
         values = _thinned(sample.reliability, shape)
-        tiles.append(("reliability", coloured(values, RELIABILITY_COLOURS)))
+        tiles.append(("reliability", coloured(values, "reliability")))
     if sample.discrepancy is not None:
-        values = _thinned(sample.discrepancy, shape)
-        tiles.append(
-            (f"discrepancy 0-{top:.2g}", coloured(values / np.float32(top), DISCREPANCY_COLOURS))
-        )
+        values = _thinned(sample.discrepancy, shape) / np.float32(top)
+        tiles.append((f"discrepancy 0-{top:.2g}", coloured(values, "discrepancy")))
     return tiles
 
 
@@ -216,18 +187,23 @@ def colours(mask: Mask, data: SegmentationData) -> Picture:
     return picture
 
 
-def coloured(values: Values, table: Sequence[tuple[int, int, int]]) -> Picture:
-    """Values from 0 to 1 in the colours of a table, beyond them its ends; NaN is grey."""
-    points = np.linspace(0.0, 1.0, len(table))
-    known = np.isfinite(values)
-    levels = np.where(known, values, 0.0)
-    channels = [np.interp(levels, points, channel) for channel in zip(*table, strict=True)]
-    picture: Picture = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-    picture[~known] = UNLABELLED
+@lru_cache
+def colour_map(name: str) -> NDArray[np.uint8]:
+    """The colours of a map of the loss, 256 x 3, from 0 to 1; a last row for NaN."""
+    import matplotlib as mpl
+
+    table = mpl.colormaps[COLOUR_MAPS[name]](range(256), bytes=True)[:, :3]
+    return np.array([*table, UNLABELLED], np.uint8)
+
+
+def coloured(values: Values, name: str) -> Picture:
+    """Values from 0 to 1 in the colours of a map, beyond them its ends; NaN is grey."""
+    levels = np.where(np.isnan(values), 256, np.clip(values, 0.0, 1.0) * 255)
+    picture: Picture = colour_map(name)[np.rint(levels).astype(int)]
     return picture
 
 
-def hex_colour(colour: tuple[int, int, int]) -> str:
+def hex_colour(colour: Iterable[int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 

@@ -74,13 +74,10 @@ class PlainObjective(Objective):
     ) -> None:
         super().__init__()
         self.model, self.loss = model, nn.Module()
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "label_smoothing": config.label_smoothing,
-            "backend": config.backend,
-        }
+        self.options: dict[str, Any] = {**config.of_cross_entropy(), "ignore_index": ignore_index}
+        self.class_weight = self.options.pop("class_weight")
         self.process_group = process_group
-        self.knows_denominators = True
+        self.knows_denominators = config.class_weight is None and config.resolution == "label"
 
     def forward(
         self,
@@ -92,8 +89,14 @@ class PlainObjective(Objective):
         return_maps: bool = False,
     ) -> DistillationOutput:
         logits = forward_logits(self.model, images)
+        weight = self.class_weight and torch.tensor(self.class_weight, device=logits.device)
         return cross_entropy(
-            logits, target, normalizer=normalizer, process_group=self.process_group, **self.options
+            logits,
+            target,
+            normalizer=normalizer,
+            class_weight=weight,
+            process_group=self.process_group,
+            **self.options,
         )
 
 
@@ -125,15 +128,17 @@ class DistillObjective(Objective):
                 probe_channels(student, self.taps[0], side, device),
                 probe_channels(teacher, self.taps[1], side, device),
             )
-        options = config.model_dump(exclude={"features", "cwd_weight", "cwd_temperature"})
         shared: dict[str, Any] = {"ignore_index": ignore_index}
         self.cwd_weight = config.cwd_weight
-        weighed = config.preset == "softmax-kl" and config.evaluation != "none"
-        self.knows_denominators = not config.cwd_weight and not (config.hetero_weight and weighed)
+        weighted = config.class_weight is not None
+        counted = {"valid"} if config.resolution == "label" and not config.cwd_weight else set()
+        self.knows_denominators = {t.denominator(weighted) for t in config.terms()} <= counted
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                loss = HeteroAKDLoss(num_classes, channels[0], channels[1], **shared, **options)
+                loss = HeteroAKDLoss(
+                    num_classes, channels[0], channels[1], **shared, **config.of_loss()
+                )
                 self.loss = loss.to(device)
                 self.cwd = ChannelWiseLoss(
                     temperature=config.cwd_temperature, resolution="logits", **shared

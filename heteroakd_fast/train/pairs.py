@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,20 +24,29 @@ _FIRST = 4
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the values in mask files mean; a value that is in neither list is an error."""
+    """What the values in mask files mean: classes, or what is ignored; others are an error."""
 
-    classes: tuple[tuple[int, int], ...]  # (value, class)
-    ignored: tuple[int, ...]
-    ignore_index: int
+    meaning: Mapping[int, int]
     expected: str
+
+    @classmethod
+    def plain(cls, classes: int, unlabelled: int, ignored: int, what: str = "") -> Encoding:
+        """Values are classes, and `unlabelled` becomes `ignored`."""
+        meaning = {unlabelled: ignored, **{value: value for value in range(classes)}}
+        return cls(meaning, f"{what}0 to {classes - 1} or {unlabelled} (ignored)")
+
+    @classmethod
+    def shifted(cls, classes: int, unlabelled: int, ignored: int) -> Encoding:
+        """0 is no class, k is class k-1, and `unlabelled` is none either."""
+        meaning = {unlabelled: ignored, 0: ignored}
+        meaning |= {value + 1: value for value in range(classes)}
+        return cls(meaning, f"1 to {classes}, or 0 or {unlabelled} (ignored)")
 
     @cached_property
     def _table(self) -> NDArray[np.int64]:
         """Value -> class; -1: not expected. One entry more than values, for those beyond."""
-        known = [*self.classes, *((value, self.ignore_index) for value in self.ignored)]
-        table = np.full(max(256, *(value + 2 for value, _ in known)), -1, np.int64)
-        for value, meaning in known:
-            table[value] = meaning
+        table = np.full(max(256, max(self.meaning) + 2), -1, np.int64)
+        table[list(self.meaning)] = list(self.meaning.values())
         return table
 
     @cached_property
@@ -67,26 +76,6 @@ class Encoding:
                 f"expected {self.expected}"
             )
         return decoded
-
-
-def plain_encoding(num_classes: int, ignore_index: int) -> Encoding:
-    """Values are classes."""
-    return Encoding(
-        tuple((value, value) for value in range(num_classes)),
-        (ignore_index,),
-        ignore_index,
-        f"0 to {num_classes - 1} or {ignore_index} (ignored)",
-    )
-
-
-def shifted_encoding(num_classes: int, unlabelled: int, ignore_index: int) -> Encoding:
-    """0 is no class, k is class k-1, and `unlabelled` stays that."""
-    return Encoding(
-        tuple((value, value - 1) for value in range(1, num_classes + 1)),
-        (0, unlabelled),
-        ignore_index,
-        f"1 to {num_classes}, or 0 or {unlabelled} (ignored)",
-    )
 
 
 @dataclass(frozen=True)

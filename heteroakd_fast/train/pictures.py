@@ -19,6 +19,7 @@ from .errors import DataError
 
 Picture = NDArray[np.uint8]  # H x W x 3
 Mask = NDArray[np.integer[Any]]  # H x W
+Palette = tuple[tuple[int, int, int], ...]
 
 #: Content of image files, whatever their names say. Pillow decodes dozens of formats more, and one
 #: of them by starting Ghostscript.
@@ -134,7 +135,13 @@ def read_mask(path: Path) -> Mask:
     return values.astype(np.uint8 if values.dtype in (np.bool_, np.uint8) else np.int64, copy=False)
 
 
-def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+def palette_of(text: str) -> Palette:
+    """Colours of hexadecimal digits."""
+    colours = (bytes.fromhex(colour) for colour in text.split())
+    return tuple((red, green, blue) for red, green, blue in colours)
+
+
+def spread_palette(count: int) -> Palette:
     """Colours far apart: golden-ratio steps of hue, with brightness alternating."""
     colours = []
     for index in range(count):

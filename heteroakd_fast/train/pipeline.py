@@ -58,8 +58,9 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
     if stage != "distilled":
         for role in ("teacher", "student"):
             del table[role]["tap"]
-        sections += ("distill.label_smoothing",)
-        table["distill.label_smoothing"] = table["distill"]["label_smoothing"]
+        kept = config.distill.of_cross_entropy().keys() - {"backend"}
+        table["distill"] = {key: table["distill"][key] for key in kept}
+        sections += ("distill",)
     return _flat({name: table[name] for name in sections})
 
 

@@ -129,7 +129,7 @@ def _describe_one(item: Any) -> str:
         return f"{key}: got {item['input']!r}; expected: a finite number"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
-        return f"{key}: {message}" if key and not message.startswith(f"{key}.") else message
+        return f"{key}: {message}" if not message.startswith(key) else message
     came = f"{item['input']!r} ({type(item['input']).__name__})"
     return f"{key}: got {came}; expected: {item['msg'][0].lower()}{item['msg'][1:]}"
 

@@ -20,7 +20,17 @@ from .engine import autocast, predict
 from .errors import TrainingError
 from .files import write_atomically
 from .logs import finite
-from .looking import UNLABELLED, Sample, choose_samples, colours, hex_colour, look, percent, top_of
+from .looking import (
+    COLOUR_MAPS,
+    UNLABELLED,
+    Sample,
+    choose_samples,
+    colours,
+    hex_colour,
+    look,
+    percent,
+    top_of,
+)
 from .models import count_parameters
 from .page import TITLES, points, render
 from .pipeline import Outcome, fingerprint
@@ -160,8 +170,8 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[row_height] * rows + [foot])
     axes = [[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(rows)]
     looks = {
-        "reliability": ("RdYlBu", 1.0, "0 student, 1 teacher", "neither"),
-        "discrepancy": ("magma", top_of(samples), "KL, nats", "max"),
+        "reliability": (1.0, "0 student, 1 teacher", "neither"),
+        "discrepancy": (top_of(samples), "KL, nats", "max"),
     }
     bars: list[tuple[int, Any, str, str]] = []
     for row, sample in zip(axes, samples, strict=True):
@@ -171,8 +181,10 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
             axis.imshow(colours(prediction, data), interpolation="nearest")
         bars = []
         for column, name in enumerate(maps, columns - len(maps)):
-            colour_map, end, label, extend = looks[name]
-            image = row[column].imshow(getattr(sample, name), vmin=0.0, vmax=end, cmap=colour_map)
+            end, label, extend = looks[name]
+            image = row[column].imshow(
+                getattr(sample, name), vmin=0.0, vmax=end, cmap=COLOUR_MAPS[name]
+            )
             bars.append((column, image, label, extend))
         for axis in row:
             axis.set(xticks=[], yticks=[], facecolor=hex_colour(UNLABELLED))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from heteroakd_fast.train import voc
+from heteroakd_fast.train.layouts import voc_palette
 
 Values = NDArray[np.uint8]
 
@@ -84,7 +84,7 @@ TRAINAUG = ("2007_t0", "2007_t1", "2007_t2", "2008_s0", "2008_s1", "2008_s2")
 def save_with_palette(path: Path, pixels: Values) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(pixels)
-    image.putpalette([channel for colour in voc.palette(256) for channel in colour])
+    image.putpalette([channel for colour in voc_palette(256) for channel in colour])
     assert image.mode == "P"
     image.save(path)
 

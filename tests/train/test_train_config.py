@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from heteroakd_fast.losses import HeteroAKDLoss, HeteroAKDOptions
 from heteroakd_fast.train.cli import main
-from heteroakd_fast.train.config import DataConfig, OptimConfig
+from heteroakd_fast.train.config import DataConfig, DistillConfig, OptimConfig
 from heteroakd_fast.train.errors import ConfigError
 from heteroakd_fast.train.reading import (
     as_toml,
@@ -51,6 +52,8 @@ steps = 3
             ("[data]", "[distill]\nkd_weight = true\n[data]"),
             ["distill.kd_weight", "True (bool)", "number"],
         ),
+        (("[data]", "[distill]\ntau = 0.0\n[data]"), ["distill.tau: got 0.0", "a number > 0"]),
+        (("[data]", "[distill]\nweight_axis = 'space'\n[data]"), ["only preset='paper' has"]),
         (("[student]", "[student]\ntap = 'x'"), ["teacher.tap is missing"]),
         (("steps = 3\n[student]", "steps = 0\n[student]"), ["teacher", "steps = 0 needs weights"]),
         (("[data]", "[data]\nscale = [2.0, 1.0]"), ["data.scale", "low <= high"]),
@@ -94,6 +97,24 @@ def test_message_names_file_key_and_expectation(
     for part in expected:
         assert part in message
     assert "Traceback" not in message
+
+
+def test_every_option_of_the_loss_can_be_set() -> None:
+    """With its default; what is left out is the data's and the ranks'."""
+    loss = HeteroAKDLoss(2)
+    left_out = {"ignore_index", "allow_ignored_class", "process_group", "teacher_ce_weight"}
+    config = DistillConfig()
+    for name in HeteroAKDOptions.__annotations__.keys() - left_out:
+        assert getattr(config, name) == getattr(loss, name), name
+        assert DistillConfig.model_fields[name].description, name
+    given = ["--distill.kd-divergence", "js", "--distill.class-weight", "1", "0.5"]
+    given += ["--distill.preset", "paper", "--distill.weight-axis", "space"]
+    given += ["--distill.resolution", "logits"]
+    distill = parse_command_line(given).config.distill
+    assert {"kd_divergence": "js", "class_weight": (1.0, 0.5), "preset": "paper"}.items() <= (
+        distill.of_loss().items()
+    )
+    assert (distill.weight_axis, distill.resolution) == ("space", "logits")
 
 
 def test_every_problem_is_listed_at_once() -> None:

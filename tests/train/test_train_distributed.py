@@ -80,10 +80,13 @@ DATA = SegmentationData(Noise(), Noise(), ("a", "b", "c"), ((0, 0, 0),) * 3, 255
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain-accumulated": {"accumulate": 2},
+    "plain-weighted": {"accumulate": 2, "loss": {"class_weight": (1.0, 3.0, 0.5)}},
     "distilled": {"distil": True},
-    "distilled-accumulated": {"distil": True, "accumulate": 2, "cwd_weight": 2.0},
+    "distilled-weighted": {"distil": True, "accumulate": 2}
+    | {"loss": {"class_weight": (1.0, 3.0, 0.5), "resolution": "logits", "kd_divergence": "js"}},
+    "distilled-accumulated": {"distil": True, "accumulate": 2, "loss": {"cwd_weight": 2.0}},
     "projected-accumulated": {"distil": True, "accumulate": 2, "taps": ("norm", "norm")},
-    "paper": {"distil": True, "preset": "paper"},
+    "paper": {"distil": True, "loss": {"preset": "paper"}},
     "sharded": {"distil": True, "parallel": "fsdp"},
     "sharded-accumulated": {"distil": True, "parallel": "fsdp", "accumulate": 2},
     "sharded-projected": {"distil": True, "parallel": "fsdp", "taps": ("norm", "norm")},
@@ -93,9 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
 def configure(run: Path, case: str, batch_size: int = 4) -> Config:
     options = CASES[case]
     base = load_config("landcover")
-    distill = {"kd_weight": 0.7, "cwd_weight": options.get("cwd_weight", 0.0)}
-    if "preset" in options:
-        distill |= {"preset": options["preset"]}
+    distill = {"kd_weight": 0.7, **options.get("loss", {})}
     return base.model_copy(
         update={
             "run": run,

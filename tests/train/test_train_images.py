@@ -23,8 +23,8 @@ import heteroakd_fast.train
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.data import evaluation_batches, load_data, training_batches
 from heteroakd_fast.train.errors import DataError
+from heteroakd_fast.train.layouts import _stems, read_sbd_mask
 from heteroakd_fast.train.pictures import FORMATS, read_mask, read_picture
-from heteroakd_fast.train.voc import _stems, read_sbd_mask
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "TIFF": "tif", "BMP": "bmp", "WEBP": "webp"}

@@ -16,10 +16,10 @@ from layouts import mask_of, write_ade20k, write_cityscapes, write_sbd, write_sb
 from PIL import Image
 from train_helpers import write_pictures
 
-from heteroakd_fast.train import ade20k, cityscapes, voc
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.data import SegmentationData, load_data
 from heteroakd_fast.train.errors import DataError, DependencyError
+from heteroakd_fast.train.layouts import _CITYSCAPES_COLOURS, ADE20K, CITYSCAPES, VOC, voc_palette
 from heteroakd_fast.train.pairs import FileSource
 
 
@@ -180,15 +180,15 @@ def test_ade20k_zero_is_no_class(tmp_path: Path, inside: bool) -> None:
 
 
 def test_class_lists() -> None:
-    assert (cityscapes.CLASS_NAMES[0], cityscapes.CLASS_NAMES[18]) == ("road", "bicycle")
-    assert (voc.CLASS_NAMES[0], voc.CLASS_NAMES[20]) == ("background", "tvmonitor")
-    names = ade20k.CLASS_NAMES
+    assert (CITYSCAPES[0], CITYSCAPES[18]) == ("road", "bicycle")
+    assert (VOC[0], VOC[20]) == ("background", "tvmonitor")
     some = [(0, "wall"), (44, "chest of drawers"), (75, "swivel chair"), (149, "flag")]
-    assert [names[index] for index, _ in some] == [name for _, name in some]
-    for listed, count in ((cityscapes, 19), (voc, 21), (ade20k, 150)):
-        assert len(set(listed.CLASS_NAMES)) == count
-    assert len(set(cityscapes.PALETTE)) == 19
-    assert len(set(voc.palette(256))) == 256
+    assert [ADE20K[index] for index, _ in some] == [name for _, name in some]
+    for names, count in ((CITYSCAPES, 19), (VOC, 21), (ADE20K, 150)):
+        assert len(set(names)) == len(names) == count
+    assert len(set(_CITYSCAPES_COLOURS)) == 19
+    assert _CITYSCAPES_COLOURS[5] == (153, 153, 153)
+    assert len(set(voc_palette(256))) == 256
 
 
 def test_folder_can_reduce_the_zero_label(tmp_path: Path) -> None:

@@ -192,7 +192,10 @@ class HeteroAKDOptions(FlatOptions, LossOptions, total=False):
 
 _FLAT: Final = tuple(name for name in FLAT if name != "teacher_ce_weight")
 _WEIGHTS: Final = tuple(f"{name}_weight" for name in ("ce", "kd", "hetero", "feature", "projector"))
-_OPTIONS: Final = (*(name for name in _FLAT if name not in _WEIGHTS), *_COMMON)
+_OPTIONS: Final = (
+    *(name for name in _FLAT if name not in _WEIGHTS),
+    *(name for name in _COMMON if name != "class_weight"),
+)
 _DEFAULT_WEIGHTS: Final = {"kd_weight": 0.1, "hetero_weight": 1.0, "projector_weight": 1.0}
 _WITHOUT_TEACHER: Final = (
     "; to validate without a teacher, call .eval() on the loss, which then computes ce alone if "
@@ -231,7 +234,7 @@ class HeteroAKDLoss(AdjustableLoss):
         TypeError, ValueError: an option is wrong; names it and what was expected.
     """
 
-    _adjustable = (*_WEIGHTS, *_OPTIONS)
+    _adjustable = (*_WEIGHTS, *_OPTIONS, "class_weight")
     _fixed = ("num_classes", "student_channels", "teacher_channels", "projector")
     _renamed: ClassVar = {"T": "temperature", "weight": "class_weight"}
 

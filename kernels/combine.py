@@ -96,7 +96,7 @@ def group_totals(
     GROUPS: tl.constexpr,
 ):
     for group in tl.static_range(GROUPS):
-        total = tl.load(numerators) * 0.0
+        total = tl.full((), 0.0, tl.float64)
         if GROUP0 == group:
             total += number(bits0, tl.float64) * tl.load(numerators)
         if GROUP1 == group:

@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True)
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
-        if options.print_config:
+        if options.front.print_config:
             sys.stdout.write(as_toml(options.config, with_run=options.run_named))
             return 0
-        if options.list_recipes:
+        if options.front.list_recipes:
             for name, text in embedded_recipes().items():
                 about = text.splitlines()[0].removeprefix("#").strip()
                 console.print(f"{name:<32} {about}", highlight=False, soft_wrap=True)
@@ -74,7 +74,7 @@ def _run(options: Options, console: Console) -> None:
     config = options.config
     with connect(config.device, config.scale.timeout) as world, _locked(config, world):
         console.quiet |= not world.main
-        outcome = pipeline.run(config, console, options.resume_anyway, world)
+        outcome = pipeline.run(config, console, options.front.resume_anyway, world)
         if world.main:
             report.write_report(outcome, config, console)
 

@@ -1,12 +1,14 @@
-"""The command `heteroakd-train`."""
+"""The command `heteroakd-train`, and what every command of the driver does with errors."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _requirements
@@ -15,7 +17,6 @@ from .errors import TrainingError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .config import Config
     from .distributed import World
     from .reading import Options
 
@@ -25,44 +26,52 @@ def main(argv: list[str] | None = None) -> int:
     # torchrun mixes what all ranks print.
     rank = os.environ.get("RANK")
     name = "heteroakd-train" + (f" (rank {rank})" if rank is not None else "")
+    return command(name, partial(_main, argv))
+
+
+def command(name: str, job: Callable[[Console], None]) -> int:
+    """The exit code of a job; what the user can put right is one message on stderr."""
     if problem := _requirements.explain(_requirements.TRAINING, "train"):
         print(f"{name}: {problem}", file=sys.stderr)
         return 2
     from rich.console import Console
-    from rich.logging import RichHandler
 
-    from .reading import as_toml, embedded_recipes, parse_command_line
+    from .logs import say
 
-    console, errors = Console(), Console(stderr=True)
     try:
-        options = parse_command_line(sys.argv[1:] if argv is None else argv)
-        if options.print_config:
-            sys.stdout.write(as_toml(options.config, with_run=options.run_named))
-            return 0
-        if options.list_recipes:
-            for name, text in embedded_recipes().items():
-                about = text.splitlines()[0].removeprefix("#").strip()
-                console.print(f"{name:<32} {about}", highlight=False, soft_wrap=True)
-            return 0
-        logging.basicConfig(
-            level=logging.INFO,
-            format="%(message)s",
-            handlers=[RichHandler(console=errors, show_time=False, show_path=False)],
-        )
-        _run(options, console)
+        job(Console())
     except UserError as error:
-        errors.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        code, message = error.exit_code, str(error)
     except OSError as error:
         # A folder that cannot be made, a disk that filled up under a log: the reason is enough.
         where = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error)
-        errors.print(f"{name}: {where}{reason}", markup=False, highlight=False, soft_wrap=True)
-        return 1
+        code, message = 1, where + (error.strerror or str(error))
     except KeyboardInterrupt:
-        errors.print(f"{name}: interrupted; the same command goes on from the last checkpoint")
-        return 130
-    return 0
+        code, message = 130, "interrupted; the same command goes on from the last checkpoint"
+    else:
+        return 0
+    say(Console(stderr=True), f"{name}: {message}")
+    return code
+
+
+def _main(argv: list[str] | None, console: Console) -> None:
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    from .logs import say
+    from .reading import as_toml, embedded_recipes, parse_command_line
+
+    options = parse_command_line(sys.argv[1:] if argv is None else argv)
+    if options.front.print_config:
+        sys.stdout.write(as_toml(options.config, with_run=options.run_named))
+        return
+    if options.front.list_recipes:
+        for name, text in embedded_recipes().items():
+            say(console, f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
+        return
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    _run(options, console)
 
 
 def _run(options: Options, console: Console) -> None:
@@ -72,31 +81,34 @@ def _run(options: Options, console: Console) -> None:
     from .distributed import connect
 
     config = options.config
-    with connect(config.device, config.scale.timeout) as world, _locked(config, world):
+    with connect(config.device, config.scale.timeout) as world, locked(config.run, "run", world):
         console.quiet |= not world.main
-        outcome = pipeline.run(config, console, options.resume_anyway, world)
+        outcome = pipeline.run(config, console, options.front.resume_anyway, world)
         if world.main:
             report.write_report(outcome, config, console)
 
 
 @contextmanager
-def _locked(config: Config, world: World) -> Iterator[None]:
-    """The run's folder, for this run alone."""
+def locked(folder: Path, what: str, world: World | None = None) -> Iterator[None]:
+    """A folder, made if it is not there, for one run or experiment alone."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(config.run / ".lock")
+    lock = FileLock(folder / ".lock")
 
     def acquire() -> None:
-        config.run.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             # Held by the process, not by the file: a killed run leaves nothing to clean up.
             lock.acquire(timeout=0)
         except Timeout:
             raise TrainingError(
-                f"{config.run}: another run is using this folder; wait for it or take another --run"
+                f"{folder}: another {what} is using this folder; wait for it or take another --run"
             ) from None
 
-    world.on_main(acquire)
+    if world is None:
+        acquire()
+    else:
+        world.on_main(acquire)
     try:
         yield
     finally:

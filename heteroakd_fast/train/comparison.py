@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
+from .cli import locked
 from .config import Config
-from .errors import ConfigError, UserError
+from .errors import ConfigError
 from .files import write_atomically
-from .logs import finite
+from .logs import finite, say
 from .reading import load_config
 
 #: In the order of the table. "task" is the student alone, which all others are compared with.
@@ -147,9 +147,7 @@ def run(options: Options, console: Console) -> tuple[list[Cell], dict[str, Any]]
         config = configure(options, pair, None, 0)
         outcome = pipeline.run(config, quiet)
         teachers[pair] = _cell(pair, "teacher", 0, outcome, "teacher")
-        console.print(
-            f"{pair}: teacher {_percent(teachers[pair].miou)}", markup=False, highlight=False
-        )
+        say(console, f"{pair}: teacher {_percent(teachers[pair].miou)}")
     cells = []
     # Seeds outermost: stopped half-way, every method has as many seeds as the others.
     for seed in range(options.seeds):
@@ -159,12 +157,8 @@ def run(options: Options, console: Console) -> tuple[list[Cell], dict[str, Any]]
                 outcome = pipeline.run(config, quiet)
                 cell = _cell(pair, method, seed, outcome, config.stages[-1])
                 cells.append(cell)
-                console.print(
-                    f"{pair}, seed {seed}, {_title(method)}: {_percent(cell.miou)} "
-                    f"({cell.seconds:.0f} s)",
-                    markup=False,
-                    highlight=False,
-                )
+                text = f"{pair}, seed {seed}, {_title(method)}: {_percent(cell.miou)}"
+                say(console, f"{text} ({cell.seconds:.0f} s)")
     return cells, teachers
 
 
@@ -326,39 +320,13 @@ def report(
             *names, f"{row.mean:.1f}", "" if math.isnan(row.spread) else f"{row.spread:.1f}", gain
         )
     console.print(view)
-    console.print(
-        f"Written: {options.run}/results.json, table.md, experiment.png",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(console, f"Written: {options.run}/results.json, table.md, experiment.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    console, errors = Console(), Console(stderr=True)
+def main(argv: list[str] | None, console: Console) -> None:
+    """The command, without what becomes of errors."""
     options = tyro.cli(Options, prog="heteroakd-experiment", args=argv, description=__doc__)
-    try:
-        check(options)
-        options.run.mkdir(parents=True, exist_ok=True)
-        with FileLock(options.run / ".lock", timeout=0):
-            cells, teachers = run(options, console)
-            report(options, cells, teachers, console)
-    except UserError as error:
-        errors.print(
-            f"heteroakd-experiment: {error}", markup=False, highlight=False, soft_wrap=True
-        )
-        return error.exit_code
-    except OSError as error:
-        if isinstance(error, Timeout):  # of the lock
-            reason = f"{options.run}: another experiment is using this folder; take another --run"
-        else:
-            reason = f"{error.filename}: " if error.filename else ""
-            reason += error.strerror or str(error)
-        errors.print(
-            f"heteroakd-experiment: {reason}", markup=False, highlight=False, soft_wrap=True
-        )
-        return 1
-    except KeyboardInterrupt:
-        errors.print("heteroakd-experiment: interrupted; the same command goes on")
-        return 130
-    return 0
+    check(options)
+    with locked(options.run, "experiment"):
+        cells, teachers = run(options, console)
+        report(options, cells, teachers, console)

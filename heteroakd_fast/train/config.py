@@ -31,7 +31,19 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 class _Table(BaseModel):
     # allow_inf_nan: TOML knows `nan` and `inf`, and neither makes sense for any key here.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
+
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 # Classes of the data sets that have their own.
@@ -41,82 +53,51 @@ _CLASSES = {"landcover": 8, "cityscapes": 19, "voc": 21, "ade20k": 150}
 class DataConfig(_Table):
     """Pictures and masks."""
 
-    kind: Literal["landcover", "folder", "cityscapes", "voc", "ade20k"] = Field(
-        description="landcover: satellite pictures, fetched once; folder: your own images/, "
-        "masks/; cityscapes, voc, ade20k: as they are published, unpacked."
-    )
-    root: Path | None = Field(
-        default=None,
-        description="folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: "
-        "holds leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016.",
-    )
-    num_classes: int | None = Field(
-        default=None, ge=1, le=4096, description="folder: number of classes."
-    )
-    class_names: tuple[str, ...] | None = Field(
-        default=None, description="folder: one name per class."
-    )
-    ignore_index: int = Field(
-        default=255, ge=0, le=65535, description="Mask value that counts nowhere."
-    )
-    reduce_zero_label: bool = Field(
-        default=False,
-        description="folder: mask value 0 counts nowhere, and value k is class k-1 "
-        "(ade20k has it so by itself).",
-    )
-    val_fraction: float = Field(
-        default=0.2, gt=0.0, lt=1.0, description="folder without train/ and val/: share held out."
-    )
-    voc_split: Literal["train", "trainaug"] = Field(
-        default="train",
-        description="voc: train (1464 pictures), or trainaug (10582) with the masks of SBD from "
-        "SegmentationClassAug/ or from cls/*.mat.",
-    )
-    sbd_root: Path | None = Field(
-        default=None,
-        description="voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked "
-        "for beside VOC2012.",
-    )
-    resize: tuple[int, int] | None = Field(
-        default=None,
-        description="[long, short]: pictures are fitted into it, their shape kept, before the "
-        "random resize. Validation masks keep their size.",
-    )
-    crop: int | tuple[int, int] | None = Field(
-        default=None,
-        description="Side or [height, width] of the random training crop; none: the whole picture.",
-    )
-    crop_max_ratio: float = Field(
-        default=1.0,
-        gt=0.0,
-        le=1.0,
-        description="Largest share of a crop's labelled pixels in one class: up to 10 crops are "
-        "tried; 1: any.",
-    )
-    scale: tuple[float, float] = Field(
-        default=(1.0, 1.0), description="Range of the random resize before the crop."
-    )
-    augment: Literal["none", "flip", "dihedral"] = Field(
-        default="flip",
-        description="flip: left-right; dihedral: flips and quarter turns (for views from above).",
-    )
-    photometric: bool = Field(
-        default=False, description="Random brightness, contrast, saturation and hue."
-    )
-    check: bool | None = Field(
-        default=None,
-        description="Read files once before training; none: all of a folder, the first few of "
-        "each split of a published data set.",
-    )
-    workers: int = Field(
-        default=0, ge=0, description="Processes that read pictures; 0: the training process itself."
-    )
-    mean: tuple[float, float, float] = Field(
-        default=(0.485, 0.456, 0.406), description="Per-channel mean, pictures in [0, 1]."
-    )
-    std: tuple[float, float, float] = Field(
-        default=(0.229, 0.224, 0.225), description="Per-channel standard deviation."
-    )
+    kind: Literal["landcover", "folder", "cityscapes", "voc", "ade20k"]
+    """landcover: satellite pictures, fetched once; folder: your own images/, masks/; cityscapes,
+    voc, ade20k: as they are published, unpacked."""
+    root: Path | None = None
+    """folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: holds
+    leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016."""
+    num_classes: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """folder: number of classes."""
+    class_names: tuple[str, ...] | None = None
+    """folder: one name per class."""
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] = 255
+    """Mask value that counts nowhere."""
+    reduce_zero_label: bool = False
+    """folder: mask value 0 counts nowhere, and value k is class k-1 (ade20k has it so by
+    itself)."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """folder without train/ and val/: share held out."""
+    voc_split: Literal["train", "trainaug"] = "train"
+    """voc: train (1464 pictures), or trainaug (10582) with the masks of SBD from
+    SegmentationClassAug/ or from cls/*.mat."""
+    sbd_root: Path | None = None
+    """voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked for beside
+    VOC2012."""
+    resize: tuple[int, int] | None = None
+    """[long, short]: pictures are fitted into it, their shape kept, before the random resize.
+    Validation masks keep their size."""
+    crop: int | tuple[int, int] | None = None
+    """Side or [height, width] of the random training crop; none: the whole picture."""
+    crop_max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Largest share of a crop's labelled pixels in one class: up to 10 crops are tried; 1: any."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the random resize before the crop."""
+    augment: Literal["none", "flip", "dihedral"] = "flip"
+    """flip: left-right; dihedral: flips and quarter turns (for views from above)."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue."""
+    check: bool | None = None
+    """Read files once before training; none: all of a folder, the first few of each split of a
+    published data set."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read pictures; 0: the training process itself."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean, pictures in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation."""
 
     @property
     def crop_size(self) -> tuple[int, int] | None:
@@ -202,36 +183,27 @@ class DataConfig(_Table):
 class ModelConfig(_Table):
     """One network and how long it trains."""
 
-    arch: str = Field(
-        description="A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit) "
-        'or an import path "package.module:callable".'
-    )
-    kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the architecture (in the TOML file only)."
-    )
-    weights: Path | None = Field(
-        default=None, description="safetensors or torch state_dict file of the whole network."
-    )
-    init: Path | None = Field(
-        default=None,
-        description="The same kind of file of a part, such as a pretrained backbone: what fits by "
-        "name and shape is taken, the rest starts from the seed.",
-    )
-    tap: str | None = Field(
-        default=None,
-        description="Dotted name of the module whose output is distilled; with :NHWC behind it "
-        "where that is [B, h, w, D].",
-    )
-    steps: int = Field(ge=0, description="Training steps; 0 with weights: use them as they are.")
-    lr: float | None = Field(
-        default=None, gt=0.0, description="Learning rate of this network; none: optim.lr."
-    )
-    optimizer: Literal["adamw", "sgd"] | None = Field(
-        default=None, description="Optimiser of this network; none: optim.name."
-    )
-    weight_decay: float | None = Field(
-        default=None, ge=0.0, description="Weight decay of this network; none: optim.weight_decay."
-    )
+    arch: str
+    """A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit) or an import
+    path "package.module:callable"."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the architecture (in the TOML file only)."""
+    weights: Path | None = None
+    """safetensors or torch state_dict file of the whole network."""
+    init: Path | None = None
+    """The same kind of file of a part, such as a pretrained backbone: what fits by name and shape
+    is taken, the rest starts from the seed."""
+    tap: str | None = None
+    """Dotted name of the module whose output is distilled; with :NHWC behind it where that is [B,
+    h, w, D]."""
+    steps: Annotated[int, Field(ge=0)]
+    """Training steps; 0 with weights: use them as they are."""
+    lr: Positive | None = None
+    """Learning rate of this network; none: optim.lr."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """Optimiser of this network; none: optim.name."""
+    weight_decay: NonNegative | None = None
+    """Weight decay of this network; none: optim.weight_decay."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -245,28 +217,26 @@ class ModelConfig(_Table):
 class OptimConfig(_Table):
     """Optimiser and schedule (linear warm-up, then polynomial decay)."""
 
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimiser.")
-    lr: float = Field(default=1e-3, gt=0.0, description="Peak learning rate.")
-    weight_decay: float = Field(
-        default=0.01, ge=0.0, description="Weight decay (not on biases and norms)."
-    )
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="Momentum of sgd.")
-    batch_size: int = Field(
-        default=8, ge=1, description="Pictures per step, of all ranks and micro-batches together."
-    )
-    accumulate: int = Field(
-        default=1,
-        ge=1,
-        description="Micro-batches per step. The loss stays exactly that of the whole batch.",
-    )
-    eval_batch_size: int = Field(
-        default=16, ge=1, description="Validation pictures at once, on each rank."
-    )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
-    power: float = Field(default=0.9, ge=0.0, description="Exponent of the polynomial decay.")
-    grad_clip: float | None = Field(
-        default=None, gt=0.0, description="Largest gradient norm; none: no limit."
-    )
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.01
+    """Weight decay (not on biases and norms)."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of sgd."""
+    batch_size: Count = 8
+    """Pictures per step, of all ranks and micro-batches together."""
+    accumulate: Count = 1
+    """Micro-batches per step. The loss stays exactly that of the whole batch."""
+    eval_batch_size: Count = 16
+    """Validation pictures at once, on each rank."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    power: NonNegative = 0.9
+    """Exponent of the polynomial decay."""
+    grad_clip: Positive | None = None
+    """Largest gradient norm; none: no limit."""
 
 
 def _documented(owner: Any) -> dict[str, str]:
@@ -315,20 +285,14 @@ _LossOptions = create_model("_LossOptions", __base__=_Table, **_loss_options())
 class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
     """The distillation loss: every option of HeteroAKDLoss, and channel-wise distillation."""
 
-    features: bool | None = Field(
-        default=None,
-        description="Distil projected features of both taps, not final logits; none: where taps "
-        "are set.",
-    )
-    projector: Literal["linear", "conv-bn-relu"] | None = Field(
-        default=None, description="Kind of the projectors of features; none: the preset's choice."
-    )
-    cwd_weight: float = Field(
-        default=0.0, ge=0.0, description="Weight of channel-wise distillation on the logits."
-    )
-    cwd_temperature: float = Field(
-        default=4.0, gt=0.0, description="Temperature of channel-wise distillation."
-    )
+    features: bool | None = None
+    """Distil projected features of both taps, not final logits; none: where taps are set."""
+    projector: Literal["linear", "conv-bn-relu"] | None = None
+    """Kind of the projectors of features; none: the preset's choice."""
+    cwd_weight: NonNegative = 0.0
+    """Weight of channel-wise distillation on the logits."""
+    cwd_temperature: Positive = 4.0
+    """Temperature of channel-wise distillation."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
@@ -370,69 +334,60 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
 class LogConfig(_Table):
     """How often something is written."""
 
-    every: int = Field(default=20, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_every: int = Field(
-        default=500, ge=1, description="Steps between evaluations (the last step always has one)."
-    )
-    checkpoint_every: int = Field(default=100, ge=1, description="Steps between checkpoints.")
-    tensorboard: bool = Field(
-        default=True, description="Also write TensorBoard events, if it is installed."
-    )
-    images: int = Field(
-        default=2, ge=0, le=16, description="Validation pictures in TensorBoard at evaluations."
-    )
+    every: Count = 20
+    """Steps between lines of metrics.jsonl."""
+    eval_every: Count = 500
+    """Steps between evaluations (the last step always has one)."""
+    checkpoint_every: Count = 100
+    """Steps between checkpoints."""
+    tensorboard: bool = True
+    """Also write TensorBoard events, if it is installed."""
+    images: Annotated[int, Field(ge=0, le=16)] = 2
+    """Validation pictures in TensorBoard at evaluations."""
 
 
 class ReportConfig(_Table):
     """The comparison at the end."""
 
-    samples: int = Field(
-        default=5, ge=1, le=20, description="Validation pictures shown, one per row."
-    )
-    dpi: int = Field(default=110, ge=30, le=600, description="Resolution of the picture.")
+    samples: Annotated[int, Field(ge=1, le=20)] = 5
+    """Validation pictures shown, one per row."""
+    dpi: Annotated[int, Field(ge=30, le=600)] = 110
+    """Resolution of the picture."""
 
 
 class ScaleConfig(_Table):
     """Several processes (torchrun), and how the networks run on their devices."""
 
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp",
-        description="Of several ranks: replicas (DDP), or sharded parameters, gradients and "
-        "optimiser states (FSDP2).",
-    )
-    sync_bn: bool = Field(
-        default=False, description="Batch norms over all ranks (GPUs only, as torch has it)."
-    )
-    channels_last: bool = Field(
-        default=False, description="Pictures and weights in channels-last memory."
-    )
-    compile: bool = Field(default=False, description="torch.compile the network that trains.")
-    timeout: float = Field(
-        default=600.0, ge=1.0, description="Seconds without an answer after which a rank is lost."
-    )
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several ranks: replicas (DDP), or sharded parameters, gradients and optimiser states
+    (FSDP2)."""
+    sync_bn: bool = False
+    """Batch norms over all ranks (GPUs only, as torch has it)."""
+    channels_last: bool = False
+    """Pictures and weights in channels-last memory."""
+    compile: bool = False
+    """torch.compile the network that trains."""
+    timeout: Annotated[float, Field(ge=1.0)] = 600.0
+    """Seconds without an answer after which a rank is lost."""
 
 
 class Config(_Table):
     """Everything one run needs."""
 
-    run: Path = Field(
-        default=Path("runs/default"),
-        description="Folder of this run; the same command resumes it. In no file: runs/ and the "
-        "names of the recipes.",
-    )
-    stages: tuple[Stage, ...] = Field(
-        default=STAGES,
-        description="What to train: the teacher, the student alone, the student distilled.",
-    )
+    run: Path = Path("runs/default")
+    """Folder of this run; the same command resumes it. In no file: runs/ and the names of the
+    recipes."""
+    stages: tuple[Stage, ...] = STAGES
+    """What to train: the teacher, the student alone, the student distilled."""
     # Networks start from 2 * seed and 2 * seed + 1, and torch's generators take 64 bits.
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="Seed of initial weights, batches and augmentation."
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps ...")
-    amp: Literal["off", "bf16", "fp16"] = Field(default="off", description="Mixed precision.")
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads; none: torch's choice."
-    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of initial weights, batches and augmentation."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps ..."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision."""
+    threads: Count | None = None
+    """CPU threads; none: torch's choice."""
     data: DataConfig
     teacher: ModelConfig
     student: ModelConfig

@@ -39,7 +39,7 @@ from .data import (
 from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
 from .files import write_atomically
-from .logs import Records, StageProgress
+from .logs import Records, StageProgress, say
 from .looking import Gallery
 from .models import forward_logits
 from .objectives import LossNormalizer, Objective, Teaching
@@ -330,7 +330,7 @@ class Trainer:
             self._rows.clear()
             self.scores = None
         if self.step < self.steps:
-            self.console.print(f"{self.name}: going on at step {self.step}", highlight=False)
+            say(self.console, f"{self.name}: going on at step {self.step}")
 
     # -- loop ----------------------------------------------------------------------------------
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from .. import _requirements
+from .cli import command
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code, 2 where an optional dependency is missing."""
-    if problem := _requirements.explain(_requirements.TRAINING, "train"):
-        print(f"heteroakd-experiment: {problem}", file=sys.stderr)
-        return 2
-    from . import comparison
 
-    return comparison.main(argv)
+    def job(console: Console) -> None:
+        from . import comparison
+
+        comparison.main(argv, console)
+
+    return command("heteroakd-experiment", job)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ _PLAIN_SECONDS = 15.0
 _MUCH_WAITING = 0.2
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is: paths and names of the user's hold no markup, and are not broken."""
+    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
 class MetricsFile:
     """One JSON object per line; lines after the resumed step are cut, so that none comes twice."""
 
@@ -245,7 +250,7 @@ class StageProgress:
             self._last_line = now
             if rate and step < self.total:
                 shown += f"  {duration((self.total - step) / rate)} left"
-            self.console.print(f"{self.name} {step}/{self.total}  {shown}", highlight=False)
+            say(self.console, f"{self.name} {step}/{self.total}  {shown}")
 
     def say(self, text: str) -> None:
-        (self._bar.console if self._bar else self.console).print(text, highlight=False)
+        say(self._bar.console if self._bar else self.console, text)

@@ -19,6 +19,7 @@ from .data import SegmentationData, load_data
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
+from .logs import say
 from .models import build_model, check_logits, count_parameters
 from .objectives import DistillObjective, Objective, PlainObjective, dry_run
 from .parallel import synchronise_batch_norms
@@ -97,11 +98,8 @@ def run(
     # Rank 0 first: what it fetches, prepares and checks the others need not.
     own = config.data if world.main else config.data.model_copy(update={"check": False})
     data = world.on_main_first(lambda: load_data(own, config.seed))
-    console.print(
-        f"{len(data.train)} training and {len(data.val)} validation pictures, "
-        f"{data.num_classes} classes, on {device}",
-        highlight=False,
-    )
+    text = f"{len(data.train)} training and {len(data.val)} validation images"
+    say(console, f"{text}, {data.num_classes} classes, on {device}")
     side = _side(config, data)
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
@@ -167,11 +165,11 @@ def run(
         )
         models[stage] = objective.model
         results[stage] = trainer.run()
-        console.print(
+        say(
+            console,
             f"{stage}: {count_parameters(objective.model) / 1e6:.2f} M parameters, "
             f"{results[stage].steps} steps, {results[stage].seconds:.0f} s, "
             f"val mIoU {results[stage].scores.miou:.4f}",
-            highlight=False,
         )
     return Outcome(data, device, models, results, distillation)
 

@@ -160,14 +160,37 @@ def _expectation(loc: tuple[Any, ...]) -> str:
     return (field.description if field and field.description else "a value").rstrip(".")
 
 
+_Switch = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Front:
+    """Train a teacher, a student alone, and the same student distilled; compare them.
+
+    Rerunning the same command resumes an interrupted run and skips what is finished.
+    Keys of the TOML file are options with dashes for underscores, but for `kwargs` of networks."""
+
+    config: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[RECIPE|FILE.toml ...]"),
+    ] = ()
+    """Recipes (--list-recipes) and configuration files, the later ones on top; recipes without data
+    stand on the embedded land-cover example."""
+    resume_anyway: _Switch = False
+    """Go on with a run although its configuration changed."""
+    print_config: _Switch = False
+    """Print the files and recipes named here as one, and exit."""
+    list_recipes: _Switch = False
+    """List the embedded recipes and exit."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line asks for."""
 
     config: Config
-    resume_anyway: bool
-    print_config: bool
-    list_recipes: bool
+    front: _Front
     run_named: bool
     """Whether somebody chose the run's folder; otherwise it has the recipes' names."""
 
@@ -179,19 +202,16 @@ def parse_command_line(argv: list[str]) -> Options:
     if parsed.config:
         table, name, folder = _load_tables(list(parsed.config))
         parsed, mirror = _parse(argv, table)
-    given = dataclasses.asdict(parsed)
     # Only what the command line changed: what is missing or wrong in a file stays so, and the
     # message about it can say that.
-    overrides = _changes(given, dataclasses.asdict(mirror()))
-    for option in ("config", "resume_anyway", "print_config", "list_recipes"):
-        overrides.pop(option, None)
+    overrides = _changes(dataclasses.asdict(parsed), dataclasses.asdict(mirror()))
+    for option in dataclasses.fields(_Front):
+        overrides.pop(option.name, None)
     _merge(table, overrides)
     named = "run" in table
     table.setdefault("run", folder)
     config = _validate(table, f"{name} with the command line" if overrides else name)
-    return Options(
-        config, parsed.resume_anyway, parsed.print_config, parsed.list_recipes, run_named=named
-    )
+    return Options(config, parsed, named)
 
 
 def _changes(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -211,62 +231,16 @@ def _parse(argv: list[str], table: dict[str, Any]) -> tuple[Any, type[Any]]:
     They mirror the tables with the values of `table` as defaults, and without their checks: those
     run once, on the merged configuration, and can then name the full key.
     """
-    front: list[Any] = [
-        (
-            "config",
-            Annotated[
-                tuple[str, ...],
-                tyro.conf.Positional,
-                tyro.conf.arg(
-                    metavar="[RECIPE|FILE.toml ...]",
-                    help="Recipes (--list-recipes) and configuration files, the later ones on top; "
-                    "recipes without data stand on the embedded land-cover example.",
-                ),
-            ],
-            (),
-        ),
-        (
-            "resume_anyway",
-            Annotated[
-                tyro.conf.FlagCreatePairsOff[bool],
-                tyro.conf.arg(help="Go on with a run although its configuration changed."),
-            ],
-            False,
-        ),
-        (
-            "print_config",
-            Annotated[
-                tyro.conf.FlagCreatePairsOff[bool],
-                tyro.conf.arg(help="Print the files and recipes named here as one, and exit."),
-            ],
-            False,
-        ),
-        (
-            "list_recipes",
-            Annotated[
-                tyro.conf.FlagCreatePairsOff[bool],
-                tyro.conf.arg(help="List the embedded recipes and exit."),
-            ],
-            False,
-        ),
-    ]
-    mirror = _mirror(Config, table, front)
-    mirror.__doc__ = _ABOUT
+    mirror = _mirror(Config, table, _Front)
     return tyro.cli(mirror, prog="heteroakd-train", args=argv), mirror
 
 
-_ABOUT = """Train a teacher, a student alone, and the same student distilled; compare them.
-
-Rerunning the same command resumes an interrupted run and skips what is finished.
-Keys of the TOML file are options with dashes for underscores, but for `kwargs` of networks."""
-
-
-def _mirror(model: type[BaseModel], table: Any, front: list[Any]) -> type[Any]:
-    fields = list(front)
+def _mirror(model: type[BaseModel], table: Any, base: type[Any] | None = None) -> type[Any]:
+    fields: list[Any] = []
     for name, info in model.model_fields.items():
         value = table.get(name) if isinstance(table, dict) else None
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            inner = _mirror(info.annotation, value, [])
+            inner = _mirror(info.annotation, value)
             fields.append((name, inner, dataclasses.field(default_factory=inner)))
         elif get_origin(info.annotation) is not dict:  # free-form tables are for the file only
             # `| None`: what has no default may be in no file either, until all is put together.
@@ -275,8 +249,9 @@ def _mirror(model: type[BaseModel], table: Any, front: list[Any]) -> type[Any]:
                 annotation = annotation | None
             described = Annotated[annotation, tyro.conf.arg(help=info.description)]
             fields.append((name, described, _default(info, value)))
-    mirror = dataclasses.make_dataclass(model.__name__, fields)
-    mirror.__doc__ = model.__doc__
+    bases = (base,) if base else ()
+    mirror = dataclasses.make_dataclass(model.__name__, fields, bases=bases, frozen=True)
+    mirror.__doc__ = (base or model).__doc__
     return mirror
 
 
@@ -322,7 +297,7 @@ def _write_table(table: BaseModel, prefix: str, lines: list[str]) -> None:
                 lines.append(f"{name} = {_toml(value)}")
         else:
             text = f"# {name} =" if value is None else f"{name} = {_toml(value)}"
-            lines.append(f"{text:<28}  # {info.description}" if info.description else text)
+            lines.append(f"{text:<28}  # {info.description}")
     for name, value in inner:
         lines.extend(["", f"[{prefix}{name}]"])
         _write_table(value, f"{prefix}{name}.", lines)

@@ -19,7 +19,7 @@ from .data import Normalizer
 from .engine import autocast, predict
 from .errors import TrainingError
 from .files import write_atomically
-from .logs import finite
+from .logs import finite, say
 from .looking import (
     COLOUR_MAPS,
     UNLABELLED,
@@ -54,17 +54,10 @@ def write_report(outcome: Outcome, config: Config, console: Console) -> None:
         raise TrainingError(f"{folder}: the report cannot be written: {error}") from error
     console.print(table(outcome))
     if results.get("gain") is not None:
-        console.print(
-            f"Distillation changed the student's mIoU by {points(results['gain'])} points "
-            "(one seed).",
-            highlight=False,
-        )
-    console.print(
-        f"Written: {folder / 'report.html'}, {folder / 'report.png'}, {folder / 'results.json'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        gain = points(results["gain"])
+        say(console, f"Distillation changed the student's mIoU by {gain} points (one seed).")
+    written = (str(folder / name) for name in ("report.html", "report.png", "results.json"))
+    say(console, f"Written: {', '.join(written)}")
 
 
 def summary(outcome: Outcome, config: Config) -> dict[str, Any]:

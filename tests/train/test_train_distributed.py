@@ -19,23 +19,29 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from numpy.typing import NDArray
-from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_helpers import environment, write_config
+from train_helpers import (
+    CPU,
+    changed,
+    distilling,
+    environment,
+    exported,
+    plain,
+    same_weights,
+    weights_of,
+    write_config,
+)
+from train_helpers import trainer as make_trainer
 
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.data import SegmentationData
 from heteroakd_fast.train.distributed import ALONE, World, connect
-from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.errors import ConfigError, TrainingError
 from heteroakd_fast.train.models import UNet
-from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
 from heteroakd_fast.train.parallel import Parallel
 from heteroakd_fast.train.reading import load_config
 
-CPU = torch.device("cpu")
 WORLD = 2
 SIDE = (32, 32)
 
@@ -96,25 +102,16 @@ CASES: dict[str, dict[str, Any]] = {
 def configure(run: Path, case: str, batch_size: int = 4) -> Config:
     options = CASES[case]
     base = load_config("landcover")
-    distill = {"kd_weight": 0.7, **options.get("loss", {})}
-    return base.model_copy(
-        update={
-            "run": run,
-            "data": base.data.model_copy(update={"augment": "flip"}),
-            "optim": base.optim.model_copy(
-                update={
-                    "name": "sgd",
-                    "batch_size": batch_size,
-                    "accumulate": options.get("accumulate", 1),
-                    "warmup_steps": 0,
-                    "grad_clip": 3.0,
-                }
-            ),
-            "student": base.student.model_copy(update={"lr": 0.5}),
-            "distill": base.distill.model_copy(update=distill),
-            "scale": base.scale.model_copy(update={"parallel": options.get("parallel", "ddp")}),
-            "log": base.log.model_copy(update={"every": 2, "tensorboard": False}),
-        }
+    optim = {"name": "sgd", "batch_size": batch_size, "warmup_steps": 0, "grad_clip": 3.0}
+    return changed(
+        base,
+        run=run,
+        data={"augment": "flip"},
+        optim={**optim, "accumulate": options.get("accumulate", 1)},
+        student={"lr": 0.5},
+        distill={"kd_weight": 0.7, **options.get("loss", {})},
+        scale={"parallel": options.get("parallel", "ddp")},
+        log={"every": 2, "tensorboard": False},
     )
 
 
@@ -124,38 +121,15 @@ def train(
     """Weights after a few steps."""
     options = CASES[case]
     config = config or configure(run, case)
-    objective: Any = PlainObjective(Net(3, 1), config.distill, 255, world.process_group)
+    objective: Any = plain(Net(3, 1), config)
     if options.get("distil"):
-        objective = DistillObjective(
-            Net(3, 1),
-            Net(3, 2).eval(),
-            config.distill,
-            num_classes=3,
-            ignore_index=255,
-            taps=options.get("taps"),
-            side=SIDE,
-            device=CPU,
-            seed=0,
-            process_group=world.process_group,
-        )
-        objective.double()
-    trainer = Trainer(
-        "student",
-        objective,
-        config=config,
-        data=DATA,
-        folder=run / f"{case}-{world.size}",
-        steps=steps,
-        model_config=config.student,
-        fingerprint={},
-        device=CPU,
-        console=Console(quiet=True),
-        side=SIDE,
-        world=world,
-    )
-    result = trainer.run()
-    weights = {key: value.clone() for key, value in objective.state_dict().items()}
-    return weights | {"miou": torch.tensor(result.scores.miou)}
+        teacher, taps = Net(3, 2).eval(), options.get("taps")
+        objective = distilling(Net(3, 1), teacher, config.distill, taps=taps).double()
+    objective.process_group = world.process_group
+    folder = run / f"{case}-{world.size}"
+    more: dict[str, Any] = {"folder": folder, "fingerprint": {}, "steps": steps, "world": world}
+    result = make_trainer(config, DATA, objective, **more).run()
+    return weights_of(objective) | {"miou": torch.tensor(result.scores.miou)}
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -216,7 +190,7 @@ def test_ranks_take_the_step_of_one_rank(
     ranks: tuple[Path, list[dict[str, Any]]], case: str, tmp_path: Path
 ) -> None:
     whole = configure(tmp_path, case)
-    whole = whole.model_copy(update={"optim": whole.optim.model_copy(update={"accumulate": 1})})
+    whole = changed(whole, optim={"accumulate": 1})
     expected = train(tmp_path, case, ALONE, config=whole)
     started = Net(3, 1).state_dict()
     moved = expected["model.head.weight"] - started["head.weight"]
@@ -246,7 +220,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("case", ["plain-accumulated", "distilled-accumulated"])
 def test_accumulation_alone_is_exact_and_its_naive_kin_is_not(case: str, tmp_path: Path) -> None:
     config = configure(tmp_path, case)
-    whole = config.model_copy(update={"optim": config.optim.model_copy(update={"accumulate": 1})})
+    whole = changed(config, optim={"accumulate": 1})
     expected = train(tmp_path / "whole", case, ALONE, config=whole)
     got = train(tmp_path / "parts", case, ALONE, config=config)
     for key in expected:
@@ -275,7 +249,7 @@ def test_ranks_stop_together_where_the_gradient_of_one_is_not_finite(
     folder, (first, second) = ranks
     assert first[f"spoilt {case}"] == second[f"spoilt {case}"]
     message = first[f"spoilt {case}"]
-    assert message.startswith("student: the gradient of step 1 is not finite: norm ")
+    assert message.startswith("alone: the gradient of step 1 is not finite: norm ")
     assert "model.stem.weight" in message
     assert len(re.findall(r"training image \d", message)) == 4
     assert not list((folder / "spoilt").rglob("*.ckpt"))
@@ -339,23 +313,14 @@ def test_compiled_tap_after_a_compiled_network_without_one(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     config = configure(tmp_path, "plain")
     scale = config.scale.model_copy(update={"compile": True})
-    shared: dict[str, Any] = {"side": SIDE, "device": CPU}
+    student, teacher = UNet(3, width=4, levels=2), UNet(3, width=6, levels=2).eval()
     objectives = [
-        PlainObjective(UNet(3, width=4, levels=2), config.distill, 255),
-        DistillObjective(
-            UNet(3, width=4, levels=2),
-            UNet(3, width=6, levels=2).eval(),
-            config.distill,
-            num_classes=3,
-            ignore_index=255,
-            taps=("decoder.0", "decoder.0"),
-            seed=0,
-            **shared,
-        ),
+        plain(UNet(3, width=4, levels=2), config),
+        distilling(student, teacher, config.distill, taps=("decoder.0", "decoder.0")),
     ]
     images, target = torch.randn(2, 3, *SIDE), torch.zeros(2, *SIDE, dtype=torch.int64)
     for objective in objectives:
-        parallel = Parallel(objective, scale, world=ALONE, **shared)
+        parallel = Parallel(objective, scale, world=ALONE, side=SIDE, device=CPU)
         parallel.module.train()
         assert parallel.module(images, target).loss.isfinite()
 
@@ -420,11 +385,7 @@ def test_a_killed_rank_is_reported_and_the_run_resumes_to_the_same_bits(tmp_path
     assert process.returncode == 0, printed
     assert "going on at step" in printed
     for stage in ("teacher", "alone", "distilled"):
-        one, other = (
-            load_file(tmp_path / run / stage / "model.safetensors") for run in ("calm", "killed")
-        )
-        for key in one:
-            assert torch.equal(one[key], other[key]), (stage, key)
+        same_weights(*(exported(tmp_path / run, stage) for run in ("calm", "killed")))
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:

@@ -13,16 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_helpers import command, environment, write_config
+from train_helpers import (
+    QUIET,
+    after_step,
+    before_step,
+    changed,
+    command,
+    environment,
+    exported,
+    plain,
+    same_weights,
+    saved_step,
+    weights_of,
+    write_config,
+)
+from train_helpers import trainer as make_trainer
 
 from heteroakd_fast.integrations.metrics import Scores
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import STAGES, Config, OptimConfig
-from heteroakd_fast.train.data import SegmentationData, load_data
+from heteroakd_fast.train.data import SegmentationData
 from heteroakd_fast.train.engine import (
     StageResult,
     Trainer,
@@ -33,10 +45,6 @@ from heteroakd_fast.train.engine import (
 from heteroakd_fast.train.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from heteroakd_fast.train.logs import MetricsFile, TensorBoard
 from heteroakd_fast.train.models import UNet
-from heteroakd_fast.train.objectives import PlainObjective
-from heteroakd_fast.train.reading import load_config
-
-QUIET = Console(quiet=True)
 
 
 class Dropping(UNet):
@@ -49,29 +57,7 @@ class Dropping(UNet):
 def trainer(config: Config, data: SegmentationData, folder: str = "one", **options: Any) -> Trainer:
     torch.manual_seed(0)
     model = options.pop("model", None) or Dropping(3, width=4, levels=3)
-    values: dict[str, Any] = {
-        "config": config,
-        "data": data,
-        "folder": config.run / folder,
-        "steps": config.student.steps,
-        "model_config": config.student,
-        "fingerprint": pipeline.fingerprint(config, "alone"),
-        "device": torch.device("cpu"),
-        "console": QUIET,
-        "side": (32, 32),
-    }
-    objective = PlainObjective(model, config.distill, 255)
-    return Trainer("alone", objective, **{**values, **options})
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return load_config(write_config(tmp_path))
-
-
-@pytest.fixture
-def data(config: Config) -> SegmentationData:
-    return load_data(config.data, config.seed)
+    return make_trainer(config, data, plain(model, config), folder, **options)
 
 
 def records(path: Path, drop: tuple[str, ...] = ("seconds", "wait")) -> list[dict[str, Any]]:
@@ -83,15 +69,12 @@ class KilledError(Exception):
     """Stands for a kill at a given step."""
 
 
+def kill() -> None:
+    raise KilledError
+
+
 def cut_after(run: Trainer, step: int) -> None:
-    original = run._step
-
-    def stepped(micro_batches: Any) -> None:
-        if run.step == step:
-            raise KilledError
-        original(micro_batches)
-
-    run._step = stepped  # type: ignore[method-assign]
+    before_step(run, step + 1, kill)
     with pytest.raises(KilledError):
         run.run()
 
@@ -101,7 +84,7 @@ def cut_after(run: Trainer, step: int) -> None:
 def test_resumed_weights_are_identical(
     config: Config, data: SegmentationData, step: int, amp: str
 ) -> None:
-    config = config.model_copy(update={"amp": amp})
+    config = changed(config, amp=amp)
 
     def fresh(folder: str) -> Trainer:
         run = trainer(config, data, folder)
@@ -115,9 +98,7 @@ def test_resumed_weights_are_identical(
     resumed = fresh("cut")
     again = resumed.run()
     assert resumed.scaler.get_scale() == whole.scaler.get_scale()
-    expected = whole.objective.state_dict()
-    for key, value in resumed.objective.state_dict().items():
-        assert torch.equal(value, expected[key]), key
+    same_weights(resumed.objective.state_dict(), whole.objective.state_dict())
     assert again.scores == result.scores
     assert again.best_miou == result.best_miou
     logged = [records(config.run / name / "metrics.jsonl") for name in ("whole", "cut")]
@@ -152,19 +133,11 @@ def test_kill_minus_nine_and_resume(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     for stage in STAGES:
-        one, other = (
-            load_file(tmp_path / run / stage / "model.safetensors") for run in ("calm", "killed")
-        )
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), (stage, key)
+        same_weights(*(exported(tmp_path / run, stage) for run in ("calm", "killed")))
         logs = [records(tmp_path / run / stage / "metrics.jsonl") for run in ("calm", "killed")]
         assert logs[0] == logs[1]
     # Both students began with the same weights, but did not end there.
-    alone, distilled = (
-        load_file(tmp_path / "calm" / stage / "model.safetensors")
-        for stage in ("alone", "distilled")
-    )
+    alone, distilled = (exported(tmp_path / "calm", stage) for stage in ("alone", "distilled"))
     assert not torch.equal(alone["classifier.weight"], distilled["classifier.weight"])
 
 
@@ -173,14 +146,7 @@ def test_signal_saves_and_says_how_to_go_on(
     config: Config, data: SegmentationData, number: signal.Signals
 ) -> None:
     run = trainer(config, data)
-    original = run._step
-
-    def stepped(micro_batches: Any) -> None:
-        original(micro_batches)
-        if run.step == 5:
-            os.kill(os.getpid(), number)
-
-    run._step = stepped  # type: ignore[method-assign]
+    after_step(run, 5, lambda: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     with pytest.raises(
         StoppedError, match=f"{number.name} at step 5 of 10.*same command"
@@ -188,22 +154,13 @@ def test_signal_saves_and_says_how_to_go_on(
         run.run()
     assert caught.value.exit_code == 130
     assert signal.getsignal(number) is before
-    saved = load_checkpoint(config.run / "one")
-    assert saved is not None
-    assert saved["step"] == 5
+    assert saved_step(config.run / "one") == 5
 
 
 def test_not_finite_loss_is_reported_and_not_saved(config: Config, data: SegmentationData) -> None:
     run = trainer(config, data, model=UNet(3, width=4, levels=3))
-    original = run._step
-
-    def stepped(micro_batches: Any) -> None:
-        if run.step == 6:
-            with torch.no_grad():
-                run.objective.model.classifier.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
-        original(micro_batches)
-
-    run._step = stepped  # type: ignore[method-assign]
+    classifier: Any = run.objective.model.classifier
+    before_step(run, 7, lambda: classifier.bias.data.fill_(float("nan")))
     with pytest.raises(TrainingError, match=r"loss of step 7 is not finite \(loss nan, ce nan\)"):
         run.run()
     saved = load_checkpoint(config.run / "one")
@@ -216,12 +173,11 @@ def test_changed_configuration_is_refused(
     config: Config, data: SegmentationData, caplog: pytest.LogCaptureFixture
 ) -> None:
     cut_after(trainer(config, data), 5)
-    changed = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
-    changed_fingerprint = {"fingerprint": pipeline.fingerprint(changed, "alone")}
+    other = changed(config, optim={"lr": 0.5})
     with pytest.raises(ConfigError, match=r"optim\.lr: 0\.003 -> 0\.5\n.*--resume-anyway"):
-        trainer(changed, data, **changed_fingerprint).run()
+        trainer(other, data).run()
     with caplog.at_level(logging.WARNING):
-        result = trainer(changed, data, resume_anyway=True, **changed_fingerprint).run()
+        result = trainer(other, data, resume_anyway=True).run()
     assert result.steps == 10
     assert "optim.lr" in caplog.text
 
@@ -230,8 +186,7 @@ def test_changed_configuration_is_refused(
 def test_fewer_steps_than_were_taken(config: Config, data: SegmentationData, steps: int) -> None:
     """The last checkpoint (step 4) is the end, or beyond it."""
     cut_after(trainer(config, data), 6)
-    changed = {"resume_anyway": True, "fingerprint": {"student.steps": str(steps)}}
-    run = trainer(config, data, steps=steps, **changed)
+    run = trainer(changed(config, student={"steps": steps}), data, resume_anyway=True)
     if steps == 2:
         with pytest.raises(ConfigError, match="at step 4 already, and 2 are asked for"):
             run.run()
@@ -249,9 +204,7 @@ def test_going_on_anyway_with_other_terms_and_mixed_precision(
     assert saved["rows"] is not None
     saved |= {"rows": torch.ones(1, 5), "names": list("abcde")}
     save_checkpoint(config.run / "one", saved)
-    other = config.model_copy(update={"amp": "fp16"})
-    run = trainer(other, data, resume_anyway=True, fingerprint={"amp": "fp16"})
-    assert run.run().steps == 10
+    assert trainer(changed(config, amp="fp16"), data, resume_anyway=True).run().steps == 10
 
 
 @pytest.mark.parametrize("key", ["fingerprint", "random", "rows"])
@@ -266,17 +219,9 @@ def test_a_checkpoint_of_another_version(config: Config, data: SegmentationData,
 
 
 def test_what_does_not_change_the_result_may_change(config: Config) -> None:
-    other = config.model_copy(
-        update={
-            "run": Path("elsewhere"),
-            "threads": 2,
-            "data": config.data.model_copy(update={"workers": 3, "check": False}),
-            "log": config.log.model_copy(update={"every": 1}),
-        }
-    )
-    distill = config.model_copy(
-        update={"distill": config.distill.model_copy(update={"kd_weight": 0.7})}
-    )
+    other = changed(config, run=Path("elsewhere"), threads=2, log={"every": 1})
+    other = changed(other, data={"workers": 3, "check": False})
+    distill = changed(config, distill={"kd_weight": 0.7})
     for stage in STAGES:
         assert pipeline.fingerprint(other, stage) == pipeline.fingerprint(config, stage)
     # The teacher need not be trained again for another distillation.
@@ -291,9 +236,8 @@ def test_other_weights_under_the_same_name_are_noticed(config: Config, tmp_path:
         path = tmp_path / "teacher.safetensors"
         path.write_bytes(content)
         pipeline._content.cache_clear()
-        teacher = config.teacher.model_copy(update={"weights": path})
-        changed = config.model_copy(update={"teacher": teacher})
-        seen.append([pipeline.fingerprint(changed, stage) for stage in STAGES])
+        other = changed(config, teacher={"weights": path})
+        seen.append([pipeline.fingerprint(other, stage) for stage in STAGES])
     for stage, before, after in zip(STAGES, *seen, strict=True):
         assert (before == after) == (stage == "alone"), stage
 
@@ -303,15 +247,13 @@ def test_both_students_start_alike(config: Config, monkeypatch: pytest.MonkeyPat
 
     class Recorder(Trainer):
         def run(self) -> StageResult:
-            weights = self.objective.model.state_dict()
-            begun[self.name] = {key: value.clone() for key, value in weights.items()}
+            begun[self.name] = weights_of(self.objective.model)
             return StageResult(Scores(0.5, 0.5, (0.5,) * 3), 0.5, 1.0, self.steps)
 
     monkeypatch.setattr(pipeline, "Trainer", Recorder)
     pipeline.run(config, QUIET)
     assert list(begun) == list(STAGES)
-    for key, value in begun["alone"].items():
-        assert torch.equal(value, begun["distilled"][key]), key
+    same_weights(begun["alone"], begun["distilled"])
 
 
 def test_finished_stage_is_not_trained_again(config: Config, data: SegmentationData) -> None:
@@ -341,16 +283,14 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(
     newest.write_bytes(content)
     resumed = trainer(config, data, "cut")
     resumed.run()
-    for key, value in resumed.objective.state_dict().items():
-        assert torch.equal(value, whole.objective.state_dict()[key])
+    same_weights(resumed.objective.state_dict(), whole.objective.state_dict())
     logs = [records(config.run / name / "metrics.jsonl") for name in ("whole", "cut")]
     assert logs[0] == logs[1]
 
 
 def test_sgd_and_gradient_clipping(config: Config, data: SegmentationData) -> None:
-    optim = config.optim.model_copy(update={"name": "sgd", "grad_clip": 1e-9})
-    run = trainer(config.model_copy(update={"optim": optim}), data)
-    before = {key: value.clone() for key, value in run.objective.model.named_parameters()}
+    run = trainer(changed(config, optim={"name": "sgd", "grad_clip": 1e-9}), data)
+    before = weights_of(run.objective.model)
     run.run()
     for key, value in run.objective.model.named_parameters():
         if value.dim() == 1:  # no decay there: only the clipped gradient can move it

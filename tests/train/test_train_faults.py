@@ -13,46 +13,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
-from safetensors.torch import load_file
-from train_helpers import write_config
+from train_helpers import QUIET, changed, exported, same_weights, saved_step, write_config
 
 from heteroakd_fast.train import parallel, pipeline
-from heteroakd_fast.train.checkpoint import NEWEST, load_checkpoint
+from heteroakd_fast.train.checkpoint import NEWEST
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.data import sample_index
 from heteroakd_fast.train.errors import CheckpointError, DataError
 from heteroakd_fast.train.reading import load_config
 
-QUIET = Console(quiet=True)
-
 
 def one_stage(folder: Path, run: str, steps: int = 10, **changes: Any) -> Config:
     """The student alone; pictures are not read before training."""
     config = load_config(write_config(folder, steps=steps, run=run))
-    return config.model_copy(
-        update={
-            "stages": ("alone",),
-            "data": config.data.model_copy(
-                update={"check": False, "val_fraction": 0.2, **changes.pop("data", {})}
-            ),
-            **changes,
-        }
-    )
-
-
-def saved_step(config: Config) -> int:
-    saved = load_checkpoint(config.run / "alone")
-    assert saved is not None
-    return int(saved["step"])
-
-
-def training_file(config: Config, step: int, kind: str) -> Path:
-    """The file that the first slot of a step reads."""
-    data = pipeline.load_data(config.data, config.seed)
-    index = sample_index(config.seed, step, 0, config.optim.batch_size, len(data.train))
-    image, mask = data.train.pairs[index]  # type: ignore[attr-defined]
-    return image if kind == "images" else mask
+    return changed(config, stages=("alone",), data={"check": False, **changes.pop("data", {})})
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -80,18 +54,13 @@ def test_a_file_that_breaks_while_training(tmp_path: Path, kind: str, workers: i
         mask[5, 5:8] = 77
         Image.fromarray(mask).save(path)
         expected = r"has the value 77 \(3 pixels out of range\), expected 0 to 2 or 255"
-    config = config.model_copy(
-        update={"log": config.log.model_copy(update={"checkpoint_every": 1})}
-    )
+    config = changed(config, log={"checkpoint_every": 1})
     with pytest.raises(DataError, match=f"{path.name}: {expected}"):
         pipeline.run(config, QUIET)
-    step = saved_step(config)
-    assert 0 < step <= first_read[path]
+    assert 0 < saved_step(config.run / "alone") <= first_read[path]
     path.write_bytes(good)
     pipeline.run(config, QUIET)
-    whole, mended = (load_file(one.run / "alone" / "model.safetensors") for one in (calm, config))
-    for key in whole:
-        assert torch.equal(whole[key], mended[key]), key
+    same_weights(exported(calm.run), exported(config.run))
 
 
 @contextmanager
@@ -130,12 +99,10 @@ def test_a_disk_that_fills_up_at_a_checkpoint(tmp_path: Path) -> None:
         patch.setattr(engine, "save_checkpoint", counting)
         with pytest.raises(CheckpointError, match=f"cannot be written.*intact: {NEWEST}"):
             pipeline.run(begun, QUIET)
-    assert saved_step(begun) == 4
+    assert saved_step(begun.run / "alone") == 4
     assert not list((begun.run / "alone").glob(".*.tmp"))
     pipeline.run(begun, QUIET)
-    whole, mended = (load_file(one.run / "alone" / "model.safetensors") for one in (calm, begun))
-    for key in whole:
-        assert torch.equal(whole[key], mended[key]), key
+    same_weights(exported(calm.run), exported(begun.run))
 
 
 @pytest.mark.parametrize(
@@ -158,19 +125,16 @@ def test_ways_of_running_compute_the_same(
     scale = dict(scale)
     tap = scale.pop("tap", False)
     first = load_config(write_config(tmp_path, steps=3, run="first"))
-    pipeline.run(first.model_copy(update={"stages": ("teacher",)}), QUIET)
+    pipeline.run(changed(first, stages=("teacher",)), QUIET)
     weights = first.run / "teacher" / "model.safetensors"
-    plain = first.model_copy(
-        update={
-            "run": tmp_path / "plain",
-            "stages": ("distilled",),
-            "teacher": first.teacher.model_copy(update={"weights": weights, "steps": 0}),
-            "distill": first.distill.model_copy(update={"features": tap}),
-        }
+    plain = changed(
+        first,
+        run=tmp_path / "plain",
+        stages=("distilled",),
+        teacher={"weights": weights, "steps": 0},
+        distill={"features": tap},
     )
-    other = plain.model_copy(
-        update={"run": tmp_path / "other", "scale": plain.scale.model_copy(update=scale)}
-    )
+    other = changed(plain, run=tmp_path / "other", scale=scale)
     pipeline.run(plain, QUIET)
     outcome = pipeline.run(other, QUIET)
     assert bool(compiled) == bool(scale.get("compile"))
@@ -186,9 +150,7 @@ def test_ways_of_running_compute_the_same(
     assert weight.is_contiguous(memory_format=torch.channels_last) == bool(
         scale.get("channels_last")
     )
-    one, two = (
-        load_file(run / "distilled" / "model.safetensors") for run in (plain.run, other.run)
-    )
+    one, two = (exported(run, "distilled") for run in (plain.run, other.run))
     assert one.keys() == two.keys(), "names of weights stay as they are"
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4, msg=key)

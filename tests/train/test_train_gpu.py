@@ -30,21 +30,15 @@ def test_a_run_learns_and_is_not_repeated(tmp_path: Path, changes: dict[str, Any
     # Not at the top: a machine lent for its GPU may have torch and nothing else.
     for library in ("pydantic", "tyro", "rich", "safetensors", "filelock"):
         pytest.importorskip(library)
-    from rich.console import Console
-    from train_helpers import write_config
+    from train_helpers import QUIET, changed, write_config
 
     from heteroakd_fast.train import pipeline
     from heteroakd_fast.train.reading import load_config
 
-    config = load_config(write_config(tmp_path, steps=80))
-    updates: dict[str, Any] = {"device": "cuda"}
-    for key, value in changes.items():
-        table = getattr(config, key)
-        updates[key] = table.model_copy(update=value) if isinstance(value, dict) else value
-    config = config.model_copy(update=updates)
-    outcome = pipeline.run(config, Console(quiet=True))
+    config = changed(load_config(write_config(tmp_path, steps=80)), device="cuda", **changes)
+    outcome = pipeline.run(config, QUIET)
     for stage, result in outcome.results.items():
         assert result.scores.miou > 0.5, stage
         assert next(outcome.models[stage].parameters()).is_cuda
-    again = pipeline.run(config, Console(quiet=True))
+    again = pipeline.run(config, QUIET)
     assert again.results == outcome.results

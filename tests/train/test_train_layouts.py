@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import layouts
 import numpy as np
 import pytest
 from layouts import mask_of, write_ade20k, write_cityscapes, write_sbd, write_sbd_pngs, write_voc
+from numpy.typing import NDArray
 from PIL import Image
 from train_helpers import write_pictures
 
@@ -23,9 +23,10 @@ from heteroakd_fast.train.layouts import _CITYSCAPES_COLOURS, ADE20K, CITYSCAPES
 from heteroakd_fast.train.pairs import FileSource
 
 
-def load(kind: str, root: Path, **options: Any) -> SegmentationData:
-    values: dict[str, Any] = {"kind": kind, "root": root, "crop": 16, **options}
-    return load_data(DataConfig(**values), seed=0)
+def load(kind: str, root: Path, seed: int = 0, **options: Any) -> SegmentationData:
+    own: dict[str, Any] = {"num_classes": 3} if kind == "folder" else {}
+    values = {"kind": kind, "root": root, "crop": 16, **own, **options}
+    return load_data(DataConfig(**values), seed)
 
 
 def stems(source: object) -> list[str]:
@@ -107,37 +108,14 @@ def test_voc_trainaug_from_pngs(tmp_path: Path, line: str) -> None:
     check_trainaug(load("voc", folder, voc_split="trainaug"))
 
 
-@pytest.fixture(params=["scipy", "stand-in"])
-def save_mat(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Path, layouts.Values], None]:
-    """Writes SBD's .mat files; without scipy, something that loads with the same nesting."""
-    if request.param == "scipy":
-        scipy_io = pytest.importorskip("scipy.io")
-        return lambda path, mask: scipy_io.savemat(path, {"GTcls": {"Segmentation": mask}})
-
-    def loadmat(path: str, variable_names: list[str]) -> dict[str, Any]:
-        inner = np.empty((1, 1), [("Segmentation", object)])
-        inner["Segmentation"][0, 0] = np.load(path)
-        return dict.fromkeys(variable_names, inner)
-
-    def write(path: Path, mask: layouts.Values) -> None:
-        with path.open("wb") as file:
-            np.save(file, mask)
-
-    package, module = types.ModuleType("scipy"), types.ModuleType("scipy.io")
-    module.loadmat, package.io = loadmat, module  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "scipy", package)
-    monkeypatch.setitem(sys.modules, "scipy.io", module)
-    return write
-
-
 @pytest.mark.parametrize("place", ["VOCdevkit/VOCaug/dataset", "benchmark_RELEASE/dataset", "mine"])
-def test_voc_trainaug_from_mat_files(
-    tmp_path: Path, save_mat: Callable[[Path, layouts.Values], None], place: str
-) -> None:
+def test_voc_trainaug_from_mat_files(tmp_path: Path, place: str) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
     folder = write_voc(tmp_path)
-    sbd = write_sbd(tmp_path / place, save_mat)
+    sbd = write_sbd(
+        tmp_path / place,
+        lambda path, mask: scipy_io.savemat(path, {"GTcls": {"Segmentation": mask}}),
+    )
     given = {"sbd_root": sbd} if place == "mine" else {}
     data = load("voc", folder, voc_split="trainaug", **given)
     check_trainaug(data)
@@ -217,11 +195,60 @@ def test_masks_of_sixteen_bits(tmp_path: Path) -> None:
         load("folder", root, **{**options, "num_classes": 299})
 
 
+def test_same_stem_twice(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data")
+    Image.open(root / "images" / "p1.png").save(root / "images" / "p1.jpg")
+    with pytest.raises(DataError, match="same stem"):
+        load("folder", root)
+
+
+def test_palette_masks_are_read_as_indices(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data")
+    before = load("folder", root)
+    expected = [before.train.read(index)[1] for index in range(len(before.train))]
+    for path in (root / "masks").iterdir():
+        mask = Image.open(path).convert("L")
+        paletted = Image.fromarray(np.array(mask))
+        paletted.putpalette([value for index in range(256) for value in (255 - index, 7, index)])
+        assert paletted.mode == "P"
+        paletted.save(path)
+    after = load("folder", root)
+    for index, mask_before in enumerate(expected):
+        np.testing.assert_array_equal(after.train.read(index)[1], mask_before)
+
+
+def test_split_is_disjoint_complete_and_by_seed(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data", count=10)
+
+    def names(seed: int) -> tuple[set[str], set[str]]:
+        data = load("folder", root, seed)
+        train, val = (
+            {image.name for image, _ in source.pairs}  # type: ignore[attr-defined]
+            for source in (data.train, data.val)
+        )
+        return train, val
+
+    train, val = names(0)
+    assert not train & val
+    assert len(train) == 8
+    assert len(val) == 2
+    assert names(0) == (train, val)
+    assert any(names(seed)[1] != val for seed in range(1, 5))
+
+
+def test_own_split_folders(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data" / "train", count=3)
+    write_pictures(tmp_path / "data" / "val", count=2, seed=1)
+    data = load("folder", tmp_path / "data")
+    assert (len(data.train), len(data.val)) == (3, 2)
+
+
 # -- what is amiss ---------------------------------------------------------------------------------
 
 
 def tree(kind: str, root: Path) -> Path:
-    return {"cityscapes": write_cityscapes, "voc": write_voc, "ade20k": write_ade20k}[kind](root)
+    write = {"cityscapes": write_cityscapes, "voc": write_voc, "ade20k": write_ade20k}
+    return write[kind](root) if kind in write else write_pictures(root / "data", count=4)
 
 
 TRAIN_FILES = {
@@ -235,62 +262,81 @@ TRAIN_FILES = {
         "annotations/training/ADE_train_00000002.png",
     ),
 }
-ALL = pytest.mark.parametrize("kind", list(TRAIN_FILES))
+PUBLISHED = pytest.mark.parametrize("kind", list(TRAIN_FILES))
+FILES = TRAIN_FILES | {"folder": ("images/p2.png", "masks/p2.png")}
+ALL = pytest.mark.parametrize("kind", list(FILES))
 
 
-@ALL
-def test_missing_mask(tmp_path: Path, kind: str) -> None:
-    root = tree(kind, tmp_path)
-    image, mask = (root / name for name in TRAIN_FILES[kind])
-    mask.unlink()
-    with pytest.raises(DataError) as caught:
-        load(kind, root)
-    assert str(caught.value).startswith(f"{image}: has no mask ")
-    assert str(mask) in str(caught.value)
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
 
 
-@ALL
-def test_value_that_is_none_of_the_classes(tmp_path: Path, kind: str) -> None:
-    root = tree(kind, tmp_path)
-    path = root / TRAIN_FILES[kind][1]
+def one_wrong_id(path: Path) -> None:
     pixels = np.array(Image.open(path))
     pixels[4:6, 7] = 200
     Image.fromarray(pixels).save(path)
-    expected = {
-        "cityscapes": "label ids: 0 to 33 or 255 (ignored)",
-        "voc": "0 to 20 or 255 (ignored)",
-        "ade20k": "1 to 150, or 0 or 255 (ignored)",
-    }[kind]
+
+
+def holding(pixels: NDArray[Any], **options: Any) -> Callable[[Path], None]:
+    return lambda path: Image.fromarray(pixels).save(path, **options)
+
+
+EXPECTED = {
+    "cityscapes": "label ids: 0 to 33 or 255 (ignored)",
+    "voc": "0 to 20 or 255 (ignored)",
+    "ade20k": "1 to 150, or 0 or 255 (ignored)",
+    "folder": "0 to 2 or 255 (ignored)",
+}
+SIZES = {"folder": (40, 40)}
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("which", "damage", "expected"),
+    [
+        (0, truncate, "{path}: cannot be read as an image"),
+        (1, truncate, "{path}: cannot be read as a mask"),
+        (1, Path.unlink, "{image}: has no mask {path}"),
+        (
+            1,
+            holding(np.zeros((8, 9), np.uint8)),
+            "{path}: 9 x 8 pixels, but its picture {image} has {size[1]} x {size[0]}",
+        ),
+        (
+            1,
+            one_wrong_id,
+            "{path}: has the value 200 (2 pixels out of range), expected {values}",
+        ),
+        (1, "negative", "{path}: has the value -1 ({count} pixels out of range)"),
+        (1, "colours", "{path}: a mask of mode RGB, expected class ids in one channel"),
+    ],
+    ids=["image", "mask", "no mask", "size", "id", "negative", "colours"],
+)
+def test_a_bad_file_is_named(
+    tmp_path: Path, kind: str, which: int, damage: Any, expected: str
+) -> None:
+    root = tree(kind, tmp_path)
+    path, image = root / FILES[kind][which], root / FILES[kind][0]
+    size = SIZES.get(kind, layouts.SIZE)
+    if damage == "negative":
+        damage = holding(np.full(size, -1, np.int32), format="TIFF")
+    elif damage == "colours":
+        damage = holding(np.zeros((*size, 3), np.uint8))
+    damage(path)
     with pytest.raises(DataError) as caught:
         load(kind, root)
-    message = f"{path}: has the value 200 (2 pixels out of range), expected {expected}"
-    assert str(caught.value) == message
-
-
-@ALL
-def test_mask_of_another_size(tmp_path: Path, kind: str) -> None:
-    root = tree(kind, tmp_path)
-    path = root / TRAIN_FILES[kind][1]
-    Image.fromarray(np.zeros((8, 9), np.uint8)).save(path)
-    with pytest.raises(DataError, match="9 x 8 pixels, but its picture .* has 48 x 24") as caught:
-        load(kind, root)
+    message = expected.format(
+        path=path, image=image, size=size, count=size[0] * size[1], values=EXPECTED[kind]
+    )
+    # Of several masks that would do, Cityscapes' message names all.
+    message = message.removesuffix(str(path)) if damage is Path.unlink else message
+    assert str(caught.value).startswith(message)
     assert str(path) in str(caught.value)
+    if damage is truncate:  # unless nothing was to be read before training
+        load(kind, root, check=False)
 
 
-@ALL
-@pytest.mark.parametrize(("which", "message"), [(0, "as an image"), (1, "as a mask")])
-def test_corrupt_file(tmp_path: Path, kind: str, which: int, message: str) -> None:
-    root = tree(kind, tmp_path)
-    path = root / TRAIN_FILES[kind][which]
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match=f"cannot be read {message}") as caught:
-        load(kind, root)
-    assert str(path) in str(caught.value)
-    # Unless nothing was to be read before training.
-    assert len(load(kind, root, check=False).train) == 3
-
-
-@ALL
+@PUBLISHED
 def test_only_the_first_few_are_read_unless_asked(tmp_path: Path, kind: str) -> None:
     root = tree(kind, tmp_path)
     image, mask = (root / name for name in TRAIN_FILES[kind])
@@ -315,7 +361,7 @@ def test_only_the_first_few_are_read_unless_asked(tmp_path: Path, kind: str) -> 
         load(kind, root, check=True)
 
 
-@ALL
+@PUBLISHED
 def test_root_that_is_none(tmp_path: Path, kind: str) -> None:
     layout = {
         "cityscapes": "leftImg8bit/{train,val}/CITY/",
@@ -338,17 +384,24 @@ def test_root_that_is_none(tmp_path: Path, kind: str) -> None:
         ("voc", "SegmentationClass"),
         ("ade20k", "images/validation"),
         ("ade20k", "annotations/training"),
+        ("folder", "masks"),
+        ("folder", ""),
     ],
 )
 def test_missing_folder(tmp_path: Path, kind: str, folder: str) -> None:
     root = tree(kind, tmp_path)
     shutil.rmtree(root / folder)
-    with pytest.raises(DataError, match=f"{folder}: no such folder; expected .*data.root"):
+    with pytest.raises(DataError) as caught:
         load(kind, root)
+    assert str(caught.value).startswith(f"{root / folder}: no such folder")
+    assert ("folder/masks" if folder == "masks" else "data.root") in str(caught.value).replace(
+        str(root), "folder"
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "folder"), [("cityscapes", "leftImg8bit/val"), ("ade20k", "images/validation")]
+    ("kind", "folder"),
+    [("cityscapes", "leftImg8bit/val"), ("ade20k", "images/validation"), ("folder", "images")],
 )
 def test_empty_split(tmp_path: Path, kind: str, folder: str) -> None:
     root = tree(kind, tmp_path)
@@ -375,14 +428,15 @@ def test_voc_lists(tmp_path: Path) -> None:
         load("voc", root)
 
 
-def test_different_sizes_need_a_crop(tmp_path: Path) -> None:
-    root = write_voc(tmp_path)
-    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
-        path = root / folder / f"2007_t2.{suffix}"
-        Image.open(path).crop((0, 0, 40, 20)).save(path)
-    load("voc", root)
-    with pytest.raises(DataError, match=r"2007_t2\.jpg: 40 x 20 pixels, .*data\.crop"):
-        load("voc", root, crop=None)
+@pytest.mark.parametrize("kind", ["voc", "folder"])
+def test_different_sizes_need_a_crop(tmp_path: Path, kind: str) -> None:
+    root = tree(kind, tmp_path)
+    names = [name.replace("t1", "t2") for name in FILES[kind]]
+    for path in (root / name for name in names):
+        Image.open(path).crop((0, 0, 20, 20)).save(path)
+    load(kind, root)
+    with pytest.raises(DataError, match=r"2\.(jpg|png): 20 x 20 pixels, .*data\.crop"):
+        load(kind, root, seed=1, crop=None)
 
 
 @pytest.mark.parametrize(

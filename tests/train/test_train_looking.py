@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
-from train_helpers import write_config
+from train_helpers import changed, distilling, same_weights, trainer, weights_of
 
 from heteroakd_fast.integrations.metrics import Scores
 from heteroakd_fast.train import logs
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import Mask, Picture, SegmentationData, load_data
+from heteroakd_fast.train.data import Mask, Picture, SegmentationData
 from heteroakd_fast.train.engine import StageResult, Trainer
 from heteroakd_fast.train.logs import MetricsFile, StageProgress, duration, read_metrics, throughput
 from heteroakd_fast.train.looking import (
@@ -39,24 +39,12 @@ from heteroakd_fast.train.looking import (
     strip,
 )
 from heteroakd_fast.train.models import UNet
-from heteroakd_fast.train.objectives import DistillObjective
 from heteroakd_fast.train.page import chart, curves, render
 from heteroakd_fast.train.pictures import spread_palette
 from heteroakd_fast.train.pipeline import Outcome
-from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.report import collect, draw, summary, table, write_report
 
-QUIET = Console(quiet=True)
 NASTY = ("<script>alert(1)</script>", "a & \"b\" 'c' [/d]", "$\\frac$")
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return load_config(write_config(tmp_path))
-
-
-def with_log(config: Config, **log: Any) -> Config:
-    return config.model_copy(update={"log": config.log.model_copy(update=log)})
 
 
 # -- strips --------------------------------------------------------------------------------------
@@ -165,46 +153,22 @@ class Moody(UNet):
 
 def distilled(config: Config, data: SegmentationData, folder: str) -> Trainer:
     torch.manual_seed(0)
-    objective = DistillObjective(
-        Moody(3, width=4, levels=3),
-        UNet(3, width=4, levels=3),
-        config.distill,
-        num_classes=3,
-        ignore_index=255,
-        taps=None,
-        side=(32, 32),
-        device=torch.device("cpu"),
-        seed=0,
-    )
-    return Trainer(
-        "distilled",
-        objective,
-        config=config,
-        data=data,
-        folder=config.run / folder,
-        steps=6,
-        model_config=config.student,
-        fingerprint={},
-        device=torch.device("cpu"),
-        console=QUIET,
-        side=(32, 32),
-    )
+    student, teacher = Moody(3, width=4, levels=3), UNet(3, width=4, levels=3)
+    return trainer(config, data, distilling(student, teacher, config.distill), folder, steps=6)
 
 
-def test_looking_changes_no_bit(config: Config) -> None:
+def test_looking_changes_no_bit(config: Config, data: SegmentationData) -> None:
     """A run with pictures ends with the very weights, scores and logs of one without."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    data = load_data(config.data, config.seed)
-    config = with_log(config, eval_every=2)
+    config = changed(config, log={"eval_every": 2})
     states, results, modes = [], [], []
     for folder, images in (("with", 2), ("without", 0)):
-        run = distilled(with_log(config, tensorboard=True, images=images), data, folder)
+        run = distilled(changed(config, log={"tensorboard": True, "images": images}), data, folder)
         results.append(dataclasses.replace(run.run(), seconds=0.0))
-        states.append(run.objective.state_dict())
+        states.append(weights_of(run.objective))
         modes.append([module.training for module in run.objective.modules()])
     assert results[0] == results[1]
-    for key, value in states[0].items():
-        assert torch.equal(value, states[1][key]), key
+    same_weights(*states)
     assert modes[0] == modes[1]
     assert True in modes[0]
     assert False in modes[0]
@@ -231,8 +195,9 @@ def test_looking_changes_no_bit(config: Config) -> None:
     assert without.Scalars("val/miou")
 
 
-def test_nobody_looks_without_tensorboard(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load_data(config.data, config.seed)
+def test_nobody_looks_without_tensorboard(
+    config: Config, data: SegmentationData, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("pictures were chosen for nobody")
@@ -241,7 +206,7 @@ def test_nobody_looks_without_tensorboard(config: Config, monkeypatch: pytest.Mo
     monkeypatch.setattr("heteroakd_fast.train.looking.look", refuse)
     assert distilled(config, data, "off").run().steps == 6
     with pytest.raises(AssertionError, match="for nobody"):
-        distilled(with_log(config, tensorboard=True), data, "on").run()
+        distilled(changed(config, log={"tensorboard": True}), data, "on").run()
 
 
 # -- the page ------------------------------------------------------------------------------------
@@ -302,17 +267,8 @@ def outcome_of(config: Config, stages: tuple[str, ...], names: tuple[str, ...]) 
     }
     distillation = None
     if "distilled" in stages:
-        distillation = DistillObjective(
-            models["distilled"],
-            models["teacher"],
-            config.distill,
-            num_classes=len(names),
-            ignore_index=255,
-            taps=None,
-            side=(24, 32),
-            device=torch.device("cpu"),
-            seed=0,
-        )
+        pair = models["distilled"], models["teacher"]
+        distillation = distilling(*pair, config.distill, num_classes=len(names), side=(24, 32))
     results = {}
     for number, stage in enumerate(stages):
         iou = tuple(0.25 * (number + 1) for _ in names[1:])
@@ -416,13 +372,12 @@ def test_report_with_names_that_mean_something_elsewhere(config: Config) -> None
 
 def test_pictures_get_the_size_of_the_evaluation(config: Config) -> None:
     """With data.resize the networks see the resized picture; what is shown has the label's size."""
-    resized = config.data.model_copy(update={"resize": (64, 48)})
     outcome = outcome_of(config, ("teacher", "distilled"), NASTY)
     seen = []
     outcome.models["teacher"].register_forward_hook(
         lambda _, inputs, __: seen.append(tuple(inputs[0].shape[-2:]))
     )
-    samples = collect(outcome, config.model_copy(update={"data": resized}))
+    samples = collect(outcome, changed(config, data={"resize": (64, 48)}))
     assert set(seen) == {(48, 64)}
     for sample in samples:
         assert sample.picture.shape == (24, 32, 3)

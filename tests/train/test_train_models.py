@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from train_helpers import CPU, distilling, same_weights, weights_of
 
 from heteroakd_fast.train.config import DistillConfig, ModelConfig
 from heteroakd_fast.train.errors import ConfigError, ModelError
@@ -24,8 +25,6 @@ from heteroakd_fast.train.models import (
 from heteroakd_fast.train.objectives import DistillObjective, PlainObjective, dry_run
 from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.taps import FeatureTap, probe_channels
-
-CPU = torch.device("cpu")
 
 
 def custom(num_classes: int, hidden: int = 4) -> nn.Module:
@@ -126,8 +125,7 @@ def test_weights_files(tmp_path: Path, kind: str) -> None:
     else:
         torch.save({"state_dict": source} if kind == "nested" else source, path)
     model = build_model(config.model_copy(update={"weights": path}), 3, seed=2)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, source[key])
+    same_weights(model.state_dict(), source)
 
 
 def test_weights_in_the_folder_layout_of_transformers(tmp_path: Path) -> None:
@@ -142,8 +140,7 @@ def test_weights_in_the_folder_layout_of_transformers(tmp_path: Path) -> None:
     source.save_pretrained(tmp_path)  # type: ignore[operator]
     there = ModelConfig(arch="segformer", weights=tmp_path, steps=0)
     model = build_model(there, 3, seed=2)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, source.state_dict()[key])
+    same_weights(model.state_dict(), source.state_dict())
     with pytest.raises(ModelError, match="has 3 classes, the data has 4"):
         build_model(there, 4, seed=2)
     part = tmp_path / "part"
@@ -170,15 +167,14 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     state["classifier.weight"] = torch.zeros(7, 4, 1, 1)
     state["extra.weight"] = state.pop("classifier.bias")
     torch.save(state, tmp_path / "w.pt")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = weights_of(model)
     with pytest.raises(ModelError) as caught:
         load_weights(model, tmp_path / "w.pt")
     message = str(caught.value)
     assert "missing in the file: classifier.bias" in message
     assert "unknown to the model: extra.weight" in message
     assert "classifier.weight: shape (7, 4, 1, 1) in the file, (3, 4, 1, 1) in the model" in message
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
+    same_weights(model.state_dict(), before)
 
 
 def test_unreadable_weights(tmp_path: Path) -> None:
@@ -268,26 +264,15 @@ def test_taps_of_modules_with_channels_last(channels: int, side: tuple[int, int]
 
 def test_probe_leaves_running_statistics_alone() -> None:
     model = UNet(3, width=4, levels=3).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = weights_of(model)
     assert probe_channels(model, FeatureTap(model, "decoder.1"), (32, 32), CPU) == 4
     assert model.training
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
+    same_weights(model.state_dict(), before)
 
 
 def make_distillation(taps: tuple[str, str] | None, **options: Any) -> DistillObjective:
     student, teacher = UNet(3, width=4, levels=3), UNet(3, width=6, levels=3, stride=4)
-    return DistillObjective(
-        student,
-        teacher,
-        DistillConfig(**options),
-        num_classes=3,
-        ignore_index=255,
-        taps=taps,
-        side=(32, 32),
-        device=CPU,
-        seed=0,
-    )
+    return distilling(student, teacher, DistillConfig(**options), taps=taps)
 
 
 @pytest.mark.parametrize("taps", [None, ("decoder.1", "decoder.0")])
@@ -296,7 +281,7 @@ def test_distillation_trains_the_student_and_projectors_only(
 ) -> None:
     objective = make_distillation(taps)
     teacher = objective._teacher[0]
-    frozen = {key: value.clone() for key, value in teacher.state_dict().items()}
+    frozen = weights_of(teacher)
     objective.train()
     assert objective.model.training
     assert not teacher.training
@@ -310,8 +295,7 @@ def test_distillation_trains_the_student_and_projectors_only(
         assert parameter.grad.abs().sum() > 0, name
     for parameter in teacher.parameters():
         assert parameter.grad is None
-    for key, value in teacher.state_dict().items():
-        assert torch.equal(value, frozen[key])
+    same_weights(teacher.state_dict(), frozen)
     maps = objective.maps(torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.int64))
     assert maps["reliability"].shape == maps["discrepancy"].shape == (1, 32, 32)
     assert (maps["reliability"] > 0).all()

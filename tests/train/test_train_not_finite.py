@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_helpers import write_config
+from train_helpers import (
+    after_step,
+    before_step,
+    changed,
+    exported,
+    plain,
+    same_weights,
+    saved_step,
+    weights_of,
+)
+from train_helpers import trainer as make_trainer
 
-from heteroakd_fast.train import engine, pipeline
+from heteroakd_fast.train import engine
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import SegmentationData, load_data, sample_index
+from heteroakd_fast.train.data import SegmentationData, sample_index
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.errors import CheckpointError, TrainingError
 from heteroakd_fast.train.models import UNet
-from heteroakd_fast.train.objectives import PlainObjective
-from heteroakd_fast.train.reading import load_config
 
 
 class Spoilt(UNet):
@@ -41,44 +45,11 @@ class Spoilt(UNet):
         return gradient
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return load_config(write_config(tmp_path))
-
-
-@pytest.fixture
-def data(config: Config) -> SegmentationData:
-    return load_data(config.data, config.seed)
-
-
 def trainer(
     config: Config, data: SegmentationData, folder: str = "one", model: nn.Module | None = None
 ) -> Trainer:
     torch.manual_seed(0)
-    return Trainer(
-        "alone",
-        PlainObjective(model or Spoilt(), config.distill, 255),
-        config=config,
-        data=data,
-        folder=config.run / folder,
-        steps=config.student.steps,
-        model_config=config.student,
-        fingerprint=pipeline.fingerprint(config, "alone"),
-        device=torch.device("cpu"),
-        console=Console(quiet=True),
-        side=(32, 32),
-    )
-
-
-def before_step(run: Trainer, step: int, action: Callable[[], None]) -> None:
-    original = run._step
-
-    def stepped(micro_batches: Any) -> None:
-        if run.step + 1 == step:
-            action()
-        original(micro_batches)
-
-    run._step = stepped  # type: ignore[method-assign]
+    return make_trainer(config, data, plain(model or Spoilt(), config), folder)
 
 
 def spoil(run: Trainer, entry: float | None) -> None:
@@ -86,7 +57,13 @@ def spoil(run: Trainer, entry: float | None) -> None:
 
 
 def weights(run: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in run.objective.model.state_dict().items()}
+    return weights_of(run.objective.model)
+
+
+def parameters(run: Trainer) -> dict[str, Tensor]:
+    """Without running statistics, which a forward pass moves."""
+    named = run.objective.model.named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named}
 
 
 def batch(config: Config, data: SegmentationData, step: int) -> list[str]:
@@ -117,15 +94,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     clip: float | None,
 ) -> None:
     """In a step that would write a checkpoint: the one before it is as it was, and is resumed."""
-    optim = config.optim.model_copy(update={"grad_clip": clip, "accumulate": accumulate})
-    config = config.model_copy(update={"optim": optim, "amp": amp})
+    config = changed(config, optim={"grad_clip": clip, "accumulate": accumulate}, amp=amp)
     whole = trainer(config, data, "whole")
     whole.run()
-    run, before = trainer(config, data), {}
+    run = trainer(config, data)
+    before: dict[str, Tensor] = {}
 
     def spoilt() -> None:
         spoil(run, entry)
-        before.update(weights(run))
+        before.update(parameters(run))
 
     before_step(run, 8, spoilt)
     with pytest.raises(TrainingError) as caught:
@@ -135,46 +112,40 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     assert ("in model.classifier.weight (loss " in message) == (not math.isfinite(entry))
     assert ", ce " in message
     assert all(name in message for name in batch(config, data, 8))
-    for name, parameter in run.objective.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+    same_weights(parameters(run), before)
     assert not (config.run / "one" / "model.safetensors").exists()
-    saved = load_checkpoint(config.run / "one")
-    assert saved is not None
-    assert saved["step"] == 4
+    assert saved_step(config.run / "one") == 4
     resumed = trainer(config, data)
     resumed.run()
-    for name, value in weights(whole).items():
-        assert torch.equal(value, resumed.objective.model.state_dict()[name]), name
+    same_weights(weights(resumed), weights(whole))
 
 
 def test_fp16_skips_what_overflows_and_goes_on(config: Config, data: SegmentationData) -> None:
-    run = trainer(config.model_copy(update={"amp": "fp16"}), data)
+    run = trainer(changed(config, amp="fp16"), data)
     before: dict[str, Tensor] = {}
-    before_step(run, 6, lambda: (spoil(run, math.inf), before.update(weights(run)))[0])
+    before_step(run, 6, lambda: (spoil(run, math.inf), before.update(parameters(run))))
 
     def compare() -> None:
         spoil(run, None)
-        for name, parameter in run.objective.model.named_parameters():
-            assert torch.equal(parameter, before[name]), name
+        same_weights(parameters(run), before)
 
     before_step(run, 7, compare)
     scale = run.scaler.get_scale()
     assert run.run().steps == 10
     assert run.scaler.get_scale() == scale / 2
-    exported = load_file(config.run / "one" / "model.safetensors")
-    assert all(value.isfinite().all() for value in exported.values())
-    assert not torch.equal(exported["classifier.weight"], before["classifier.weight"])
+    written = exported(config.run, "one")
+    assert all(value.isfinite().all() for value in written.values())
+    assert not torch.equal(written["classifier.weight"], before["classifier.weight"])
 
 
 def test_fp16_that_skips_every_step_stops(config: Config, data: SegmentationData) -> None:
-    run = trainer(config.model_copy(update={"amp": "fp16"}), data)
+    run = trainer(changed(config, amp="fp16"), data)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=10 * engine._LEAST_SCALE)
-    before = weights(run)
+    before = parameters(run)
     spoil(run, math.nan)
     with pytest.raises(TrainingError, match=r"of step 4 is not finite, whatever the scale .*fp16"):
         run.run()
-    for name, parameter in run.objective.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+    same_weights(parameters(run), before)
 
 
 @pytest.mark.parametrize("step", [8, 10], ids=["checkpoint", "end"])
@@ -182,21 +153,12 @@ def test_weights_that_are_not_finite_are_not_saved(
     config: Config, data: SegmentationData, step: int
 ) -> None:
     run = trainer(config, data)
-    original = run._step
-
-    def stepped(micro_batches: Any) -> None:
-        original(micro_batches)
-        if run.step == step:
-            with torch.no_grad():
-                run.objective.model.encoder[0][0][1].running_var[0] = math.inf  # type: ignore
-
-    run._step = stepped  # type: ignore[method-assign]
+    encoder: Any = run.objective.model.encoder
+    after_step(run, step, lambda: encoder[0][0][1].running_var[0].fill_(math.inf))
     with pytest.raises(CheckpointError, match=r"not finite in model\.encoder\.0\.0\.1\.running_va"):
         run.run()
     assert not (config.run / "one" / "model.safetensors").exists()
-    saved = load_checkpoint(config.run / "one")
-    assert saved is not None
-    assert saved["step"] == {8: 4, 10: 8}[step]
+    assert saved_step(config.run / "one") == {8: 4, 10: 8}[step]
 
 
 def test_a_constant_that_is_not_finite_is_no_fault(config: Config, data: SegmentationData) -> None:
@@ -236,7 +198,6 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over(
     assert not (folder / NEWEST).exists()
     again = trainer(config, data)
     again.run()
-    for name, value in weights(whole).items():
-        assert torch.equal(value, again.objective.model.state_dict()[name]), name
+    same_weights(weights(again), weights(whole))
     kept = sorted(path.name for path in folder.glob("*.ckpt*"))
     assert kept == [NEWEST, f"{NEWEST}.unusable", PREVIOUS]

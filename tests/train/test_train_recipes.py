@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from train_helpers import distilling, same_weights
 
 from heteroakd_fast.train.cli import main
 from heteroakd_fast.train.config import Config, ModelConfig
 from heteroakd_fast.train.errors import ConfigError, ModelError
 from heteroakd_fast.train.models import LIBRARY, build_model, forward_logits, logits_of
-from heteroakd_fast.train.objectives import DistillObjective
 from heteroakd_fast.train.reading import (
     as_toml,
     embedded_recipes,
@@ -29,7 +29,6 @@ DATA = [name for name, kind in KINDS.items() if kind.startswith("Data")]
 PAIRS = [name for name, kind in KINDS.items() if kind == "Pair"]
 METHODS = [name for name, kind in KINDS.items() if kind == "Method"]
 ROOT = ["--data.root", "somewhere"]
-CPU = torch.device("cpu")
 
 #: The same networks, thin enough for a test: names of modules are those of the full ones.
 THIN: dict[str, dict[str, Any]] = {
@@ -161,17 +160,8 @@ def test_pairs_build_tap_and_distil(pair: str) -> None:
         build_model(thin(model), 5, 0) for model in (config.student, config.teacher)
     )
     assert config.taps is not None
-    objective = DistillObjective(
-        student,
-        teacher,
-        config.distill,
-        num_classes=5,
-        ignore_index=255,
-        taps=config.taps,
-        side=(64, 96),
-        device=CPU,
-        seed=0,
-    )
+    shape: dict[str, Any] = {"num_classes": 5, "side": (64, 96), "taps": config.taps}
+    objective = distilling(student, teacher, config.distill, **shape)
     objective.train()
     output = objective(torch.randn(2, 3, 64, 96), torch.randint(0, 5, (2, 64, 96)))
     output.loss.backward()
@@ -189,8 +179,7 @@ def test_short_names_build_and_learn(arch: str) -> None:
     config = ModelConfig(arch=arch, kwargs=THIN[arch], steps=1)
     model = build_model(config, 5, seed=3)
     again = build_model(config, 5, seed=3)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[key])
+    same_weights(model.state_dict(), again.state_dict())
     logits = forward_logits(model, torch.randn(2, 3, 64, 64))
     assert logits.shape[:2] == (2, 5)
     assert logits.shape[-1] == (64 if arch == "dpt" else logits.shape[-1])

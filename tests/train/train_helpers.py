@@ -5,11 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from heteroakd_fast.train import pipeline
+from heteroakd_fast.train.checkpoint import load_checkpoint
+from heteroakd_fast.train.config import Config, DistillConfig
+from heteroakd_fast.train.data import SegmentationData
+from heteroakd_fast.train.engine import Trainer
+from heteroakd_fast.train.objectives import DistillObjective, Objective, PlainObjective
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]], np.uint8)
 
@@ -104,3 +119,90 @@ def run_command(*arguments: str | Path, **options: Any) -> subprocess.CompletedP
         check=False,
         **options,
     )
+
+
+def changed(config: Config, **changes: Any) -> Config:
+    """The configuration with other values; a mapping changes keys of a table."""
+    tables = {
+        key: getattr(config, key).model_copy(update=value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return config.model_copy(update=tables)
+
+
+def plain(model: nn.Module, config: Config) -> PlainObjective:
+    return PlainObjective(model, config.distill, 255)
+
+
+def distilling(
+    student: nn.Module, teacher: nn.Module, distill: DistillConfig, **options: Any
+) -> DistillObjective:
+    values = {"num_classes": 3, "ignore_index": 255, "taps": None, "side": (32, 32)}
+    return DistillObjective(
+        student, teacher, distill, **{**values, "device": CPU, "seed": 0, **options}
+    )
+
+
+def trainer(
+    config: Config, data: SegmentationData, objective: Objective, folder: str, **options: Any
+) -> Trainer:
+    """Of the stage `alone`, whatever the objective."""
+    values: dict[str, Any] = {
+        "config": config,
+        "data": data,
+        "folder": config.run / folder,
+        "steps": config.student.steps,
+        "model_config": config.student,
+        "fingerprint": pipeline.fingerprint(config, "alone"),
+        "device": CPU,
+        "console": QUIET,
+        "side": (32, 32),
+    }
+    return Trainer("alone", objective, **{**values, **options})
+
+
+def before_step(run: Trainer, step: int, action: Callable[[], Any]) -> None:
+    """Let something happen when the step (from 1) begins."""
+    original = run._step
+
+    def stepped(micro_batches: Any) -> None:
+        if run.step + 1 == step:
+            action()
+        original(micro_batches)
+
+    run._step = stepped  # type: ignore[method-assign]
+
+
+def after_step(run: Trainer, step: int, action: Callable[[], Any]) -> None:
+    """Let something happen when the step (from 1) is done, before anything of it is saved."""
+    original = run._step
+
+    def stepped(micro_batches: Any) -> None:
+        original(micro_batches)
+        if run.step == step:
+            action()
+
+    run._step = stepped  # type: ignore[method-assign]
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    saved = load_checkpoint(folder)
+    assert saved is not None
+    return int(saved["step"])
+
+
+def same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """To the bit."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def exported(run: Path, stage: str = "alone") -> dict[str, Tensor]:
+    return load_file(run / stage / "model.safetensors")
+
+
+def weights_of(objective: nn.Module) -> dict[str, Tensor]:
+    """A copy."""
+    return {name: value.clone() for name, value in objective.state_dict().items()}

@@ -9,6 +9,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ import torch
 from common import TERM_CASES, Batch, evaluate, make_batch
 from torch import Tensor
 
-from heteroakd_fast import _extension, backends, functional
-from heteroakd_fast.backends import cuda
+from heteroakd_fast import _extension, functional
+from heteroakd_fast.backends import compiled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["dense", "channels last", "padded rows", "every second"]
@@ -171,8 +172,8 @@ def check_cpu(sanitizer: str) -> None:
 
 def check_cuda() -> None:
     """The CUDA kernels through the shim."""
-    cuda.BACKEND.__init__(lambda: cuda_shim.load(sanitize=True), ("cpu",))  # type: ignore[misc]
-    backends._unavailable.cache_clear()
+    load = partial(cuda_shim.load, sanitize=True)
+    compiled.CUDA.__init__("cuda", lambda: None, load, "cpu")  # type: ignore[misc]
     batch = make_batch(dtype=torch.float32)
     short_logits = batch._replace(student=shortened(batch.student))
     assert_reported("heap-buffer-overflow", lambda: evaluate(short_logits, backend="cuda"))

@@ -127,8 +127,10 @@ def refuse_without_memory(tensor: Tensor, name: str) -> None:
         size = tensor.untyped_storage().size()
     except NotImplementedError:  # what a transform wraps has its storage elsewhere
         return
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    end = tensor.storage_offset() + sum((n - 1) * stride for n, stride in steps) + 1
+    end = tensor.storage_offset() + tensor.numel()
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((n - 1) * stride for n, stride in steps) + 1
     if end * tensor.element_size() > size:
         raise RuntimeError(
             f"{name}: the tensor has no memory: its storage has {size} bytes, expected "
@@ -262,7 +264,7 @@ def check_tensor(
         raise TypeError(
             f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}"
         )
-    if not torch.compiler.is_compiling() and any(n > LARGEST_SIZE for n in tensor.shape):
+    if not torch.compiler.is_compiling() and max(tensor.shape) > LARGEST_SIZE:
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, expected sizes up to {LARGEST_SIZE}"
         )

@@ -6,6 +6,7 @@ checked here is tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypedDict
 
@@ -184,15 +185,12 @@ def _combine(
     passes: Sequence[_Pass], options: Mapping[str, Any], normalizer: Normalizer | None
 ) -> DistillationOutput:
     """Denominators (global if asked, in one collective), means, weighted sum."""
-    kinds = [kind for one in passes for kind in one.plan.denominators]
     # of each term of all passes its name and the position of its group among all groups
     terms: list[tuple[str, int]] = []
+    kinds: list[str] = []
     for one in passes:
-        first = sum(len(earlier.plan.denominators) for earlier in passes[: passes.index(one)])
-        terms += [
-            (name, first + group)
-            for name, group in zip(one.plan.names, one.plan.groups, strict=True)
-        ]
+        terms += zip(one.plan.names, (len(kinds) + k for k in one.plan.groups), strict=True)
+        kinds += one.plan.denominators
     replaced = check_normalizer(normalizer, terms, kinds)
     denominators = _joined([one.sums.denominators for one in passes])
     if options["process_group"] is not None:
@@ -213,14 +211,15 @@ def _combine(
             ]
         )
     # A mean over nothing is 0, with a graph. NaN stays NaN.
-    inverse = torch.where(denominators == 0, 0.0, 1.0 / denominators)
+    inverse = denominators.reciprocal().nan_to_num(math.nan, 0.0, 0.0)
     totals = _joined([one.sums.totals for one in passes])
     dtype = torch.promote_types(tensor_of(passes[0].part.student).dtype, torch.float32)
-    loss = (totals * inverse).sum().to(dtype)
+    loss = totals.dot(inverse).to(dtype)
     numerators = _joined([one.sums.numerators for one in passes])
-    scales = inverse.unbind()
-    of_terms = torch.stack([scales[group] for _, group in terms])
-    means = (numerators * of_terms).to(dtype).unbind()
+    if len(kinds) > 1:
+        scales = inverse.unbind()
+        inverse = torch.stack([scales[group] for _, group in terms])
+    means = (numerators * inverse).to(dtype).unbind()
     reported: dict[str, Tensor] = {}
     names = [one.part.names.get(name, name) for one in passes for name in one.plan.names]
     for name, mean in zip(names, means, strict=True):

@@ -425,7 +425,8 @@ class HeteroAKDLoss(AdjustableLoss):
         return parts
 
     def _check_classes(self, student_logits: Tensor) -> None:
-        check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
+        if not isinstance(student_logits, Tensor) or student_logits.dim() != 4:
+            check_tensor(student_logits, "student_logits", 4, "[B, C, h, w]", LOGITS_DTYPES)
         if student_logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"student_logits: got C={student_logits.shape[1]} classes, the loss was built "
@@ -435,8 +436,10 @@ class HeteroAKDLoss(AdjustableLoss):
 
 
 def _check_teacher_is_there(teacher_logits: Tensor | None, encoded: _Encoded) -> None:
+    if teacher_logits is not None:
+        return
     needed = next((name for name in names_of(encoded.shape) if name != "ce"), None)
-    if teacher_logits is None and needed is not None:
+    if needed is not None:
         raise ValueError(
             f"teacher_logits: got None, but {needed}_weight is not 0; pass the teacher's logits or "
             f"set {needed}_weight=0{_WITHOUT_TEACHER}"

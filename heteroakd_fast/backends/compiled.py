@@ -11,6 +11,7 @@ pass `ce` over the teacher's logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,7 +74,10 @@ class CompiledBackend:
         return any(
             wanted and slots and not keeps
             for wanted, slots, keeps in zip(
-                call.wants[::3], slots_of_passes(call), self._keeps(call), strict=True
+                call.wants[::3],
+                slots_of_passes(call.spec.structure),
+                self._keeps(call),
+                strict=True,
             )
         )
 
@@ -94,7 +98,11 @@ class CompiledBackend:
         )
         grads: list[Tensor | None] = [None] * 6
         for at, grad, logits, slots in zip(
-            (0, 3), found, (call.student, call.teacher), slots_of_passes(call), strict=True
+            (0, 3),
+            found,
+            (call.student, call.teacher),
+            slots_of_passes(call.spec.structure),
+            strict=True,
         ):
             if call.wants[at] and logits is not None:
                 grads[at] = grad if slots else torch.zeros_like(logits)
@@ -104,17 +112,24 @@ class CompiledBackend:
         return [
             ((slots, *self._saved_shape(call, logits)), compute_dtype(logits))
             for logits, slots, keeps in zip(
-                (call.student, call.teacher), slots_of_passes(call), self._keeps(call), strict=True
+                (call.student, call.teacher),
+                slots_of_passes(call.spec.structure),
+                self._keeps(call),
+                strict=True,
             )
             if keeps and logits is not None
         ]
 
     def _keeps(self, call: Call) -> tuple[bool, bool]:
         """Whether the student's pass and the teacher's keep gradients."""
-        student, teacher = slots_of_passes(call)
-        others = call.teacher if self.name == "cpu" and _student_reads_teacher(call) else None
+        student, teacher = slots_of_passes(call.spec.structure)
+        again = _on_label_grid(call, call.student) and (
+            self.name != "cpu"
+            or not _student_reads_teacher(call)
+            or _on_label_grid(call, call.teacher)
+        )
         return (
-            call.wants[0] and student > 0 and not _on_label_grid(call, call.student, others),
+            call.wants[0] and student > 0 and not again,
             call.wants[3] and teacher > 0 and not _on_label_grid(call, call.teacher),
         )
 
@@ -129,10 +144,11 @@ class CompiledBackend:
         return batch, classes, -(-(height + 1) // rows), rows + 1, width
 
 
-def _on_label_grid(call: Call, *logits: Tensor | None) -> bool:
-    """Whether all of these are; without labels, as in a `gradient` that reads none, False."""
-    size = None if call.target is None else call.target.shape[1:]
-    return all(one is None or one.shape[2:] == size for one in logits)
+def _on_label_grid(call: Call, logits: Tensor | None) -> bool:
+    """Without labels, as in a `gradient` that reads none, nothing is."""
+    if logits is None:
+        return True
+    return call.target is not None and logits.shape[2:] == call.target.shape[1:]
 
 
 def _student_reads_teacher(call: Call) -> bool:
@@ -140,10 +156,11 @@ def _student_reads_teacher(call: Call) -> bool:
     return call.spec.maps or not alone.issuperset(groups_of(call.spec.structure))
 
 
-def slots_of_passes(call: Call) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def slots_of_passes(structure: tuple[int, ...]) -> tuple[int, int]:
     """How many gradients the student's pass and the teacher's keep: one of each group of terms, but
     that hetero has its own (csrc/spec.h)."""
-    groups = groups_of(call.spec.structure)
+    groups = groups_of(structure)
     student = {group for name, group in groups.items() if name not in ("teacher_ce", "hetero")}
     return len(student) + ("hetero" in groups), int("teacher_ce" in groups)
 

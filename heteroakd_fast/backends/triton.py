@@ -81,7 +81,7 @@ class TritonBackend:
         return call.projected or any(
             wanted and slots and not keeps
             for wanted, slots, keeps in zip(
-                call.wants[::3], slots_of_passes(call), _keeps(call), strict=True
+                call.wants[::3], slots_of_passes(call.spec.structure), _keeps(call), strict=True
             )
         )
 
@@ -118,7 +118,10 @@ class TritonBackend:
                 compute_dtype(logits),
             )
             for logits, slots, keeps in zip(
-                (call.student, call.teacher), slots_of_passes(call), _keeps(call), strict=True
+                (call.student, call.teacher),
+                slots_of_passes(call.spec.structure),
+                _keeps(call),
+                strict=True,
             )
             if keeps and logits is not None
         ]
@@ -130,7 +133,10 @@ def _keeps(call: Call) -> tuple[bool, ...]:
     return tuple(
         bool(wanted and slots and logits is not None and logits.shape[2:] != size)
         for logits, slots, wanted in zip(
-            (call.student, call.teacher), slots_of_passes(call), call.wants[::3], strict=True
+            (call.student, call.teacher),
+            slots_of_passes(call.spec.structure),
+            call.wants[::3],
+            strict=True,
         )
     )
 

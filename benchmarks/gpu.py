@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import glob
 import importlib.util
 import os
 import re
@@ -44,6 +43,7 @@ TESTS: Final = ("-m", "benchmarks.gpu_tests")
 BACKENDS: Final = ("cuda", "triton")
 HEADLINE: Final = ("eager", "compile", "compile-whole", *(f"heteroakd[{x}]" for x in BACKENDS))
 SANITIZERS: Final = ("memcheck", "racecheck", "initcheck", "synccheck")
+_ON_GPU: Final = "tests/test_gpu.py"
 SANITIZER_FOUND: Final = 86  # an exit code that neither Python nor a signal uses
 #: What ncu reads. Issue slots first: what binds on paper.
 METRICS: Final = {
@@ -57,11 +57,10 @@ METRICS: Final = {
 
 
 def find_tool(name: str) -> str | None:
-    """On the PATH or in a CUDA toolkit, which often is not on it."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    """In the CUDA toolkit that CUDA_HOME names, or on the PATH."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [f"{home}/bin" for home in homes if home]
-    places += sorted(glob.glob("/opt/nvidia/nsight-compute/*"), reverse=True)
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+    return shutil.which(name, path=os.pathsep.join(places)) or shutil.which(name)
 
 
 # --- stages ------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def sanitizer(stage: StageRun) -> None:
         # Each tensor is an allocation that it can see.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         # conftest.py would fill the memory that initcheck is to see
-        selection = ("tests/test_gpu_calls.py", "-k", "test_under_a_sanitizer", "--noconftest")
+        selection = (_ON_GPU, "-k", "test_under_a_sanitizer", "--noconftest")
         worker, silent = (*TESTS, "0/1", *pytest_arguments(selection)), float("inf")
         ran = stage.items(
             *worker, group=tool, prefix=prefix, silent=silent, environment=environment
@@ -240,9 +239,8 @@ def run_tests(*selection: str, silent: float = 120.0) -> Callable[[StageRun], No
     return work
 
 
-_CALLS: Final = "tests/test_gpu_calls.py"
-_ON_GPU: Final = ("tests/test_gpu.py", "-m", "gpu", "-k")
-_SAMPLE: Final = "test_value_and_gradients and other-teacher and contiguous and float32"
+_CALLS: Final = "test_value_gradients_and_bits"
+_GRAPHS: Final = "test_graph_replays"
 _KERNELS: Final = (
     "tests/contract/test_values.py",
     "tests/kernels/test_cuda_kernels.py",
@@ -253,14 +251,13 @@ _OTHERS: Final = [group for group in SUITES["gpu"] if group != "headline"]
 
 STAGES: Final = (
     Stage("prepare", 150, prepare),
-    Stage("smoke", 75, run_tests(_CALLS, "-k", "test_value_gradients_and_bits")),
+    Stage("smoke", 75, run_tests(_ON_GPU, "-k", _CALLS)),
     Stage("headline", 110, headline),
     Stage("issue", 45, issue),
-    Stage("correctness", 60, run_tests(*_ON_GPU, _SAMPLE)),
-    Stage("graphs", 45, run_tests(_CALLS, "-k", "test_graph_replays")),
+    Stage("graphs", 45, run_tests(_ON_GPU, "-k", _GRAPHS)),
     Stage("sanitizer", 75, sanitizer),
     Stage("driver", 90, run_tests("tests/train/test_train_gpu.py")),
-    Stage("tests", 300, run_tests(*_ON_GPU, f"not ({_SAMPLE})")),
+    Stage("tests", 300, run_tests(_ON_GPU, "-m", "gpu", "-k", f"not {_CALLS} and not {_GRAPHS}")),
     Stage("kernels", 120, run_tests(*_KERNELS)),
     Stage("benchmarks", float("inf"), partial(suite, "benchmarks", _OTHERS)),
 )

@@ -291,7 +291,7 @@ def compile_cuda(source: Path, arch: str, *more: str) -> bytes:
 
 def compile_triton(case: str, arch: int, careful: bool = False) -> list[tuple[Any, int]]:
     """The kernels of a case, and the pixels that a thread has at a time. The package's own launches
-    are made, on tensors without memory. careful: the twins for extreme logits are compiled too."""
+    are made, on tensors without memory. careful: the exact fallbacks are compiled too."""
     from torch._subclasses import FakeTensorMode
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("HETEROAKD_TEST_INTERPRETED") == "all":
         return
     seen: Counter[str] = Counter()
-    left_out = [item for item in items if compiles_much(item)]
+    left_out = []
     for item in items:
         if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
             continue
@@ -57,22 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if seen[function] % (marker.args[0] if marker else SHARE):
             left_out.append(item)
         seen[function] += 1
-    leave_out(config, items, left_out)
-
-
-def compiles_much(item: pytest.Item) -> bool:
-    """On a GPU every combination of options, dtype, layout and ratio is a kernel to compile, for
-    seconds each: all ratios in one dtype and layout, all dtypes and layouts at one ratio."""
-    if not isinstance(item, pytest.Function) or item.originalname != "test_value_and_gradients":
-        return False
-    chosen = item.callspec.params
-    plain = chosen["dtype"] == torch.float32 and chosen["layout"] == "contiguous"
-    return chosen["backend"] == "triton" and not plain and chosen["geometry"] != "other-teacher"
-
-
-def leave_out(config: pytest.Config, items: list[pytest.Item], which: list[pytest.Item]) -> None:
-    config.hook.pytest_deselected(items=which)
-    gone = set(which)
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
     items[:] = [item for item in items if item not in gone]
 
 

@@ -137,6 +137,6 @@ def test_dumps_are_matched_to_jobs_by_label(tmp_path: Path) -> None:
 
 
 def test_every_compiled_backend_is_gated_and_only_those() -> None:
-    names = {provider for _, provider in gate.jobs_of(gate.CASES["instructions"])}
+    names = {provider for _, provider in gate.jobs_of(gate.CASES["time"][:1])}
     assert names <= {name for name in gate.find() if name.startswith("heteroakd[")}
     assert "heteroakd[reference]" not in names

@@ -91,19 +91,19 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not list(gpu.PACKAGE.glob("_C.*"))
 
 
-def test_selections_cover_every_test_once() -> None:
-    """Two runs of one file: a sample first, and then what is not in it."""
-    commands: list[str] = []
-    for name in ("correctness", "tests"):
-        running = stage_run(name, dry=True)
-        next(x for x in gpu.STAGES if x.name == name).work(running)
-        commands += running.commands
-    sample, rest = (re.search(r"-k '(.*?)'", command) for command in commands)
-    assert sample is not None
-    assert rest is not None
-    assert rest[1] == f"not ({sample[1]})"
+def test_selections_name_tests_that_exist() -> None:
+    """What a stage has of a file, a later one leaves out."""
+    commands = {}
+    for stage in gpu.STAGES:
+        if stage.name in ("smoke", "graphs", "tests"):
+            running = stage_run(stage.name, dry=True)
+            stage.work(running)
+            commands[stage.name] = running.commands[0]
     tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_gpu.py").read_text(), re.M)
-    assert sample[1].split(" and ")[0] in tests
+    for name in ("smoke", "graphs"):
+        test = commands[name].rpartition("-k ")[2].split()[0]
+        assert test in tests
+        assert f"not {test}" in commands["tests"]
 
 
 # --- stages ------------------------------------------------------------------------------------

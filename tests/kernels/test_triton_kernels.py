@@ -74,7 +74,7 @@ def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     check(batch_of("label-grid"), **HETERO)
 
 
-# --- the careful twin --------------------------------------------------------------------------
+# --- the exact fallback ------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -446,9 +446,9 @@ PYTHON = (
     ),
     Defect(
         "mask not flipped",
-        "heteroakd_fast.train.augment:augment",
-        "picture[:, ::-1], mask[:, ::-1]",
-        "picture[:, ::-1], mask",
+        "heteroakd_fast.train.datasets.augment:augment",
+        "image[:, ::-1], mask[:, ::-1]",
+        "image[:, ::-1], mask",
         test_of("test_train_augment", "test_picture_and_mask_stay_together"),
     ),
 )

@@ -1,9 +1,9 @@
-"""Does it teach? Every method, both directions, several seeds; a table, a picture, the numbers.
+"""Does it teach? Every method, both directions, several seeds; a table, a figure, the numbers.
 
     heteroakd-experiment [--run FOLDER] [--seeds 3] [--steps N] ...
 
 One teacher for each direction, trained once; a seed decides the student's initial weights, the
-order of the pictures and their augmentation, and is the same for all methods, so that methods are
+order of the images and their augmentation, and is the same for all methods, so that methods are
 compared pairwise. Interrupted at any time, the same command goes on.
 """
 
@@ -69,7 +69,7 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda ..."""
     workers: int = 0
-    """Processes that read pictures."""
+    """Processes that read images."""
 
 
 @dataclasses.dataclass(frozen=True)

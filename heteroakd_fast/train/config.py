@@ -51,10 +51,10 @@ _CLASSES = {"landcover": 8, "cityscapes": 19, "voc": 21, "ade20k": 150}
 
 
 class DataConfig(_Table):
-    """Pictures and masks."""
+    """Images and masks."""
 
     kind: Literal["landcover", "folder", "cityscapes", "voc", "ade20k"]
-    """landcover: satellite pictures, fetched once; folder: your own images/, masks/; cityscapes,
+    """landcover: satellite images, fetched once; folder: your own images/, masks/; cityscapes,
     voc, ade20k: as they are published, unpacked."""
     root: Path | None = None
     """folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: holds
@@ -71,16 +71,16 @@ class DataConfig(_Table):
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """folder without train/ and val/: share held out."""
     voc_split: Literal["train", "trainaug"] = "train"
-    """voc: train (1464 pictures), or trainaug (10582) with the masks of SBD from
+    """voc: train (1464 images), or trainaug (10582) with the masks of SBD from
     SegmentationClassAug/ or from cls/*.mat."""
     sbd_root: Path | None = None
     """voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked for beside
     VOC2012."""
     resize: tuple[int, int] | None = None
-    """[long, short]: pictures are fitted into it, their shape kept, before the random resize.
+    """[long, short]: images are fitted into it, their shape kept, before the random resize.
     Validation masks keep their size."""
     crop: int | tuple[int, int] | None = None
-    """Side or [height, width] of the random training crop; none: the whole picture."""
+    """Side or [height, width] of the random training crop; none: the whole image."""
     crop_max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels in one class: up to 10 crops are tried; 1: any."""
     scale: tuple[float, float] = (1.0, 1.0)
@@ -93,9 +93,9 @@ class DataConfig(_Table):
     """Read files once before training; none: all of a folder, the first few of each split of a
     published data set."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read pictures; 0: the training process itself."""
+    """Processes that read images; 0: the training process itself."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Per-channel mean, pictures in [0, 1]."""
+    """Per-channel mean, images in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation."""
 
@@ -226,11 +226,11 @@ class OptimConfig(_Table):
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of sgd."""
     batch_size: Count = 8
-    """Pictures per step, of all ranks and micro-batches together."""
+    """Images per step, of all ranks and micro-batches together."""
     accumulate: Count = 1
     """Micro-batches per step. The loss stays exactly that of the whole batch."""
     eval_batch_size: Count = 16
-    """Validation pictures at once, on each rank."""
+    """Validation images at once, on each rank."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up."""
     power: NonNegative = 0.9
@@ -343,16 +343,16 @@ class LogConfig(_Table):
     tensorboard: bool = True
     """Also write TensorBoard events, if it is installed."""
     images: Annotated[int, Field(ge=0, le=16)] = 2
-    """Validation pictures in TensorBoard at evaluations."""
+    """Validation images in TensorBoard at evaluations."""
 
 
 class ReportConfig(_Table):
     """The comparison at the end."""
 
     samples: Annotated[int, Field(ge=1, le=20)] = 5
-    """Validation pictures shown, one per row."""
+    """Validation images shown, one per row."""
     dpi: Annotated[int, Field(ge=30, le=600)] = 110
-    """Resolution of the picture."""
+    """Resolution of the figure."""
 
 
 class ScaleConfig(_Table):
@@ -364,7 +364,7 @@ class ScaleConfig(_Table):
     sync_bn: bool = False
     """Batch norms over all ranks (GPUs only, as torch has it)."""
     channels_last: bool = False
-    """Pictures and weights in channels-last memory."""
+    """Images and weights in channels-last memory."""
     compile: bool = False
     """torch.compile the network that trains."""
     timeout: Annotated[float, Field(ge=1.0)] = 600.0

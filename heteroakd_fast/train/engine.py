@@ -29,13 +29,8 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, ModelConfig, OptimConfig
-from .data import (
-    Normalizer,
-    SegmentationData,
-    batch_names,
-    evaluation_batches,
-    training_batches,
-)
+from .datasets.batches import Normalizer, batch_names, evaluation_batches, training_batches
+from .datasets.images import SegmentationData
 from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
 from .files import write_atomically
@@ -125,7 +120,7 @@ def evaluate(
     device: torch.device,
     world: World = ALONE,
 ) -> Scores:
-    """Scores over the whole validation set, the pictures in full; each rank takes its share."""
+    """Scores over the whole validation set, the images in full; each rank takes its share."""
     was_training = model.training
     model.eval()
     matrix = ConfusionMatrix(data.num_classes, data.ignore_index)
@@ -136,7 +131,7 @@ def evaluate(
         rank=world.rank,
         world=world.size,
     )
-    # Not compiled: pictures of many shapes would be compiled one by one.
+    # Not compiled: images of many shapes would be compiled one by one.
     with autocast(device, config.amp), torch.compiler.set_stance("force_eager"):
         for images, target in batches:
             height, width = target.shape[-2:]
@@ -227,7 +222,7 @@ class Trainer:
 
     def run(self) -> StageResult:
         """Train from the newest checkpoint (or from the start) to the end."""
-        # Ranks draw different dropout masks for their different pictures.
+        # Ranks draw different dropout masks for their different images.
         torch.manual_seed(self.config.seed + self.world.rank * _RANK_SEED)
         self._resume()
         if self.scores is None or self.step < self.steps:

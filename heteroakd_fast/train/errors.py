@@ -18,7 +18,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A picture or a mask is missing or cannot be used."""
+    """A image or a mask is missing or cannot be used."""
 
 
 class ModelError(UserError):

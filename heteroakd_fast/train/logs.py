@@ -92,7 +92,7 @@ def duration(seconds: float) -> str:
 
 
 def throughput(images: float) -> str:
-    """Of pictures a second; a large network on a CPU may need minutes for one."""
+    """Of images a second; a large network on a CPU may need minutes for one."""
     if images >= 10:
         return f"{images:.0f} img/s"
     if images >= 1:
@@ -143,10 +143,10 @@ class TensorBoard:
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
 
-    def picture(self, name: str, picture: NDArray[np.uint8], step: int) -> None:
-        """A picture, H x W x 3."""
+    def image(self, name: str, image: NDArray[np.uint8], step: int) -> None:
+        """A image, H x W x 3."""
         if self._writer is not None:
-            self._writer.add_image(name, picture, step, dataformats="HWC")
+            self._writer.add_image(name, image, step, dataformats="HWC")
 
     @property
     def active(self) -> bool:
@@ -226,12 +226,12 @@ class StageProgress:
             self._bar.stop()
 
     def waited(self, seconds: float) -> None:
-        """That long the training stood still for its pictures."""
+        """That long the training stood still for its images."""
         self._waited += seconds
 
     @property
     def waiting(self) -> float:
-        """Share of the time that was spent waiting for pictures."""
+        """Share of the time that was spent waiting for images."""
         return self._waited / max(time.monotonic() - self._first_time, 1e-9)
 
     def advance(self, step: int, terms: dict[str, float] | None, images: int) -> None:
@@ -243,7 +243,7 @@ class StageProgress:
             self._text = " ".join(f"{key} {value:.3f}" for key, value in terms.items())
         shown = f"{self._text}  {throughput(rate * images)}"
         if self.waiting > _MUCH_WAITING:
-            shown += f", {100 * self.waiting:.0f} % waiting for pictures (data.workers)"
+            shown += f", {100 * self.waiting:.0f} % waiting for images (data.workers)"
         if self._bar:
             self._bar.update(self._task, completed=step, text=shown)
         elif now - self._last_line >= _PLAIN_SECONDS or step == self.total:

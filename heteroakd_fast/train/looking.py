@@ -1,4 +1,4 @@
-"""What there is to look at: chosen validation pictures, and masks and maps in colours."""
+"""What there is to look at: chosen validation images, and masks and maps in colours."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from .augment import fit_picture
 from .checkpoint import random_states, restore_random_states
 from .config import Config
-from .data import Mask, Normalizer, Picture, SegmentationData, Source, to_tensors
+from .datasets.augment import fit_image
+from .datasets.batches import Normalizer, to_tensors
+from .datasets.images import Mask, Pixels, SegmentationData, Source
 from .logs import TensorBoard
 from .objectives import DistillObjective, Objective
 
@@ -27,7 +28,7 @@ Predict = Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
 
 UNLABELLED = (128, 128, 128)
 TILE_WIDTH = 512
-_LOOKED_AT = 200  # a large validation set is not read through for a handful of pictures
+_LOOKED_AT = 200  # a large validation set is not read through for a handful of images
 _GAP, _HEAD = 4, 14
 
 #: Of matplotlib, by the map of the loss.
@@ -36,12 +37,12 @@ COLOUR_MAPS = {"reliability": "RdYlBu", "discrepancy": "magma"}
 
 @dataclass(frozen=True)
 class Sample:
-    """One validation picture and what the networks make of it.
+    """One validation image and what the networks make of it.
 
     Maps are NaN where nothing is counted, and None where the loss has none.
     """
 
-    picture: Picture
+    image: Pixels
     label: Mask
     predictions: dict[str, NDArray[np.int64]]
     reliability: Values | None
@@ -49,7 +50,7 @@ class Sample:
 
 
 def choose_samples(source: Source, data: SegmentationData, count: int) -> list[int]:
-    """Validation pictures with many classes in them: those show most."""
+    """Validation images with many classes in them: those show most."""
     variety = []
     for index in range(min(len(source), _LOOKED_AT)):
         mask = source.read(index)[1]
@@ -72,9 +73,9 @@ def look(
     predict: Predict,
 ) -> Sample:
     """Predictions and the loss's own maps, at the size of the label; networks are in eval mode."""
-    picture, label = data.val.read(index)
+    shown, label = data.val.read(index)
     # The networks get what they get in an evaluation; what is shown keeps the label's size.
-    image, target = to_tensors(fit_picture(picture, config.data), label)
+    image, target = to_tensors(fit_image(shown, config.data), label)
     images = normalize(image[None])
     size = (label.shape[0], label.shape[1])
     predictions = {
@@ -83,15 +84,15 @@ def look(
     maps = {}
     if distillation is not None:
         maps = distillation.maps(images, target[None].to(images.device))
-    shown: dict[str, Values | None] = {"reliability": None, "discrepancy": None}
-    for name in shown.keys() & maps.keys():
+    seen: dict[str, Values | None] = {"reliability": None, "discrepancy": None}
+    for name in seen.keys() & maps.keys():
         values = maps[name][0].float().cpu().numpy()
-        shown[name] = np.where(label == data.ignore_index, np.float32(np.nan), values)
-    return Sample(picture, label, predictions, **shown)
+        seen[name] = np.where(label == data.ignore_index, np.float32(np.nan), values)
+    return Sample(shown, label, predictions, **seen)
 
 
 class Gallery:
-    """The same few validation pictures at every evaluation, for TensorBoard."""
+    """The same few validation images at every evaluation, for TensorBoard."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Gallery:
         self._chosen: list[int] | None = None
 
     def show(self, board: TensorBoard, objective: Objective, step: int) -> None:
-        """One strip per picture. The training goes on as if nobody had looked."""
+        """One strip per image. The training goes on as if nobody had looked."""
         if not board.active or not self.config.log.images:
             return
         if self._chosen is None:
@@ -116,7 +117,7 @@ class Gallery:
         states = random_states()
         objective.eval()
         try:
-            # Not compiled, as in evaluations: pictures of many shapes.
+            # Not compiled, as in evaluations: images of many shapes.
             with self.autocast, torch.compiler.set_stance("force_eager"):
                 for index in self._chosen:
                     sample = look(
@@ -128,21 +129,21 @@ class Gallery:
                         normalize=self.normalize,
                         predict=self.predict,
                     )
-                    board.picture(f"val pictures/{index}", strip(sample, self.data), step)
+                    board.image(f"val images/{index}", strip(sample, self.data), step)
         finally:
             for module, training in modes:
                 module.training = training
             restore_random_states(states)
 
 
-def strip(sample: Sample, data: SegmentationData) -> Picture:
-    """picture | label | predictions | reliability | discrepancy, with their names above."""
+def strip(sample: Sample, data: SegmentationData) -> Pixels:
+    """image | label | predictions | reliability | discrepancy, with their names above."""
     tiles = named_tiles(sample, data, top_of([sample]))
     height, width = tiles[0][1].shape[:2]
     canvas = np.full((_HEAD + height, (width + _GAP) * len(tiles) - _GAP, 3), 255, np.uint8)
     for index, (name, tile) in enumerate(tiles):
         left = index * (width + _GAP)
-        # Its own picture: a name that is too long is cut, and does not run into the next one.
+        # Its own image: a name that is too long is cut, and does not run into the next one.
         head = Image.new("RGB", (width, _HEAD), "white")
         ImageDraw.Draw(head).text((1, 1), name, fill="black")
         canvas[:_HEAD, left : left + width] = np.asarray(head)
@@ -150,12 +151,12 @@ def strip(sample: Sample, data: SegmentationData) -> Picture:
     return canvas
 
 
-def named_tiles(sample: Sample, data: SegmentationData, top: float) -> list[tuple[str, Picture]]:
+def named_tiles(sample: Sample, data: SegmentationData, top: float) -> list[tuple[str, Pixels]]:
     """What there is of a sample, each of the same size; `top` is the brightest discrepancy."""
     height, width = sample.label.shape
     factor = min(1.0, TILE_WIDTH / width)
     shape = (max(1, round(height * factor)), max(1, round(width * factor)))
-    tiles = [("picture", _shrunk(sample.picture, shape))]
+    tiles = [("image", _shrunk(sample.image, shape))]
     for name, mask in {"label": sample.label, **sample.predictions}.items():
         tiles.append((name, colours(_thinned(mask, shape), data)))
     if sample.reliability is not None:
@@ -179,12 +180,12 @@ def top_of(samples: Sequence[Sample]) -> float:
     return max(float(np.quantile(known, 0.98)), 1e-6) if known.size else 1.0
 
 
-def colours(mask: Mask, data: SegmentationData) -> Picture:
+def colours(mask: Mask, data: SegmentationData) -> Pixels:
     """Class ids as colours; what is not counted is grey."""
     table = np.array([*data.palette, UNLABELLED], np.uint8)
     # int64: with 256 classes the index of grey fits into no byte.
-    picture: Picture = table[np.minimum(mask.astype(np.int64), data.num_classes)]
-    return picture
+    image: Pixels = table[np.minimum(mask.astype(np.int64), data.num_classes)]
+    return image
 
 
 @lru_cache
@@ -196,11 +197,11 @@ def colour_map(name: str) -> NDArray[np.uint8]:
     return np.array([*table, UNLABELLED], np.uint8)
 
 
-def coloured(values: Values, name: str) -> Picture:
+def coloured(values: Values, name: str) -> Pixels:
     """Values from 0 to 1 in the colours of a map, beyond them its ends; NaN is grey."""
     levels = np.where(np.isnan(values), 256, np.clip(values, 0.0, 1.0) * 255)
-    picture: Picture = colour_map(name)[np.rint(levels).astype(int)]
-    return picture
+    image: Pixels = colour_map(name)[np.rint(levels).astype(int)]
+    return image
 
 
 def hex_colour(colour: Iterable[int]) -> str:
@@ -211,11 +212,11 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _shrunk(picture: Picture, shape: tuple[int, int]) -> Picture:
-    if picture.shape[:2] == shape:
-        return picture
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize(shape[::-1], Image.Resampling.BOX))
+def _shrunk(image: Pixels, shape: tuple[int, int]) -> Pixels:
+    if image.shape[:2] == shape:
+        return image
+    whole = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(whole.resize(shape[::-1], Image.Resampling.BOX))
 
 
 def _thinned(values: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:

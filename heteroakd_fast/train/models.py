@@ -89,7 +89,7 @@ def _double(channels: int, out: int) -> nn.Sequential:
 #: Short names of architectures of transformers: the class without its ending and what it is.
 LIBRARY = {
     "segformer": "Segformer",  # Transformer, logits at stride 4
-    "dpt": "DPT",  # ViT with a convolutional decoder, logits at the pictures' size
+    "dpt": "DPT",  # ViT with a convolutional decoder, logits at the images' size
     "beit": "Beit",  # ViT with an UperNet head, stride 4
     "upernet": "UperNet",  # over a backbone: resnet, convnext, swin; stride 4
     "mobilenet-v2": "MobileNetV2",  # CNN with a DeepLabV3+ head; stride 8 or 16

@@ -17,7 +17,7 @@ from PIL import Image
 
 from .. import __version__
 from .config import Config
-from .data import Picture
+from .datasets.images import Pixels
 from .logs import duration, read_metrics
 from .looking import (
     TILE_WIDTH,
@@ -142,9 +142,9 @@ def _images(outcome: Outcome, samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _png(picture: Picture) -> str:
+def _png(image: Pixels) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="png", optimize=True)
+    Image.fromarray(image).save(buffer, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -218,7 +218,7 @@ def rehearsal(objective: nn.Module, device: torch.device) -> Iterator[None]:
 def synchronise_batch_norms(
     module: nn.Module, config: ScaleConfig, world: World, device: torch.device
 ) -> nn.Module:
-    """Batch norms whose statistics are those of all ranks' pictures, if the configuration asks.
+    """Batch norms whose statistics are those of all ranks' images, if the configuration asks.
 
     Raises:
         ConfigError: torch has them for GPUs only.

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import nn
 
 from .config import Config, ModelConfig
-from .data import SegmentationData, load_data
+from .datasets import load_data
+from .datasets.images import SegmentationData
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
@@ -175,7 +176,7 @@ def run(
 
 
 def check_shares(config: Config, world: World) -> None:
-    """Whether every rank gets the same number of pictures in every micro-batch.
+    """Whether every rank gets the same number of images in every micro-batch.
 
     Raises:
         ConfigError: the batch cannot be shared out.
@@ -192,7 +193,7 @@ def check_shares(config: Config, world: World) -> None:
 
 
 def _side(config: Config, data: SegmentationData) -> tuple[int, int]:
-    """Height and width of the pictures that the networks train on."""
+    """Height and width of the images that the networks train on."""
     if config.data.crop_size is not None:
         return config.data.crop_size
     mask = data.train.read(0)[1]

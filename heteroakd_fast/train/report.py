@@ -1,4 +1,4 @@
-"""The comparison at the end: a page, a picture, results.json and a table."""
+"""The comparison at the end: a page, a figure, results.json and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .. import __version__
 from .config import Config
-from .data import Normalizer
+from .datasets.batches import Normalizer
 from .engine import autocast, predict
 from .errors import TrainingError
 from .files import write_atomically
@@ -114,7 +114,7 @@ def collect(outcome: Outcome, config: Config) -> list[Sample]:
     normalize = Normalizer(config.data, outcome.device)
     for model in outcome.models.values():
         model.eval()
-    # Not compiled, as in evaluations: pictures of many shapes.
+    # Not compiled, as in evaluations: images of many shapes.
     with autocast(outcome.device, config.amp), torch.compiler.set_stance("force_eager"):
         return [
             look(
@@ -131,7 +131,7 @@ def collect(outcome: Outcome, config: Config) -> list[Sample]:
 
 
 def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> None:
-    """One row per sample: picture, label, three predictions, two maps."""
+    """One row per sample: image, label, three predictions, two maps."""
     # Late and without a display: it takes long to import, and servers have no screen.
     import io
 
@@ -140,7 +140,7 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
     from matplotlib.patches import Patch
 
     data = outcome.data
-    titles = ["picture", "label"]
+    titles = ["image", "label"]
     titles += [
         f"{TITLES[stage]}\nmIoU {100 * outcome.results[stage].scores.miou:.1f} %"
         for stage in outcome.results
@@ -159,7 +159,7 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
         figsize=(cell * columns, row_height * rows + foot + 0.6), dpi=dpi, layout="constrained"
     )
     FigureCanvasAgg(figure)
-    # The legend and the colour bars have a row of their own, so that all pictures keep one size.
+    # The legend and the colour bars have a row of their own, so that all images keep one size.
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[row_height] * rows + [foot])
     axes = [[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(rows)]
     looks = {
@@ -168,7 +168,7 @@ def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> N
     }
     bars: list[tuple[int, Any, str, str]] = []
     for row, sample in zip(axes, samples, strict=True):
-        row[0].imshow(sample.picture)
+        row[0].imshow(sample.image)
         row[1].imshow(colours(sample.label, data))
         for axis, prediction in zip(row[2:], sample.predictions.values(), strict=False):
             axis.imshow(colours(prediction, data), interpolation="nearest")

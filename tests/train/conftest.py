@@ -8,7 +8,8 @@ import pytest
 from train_helpers import write_config
 
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import SegmentationData, load_data
+from heteroakd_fast.train.datasets import load_data
+from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.reading import load_config
 
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from heteroakd_fast.train.augment import augment, distort_colours, fit_picture
 from heteroakd_fast.train.config import DataConfig
-from heteroakd_fast.train.data import evaluation_batches, training_batches
+from heteroakd_fast.train.datasets.augment import augment, distort_colours, fit_image
+from heteroakd_fast.train.datasets.batches import evaluation_batches, training_batches
 
 
 def options(**values: Any) -> DataConfig:
@@ -146,7 +146,7 @@ def test_resize_fits_and_keeps_the_ratio(shape: tuple[int, int], expected: tuple
     assert resized.shape == (*expected, 3)
     assert labels.shape == expected
     assert abs(int((labels[:, 0] == 1).sum()) - expected[0] // 2) <= 1
-    np.testing.assert_array_equal(fit_picture(picture, config), resized)
+    np.testing.assert_array_equal(fit_image(picture, config), resized)
     # The random factor comes on top, in the same step.
     doubled, _ = augment(picture, mask, options(resize=(2048, 512), scale=(2.0, 2.0)), rng(0))
     assert max(abs(d - 2 * e) for d, e in zip(doubled.shape, expected, strict=False)) <= 1

@@ -35,7 +35,7 @@ from train_helpers import trainer as make_trainer
 
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import SegmentationData
+from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.distributed import ALONE, World, connect
 from heteroakd_fast.train.errors import ConfigError, TrainingError
 from heteroakd_fast.train.models import UNet

@@ -34,7 +34,7 @@ from heteroakd_fast.integrations.metrics import Scores
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import STAGES, Config, OptimConfig
-from heteroakd_fast.train.data import SegmentationData
+from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.engine import (
     StageResult,
     Trainer,

@@ -18,7 +18,8 @@ from train_helpers import QUIET, changed, exported, same_weights, saved_step, wr
 from heteroakd_fast.train import parallel, pipeline
 from heteroakd_fast.train.checkpoint import NEWEST
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import sample_index
+from heteroakd_fast.train.datasets import load_data
+from heteroakd_fast.train.datasets.batches import sample_index
 from heteroakd_fast.train.errors import CheckpointError, DataError
 from heteroakd_fast.train.reading import load_config
 
@@ -40,7 +41,7 @@ def test_a_file_that_breaks_while_training(tmp_path: Path, kind: str, workers: i
     first_read: dict[Path, int] = {}
     for step in range(10):
         for slot in range(config.optim.batch_size):
-            data = pipeline.load_data(config.data, config.seed)
+            data = load_data(config.data, config.seed)
             index = sample_index(config.seed, step, slot, config.optim.batch_size, len(data.train))
             image, mask = data.train.pairs[index]  # type: ignore[attr-defined]
             first_read.setdefault(image if kind == "images" else mask, step)

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from heteroakd_fast.train import landcover
+from heteroakd_fast.train.datasets import landcover
+from heteroakd_fast.train.datasets.landcover import Package, cut_tiles, load_landcover
 from heteroakd_fast.train.errors import DataError
-from heteroakd_fast.train.landcover import Package, cut_tiles, load_landcover
 
 HEIGHT, WIDTH = 1536, 1792
 

@@ -17,10 +17,17 @@ from PIL import Image
 from train_helpers import write_pictures
 
 from heteroakd_fast.train.config import DataConfig
-from heteroakd_fast.train.data import SegmentationData, load_data
+from heteroakd_fast.train.datasets import load_data
+from heteroakd_fast.train.datasets.folders import (
+    _CITYSCAPES_COLOURS,
+    ADE20K,
+    CITYSCAPES,
+    VOC,
+    FileSource,
+    voc_palette,
+)
+from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.errors import DataError, DependencyError
-from heteroakd_fast.train.layouts import _CITYSCAPES_COLOURS, ADE20K, CITYSCAPES, VOC, voc_palette
-from heteroakd_fast.train.pairs import FileSource
 
 
 def load(kind: str, root: Path, seed: int = 0, **options: Any) -> SegmentationData:
@@ -300,7 +307,7 @@ SIZES = {"folder": (40, 40)}
         (
             1,
             holding(np.zeros((8, 9), np.uint8)),
-            "{path}: 9 x 8 pixels, but its picture {image} has {size[1]} x {size[0]}",
+            "{path}: 9 x 8 pixels, but its image {image} has {size[1]} x {size[0]}",
         ),
         (
             1,
@@ -407,7 +414,7 @@ def test_empty_split(tmp_path: Path, kind: str, folder: str) -> None:
     root = tree(kind, tmp_path)
     shutil.rmtree(root / folder)
     (root / folder).mkdir()
-    with pytest.raises(DataError, match=f"{folder}: holds no picture"):
+    with pytest.raises(DataError, match=f"{folder}: holds no image"):
         load(kind, root)
 
 
@@ -415,10 +422,10 @@ def test_voc_lists(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     path = root / "ImageSets" / "Segmentation" / "train.txt"
     path.write_text("2007_t0\n\n2007_t9\n2007_t8\n")
-    with pytest.raises(DataError, match=r"2007_t9\.jpg: no such picture.*train\.txt.*1 more"):
+    with pytest.raises(DataError, match=r"2007_t9\.jpg: no such image.*train\.txt.*1 more"):
         load("voc", root)
     path.write_text("\n")
-    with pytest.raises(DataError, match=r"train\.txt: names no picture"):
+    with pytest.raises(DataError, match=r"train\.txt: names no image"):
         load("voc", root)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"train\.txt: cannot be read as a list"):

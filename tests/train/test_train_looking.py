@@ -24,7 +24,7 @@ from train_helpers import changed, distilling, same_weights, trainer, weights_of
 from heteroakd_fast.integrations.metrics import Scores
 from heteroakd_fast.train import logs
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import Mask, Picture, SegmentationData
+from heteroakd_fast.train.datasets.images import Mask, Pixels, SegmentationData, spread_palette
 from heteroakd_fast.train.engine import StageResult, Trainer
 from heteroakd_fast.train.logs import MetricsFile, StageProgress, duration, read_metrics, throughput
 from heteroakd_fast.train.looking import (
@@ -40,7 +40,6 @@ from heteroakd_fast.train.looking import (
 )
 from heteroakd_fast.train.models import UNet
 from heteroakd_fast.train.page import chart, curves, render
-from heteroakd_fast.train.pictures import spread_palette
 from heteroakd_fast.train.pipeline import Outcome
 from heteroakd_fast.train.report import collect, draw, summary, table, write_report
 
@@ -178,9 +177,9 @@ def test_looking_changes_no_bit(config: Config, data: SegmentationData) -> None:
     ).Reload()
     chosen = choose_samples(data.val, data, 2)
     assert len(chosen) == 2
-    assert sorted(reader.Tags()["images"]) == sorted(f"val pictures/{i}" for i in chosen)
+    assert sorted(reader.Tags()["images"]) == sorted(f"val images/{i}" for i in chosen)
     for index in chosen:
-        pictures = reader.Images(f"val pictures/{index}")
+        pictures = reader.Images(f"val images/{index}")
         assert [event.step for event in pictures] == [2, 4, 6]
         decoded = np.asarray(Image.open(io.BytesIO(pictures[-1].encoded_image_string)))
         assert decoded.shape == (14 + 40, 5 * 40 + 4 * 4, 3)
@@ -252,7 +251,7 @@ class Pictures:
     def __len__(self) -> int:
         return 3
 
-    def read(self, index: int) -> tuple[Picture, Mask]:
+    def read(self, index: int) -> tuple[Pixels, Mask]:
         rng = np.random.default_rng(index)
         picture = rng.integers(0, 255, (24, 32, 3), np.uint8)
         return picture, np.full((24, 32), index % self.classes, np.uint8)
@@ -380,7 +379,7 @@ def test_pictures_get_the_size_of_the_evaluation(config: Config) -> None:
     samples = collect(outcome, changed(config, data={"resize": (64, 48)}))
     assert set(seen) == {(48, 64)}
     for sample in samples:
-        assert sample.picture.shape == (24, 32, 3)
+        assert sample.image.shape == (24, 32, 3)
         assert sample.reliability is not None
         assert sample.discrepancy is not None
         for shown in (*sample.predictions.values(), sample.reliability, sample.discrepancy):

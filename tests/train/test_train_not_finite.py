@@ -24,7 +24,8 @@ from train_helpers import trainer as make_trainer
 from heteroakd_fast.train import engine
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.data import SegmentationData, sample_index
+from heteroakd_fast.train.datasets.batches import sample_index
+from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.errors import CheckpointError, TrainingError
 from heteroakd_fast.train.models import UNet

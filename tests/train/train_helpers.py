@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import load_checkpoint
 from heteroakd_fast.train.config import Config, DistillConfig
-from heteroakd_fast.train.data import SegmentationData
+from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.objectives import DistillObjective, Objective, PlainObjective
 

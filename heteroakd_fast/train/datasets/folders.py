@@ -1,0 +1,430 @@
+"""The folders that data sets are published in, and a folder of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import DataError, DependencyError
+from .images import (
+    Mask,
+    Palette,
+    Pixels,
+    SegmentationData,
+    check_regular,
+    palette_of,
+    read_image,
+    read_mask,
+    spread_palette,
+)
+
+Pair = tuple[Path, Path]
+
+_UNLABELLED = 255  # in all published data sets; in VOC the border around objects
+# Of published data sets only so many files of each split are read before training.
+_FIRST = 4
+_SPLIT = 3  # its own random stream, see batches.py
+
+
+class Encoding:
+    """What the values in mask files mean: classes, or what is ignored; others are an error."""
+
+    def __init__(self, meaning: Mapping[int, int], expected: str) -> None:
+        self.expected = expected
+        # Value -> class; -1: not expected. One entry more than values, for those beyond.
+        self.table = np.full(max(256, max(meaning) + 2), -1, np.int32)
+        self.table[list(meaning)] = list(meaning.values())
+
+    @classmethod
+    def plain(cls, classes: int, unlabelled: int, ignored: int, what: str = "") -> Encoding:
+        """Values are classes, and `unlabelled` becomes `ignored`."""
+        meaning = {unlabelled: ignored, **{value: value for value in range(classes)}}
+        return cls(meaning, f"{what}0 to {classes - 1} or {unlabelled} (ignored)")
+
+    @classmethod
+    def shifted(cls, classes: int, unlabelled: int, ignored: int) -> Encoding:
+        """0 is no class, k is class k-1, and `unlabelled` is none either."""
+        meaning = {unlabelled: ignored, 0: ignored}
+        meaning |= {value + 1: value for value in range(classes)}
+        return cls(meaning, f"1 to {classes}, or 0 or {unlabelled} (ignored)")
+
+    def decode(self, values: Mask, path: Path) -> Mask:
+        """Class ids and `ignore_index`; `path` is for messages."""
+        places: Mask = values
+        if values.dtype != np.uint8:
+            beyond = len(self.table) - 1
+            places = np.where((values < 0) | (values > beyond), beyond, values)
+        decoded: Mask = self.table[places]
+        wrong = values[decoded < 0]
+        if wrong.size:
+            raise DataError(
+                f"{path}: has the value {int(wrong[0])} ({wrong.size} pixels out of range), "
+                f"expected {self.expected}"
+            )
+        return decoded
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Pairs of files, read when asked for."""
+
+    pairs: tuple[Pair, ...]
+    #: By how the mask's file name ends; the first that fits.
+    encodings: tuple[tuple[str, Encoding], ...]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[Pixels, Mask]:
+        image_path, mask_path = self.pairs[index]
+        image = read_image(image_path)
+        values = (read_sbd_mask if mask_path.suffix == ".mat" else read_mask)(mask_path)
+        if image.shape[:2] != values.shape:
+            turned = image.shape[1::-1] == values.shape
+            raise DataError(
+                f"{mask_path}: {values.shape[1]} x {values.shape[0]} pixels, "
+                f"but its image {image_path} has {image.shape[1]} x {image.shape[0]}"
+                + (" (with its EXIF orientation, which masks do not have)" if turned else "")
+            )
+        encoding = next(e for ending, e in self.encodings if mask_path.name.endswith(ending))
+        return image, encoding.decode(values, mask_path)
+
+
+_Loaded = tuple[FileSource, FileSource, tuple[str, ...], Palette]
+
+
+def load_layout(config: DataConfig, seed: int) -> SegmentationData:
+    """The training and validation set of `data.kind` in `data.root`, checked; `seed` splits a
+    folder that has no split.
+
+    Raises:
+        DataError: something is missing or cannot be used.
+    """
+    load = {"cityscapes": _cityscapes, "voc": _voc, "ade20k": _ade20k}.get(config.kind)
+    assert config.root is not None  # the configuration requires it
+    root = config.root.expanduser()
+    train, val, names, palette = load(config, root) if load else _folder(config, root, seed)
+    if config.check is not False:
+        _check_files(train, val, config)
+    return SegmentationData(train, val, names, palette, config.ignore_index)
+
+
+def _check_files(train: FileSource, val: FileSource, config: DataConfig) -> None:
+    """Read what `data.check` asks for, and find images that cannot share a batch."""
+    own = config.kind == "folder"
+    count = None if config.check or own else _FIRST
+    sizes = [train.read(index)[1].shape for index in range(len(train))[:count]]
+    for index in range(len(val))[:count]:
+        val.read(index)
+    # Of published sets the rest is seen to when batches are put together.
+    for (image, _), size in zip(train.pairs, sizes[: None if own else _FIRST], strict=False):
+        if size != sizes[0] and config.crop is None:
+            raise DataError(
+                f"{image}: {size[1]} x {size[0]} pixels, "
+                f"but {train.pairs[0][0].name} has {sizes[0][1]} x {sizes[0][0]}; "
+                "images of different sizes need data.crop"
+            )
+
+
+def _listed(folder: Path, layout: str) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder}: no such folder; expected {layout}") from None
+
+
+def _pair_up(
+    images: Iterable[Path], masks: Callable[[Path], tuple[Path, ...]], nothing: str = ""
+) -> tuple[Pair, ...]:
+    """Each image with the first of its possible masks that exists."""
+    choices = {image: masks(image) for image in images}
+    if not choices:
+        raise DataError(nothing)
+    # Listed once each: asking for thousands of files one by one is slow.
+    folders = {mask.parent for paths in choices.values() for mask in paths}
+    there = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    found = {image: [p for p in paths if p in there] for image, paths in choices.items()}
+    missing = [image for image, paths in found.items() if not paths]
+    if missing:
+        expected = " or ".join(map(str, choices[missing[0]]))
+        raise DataError(f"{missing[0]}: has no mask {expected}{_more(missing)}")
+    return tuple((image, paths[0]) for image, paths in found.items())
+
+
+def _more(missing: list[Path]) -> str:
+    return f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+# -- Cityscapes: street scenes, leftImg8bit with the fine masks of gtFine ------------------------
+
+CITYSCAPES = _names(
+    """
+    road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation,
+    terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle
+    """
+)
+_CITYSCAPES_COLOURS = palette_of(
+    """
+    804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000
+    00008e 000046 003c64 005064 0000e6 770b20
+    """
+)
+# The id of each class in labelIds files, in the order of the classes.
+_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_IMAGE, _TRAIN_IDS, _LABEL_IDS = (
+    "_leftImg8bit.png",
+    "_gtFine_labelTrainIds.png",
+    "_gtFine_labelIds.png",
+)
+_CITYSCAPES_LAYOUT = (
+    f"Cityscapes as leftImg8bit/{{train,val}}/CITY/*{_IMAGE} and "
+    f"gtFine/{{train,val}}/CITY/*{_LABEL_IDS} (or *{_TRAIN_IDS}) in data.root"
+)
+
+
+def _cityscapes(config: DataConfig, root: Path) -> _Loaded:
+    # Train ids where the files were prepared, else ids as published; -1 is 255 in 8 bits.
+    ids = dict.fromkeys((*range(34), _UNLABELLED), config.ignore_index)
+    ids |= {value: index for index, value in enumerate(_IDS)}
+    train_ids = Encoding.plain(len(_IDS), _UNLABELLED, config.ignore_index, "train ids: ")
+    label_ids = Encoding(ids, f"label ids: 0 to 33 or {_UNLABELLED} (ignored)")
+
+    def split(name: str) -> FileSource:
+        images, masks = root / "leftImg8bit" / name, root / "gtFine" / name
+        for folder in (images, masks):
+            _listed(folder, _CITYSCAPES_LAYOUT)
+
+        def choices(image: Path) -> tuple[Path, ...]:
+            stem = masks / image.parent.name / image.name.removesuffix(_IMAGE)
+            return tuple(Path(f"{stem}{ending}") for ending in (_TRAIN_IDS, _LABEL_IDS))
+
+        nothing = f"{images}: holds no image CITY/*{_IMAGE}; expected {_CITYSCAPES_LAYOUT}"
+        pairs = _pair_up(sorted(images.glob(f"*/*{_IMAGE}")), choices, nothing)
+        return FileSource(pairs, ((_TRAIN_IDS, train_ids), (_LABEL_IDS, label_ids)))
+
+    return split("train"), split("val"), CITYSCAPES, _CITYSCAPES_COLOURS
+
+
+# -- ADE20K as in the challenge of 2016: 150 classes, 0 in a mask is none of them -----------------
+
+# The first of the names that the challenge gives each class, in its order.
+ADE20K = _names(
+    """
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+    person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
+    house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
+    railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+    skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table,
+    pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower,
+    book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar,
+    arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
+    television, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle,
+    buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming
+    pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step,
+    tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket,
+    sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
+    monitor, bulletin board, shower, radiator, glass, clock, flag
+    """
+)
+_ADE20K_LAYOUT = (
+    "ADE20K as images/{training,validation}/*.jpg and annotations/{training,validation}/*.png "
+    "in data.root or in its ADEChallengeData2016/"
+)
+
+
+def _ade20k(config: DataConfig, root: Path) -> _Loaded:
+    if (root / "ADEChallengeData2016").is_dir():
+        root = root / "ADEChallengeData2016"
+    encoding = Encoding.shifted(len(ADE20K), _UNLABELLED, config.ignore_index)
+
+    def split(name: str) -> FileSource:
+        folder, masks = root / "images" / name, root / "annotations" / name
+        images = [path for path in _listed(folder, _ADE20K_LAYOUT) if path.suffix == ".jpg"]
+        _listed(masks, _ADE20K_LAYOUT)
+        nothing = f"{folder}: holds no image *.jpg; expected {_ADE20K_LAYOUT}"
+        pairs = _pair_up(images, lambda image: (masks / f"{image.stem}.png",), nothing)
+        return FileSource(pairs, (("", encoding),))
+
+    return split("training"), split("validation"), ADE20K, spread_palette(len(ADE20K))
+
+
+# -- Pascal VOC 2012, alone or with the masks of SBD (Semantic Boundaries Dataset) ----------------
+
+VOC = _names(
+    """
+    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable,
+    dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+    """
+)
+_VOC_LAYOUT = (
+    "VOC 2012 as JPEGImages/*.jpg, SegmentationClass/*.png and "
+    "ImageSets/Segmentation/{train,val}.txt in data.root, in its VOC2012/ or VOCdevkit/VOC2012/"
+)
+_SBD_LAYOUT = (
+    'data.voc_split = "trainaug" needs the masks of SBD: either SegmentationClassAug/*.png with '
+    "ImageSets/Segmentation/trainaug.txt in VOC2012, or SBD's own folder (cls/*.mat, train.txt, "
+    "val.txt) as data.sbd_root, or beside VOC2012 as VOCaug/dataset or benchmark_RELEASE/dataset"
+)
+
+
+def voc_palette(count: int) -> Palette:
+    """The colours of VOC: the bits of the class go in turn to red, green and blue."""
+
+    def channel(bits: int) -> int:
+        return sum((bits >> 3 * place & 1) << 7 - place for place in range(8))
+
+    return tuple(
+        (channel(index), channel(index >> 1), channel(index >> 2)) for index in range(count)
+    )
+
+
+def _voc(config: DataConfig, root: Path) -> _Loaded:
+    """The splits that ImageSets/Segmentation lists, or trainaug in place of train."""
+    places = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    found = [p for p in places if (p / "ImageSets").is_dir() or (p / "JPEGImages").is_dir()]
+    if not found:
+        raise DataError(
+            f"{root}: no such folder, or nothing of VOC 2012 in it; expected {_VOC_LAYOUT}"
+        )
+    root = found[0]
+    lists, own = root / "ImageSets" / "Segmentation", root / "SegmentationClass"
+    there = {path.name for path in _listed(root / "JPEGImages", _VOC_LAYOUT)}
+    _listed(own, _VOC_LAYOUT)
+    encoding = Encoding.plain(len(VOC), _UNLABELLED, config.ignore_index)
+
+    def source(stems: list[str], listed: Path, more: Path | None = None) -> FileSource:
+        """`more`: masks for stems without one of VOC's own."""
+        images = [root / "JPEGImages" / f"{stem}.jpg" for stem in stems]
+        missing = [image for image in images if image.name not in there]
+        if missing:
+            raise DataError(f"{missing[0]}: no such image, but {listed} names it{_more(missing)}")
+
+        def masks(image: Path) -> tuple[Path, ...]:
+            suffix = ".mat" if more and more.name == "cls" else ".png"
+            others = (more / f"{image.stem}{suffix}",) if more else ()
+            return own / f"{image.stem}.png", *others
+
+        return FileSource(_pair_up(images, masks), (("", encoding),))
+
+    val_stems = _stems(lists / "val.txt")
+    val, train_list = source(val_stems, lists / "val.txt"), lists / "train.txt"
+    if config.voc_split == "train":
+        train = source(_stems(train_list), train_list)
+    elif config.sbd_root is None and (root / "SegmentationClassAug").is_dir():
+        # The lists in use differ in whether they repeat VOC's own; none may hold what is validated.
+        aug_list = lists / "trainaug.txt"
+        stems = sorted(set(_stems(aug_list, _SBD_LAYOUT)) - set(val_stems))
+        train = source(stems, aug_list, root / "SegmentationClassAug")
+    else:
+        sbd = _find_sbd(config, root)
+        listed = {*_stems(sbd / "train.txt"), *_stems(sbd / "val.txt"), *_stems(train_list)}
+        train = source(sorted(listed - set(val_stems)), sbd / "train.txt", sbd / "cls")
+    return train, val, VOC, voc_palette(len(VOC))
+
+
+def _find_sbd(config: DataConfig, root: Path) -> Path:
+    """SBD's folder, once it is known that its .mat files can be read."""
+    names = (Path("VOCaug", "dataset"), Path("benchmark_RELEASE", "dataset"))
+    places = [parent / name for parent in (root, *list(root.parents)[:2]) for name in names]
+    if config.sbd_root is not None:
+        sbd = config.sbd_root.expanduser()
+        places = [sbd, sbd / "dataset", *(sbd / name for name in names)]
+    found = next((folder for folder in places if (folder / "cls").is_dir()), None)
+    if found is None:
+        raise DataError(f"{config.sbd_root or root}: holds no masks of SBD; {_SBD_LAYOUT}")
+    try:
+        import scipy.io  # noqa: F401
+    except ImportError:
+        raise DependencyError(
+            f"{found / 'cls'}: holds .mat files, which scipy reads, and it is not installed: "
+            "pip install scipy"
+        ) from None
+    return found
+
+
+def _stems(path: Path, layout: str = f"expected {_VOC_LAYOUT}") -> list[str]:
+    """The images a list names: a stem a line, or a path or two."""
+    try:
+        check_regular(path)
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such list; {layout}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list of images: {error}") from None
+    stems = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    if not stems:
+        raise DataError(f"{path}: names no image; expected one a line, such as 2007_000032")
+    return stems
+
+
+def read_sbd_mask(path: Path) -> Mask:
+    """The class ids in one of SBD's .mat files."""
+    from scipy.io import loadmat
+
+    check_regular(path)
+    try:
+        values = loadmat(str(path), variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+        if values.ndim != 2 or values.dtype.kind not in "ui":
+            raise ValueError(f"{values.dtype} with {values.ndim} axes, expected class ids")
+    except Exception as error:  # its parser lets through whatever a broken file makes it meet
+        raise DataError(
+            f"{path}: cannot be read as a mask of SBD (GTcls.Segmentation): {error!r}"
+        ) from None
+    return np.asarray(values, np.uint8 if values.dtype == np.uint8 else np.int64)
+
+
+# -- your own images: images/ and masks/ with the same stems, in train/ and val/ or split here -----
+
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def _folder(config: DataConfig, root: Path, seed: int) -> _Loaded:
+    assert config.num_classes is not None  # the configuration requires it
+    _listed(root, "data.root with images/ and masks/, or train/ and val/ with both")
+    if (root / "train").is_dir() or (root / "val").is_dir():
+        train, val = _pairs(root / "train"), _pairs(root / "val")
+    else:
+        pairs = _pairs(root)
+        if len(pairs) < 2:
+            raise DataError(
+                f"{root}: one image only; at least two are needed, one of them for validation"
+            )
+        held_out = min(len(pairs) - 1, max(1, round(len(pairs) * config.val_fraction)))
+        order = np.random.default_rng((seed, _SPLIT)).permutation(len(pairs))
+        train = tuple(pairs[index] for index in sorted(order[held_out:]))
+        val = tuple(pairs[index] for index in sorted(order[:held_out]))
+    count, ignore = config.num_classes, config.ignore_index
+    encode = Encoding.shifted if config.reduce_zero_label else Encoding.plain
+    encodings = (("", encode(count, ignore, ignore)),)
+    names = config.class_names or tuple(f"class {index}" for index in range(count))
+    return FileSource(train, encodings), FileSource(val, encodings), names, spread_palette(count)
+
+
+def _pairs(folder: Path) -> tuple[Pair, ...]:
+    layout = f"{folder}/images and {folder}/masks"
+    masks = folder / "masks"
+    images = [
+        path
+        for path in _listed(folder / "images", layout)
+        if path.suffix.lower() in _IMAGE_SUFFIXES
+    ]
+    _listed(masks, layout)
+    stems: dict[str, Path] = {}
+    for path in images:
+        if (other := stems.setdefault(path.stem, path)) != path:
+            raise DataError(
+                f"{path}: has the same stem as {other.name}; one mask cannot belong to both"
+            )
+    return _pair_up(
+        images,
+        lambda image: tuple(masks / f"{image.stem}{end}" for end in (".png", ".tif", ".PNG")),
+        f"{folder / 'images'}: holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})",
+    )

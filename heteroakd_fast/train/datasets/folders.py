@@ -425,6 +425,8 @@ def _pairs(folder: Path) -> tuple[Pair, ...]:
             )
     return _pair_up(
         images,
-        lambda image: tuple(masks / f"{image.stem}{end}" for end in (".png", ".tif", ".PNG")),
+        lambda image: tuple(
+            masks / f"{image.stem}{end}" for end in (".png", ".tif", ".PNG", ".TIF")
+        ),
         f"{folder / 'images'}: holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})",
     )

@@ -197,10 +197,15 @@ def plain_tensor(tensor: _T) -> _T:
     return Tensor.as_subclass(tensor, Tensor)  # type: ignore[return-value]
 
 
-def label_hint(shape: torch.Size, num_classes: int) -> str:
+def label_hint(shape: torch.Size, num_classes: int, floating: bool) -> str:
     """What to do with labels that have one axis too many."""
     if len(shape) != 4:
         return ""
+    if floating:
+        return (
+            "; the order is (student_logits, target, teacher_logits), and labels are class indices "
+            "(of a one-hot target, target.argmax(1))"
+        )
     if shape[1] == 1:
         return "; drop the channel axis with target.squeeze(1)"
     if shape[3] == 1:
@@ -275,7 +280,9 @@ def check_tensor(
 
 def check_target(target: object, num_classes: int) -> None:
     """Type, rank and dtype of labels, before they meet the logits of `num_classes`."""
-    hint = label_hint(target.shape, num_classes) if isinstance(target, Tensor) else ""
+    hint = ""
+    if isinstance(target, Tensor):
+        hint = label_hint(target.shape, num_classes, target.is_floating_point())
     check_tensor(target, "target", 3, "[B, H, W]", LABEL_DTYPES, hint)
 
 

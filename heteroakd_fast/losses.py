@@ -114,6 +114,14 @@ class SegmentationLoss(AdjustableLoss):
         self.__dict__.update(settings)
         self._encode()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FLAT and not hasattr(self, name):
+            raise AttributeError(
+                f"{name}: {type(self).__name__} has its options in its terms; use "
+                "set_weights(kd=...) for weights, or set `terms`"
+            )
+        super().__setattr__(name, value)
+
     def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         terms = check_terms(settings["terms"])
         if not any(term.weight != 0.0 for term in terms):

@@ -225,7 +225,7 @@ def test_plan_says_passes_backends_and_reasons() -> None:
     assert text.count("pass ") == 2
     assert "ce + kd over valid" in text
     assert "hetero over discrepancy" in text
-    assert "backend: cpu of cpu -> reference" in text or "backend: reference" in text
+    assert "backend: cpu (tried in order: cpu, reference)" in text or "backend: reference" in text
     assert "logits: (4, 6) to (13, 17)" in text
     projecting = hf.HeteroAKDLoss(5, 7, 9, resolution="logits")
     features = {
@@ -235,3 +235,17 @@ def test_plan_says_passes_backends_and_reasons() -> None:
     text = projecting.plan(*BATCH.arguments, **features)
     assert text.count("pass ") == 2
     assert "projection: first, because " in text
+
+
+def test_options_of_terms_are_no_attributes_of_the_loss() -> None:
+    loss = hf.SegmentationLoss(CrossEntropy(), KD(0.1))
+    for name in ("kd_weight", "temperature", "preset"):
+        with pytest.raises(AttributeError, match=f"{name}: .*set_weights"):
+            setattr(loss, name, 0.5)
+
+
+def test_target_and_teacher_in_the_old_order() -> None:
+    loss = hf.SegmentationLoss(CrossEntropy(), KD(0.1))
+    student, target, teacher = BATCH.arguments
+    with pytest.raises(ValueError, match="the order is .student_logits, target, teacher_logits"):
+        loss(student, teacher, target)

@@ -293,7 +293,7 @@ def order(device_type: str, structure: tuple[int, ...]) -> tuple[tuple[str, ...]
     """
     candidates = CANDIDATES.get(device_type, ())
     if len(candidates) < 2:
-        return candidates, "there is no other" if candidates else "none is compiled for it"
+        return candidates, "" if candidates else "none is compiled for it"
     if _is_usual(structure):
         return candidates, (
             "not measured; on paper the kernels of cuda need fewer instructions for these terms, "
@@ -328,4 +328,5 @@ def explain(requested: str | None, structure: tuple[int, ...], device_type: str)
     tried, reason = order(device_type, structure)
     passed = tried[: tried.index(chosen)] if chosen in tried else tried
     cannot = [f"{name} cannot run: {_refusal(name, device_type)}" for name in passed]
-    return "; ".join((f"{chosen} of {' -> '.join((*tried, 'reference'))}", *cannot, reason))
+    tries = f"{chosen} (tried in order: {', '.join((*tried, 'reference'))})"
+    return "; ".join(part for part in (tries, *cannot, reason) if part)

@@ -184,8 +184,8 @@ class ModelConfig(_Table):
     """One network and how long it trains."""
 
     arch: str
-    """A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit) or an import
-    path "package.module:callable"."""
+    """A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit,
+    mobilevit-v2) or an import path "package.module:callable"."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the architecture (in the TOML file only)."""
     weights: Path | None = None

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,21 +64,10 @@ def missing() -> str | None:
     return None
 
 
-def count(jobs: Sequence[Job], timeout: float = 600.0, processes: int = 2) -> Counts:
-    """Single-threaded instructions per pixel and class of one warm forward + backward each.
-
-    The jobs are dealt to `processes` children, which run side by side.
-    """
+def count(jobs: Sequence[Job], timeout: float = 600.0) -> Counts:
+    """Single-threaded instructions per pixel and class of one warm forward + backward each."""
     if reason := missing():
         raise RuntimeError(reason)
-    shares = [share for k in range(processes) if (share := jobs[k::processes])]
-    with ThreadPoolExecutor(len(shares)) as pool:
-        found = list(pool.map(lambda share: _count(share, timeout), shares))
-    counts = [found[i % processes].per_pixel_class[i // processes] for i in range(len(jobs))]
-    return Counts(counts, found[0].taken_with)
-
-
-def _count(jobs: Sequence[Job], timeout: float) -> Counts:
     with tempfile.TemporaryDirectory(prefix="instructions") as name:
         folder = Path(name)
         order = json.dumps([[case.fields(), provider] for case, provider in jobs])

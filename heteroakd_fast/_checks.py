@@ -201,17 +201,13 @@ def label_hint(shape: torch.Size, num_classes: int, floating: bool) -> str:
     """What to do with labels that have one axis too many."""
     if len(shape) != 4:
         return ""
-    if floating:
-        return (
-            "; the order is (student_logits, target, teacher_logits), and labels are class indices "
-            "(of a one-hot target, target.argmax(1))"
-        )
     if shape[1] == 1:
         return "; drop the channel axis with target.squeeze(1)"
     if shape[3] == 1:
         return "; drop the channel axis with target.squeeze(3)"
     if shape[1] == num_classes:
-        return "; class indices are expected: of a one-hot target, target.argmax(1)"
+        order = "the order is (student_logits, target, teacher_logits), " if floating else ""
+        return f"; {order}class indices are expected: of a one-hot target, target.argmax(1)"
     return ""
 
 

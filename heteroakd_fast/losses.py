@@ -79,6 +79,15 @@ def _encode(terms: Sequence[Term]) -> tuple[_Encoded, _Encoded]:
     return without, with_maps
 
 
+# What the keywords of `HeteroAKDLoss` are in a loss that is given terms.
+_OF_TERMS = {
+    name: f"set_weights({term.name}=...)"
+    if option.name == "weight"
+    else f"{term.__name__}({option.name}=...), in `terms`,"
+    for name, ((term, option), *_) in FLAT.items()
+}
+
+
 class SegmentationLoss(AdjustableLoss):
     """A weighted sum of terms: `functional.segmentation_loss` as a module.
 
@@ -103,7 +112,7 @@ class SegmentationLoss(AdjustableLoss):
     terms: tuple[Term, ...]
 
     _adjustable = ("terms", *_COMMON)
-    _renamed: ClassVar = {"weight": "class_weight"}
+    _renamed: ClassVar = {"weight": "class_weight", **_OF_TERMS}
 
     def __init__(self, *terms: Term, **options: Unpack[LossOptions]) -> None:
         super().__init__()
@@ -113,14 +122,6 @@ class SegmentationLoss(AdjustableLoss):
         self.process_group = settings.pop("process_group")
         self.__dict__.update(settings)
         self._encode()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in FLAT and not hasattr(self, name):
-            raise AttributeError(
-                f"{name}: {type(self).__name__} has its options in its terms; use "
-                "set_weights(kd=...) for weights, or set `terms`"
-            )
-        super().__setattr__(name, value)
 
     def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         terms = check_terms(settings["terms"])

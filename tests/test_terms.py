@@ -239,9 +239,12 @@ def test_plan_says_passes_backends_and_reasons() -> None:
 
 def test_options_of_terms_are_no_attributes_of_the_loss() -> None:
     loss = hf.SegmentationLoss(CrossEntropy(), KD(0.1))
-    for name in ("kd_weight", "temperature", "preset"):
-        with pytest.raises(AttributeError, match=f"{name}: .*set_weights"):
+    instead = {"kd_weight": "set_weights.kd=", "kd_beta": "KD.beta=", "preset": "HeteroAKD.preset="}
+    for name, hint in instead.items():
+        with pytest.raises(AttributeError, match=f"{name}: .*{hint}"):
             setattr(loss, name, 0.5)
+        with pytest.raises(TypeError, match=f"{name}: .*{hint}"):
+            hf.SegmentationLoss(CrossEntropy(), **{name: 0.5})
 
 
 def test_target_and_teacher_in_the_old_order() -> None:

@@ -9,6 +9,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
+# Before torch is loaded. Workers of pytest share the cores: a thread that spins at a barrier keeps
+# the one it waits for from running, and a call of a millisecond takes a second.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import interpreter
 import pytest

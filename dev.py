@@ -58,6 +58,11 @@ class Environment:
         if code != 0:
             raise SystemExit(code if code > 0 else 128 - code)
 
+    def output(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs Python with these arguments, and keeps all that it prints."""
+        to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.run([str(self.python), *command], cwd=ROOT, text=True, **to)
+
     def pip(self, *arguments: str) -> None:
         self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
 
@@ -194,20 +199,28 @@ def main(arguments: list[str]) -> None:
         environment.run("-m", "benchmarks", *rest)
         return
     environment.prepare("test")
-    with ThreadPoolExecutor(1) as beside:  # the one waits for a network, the other computes
-        zoo = beside.submit(environment.prepare_zoo)
-        if not rest:
-            environment.run("-m", "ruff", "check", ".")
-            environment.run("-m", "ruff", "format", "--check", ".")
-            environment.run("-m", "mypy")
-        zoo.result()
     # Several workers: kernels that are interpreted, not compiled, take one core each.
     workers = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "--durations", "30")
-    environment.run("-m", "pytest", *(rest or workers))
-    if not rest:
-        environment.run("-m", "benchmarks", "gate")
-        # Benchmark reports say whether the tests passed on the sources they ran on.
-        environment.run("-m", "benchmarks.provenance", "--tests-passed")
+    with ThreadPoolExecutor(2) as beside:  # one waits for a network, one takes one core
+        zoo = beside.submit(environment.prepare_zoo)
+        if rest:
+            zoo.result()
+            environment.run("-m", "pytest", *rest)
+            return
+        environment.run("-m", "ruff", "check", ".")
+        environment.run("-m", "ruff", "format", "--check", ".")
+        types = beside.submit(environment.output, "-m", "mypy")
+        try:
+            zoo.result()
+            environment.run("-m", "pytest", *workers)
+        finally:  # not in the middle of the tests' output
+            found = types.result()
+            print(found.stdout, end="", flush=True)
+        if found.returncode != 0:
+            raise SystemExit(1)
+    environment.run("-m", "benchmarks", "gate")
+    # Benchmark reports say whether the tests passed on the sources they ran on.
+    environment.run("-m", "benchmarks.provenance", "--tests-passed")
 
 
 if __name__ == "__main__":

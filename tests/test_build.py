@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -301,6 +303,32 @@ def test_what_of_cuda_the_jobs_build(
     dev.settle_cuda(job)
     names = ("HETEROAKD_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")
     assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
+@pytest.mark.parametrize("failing", [None, "mypy", "pytest"])
+def test_job_test_fails_with_each_of_its_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str | None
+) -> None:
+    """mypy runs beside the tests; what it says follows them, also where they fail."""
+    ran = []
+
+    def run(self: object, *command: str) -> None:
+        ran.append(command[1])
+        if command[1] == failing:
+            raise SystemExit(7)
+
+    def output(self: object, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, command[1] == failing, "types\n")
+
+    monkeypatch.setattr(dev, "settle_cuda", lambda *_: None)
+    monkeypatch.setattr(dev.Environment, "prepare", lambda *_: None)
+    monkeypatch.setattr(dev.Environment, "prepare_zoo", lambda *_: None)
+    monkeypatch.setattr(dev.Environment, "run", run)
+    monkeypatch.setattr(dev.Environment, "output", output)
+    with pytest.raises(SystemExit) if failing else contextlib.nullcontext():
+        dev.main(["test"])
+    assert "types" in capsys.readouterr().out
+    assert ("benchmarks" in ran) == (failing is None)
 
 
 # --- what was built ----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from ._evaluate import (
     describe,
     evaluate,
 )
-from .functional import check_terms
+from .functional import OF_TERMS, check_terms, with_maps
 from .modules import AdjustableLoss
 from .output import DistillationOutput
 from .projector import PROJECTORS, Projection, Projector
@@ -43,6 +43,8 @@ from .spec import Numbers, Shape, names_of, numbers_of, shape_of, vector
 from .terms import (
     FLAT,
     FLAT_DEFAULTS,
+    FLAT_WEIGHTS,
+    TERMS,
     CrossEntropy,
     FlatOptions,
     Term,
@@ -62,30 +64,33 @@ class _Encoded(NamedTuple):
     numbers: tuple[float, ...]
     vector: Tensor
 
-    def part(self, student: Side, teacher: Side | None, names: Mapping[str, str] = {}) -> Part:
+    def part(self, student: Side, teacher: Side | None, **more: Any) -> Part:
         compiling = torch.compiler.is_compiling()
         numbers: Numbers = self.vector if compiling else self.numbers
-        return Part(self.shape, numbers, student, teacher, names)
+        return Part(self.shape, numbers, student, teacher, **more)
 
 
 def _encode(terms: Sequence[Term]) -> tuple[_Encoded, _Encoded]:
     """Without maps and with them."""
     asked = tuple(term for term in terms if term.weight != 0.0)
-    mapped = check_terms(terms, maps=True)
-    without, with_maps = (
+    without, mapped = (
         _Encoded(shape_of(some), numbers_of(some), vector(numbers_of(some)))
-        for some in (asked, mapped)
+        for some in (asked, with_maps(tuple(terms)))
     )
-    return without, with_maps
+    return without, mapped
 
 
-# What the keywords of `HeteroAKDLoss` are in a loss that is given terms.
-_OF_TERMS = {
-    name: f"set_weights({term.name}=...)"
-    if option.name == "weight"
-    else f"{term.__name__}({option.name}=...), in `terms`,"
-    for name, ((term, option), *_) in FLAT.items()
-}
+_WITHOUT_TEACHER: Final = (
+    "; to validate without a teacher, call .eval() on the loss, which then computes ce alone"
+)
+
+
+def _check_named_weights(weights: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """What `set_weights` is given; names: those of the loss's terms."""
+    renamed = {f"{name}_weight": name for name in names}
+    renamed |= {term.__name__: term.name for term in TERMS if term.name in names}
+    refuse_unknown(weights.keys() - set(names), names, renamed, "term of this loss")
+    return {name: check_number(weight, name) for name, weight in weights.items()}
 
 
 class SegmentationLoss(AdjustableLoss):
@@ -112,7 +117,10 @@ class SegmentationLoss(AdjustableLoss):
     terms: tuple[Term, ...]
 
     _adjustable = ("terms", *_COMMON)
-    _renamed: ClassVar = {"weight": "class_weight", **_OF_TERMS}
+    _renamed: ClassVar = {
+        **OF_TERMS,
+        **{f"{term.name}_weight": f"set_weights({term.name}=...)" for term in TERMS},
+    }
 
     def __init__(self, *terms: Term, **options: Unpack[LossOptions]) -> None:
         super().__init__()
@@ -125,8 +133,6 @@ class SegmentationLoss(AdjustableLoss):
 
     def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         terms = check_terms(settings["terms"])
-        if not any(term.weight != 0.0 for term in terms):
-            raise ValueError(f"terms: got {len(terms)}, expected one whose weight is not 0")
         checked = check_options({k: v for k, v in settings.items() if k != "terms"})
         checked["class_weight"] = self._own_class_weight(checked["class_weight"], None)
         return {**checked, "terms": terms}
@@ -143,8 +149,12 @@ class SegmentationLoss(AdjustableLoss):
         return MappingProxyType({n: t.weight for n, t in zip(names, self.terms, strict=True)})
 
     def set_weights(self, **weights: float) -> None:
-        """Sets the weights of some terms, by name: `loss_fn.set_weights(kd=0.05)`."""
-        refuse_unknown(weights.keys() - self.weights.keys(), tuple(self.weights), {})
+        """Sets the weights of some terms, by name: `loss_fn.set_weights(kd=0.05)`.
+
+        Raises:
+            TypeError, ValueError: names the term; no weight has changed.
+        """
+        weights = _check_named_weights(weights, tuple(self.weights))
         self.terms = tuple(
             dataclasses.replace(term, weight=weights.get(name, term.weight))
             for name, term in zip(self.weights, self.terms, strict=True)
@@ -186,11 +196,11 @@ class SegmentationLoss(AdjustableLoss):
         teacher_logits: Tensor | Projection | None,
         maps: bool,
     ) -> list[Part]:
-        encoded = self._encoded
-        alone = teacher_logits is None and not self.training and not maps
-        if alone and self._cross_entropies[0].shape:
-            encoded = self._cross_entropies
-        return [encoded[maps].part(student_logits, teacher_logits)]
+        encoded, hint = self._encoded, ""
+        if teacher_logits is None and not maps and self._cross_entropies[0].shape:
+            hint = _WITHOUT_TEACHER
+            encoded = encoded if self.training else self._cross_entropies
+        return [encoded[maps].part(student_logits, teacher_logits, without_teacher=hint)]
 
 
 class HeteroAKDOptions(FlatOptions, LossOptions, total=False):
@@ -200,16 +210,13 @@ class HeteroAKDOptions(FlatOptions, LossOptions, total=False):
 
 
 _FLAT: Final = tuple(name for name in FLAT if name != "teacher_ce_weight")
+_FLAT_WEIGHTS: Final = {k: name for k, name in FLAT_WEIGHTS.items() if k != "teacher_ce"}
 _WEIGHTS: Final = tuple(f"{name}_weight" for name in ("ce", "kd", "hetero", "feature", "projector"))
 _OPTIONS: Final = (
     *(name for name in _FLAT if name not in _WEIGHTS),
     *(name for name in _COMMON if name != "class_weight"),
 )
 _DEFAULT_WEIGHTS: Final = {"kd_weight": 0.1, "hetero_weight": 1.0, "projector_weight": 1.0}
-_WITHOUT_TEACHER: Final = (
-    "; to validate without a teacher, call .eval() on the loss, which then computes ce alone if "
-    "ce_weight is not 0"
-)
 
 
 class HeteroAKDLoss(AdjustableLoss):
@@ -273,9 +280,7 @@ class HeteroAKDLoss(AdjustableLoss):
         if kind is None:
             kind = "conv-bn-relu" if settings["preset"] == "paper" else "linear"
         check_choice(kind, "projector", PROJECTORS)
-        if not any(settings[name] for name in _WEIGHTS):
-            terms = ", ".join(name.removesuffix("_weight") for name in _WEIGHTS)
-            raise ValueError(f"weights: all of {terms} are 0; nothing to compute")
+        _check_weights(settings)
         if settings["tau"] != 1.0 and not settings["hetero_weight"]:
             warnings.warn(
                 "tau: only the reliability of hetero reads it, and hetero_weight is 0; the "
@@ -305,6 +310,16 @@ class HeteroAKDLoss(AdjustableLoss):
     def teacher_channels(self) -> int | None:
         """Channels of the teacher's features, None without projectors."""
         return None if self.teacher_projector is None else self.teacher_projector.conv.in_channels
+
+    def set_weights(self, **weights: float) -> None:
+        """`loss_fn.set_weights(kd=0.05)` is `loss_fn.kd_weight = 0.05`, for several at once.
+
+        Raises:
+            TypeError, ValueError: names the term; no weight has changed.
+        """
+        names = tuple(name.removesuffix("_weight") for name in _WEIGHTS)
+        for name, weight in _check_named_weights(weights, names).items():
+            setattr(self, f"{name}_weight", weight)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -402,8 +417,11 @@ class HeteroAKDLoss(AdjustableLoss):
         }
         self._check_classes(student_logits)
         absent = teacher_logits is None and all(value is None for value in features.values())
-        if absent and not self.training and self.ce_weight:
-            return [self._cross_entropy[maps].part(student_logits, None)]
+        spelling: dict[str, Any] = {"weights": _FLAT_WEIGHTS}
+        if self.ce_weight:
+            spelling["without_teacher"] = _WITHOUT_TEACHER
+            if absent and not self.training:
+                return [self._cross_entropy[maps].part(student_logits, None, **spelling)]
         if self.student_projector is None or self.teacher_projector is None:
             for name, value in features.items():
                 if value is not None:
@@ -411,14 +429,12 @@ class HeteroAKDLoss(AdjustableLoss):
                         f"{name}: given, but the loss has no projectors; build it with "
                         "student_channels and teacher_channels, or leave the features out"
                     )
-            _check_teacher_is_there(teacher_logits, self._on_logits[0])
-            return [self._on_logits[maps].part(student_logits, teacher_logits)]
+            return [self._on_logits[maps].part(student_logits, teacher_logits, **spelling)]
         parts = []
         if self._on_final[0].shape:
-            _check_teacher_is_there(teacher_logits, self._on_final[0])
             # Without kd nothing reads the teacher's logits, which may be of other classes.
             teacher = teacher_logits if self.kd_weight else None
-            parts.append(self._on_final[0].part(student_logits, teacher))
+            parts.append(self._on_final[0].part(student_logits, teacher, **spelling))
         if self._on_projected[0].shape or maps:
             names = {"ce": "projector", "teacher_ce": "projector"}
             student_side = _projected(
@@ -430,7 +446,10 @@ class HeteroAKDLoss(AdjustableLoss):
             if isinstance(teacher_side, Tensor) and not self.projector_weight:
                 refuse_forward_mode(teacher_side, "teacher_projector")
                 teacher_side = teacher_side.detach()
-            parts.append(self._on_projected[maps].part(student_side, teacher_side, names))
+            encoded = self._on_projected[maps]
+            parts.append(encoded.part(student_side, teacher_side, names=names, **spelling))
+        if not parts:
+            _check_weights(self._settings(*_WEIGHTS))
         return parts
 
     def _check_classes(self, student_logits: Tensor) -> None:
@@ -444,15 +463,10 @@ class HeteroAKDLoss(AdjustableLoss):
             )
 
 
-def _check_teacher_is_there(teacher_logits: Tensor | None, encoded: _Encoded) -> None:
-    if teacher_logits is not None:
-        return
-    needed = next((name for name in names_of(encoded.shape) if name != "ce"), None)
-    if needed is not None:
-        raise ValueError(
-            f"teacher_logits: got None, but {needed}_weight is not 0; pass the teacher's logits or "
-            f"set {needed}_weight=0{_WITHOUT_TEACHER}"
-        )
+def _check_weights(settings: Mapping[str, Any]) -> None:
+    if not any(settings[name] for name in _WEIGHTS):
+        terms = ", ".join(name.removesuffix("_weight") for name in _WEIGHTS)
+        raise ValueError(f"weights: all of {terms} are 0; nothing to compute")
 
 
 def _projected(projector: Projector, features: Tensor | None, side: str) -> Tensor | Projection:

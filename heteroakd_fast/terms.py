@@ -23,8 +23,10 @@ from ._checks import check_choice, check_number, check_temperature
 __all__ = [
     "FLAT",
     "FLAT_DEFAULTS",
+    "FLAT_WEIGHTS",
     "KD",
     "TERMS",
+    "TERM_WEIGHTS",
     "CrossEntropy",
     "Feature",
     "FlatOptions",
@@ -282,6 +284,14 @@ FLAT_DEFAULTS: Final[Mapping[str, Any]] = {
     name: 0.0 if name.endswith("_weight") and name != "ce_weight" else options[0][1].default
     for name, options in FLAT.items()
 }
+
+
+#: How a caller calls the weight of each term, by its name: in a loss that is given terms,
+#: and as a keyword of `FlatOptions`.
+TERM_WEIGHTS: Final[Mapping[str, str]] = {
+    term.name: f"the weight of {term.__name__}" for term in TERMS
+}
+FLAT_WEIGHTS: Final[Mapping[str, str]] = {term.name: f"{term.name}_weight" for term in TERMS}
 
 
 def check_flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,14 @@ def check_flag(value: object, name: str) -> bool:
 
 def _kind(value: object) -> str:
     """What came, for an error: strings and None by value, others by type."""
-    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
+    if value is None or isinstance(value, str):
+        return repr(value)
+    kind = type(value)  # of NumPy's bool the name alone is that of Python's
+    return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
 
 
 def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 

@@ -257,7 +257,6 @@ def describe(
     parts: Sequence[Part], target: Tensor, options: Mapping[str, Any], return_maps: bool = False
 ) -> str:
     """The passes of such a call, a paragraph each; runs nothing, and refuses what a call does."""
-    check_flag(return_maps, "return_maps")
     lines: list[str] = []
     class_weight = options["class_weight"]
     for k, part in enumerate(parts):

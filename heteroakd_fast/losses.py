@@ -19,6 +19,7 @@ from ._checks import (
     axis_hint,
     check_choice,
     check_count,
+    check_flag,
     check_ignored_class,
     check_number,
     check_tensor,
@@ -196,6 +197,7 @@ class SegmentationLoss(AdjustableLoss):
         teacher_logits: Tensor | Projection | None,
         maps: bool,
     ) -> list[Part]:
+        check_flag(maps, "return_maps")
         encoded, hint = self._encoded, ""
         if teacher_logits is None and not maps and self._cross_entropies[0].shape:
             hint = _WITHOUT_TEACHER
@@ -410,6 +412,7 @@ class HeteroAKDLoss(AdjustableLoss):
         teacher_features: Tensor | None,
         maps: bool,
     ) -> list[Part]:
+        check_flag(maps, "return_maps")
         student_logits = plain_tensor(student_logits)
         features = {
             "student_features": plain_tensor(student_features),
@@ -437,17 +440,19 @@ class HeteroAKDLoss(AdjustableLoss):
             parts.append(self._on_final[0].part(student_logits, teacher, **spelling))
         if self._on_projected[0].shape or maps:
             names = {"ce": "projector", "teacher_ce": "projector"}
+            batch = len(student_logits)
             student_side = _projected(
-                self.student_projector, features["student_features"], "student"
+                self.student_projector, features["student_features"], "student", batch
             )
             teacher_side = _projected(
-                self.teacher_projector, features["teacher_features"], "teacher"
+                self.teacher_projector, features["teacher_features"], "teacher", batch
             )
             if isinstance(teacher_side, Tensor) and not self.projector_weight:
                 refuse_forward_mode(teacher_side, "teacher_projector")
                 teacher_side = teacher_side.detach()
             encoded = self._on_projected[maps]
-            parts.append(encoded.part(student_side, teacher_side, names=names, **spelling))
+            spelling |= {"names": names, "called": "student_features"}
+            parts.append(encoded.part(student_side, teacher_side, **spelling))
         if not parts:
             _check_weights(self._settings(*_WEIGHTS))
         return parts
@@ -469,7 +474,9 @@ def _check_weights(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"weights: all of {terms} are 0; nothing to compute")
 
 
-def _projected(projector: Projector, features: Tensor | None, side: str) -> Tensor | Projection:
+def _projected(
+    projector: Projector, features: Tensor | None, side: str, batch: int
+) -> Tensor | Projection:
     """The projected logits, or what makes them in the kernel: nothing stands between the
     convolution and the terms."""
     name, depth = f"{side}_features", projector.conv.in_channels
@@ -486,6 +493,8 @@ def _projected(projector: Projector, features: Tensor | None, side: str) -> Tens
             f"{name}: got D={features.shape[1]} channels, the loss was built with "
             f"{side}_channels={depth}{hint}"
         )
+    if len(features) != batch:
+        raise ValueError(f"{name}: got batch {len(features)}, student_logits has batch {batch}")
     weight = projector.conv.weight
     if features.device != weight.device:
         raise ValueError(

@@ -76,6 +76,8 @@ class AdjustableLoss(SharesGroup, nn.Module):
         except (TypeError, ValueError, RuntimeError):
             kind = type(value).__name__
             raise TypeError(f"class_weight: got {kind}, expected C numbers or a tensor") from None
+        if given.is_complex():
+            raise TypeError(f"class_weight: got {given.dtype}, expected real numbers")
         check_constant(given, "class_weight")
         weight = given.detach().clone()
         weight = weight if weight.is_floating_point() else weight.float()

@@ -434,6 +434,31 @@ def test_what_came_and_what_to_do(change: dict[str, Any], message: str) -> None:
             functional.cross_entropy(call["student_logits"], call["target"])
 
 
+def test_features_that_do_not_fit_are_named() -> None:
+    for change, message in (
+        ({"student_features": torch.ones(1, 7, 2, 3)}, "student_features: got batch 1, .* batch 2"),
+        ({"teacher_features": torch.ones(1, 9, 2, 3)}, "teacher_features: got batch 1, .* batch 2"),
+        ({"student_features": torch.ones(2, 7, 0, 3)}, "student_features: got an empty grid"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HeteroAKDLoss(5, 7, 9)(S, Y, teacher_logits=T, **{**FEATURES, **change})
+
+
+def test_numpys_flags_and_arrays_are_named_as_such() -> None:
+    for loss in (HeteroAKDLoss(5), SegmentationLoss(CrossEntropy(), KD())):
+        for call in (loss, loss.plan):
+            with pytest.raises(
+                TypeError, match=r"return_maps: got numpy\.bool.*, expected True or"
+            ):
+                call(S, Y, T, return_maps=np.bool_(True))
+        with pytest.raises(TypeError, match=r"align_corners: got numpy\.bool"):
+            loss.align_corners = np.bool_(True)
+        with pytest.raises(ValueError, match="resolution: got array.*expected one of 'label'"):
+            loss.resolution = np.ones(2)
+        with pytest.raises(TypeError, match="class_weight: got torch.complex64, expected real"):
+            loss.class_weight = torch.ones(5, dtype=torch.complex64)
+
+
 def test_all_weights_set_to_zero() -> None:
     for channels in ((), (7, 9)):
         loss = HeteroAKDLoss(5, *channels, hetero_weight=0.0, projector_weight=0.0, kd_weight=0.0)

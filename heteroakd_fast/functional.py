@@ -248,6 +248,7 @@ def _encode_flat(
 def _encode_traced(options: dict[str, Any]) -> tuple[Shape, Numbers]:
     """The same, with numbers that the compiler does not see as constants."""
     names = _flat_numbers()
+    check_flat({name: options[name] for name in names})
     choices = tuple((name, value) for name, value in options.items() if name not in names)
     asked = tuple(name for name in names if name.endswith("_weight") and options[name] != 0.0)
     return _flat_shape(choices, asked), vector([options[name] for name in names])

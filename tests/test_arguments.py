@@ -171,6 +171,20 @@ def test_annealed_attributes_count_in_a_compiled_module() -> None:
         torch.testing.assert_close(compiled(S, Y, teacher_logits=T).loss, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("kd_weight", float("nan")), ("kd_weight", True), ("kd_beta", 3.0)]
+)
+def test_numbers_are_checked_in_compiled_code(name: str, value: Any) -> None:
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    options = {"kd_weight": 0.5, name: value}
+    compiled = torch.compile(
+        lambda s: functional.distillation_loss(s, Y, T, **options).loss, backend="eager"
+    )
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: got"):
+        compiled(S)
+
+
 def test_unknown_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="tau: there is no such argument; it is called temperature"):
         ChannelWiseLoss(tau=4.0)  # type: ignore[arg-type]

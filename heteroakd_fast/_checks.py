@@ -38,6 +38,14 @@ def check_number(value: object, name: str) -> float:
     return float(value)
 
 
+def check_weight(value: object, name: str) -> float:
+    """A weight of a term."""
+    number = check_number(value, name)
+    if number < 0.0:
+        raise ValueError(f"{name}: got {number}, expected a number >= 0; 0 leaves the term out")
+    return number
+
+
 def check_integer(value: object, name: str) -> int:
     try:
         if isinstance(value, (bool, Tensor)):

@@ -21,8 +21,8 @@ from ._checks import (
     check_count,
     check_flag,
     check_ignored_class,
-    check_number,
     check_tensor,
+    check_weight,
     plain_tensor,
     refuse_forward_mode,
     refuse_unknown,
@@ -91,7 +91,7 @@ def _check_named_weights(weights: Mapping[str, Any], names: Sequence[str]) -> di
     renamed = {f"{name}_weight": name for name in names}
     renamed |= {term.__name__: term.name for term in TERMS if term.name in names}
     refuse_unknown(weights.keys() - set(names), names, renamed, "term of this loss")
-    return {name: check_number(weight, name) for name, weight in weights.items()}
+    return {name: check_weight(weight, name) for name, weight in weights.items()}
 
 
 class SegmentationLoss(AdjustableLoss):
@@ -334,7 +334,7 @@ class HeteroAKDLoss(AdjustableLoss):
         common = check_options({k: v for k, v in settings.items() if k in DEFAULTS})
         check_ignored_class(common["ignore_index"], self.num_classes, common["allow_ignored_class"])
         common["class_weight"] = self._own_class_weight(common["class_weight"], self.num_classes)
-        weight = check_number(settings["projector_weight"], "projector_weight")
+        weight = check_weight(settings["projector_weight"], "projector_weight")
         return {**flat, "projector_weight": weight, **common}
 
     def _encode(self) -> None:

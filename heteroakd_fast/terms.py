@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Final, TypedDict
 
-from ._checks import check_choice, check_number, check_temperature
+from ._checks import check_choice, check_number, check_temperature, check_weight
 
 __all__ = [
     "FLAT",
@@ -74,13 +74,13 @@ def _choice(default: str | None, choices: tuple[str, ...], flat: str | None = No
 
 @dataclass(frozen=True)
 class Term:
-    """A term of a loss; `weight` multiplies its mean, and 0 leaves it out.
+    """A term of a loss; `weight`, >= 0, multiplies its mean, and 0 leaves it out.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value.
     """
 
-    weight: float = _number(1.0)
+    weight: float = _number(1.0, check_weight)
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True

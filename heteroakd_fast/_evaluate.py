@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Final, NamedTuple, TypedDict
 
 import torch
@@ -34,7 +35,7 @@ from ._checks import (
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
 from .projector import Projection
-from .spec import LossSpec, Numbers, PassPlan, Shape, plan
+from .spec import STAND_IN_NUMBERS, LossSpec, Numbers, PassPlan, Shape, plan, vector
 from .terms import TERM_WEIGHTS
 
 __all__ = [
@@ -158,14 +159,18 @@ def _run(
     for one in plans:
         head = (ignore_index, int(options["align_corners"]), int(one.maps))
         spec = LossSpec((*head, *one.structure), _numbers_of(part, one))
-        sums = ops.sums(
-            student,
-            target,
-            teacher if one.needs_teacher else None,
-            class_weight if one.weighted else None,
-            spec,
-            backends.select(options["backend"], spec.structure, tensor_of(student).device.type),
-        )
+        with nullcontext() if one.names else torch.no_grad():
+            sums = ops.sums(
+                student,
+                target,
+                teacher if one.needs_teacher else None,
+                class_weight if one.weighted else None,
+                spec,
+                backends.select(options["backend"], spec.structure, tensor_of(student).device.type),
+            )
+        if not one.names:
+            numerators, totals, denominators = (x[:0] for x in sums[:3])
+            sums = sums._replace(numerators=numerators, totals=totals, denominators=denominators)
         done.append(_Pass(one, sums, part))
     return done
 
@@ -193,11 +198,16 @@ def _check_part(
 
 def _numbers_of(part: Part, one: PassPlan) -> Numbers:
     numbers = part.numbers
-    if one.numbers is None:
+    if one.numbers is not None:
+        if isinstance(numbers, tuple):
+            numbers = tuple(numbers[k] for k in one.numbers)
+        else:
+            numbers = numbers[list(one.numbers)]
+    if one.names:
         return numbers
     if isinstance(numbers, tuple):
-        return tuple(numbers[k] for k in one.numbers)
-    return numbers[list(one.numbers)]
+        return (*STAND_IN_NUMBERS, *numbers)
+    return torch.cat((vector(STAND_IN_NUMBERS), numbers))
 
 
 def _combine(

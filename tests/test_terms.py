@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import TERM_CASES, make_batch, truth
+from common import BACKENDS, TERM_CASES, make_batch, truth
 
 import heteroakd_fast as hf
 from heteroakd_fast import functional
@@ -287,6 +287,35 @@ def test_a_missing_teacher_is_said_in_the_callers_words() -> None:
             loss(student, target, grad)
         # HeteroAKDLoss has no such weight
         assert (f"set {other}" in str(caught.value)) != isinstance(loss, hf.HeteroAKDLoss)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (KD(temperature=2.0),),
+        (CrossEntropy(), KD(temperature=2.0), HeteroAKD(0.0, preset="paper")),
+        (CrossEntropy(), KD(temperature=2.0), KD(temperature=3.0), HeteroAKD(0.0)),
+    ],
+)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+def test_maps_of_a_temperature_that_no_term_has(terms: tuple[Any, ...], backend: str) -> None:
+    """They take a pass of their own, which adds nothing to the loss."""
+    hetero = terms[-1] if isinstance(terms[-1], HeteroAKD) else HeteroAKD(0.0)
+    student = BATCH.student.clone().requires_grad_()
+    arguments = (student, BATCH.target, BATCH.teacher)
+    loss = hf.SegmentationLoss(*terms, backend=backend)
+    got, expected = loss(*arguments, return_maps=True), loss(*arguments)
+    assert torch.equal(got.loss, expected.loss)
+    assert got.terms == expected.terms
+    assert got.denominators == expected.denominators
+    gradients = [torch.autograd.grad(one.loss, student)[0] for one in (got, expected)]
+    assert torch.equal(*gradients)
+    maps = functional.segmentation_loss(
+        *arguments, terms=[CrossEntropy(), hetero], return_maps=True, backend=backend
+    ).maps
+    for name, value in maps.items():
+        torch.testing.assert_close(got.maps[name], value)
+    assert "HeteroAKD(weight=0.0" in loss.plan(*arguments, return_maps=True)
 
 
 def test_plan_refuses_what_the_call_does() -> None:

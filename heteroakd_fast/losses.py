@@ -282,7 +282,8 @@ class HeteroAKDLoss(AdjustableLoss):
         if kind is None:
             kind = "conv-bn-relu" if settings["preset"] == "paper" else "linear"
         check_choice(kind, "projector", PROJECTORS)
-        _check_weights(settings)
+        weights = _WEIGHTS if student_channels is not None else _WEIGHTS[:-1]  # no projector
+        _check_weights({name: settings[name] for name in weights})
         if settings["tau"] != 1.0 and not settings["hetero_weight"]:
             warnings.warn(
                 "tau: only the reliability of hetero reads it, and hetero_weight is 0; the "
@@ -468,9 +469,9 @@ class HeteroAKDLoss(AdjustableLoss):
             )
 
 
-def _check_weights(settings: Mapping[str, Any]) -> None:
-    if not any(settings[name] for name in _WEIGHTS):
-        terms = ", ".join(name.removesuffix("_weight") for name in _WEIGHTS)
+def _check_weights(settings: Mapping[str, float]) -> None:
+    if not any(settings.values()):
+        terms = ", ".join(name.removesuffix("_weight") for name in settings)
         raise ValueError(f"weights: all of {terms} are 0; nothing to compute")
 
 

@@ -474,6 +474,8 @@ def test_numpys_flags_and_arrays_are_named_as_such() -> None:
 
 
 def test_all_weights_set_to_zero() -> None:
+    with pytest.raises(ValueError, match="weights: all of ce, kd, hetero, feature are 0"):
+        HeteroAKDLoss(5, ce_weight=0.0, kd_weight=0.0, hetero_weight=0.0)  # there is no projector
     for channels in ((), (7, 9)):
         loss = HeteroAKDLoss(5, *channels, hetero_weight=0.0, projector_weight=0.0, kd_weight=0.0)
         loss.ce_weight = 0.0

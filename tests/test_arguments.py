@@ -402,7 +402,7 @@ def test_subclasses_in_compiled_code() -> None:
         (Y[:, None], r"\[B, H, W\]; drop the channel axis with target.squeeze\(1\)$"),
         (Y[..., None], r"target.squeeze\(3\)$"),
         (Y[:, None].expand(-1, 5, -1, -1), r"one-hot target, target.argmax\(1\)$"),
-        (Y[..., None].expand(-1, -1, -1, 5), r"one-hot target, target.argmax\([13]\)$"),
+        (Y[:, :4, :, None].expand(-1, -1, -1, 5), r"one-hot target, target.argmax\(3\)$"),
     ],
 )
 def test_a_target_of_four_axes(target: Tensor, hint: str) -> None:

@@ -38,6 +38,14 @@ def check_number(value: object, name: str) -> float:
     return float(value)
 
 
+def check_weight(value: object, name: str) -> float:
+    """A weight of a term."""
+    number = check_number(value, name)
+    if number < 0.0:
+        raise ValueError(f"{name}: got {number}, expected a number >= 0; 0 leaves the term out")
+    return number
+
+
 def check_integer(value: object, name: str) -> int:
     try:
         if isinstance(value, (bool, Tensor)):
@@ -68,11 +76,14 @@ def check_flag(value: object, name: str) -> bool:
 
 def _kind(value: object) -> str:
     """What came, for an error: strings and None by value, others by type."""
-    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
+    if value is None or isinstance(value, str):
+        return repr(value)
+    kind = type(value)  # of NumPy's bool the name alone is that of Python's
+    return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
 
 
 def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
@@ -170,16 +181,19 @@ def suggest(name: str, known: Collection[str], renamed: Mapping[str, str]) -> st
 
 
 def refuse_unknown(
-    unknown: Collection[str], known: Collection[str], renamed: Mapping[str, str]
+    unknown: Collection[str],
+    known: Collection[str],
+    renamed: Mapping[str, str],
+    what: str = "argument",
 ) -> None:
-    """Raises where there are keyword arguments that nothing reads.
+    """Raises where there are keyword arguments that nothing reads; `what` they are.
 
     Raises:
         TypeError: names the first, and what it may stand for.
     """
     for name in unknown:
         hint = suggest(name, known, renamed) or f"expected {', '.join(known)}"
-        raise TypeError(f"{name}: there is no such argument; {hint}")
+        raise TypeError(f"{name}: there is no such {what}; {hint}")
 
 
 def plain_tensor(tensor: _T) -> _T:
@@ -205,9 +219,10 @@ def label_hint(shape: torch.Size, num_classes: int, floating: bool) -> str:
         return "; drop the channel axis with target.squeeze(1)"
     if shape[3] == 1:
         return "; drop the channel axis with target.squeeze(3)"
-    if shape[1] == num_classes:
+    if num_classes in (shape[1], shape[3]):
+        axis = 1 if shape[1] == num_classes else 3
         order = "the order is (student_logits, target, teacher_logits), " if floating else ""
-        return f"; {order}class indices are expected: of a one-hot target, target.argmax(1)"
+        return f"; {order}class indices are expected: of a one-hot target, target.argmax({axis})"
     return ""
 
 
@@ -248,7 +263,10 @@ def check_tensor(
 ) -> Tensor:
     """Type, rank and dtype of one argument; `hint` is for one of another rank."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor {shape}")
+        raise TypeError(
+            f"{name}: got {type(tensor).__name__}, expected a tensor {shape}"
+            + _tensor_hint(tensor, name)
+        )
     if _is_dtensor(tensor):
         raise TypeError(
             f"{name}: got a DTensor; pass its local shard (`.to_local()`) and process_group= for "
@@ -259,11 +277,13 @@ def check_tensor(
         raise TypeError(f"{name}: got {kind}, expected a dense tensor {shape}")
     if tensor.dim() != rank:
         raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)}, expected {rank} dimensions {shape}{hint}"
+            f"{name}: got shape {tuple(tensor.shape)}, expected {rank} dimensions {shape}"
+            + (hint or _rank_hint(tensor, name, rank, dtypes))
         )
     if tensor.dtype not in dtypes:
         raise TypeError(
             f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}"
+            + _dtype_hint(tensor.dtype, name)
         )
     if not torch.compiler.is_compiling() and max(tensor.shape) > LARGEST_SIZE:
         raise ValueError(
@@ -272,6 +292,39 @@ def check_tensor(
     refuse_without_memory(tensor, name)
     refuse_forward_mode(tensor, name)
     return tensor
+
+
+def _tensor_hint(value: object, name: str) -> str:
+    """What to do with what is no tensor."""
+    if isinstance(value, Mapping):
+        keys = [key for key in ("logits", "out") if key in value]
+        return f"; take the logits out of it, {name}[{keys[0]!r}]" if keys else ""
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return f"; give one of its tensors, or torch.stack({name})"
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
+        return f"; convert it with torch.as_tensor({name})"
+    return ""
+
+
+def _rank_hint(tensor: Tensor, name: str, rank: int, dtypes: Sequence[torch.dtype]) -> str:
+    """What to do with one image, or with labels in the place of logits."""
+    if rank < 3 or tensor.dim() != rank - 1:
+        return ""
+    if tensor.dtype not in dtypes:
+        return "; these look like labels, which are the argument `target`" if rank == 4 else ""
+    return f"; of a single image, add the batch axis: {name}[None]"
+
+
+def _dtype_hint(dtype: torch.dtype, name: str) -> str:
+    """What to do with another dtype."""
+    if name == "target":
+        floating = (
+            "; class indices are expected, no probabilities" if dtype.is_floating_point else ""
+        )
+        return f"{floating}; if these are class indices, convert them with target.long()"
+    if dtype.is_complex:
+        return f"; take its real part, {name}.real"
+    return f"; convert it with {name}.float()"
 
 
 def check_target(target: object, num_classes: int) -> None:
@@ -307,21 +360,25 @@ def tensor_of(side: Side) -> Tensor:
     return side.features if isinstance(side, Projection) else side
 
 
-def check_sides(student: object, target: object, teacher: object) -> int:
-    """Types, shapes and devices of what every loss takes; returns the number of classes."""
-    student_side = check_side(student, "student_logits")
+def check_sides(
+    student: object, target: object, teacher: object, called: str = "student_logits"
+) -> int:
+    """Types, shapes and devices of what every loss takes; returns the number of classes.
+
+    called: the caller's name of the first.
+    """
+    student_side = check_side(student, called)
     classes = classes_of(student_side)
     check_target(target, classes)
     assert isinstance(target, Tensor)
     if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"student_logits: got C={classes} classes, expected 1 to {MAX_CLASSES}")
-    batch = tensor_of(student_side).shape[0]
-    _check_beside(target, "target", batch, tensor_of(student_side))
-    _check_grid(tensor_of(student_side), "student_logits", target)
+        raise ValueError(f"{called}: got C={classes} classes, expected 1 to {MAX_CLASSES}")
+    _check_beside(target, "target", tensor_of(student_side), called)
+    _check_grid(tensor_of(student_side), called, target)
     if teacher is None:
         return classes
     teacher_side = check_side(teacher, "teacher_logits", "[B, C, h', w']")
-    _check_beside(tensor_of(teacher_side), "teacher_logits", batch, tensor_of(student_side))
+    _check_beside(tensor_of(teacher_side), "teacher_logits", tensor_of(student_side), called)
     if classes_of(teacher_side) != classes:
         shape = tensor_of(teacher_side).shape
         hint = axis_hint(shape, classes, "teacher_logits", tapped=False)
@@ -372,14 +429,24 @@ def check_side(side: object, name: str, shape: str = "[B, C, h, w]") -> Side:
     return side
 
 
-def check_teacher(teacher: Side | None, names: Collection[str], maps: bool) -> None:
-    """That it is there for the terms of these names, and requires no gradient that none sends."""
+def check_teacher(
+    teacher: Side | None,
+    names: Collection[str],
+    maps: bool,
+    weights: Mapping[str, str],
+    hint: str = "",
+) -> None:
+    """That it is there for the terms of these names, and requires no gradient that none sends.
+
+    weights: how the caller calls the weights of terms; hint: for one who has no teacher.
+    """
     if teacher is None:
         for name in names:
             if name != "ce" and not name.startswith("ce_"):
+                weight = weights[name.rstrip("0123456789").rstrip("_")]
                 raise ValueError(
-                    f"teacher_logits: got None, but {name}_weight is not 0; pass the teacher's "
-                    f"logits or set {name}_weight=0"
+                    f"teacher_logits: got None, but {weight} is not 0; pass the teacher's "
+                    f"logits or set {weight} to 0{hint}"
                 )
         if maps:
             raise ValueError("teacher_logits: got None, but return_maps=True needs them")
@@ -388,29 +455,33 @@ def check_teacher(teacher: Side | None, names: Collection[str], maps: bool) -> N
     if isinstance(teacher, Tensor) and teacher.requires_grad and not learns:
         raise ValueError(
             "teacher_logits: requires grad, but only the term teacher_ce sends it one; run "
-            "the teacher under torch.no_grad(), pass .detach(), or set teacher_ce_weight"
+            "the teacher under torch.no_grad() or pass .detach()"
+            + (f", or set {weights['teacher_ce']} above 0" if "teacher_ce" in weights else "")
         )
 
 
-def check_class_weight(class_weight: Tensor, classes: int, logits: Tensor) -> None:
-    """logits: the tensor whose device it must be on."""
+def check_class_weight(class_weight: Tensor, classes: int, logits: Tensor, called: str) -> None:
+    """logits: the tensor whose device it must be on, `called` so."""
     check_tensor(class_weight, "class_weight", 1, "[C]", LOGITS_DTYPES)
     check_constant(class_weight, "class_weight")
     if class_weight.shape[0] != classes:
         raise ValueError(f"class_weight: got {class_weight.shape[0]} entries, expected C={classes}")
-    if class_weight.device != logits.device:
+    check_device(class_weight, "class_weight", logits, called)
+
+
+def _check_beside(tensor: Tensor, name: str, logits: Tensor, called: str) -> None:
+    if tensor.shape[0] != logits.shape[0]:
         raise ValueError(
-            f"class_weight: is on {class_weight.device}, student_logits on {logits.device}; "
-            f"move it with .to({str(logits.device)!r})"
+            f"{name}: got batch {tensor.shape[0]}, {called} has batch {logits.shape[0]}"
         )
+    check_device(tensor, name, logits, called)
 
 
-def _check_beside(tensor: Tensor, name: str, batch: int, student_logits: Tensor) -> None:
-    if tensor.shape[0] != batch:
-        raise ValueError(f"{name}: got batch {tensor.shape[0]}, student_logits has batch {batch}")
-    if tensor.device != student_logits.device:
+def check_device(tensor: Tensor, name: str, logits: Tensor, called: str) -> None:
+    if tensor.device != logits.device:
         raise ValueError(
-            f"{name}: is on {tensor.device}, student_logits on {student_logits.device}; move one"
+            f"{name}: is on {tensor.device}, {called} on {logits.device}; "
+            f"move it with .to({str(logits.device)!r})"
         )
 
 

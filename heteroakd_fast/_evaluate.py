@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Final, NamedTuple, TypedDict
 
 import torch
@@ -34,8 +35,8 @@ from ._checks import (
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
 from .projector import Projection
-from .spec import LossSpec, Numbers, PassPlan, Shape, plan
-from .terms import TERMS
+from .spec import STAND_IN_NUMBERS, LossSpec, Numbers, PassPlan, Shape, plan, vector
+from .terms import TERM_WEIGHTS
 
 __all__ = [
     "DEFAULTS",
@@ -101,6 +102,12 @@ class Part(NamedTuple):
     teacher: Side | None = None
     names: Mapping[str, str] = {}
     """what the result calls a term of this part, if not by its name; of one name it has the sum"""
+    weights: Mapping[str, str] = TERM_WEIGHTS
+    """how the caller calls the weights of terms"""
+    without_teacher: str = ""
+    """what to do where there is none, as the end of a message"""
+    called: str = "student_logits"
+    """the caller's name of `student`"""
 
 
 class _Pass(NamedTuple):
@@ -139,16 +146,8 @@ def _run(
     options: Mapping[str, Any],
     maps: bool,
 ) -> list[_Pass]:
-    names = [name for one in plans for name in one.names]
-    if not names:
-        weights = ", ".join(f"{term.name}_weight" for term in TERMS)
-        raise ValueError(f"weights: every term has weight 0; give at least one of {weights}")
     student, teacher = part.student, part.teacher
-    classes = check_sides(student, target, teacher)
-    check_teacher(teacher, names, maps)
-    check_ignored_class(options["ignore_index"], classes, options["allow_ignored_class"])
-    if class_weight is not None:
-        check_class_weight(class_weight, classes, tensor_of(student))
+    classes = _check_part(part, plans, target, class_weight, options, maps)
     ignore_index = check_ignore_index(options["ignore_index"])
     grid = tensor_of(student).shape[2:]
     if options["resolution"] == "logits" and target.shape[1:] != grid:
@@ -160,25 +159,55 @@ def _run(
     for one in plans:
         head = (ignore_index, int(options["align_corners"]), int(one.maps))
         spec = LossSpec((*head, *one.structure), _numbers_of(part, one))
-        sums = ops.sums(
-            student,
-            target,
-            teacher if one.needs_teacher else None,
-            class_weight if one.weighted else None,
-            spec,
-            backends.select(options["backend"], spec.structure, tensor_of(student).device.type),
-        )
+        with nullcontext() if one.names else torch.no_grad():
+            sums = ops.sums(
+                student,
+                target,
+                teacher if one.needs_teacher else None,
+                class_weight if one.weighted else None,
+                spec,
+                backends.select(options["backend"], spec.structure, tensor_of(student).device.type),
+            )
+        if not one.names:
+            numerators, totals, denominators = (x[:0] for x in sums[:3])
+            sums = sums._replace(numerators=numerators, totals=totals, denominators=denominators)
         done.append(_Pass(one, sums, part))
     return done
 
 
+def _check_part(
+    part: Part,
+    plans: list[PassPlan],
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: Mapping[str, Any],
+    maps: bool,
+) -> int:
+    """Everything that is checked before a pass; returns the number of classes."""
+    names = [name for one in plans for name in one.names]
+    if not names:
+        weights = ", ".join(part.weights.values())
+        raise ValueError(f"weights: every term has weight 0; give at least one of {weights}")
+    classes = check_sides(part.student, target, part.teacher, part.called)
+    check_teacher(part.teacher, names, maps, part.weights, part.without_teacher)
+    check_ignored_class(options["ignore_index"], classes, options["allow_ignored_class"])
+    if class_weight is not None:
+        check_class_weight(class_weight, classes, tensor_of(part.student), part.called)
+    return classes
+
+
 def _numbers_of(part: Part, one: PassPlan) -> Numbers:
     numbers = part.numbers
-    if one.numbers is None:
+    if one.numbers is not None:
+        if isinstance(numbers, tuple):
+            numbers = tuple(numbers[k] for k in one.numbers)
+        else:
+            numbers = numbers[list(one.numbers)]
+    if one.names:
         return numbers
     if isinstance(numbers, tuple):
-        return tuple(numbers[k] for k in one.numbers)
-    return numbers[list(one.numbers)]
+        return (*STAND_IN_NUMBERS, *numbers)
+    return torch.cat((vector(STAND_IN_NUMBERS), numbers))
 
 
 def _combine(
@@ -237,13 +266,15 @@ def _combine(
 def describe(
     parts: Sequence[Part], target: Tensor, options: Mapping[str, Any], return_maps: bool = False
 ) -> str:
-    """The passes of such a call, a paragraph each; runs nothing."""
+    """The passes of such a call, a paragraph each; runs nothing, and refuses what a call does."""
     lines: list[str] = []
-    weighted = options["class_weight"] is not None
+    class_weight = options["class_weight"]
     for k, part in enumerate(parts):
         maps = return_maps and k == len(parts) - 1
+        plans = plan(part.shape, class_weight is not None, maps, ())
+        _check_part(part, plans, target, class_weight, options, maps)
         device = tensor_of(part.student).device.type
-        for one in plan(part.shape, weighted, maps, ()):
+        for one in plans:
             structure = (255, int(options["align_corners"]), int(one.maps), *one.structure)
             decoded = LossSpec(structure, _numbers_of(part, one)).options()
             groups: dict[str, list[str]] = {}

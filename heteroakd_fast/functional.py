@@ -5,10 +5,10 @@ The formulas are in `docs/method.md`, what every call promises in `docs/contract
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,7 +20,17 @@ from .channelwise import channel_wise_distillation
 from .output import DistillationOutput
 from .projector import Projection
 from .spec import Numbers, Shape, constant_while_tracing, numbers_of, shape_of, vector
-from .terms import FLAT, FLAT_DEFAULTS, FlatOptions, HeteroAKD, Term, check_flat, from_flat
+from .terms import (
+    FLAT,
+    FLAT_DEFAULTS,
+    FLAT_WEIGHTS,
+    TERMS,
+    FlatOptions,
+    HeteroAKD,
+    Term,
+    check_flat,
+    from_flat,
+)
 
 __all__ = [
     "DistillationOptions",
@@ -30,6 +40,18 @@ __all__ = [
     "distillation_loss",
     "segmentation_loss",
 ]
+
+
+_RENAMED: Final = {"T": "temperature", "weight": "class_weight"}
+
+#: What the keywords of `FlatOptions` are in a loss that is given terms.
+OF_TERMS: Final = {
+    "weight": "class_weight",
+    **{
+        name: f"{term.__name__}({option.name}=...), in `terms`,"
+        for name, ((term, option), *_) in FLAT.items()
+    },
+}
 
 
 class DistillationOptions(FlatOptions, LossOptions, total=False):
@@ -80,8 +102,9 @@ def segmentation_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
         BackendUnavailableError: `backend` was named and cannot run this call.
     """
-    refuse_unknown(options.keys() - DEFAULTS.keys(), tuple(DEFAULTS), {})
-    shape, numbers = encode(check_terms(terms, return_maps))
+    refuse_unknown(options.keys() - DEFAULTS.keys(), tuple(DEFAULTS), OF_TERMS)
+    checked = check_terms(terms)
+    shape, numbers = encode(with_maps(checked) if return_maps else checked)
     part = Part(shape, numbers, student_logits, teacher_logits)
     return evaluate([part], target, check_options(options), normalizer, return_maps)
 
@@ -116,9 +139,9 @@ def distillation_loss(
     of_terms: dict[str, Any] = {}
     for name, value in options.items():
         (of_loss if name in DEFAULTS else of_terms)[name] = value
-    refuse_unknown(of_terms.keys() - FLAT.keys(), (*FLAT, *DEFAULTS), {})
+    refuse_unknown(of_terms.keys() - FLAT.keys(), (*FLAT, *DEFAULTS), _RENAMED)
     shape, numbers = encode_flat(of_terms, return_maps)
-    part = Part(shape, numbers, student_logits, teacher_logits)
+    part = Part(shape, numbers, student_logits, teacher_logits, weights=FLAT_WEIGHTS)
     return evaluate([part], target, check_options(of_loss), normalizer, return_maps)
 
 
@@ -150,28 +173,47 @@ def cross_entropy(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
         BackendUnavailableError: `backend` was named and cannot run this call.
     """
-    return distillation_loss(
-        logits, target, None, label_smoothing=label_smoothing, normalizer=normalizer, **options
-    )
+    known = ("label_smoothing", *DEFAULTS)
+    refuse_unknown(options.keys() - DEFAULTS.keys(), known, _RENAMED)
+    shape, numbers = encode_flat({"label_smoothing": label_smoothing}, False)
+    part = Part(shape, numbers, logits, weights=FLAT_WEIGHTS, called="logits")
+    return evaluate([part], target, check_options(options), normalizer)
 
 
 # --- terms, encoded ------------------------------------------------------------------------------
 
 
-def check_terms(terms: Sequence[Term], maps: bool = False) -> tuple[Term, ...]:
-    """The terms, with `HeteroAKD` of weight 0 where maps are wanted and no term has their options.
+def check_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms, one of which has a weight.
 
     Raises:
-        TypeError: names what is no term.
+        TypeError: names what is no term, and says what to write.
+        ValueError: none has a weight.
     """
+    if isinstance(terms, Term):
+        name = type(terms).__name__
+        raise TypeError(f"terms: got {name}, expected a sequence of terms; write [{name}(...)]")
+    terms = tuple(terms) if isinstance(terms, Iterable) else (terms,)
     for term in terms:
-        if not isinstance(term, Term):
-            raise TypeError(
-                f"terms: got {type(term).__name__}, expected terms of heteroakd_fast.terms"
-            )
-    if maps and not any(isinstance(term, HeteroAKD) for term in terms):
-        return (*terms, HeteroAKD(0.0))
-    return tuple(terms)
+        if type(term) in TERMS:
+            continue
+        got, hint = type(term).__name__, "such as KD(0.1)"
+        if isinstance(term, (list, tuple)):
+            hint = "unpack it with a star, as in SegmentationLoss(*terms)"
+        elif isinstance(term, type) and issubclass(term, Term):
+            got, hint = f"the class {term.__name__}", f"call it, {term.__name__}()"
+        elif isinstance(term, Term):
+            hint = "not subclasses of them, which have no kernel"
+        raise TypeError(f"terms: got {got}, expected terms of heteroakd_fast.terms; {hint}")
+    if not any(term.weight != 0.0 for term in terms):
+        raise ValueError(f"terms: got {len(terms)}, expected one whose weight is not 0")
+    return terms
+
+
+def with_maps(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """With `HeteroAKD` of weight 0 where no term has the options of maps."""
+    has = any(isinstance(term, HeteroAKD) for term in terms)
+    return terms if has else (*terms, HeteroAKD(0.0))
 
 
 @lru_cache(maxsize=256)
@@ -206,6 +248,7 @@ def _encode_flat(
 def _encode_traced(options: dict[str, Any]) -> tuple[Shape, Numbers]:
     """The same, with numbers that the compiler does not see as constants."""
     names = _flat_numbers()
+    check_flat({name: options[name] for name in names})
     choices = tuple((name, value) for name, value in options.items() if name not in names)
     asked = tuple(name for name in names if name.endswith("_weight") and options[name] != 0.0)
     return _flat_shape(choices, asked), vector([options[name] for name in names])

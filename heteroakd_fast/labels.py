@@ -56,10 +56,12 @@ def check_label_report(report: Tensor, target: Tensor, num_classes: int, ignore_
     first = place[0] if place else int(label_report(target, num_classes, ignore_index)[2])
     _, height, width = target.shape
     b, y, x = first // (height * width), first // width % height, first % width
+    label = int(target[b, y, x])
     raise ValueError(
-        f"target: label {int(target[b, y, x])} at (b={b}, y={y}, x={x}) is "
+        f"target: label {label} at (b={b}, y={y}, x={x}) is "
         f"{label_range(num_classes, ignore_index)}; {count} such pixels. "
-        f"Map the labels of your data set to class indices, or set ignore_index."
+        f"Map the labels of your data set to class indices, or set ignore_index={label} if such "
+        "pixels are to be left out."
     )
 
 

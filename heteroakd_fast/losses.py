@@ -19,9 +19,10 @@ from ._checks import (
     axis_hint,
     check_choice,
     check_count,
+    check_flag,
     check_ignored_class,
-    check_number,
     check_tensor,
+    check_weight,
     plain_tensor,
     refuse_forward_mode,
     refuse_unknown,
@@ -35,7 +36,7 @@ from ._evaluate import (
     describe,
     evaluate,
 )
-from .functional import check_terms
+from .functional import OF_TERMS, check_terms, with_maps
 from .modules import AdjustableLoss
 from .output import DistillationOutput
 from .projector import PROJECTORS, Projection, Projector
@@ -43,6 +44,8 @@ from .spec import Numbers, Shape, names_of, numbers_of, shape_of, vector
 from .terms import (
     FLAT,
     FLAT_DEFAULTS,
+    FLAT_WEIGHTS,
+    TERMS,
     CrossEntropy,
     FlatOptions,
     Term,
@@ -62,30 +65,33 @@ class _Encoded(NamedTuple):
     numbers: tuple[float, ...]
     vector: Tensor
 
-    def part(self, student: Side, teacher: Side | None, names: Mapping[str, str] = {}) -> Part:
+    def part(self, student: Side, teacher: Side | None, **more: Any) -> Part:
         compiling = torch.compiler.is_compiling()
         numbers: Numbers = self.vector if compiling else self.numbers
-        return Part(self.shape, numbers, student, teacher, names)
+        return Part(self.shape, numbers, student, teacher, **more)
 
 
 def _encode(terms: Sequence[Term]) -> tuple[_Encoded, _Encoded]:
     """Without maps and with them."""
     asked = tuple(term for term in terms if term.weight != 0.0)
-    mapped = check_terms(terms, maps=True)
-    without, with_maps = (
+    without, mapped = (
         _Encoded(shape_of(some), numbers_of(some), vector(numbers_of(some)))
-        for some in (asked, mapped)
+        for some in (asked, with_maps(tuple(terms)))
     )
-    return without, with_maps
+    return without, mapped
 
 
-# What the keywords of `HeteroAKDLoss` are in a loss that is given terms.
-_OF_TERMS = {
-    name: f"set_weights({term.name}=...)"
-    if option.name == "weight"
-    else f"{term.__name__}({option.name}=...), in `terms`,"
-    for name, ((term, option), *_) in FLAT.items()
-}
+_WITHOUT_TEACHER: Final = (
+    "; to validate without a teacher, call .eval() on the loss, which then computes ce alone"
+)
+
+
+def _check_named_weights(weights: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """What `set_weights` is given; names: those of the loss's terms."""
+    renamed = {f"{name}_weight": name for name in names}
+    renamed |= {term.__name__: term.name for term in TERMS if term.name in names}
+    refuse_unknown(weights.keys() - set(names), names, renamed, "term of this loss")
+    return {name: check_weight(weight, name) for name, weight in weights.items()}
 
 
 class SegmentationLoss(AdjustableLoss):
@@ -112,7 +118,10 @@ class SegmentationLoss(AdjustableLoss):
     terms: tuple[Term, ...]
 
     _adjustable = ("terms", *_COMMON)
-    _renamed: ClassVar = {"weight": "class_weight", **_OF_TERMS}
+    _renamed: ClassVar = {
+        **OF_TERMS,
+        **{f"{term.name}_weight": f"set_weights({term.name}=...)" for term in TERMS},
+    }
 
     def __init__(self, *terms: Term, **options: Unpack[LossOptions]) -> None:
         super().__init__()
@@ -125,8 +134,6 @@ class SegmentationLoss(AdjustableLoss):
 
     def _check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         terms = check_terms(settings["terms"])
-        if not any(term.weight != 0.0 for term in terms):
-            raise ValueError(f"terms: got {len(terms)}, expected one whose weight is not 0")
         checked = check_options({k: v for k, v in settings.items() if k != "terms"})
         checked["class_weight"] = self._own_class_weight(checked["class_weight"], None)
         return {**checked, "terms": terms}
@@ -143,8 +150,12 @@ class SegmentationLoss(AdjustableLoss):
         return MappingProxyType({n: t.weight for n, t in zip(names, self.terms, strict=True)})
 
     def set_weights(self, **weights: float) -> None:
-        """Sets the weights of some terms, by name: `loss_fn.set_weights(kd=0.05)`."""
-        refuse_unknown(weights.keys() - self.weights.keys(), tuple(self.weights), {})
+        """Sets the weights of some terms, by name: `loss_fn.set_weights(kd=0.05)`.
+
+        Raises:
+            TypeError, ValueError: names the term; no weight has changed.
+        """
+        weights = _check_named_weights(weights, tuple(self.weights))
         self.terms = tuple(
             dataclasses.replace(term, weight=weights.get(name, term.weight))
             for name, term in zip(self.weights, self.terms, strict=True)
@@ -186,11 +197,12 @@ class SegmentationLoss(AdjustableLoss):
         teacher_logits: Tensor | Projection | None,
         maps: bool,
     ) -> list[Part]:
-        encoded = self._encoded
-        alone = teacher_logits is None and not self.training and not maps
-        if alone and self._cross_entropies[0].shape:
-            encoded = self._cross_entropies
-        return [encoded[maps].part(student_logits, teacher_logits)]
+        check_flag(maps, "return_maps")
+        encoded, hint = self._encoded, ""
+        if teacher_logits is None and not maps and self._cross_entropies[0].shape:
+            hint = _WITHOUT_TEACHER
+            encoded = encoded if self.training else self._cross_entropies
+        return [encoded[maps].part(student_logits, teacher_logits, without_teacher=hint)]
 
 
 class HeteroAKDOptions(FlatOptions, LossOptions, total=False):
@@ -200,16 +212,13 @@ class HeteroAKDOptions(FlatOptions, LossOptions, total=False):
 
 
 _FLAT: Final = tuple(name for name in FLAT if name != "teacher_ce_weight")
+_FLAT_WEIGHTS: Final = {k: name for k, name in FLAT_WEIGHTS.items() if k != "teacher_ce"}
 _WEIGHTS: Final = tuple(f"{name}_weight" for name in ("ce", "kd", "hetero", "feature", "projector"))
 _OPTIONS: Final = (
     *(name for name in _FLAT if name not in _WEIGHTS),
     *(name for name in _COMMON if name != "class_weight"),
 )
 _DEFAULT_WEIGHTS: Final = {"kd_weight": 0.1, "hetero_weight": 1.0, "projector_weight": 1.0}
-_WITHOUT_TEACHER: Final = (
-    "; to validate without a teacher, call .eval() on the loss, which then computes ce alone if "
-    "ce_weight is not 0"
-)
 
 
 class HeteroAKDLoss(AdjustableLoss):
@@ -273,9 +282,8 @@ class HeteroAKDLoss(AdjustableLoss):
         if kind is None:
             kind = "conv-bn-relu" if settings["preset"] == "paper" else "linear"
         check_choice(kind, "projector", PROJECTORS)
-        if not any(settings[name] for name in _WEIGHTS):
-            terms = ", ".join(name.removesuffix("_weight") for name in _WEIGHTS)
-            raise ValueError(f"weights: all of {terms} are 0; nothing to compute")
+        weights = _WEIGHTS if student_channels is not None else _WEIGHTS[:-1]  # no projector
+        _check_weights({name: settings[name] for name in weights})
         if settings["tau"] != 1.0 and not settings["hetero_weight"]:
             warnings.warn(
                 "tau: only the reliability of hetero reads it, and hetero_weight is 0; the "
@@ -306,6 +314,16 @@ class HeteroAKDLoss(AdjustableLoss):
         """Channels of the teacher's features, None without projectors."""
         return None if self.teacher_projector is None else self.teacher_projector.conv.in_channels
 
+    def set_weights(self, **weights: float) -> None:
+        """`loss_fn.set_weights(kd=0.05)` is `loss_fn.kd_weight = 0.05`, for several at once.
+
+        Raises:
+            TypeError, ValueError: names the term; no weight has changed.
+        """
+        names = tuple(name.removesuffix("_weight") for name in _WEIGHTS)
+        for name, weight in _check_named_weights(weights, names).items():
+            setattr(self, f"{name}_weight", weight)
+
     @property
     def options(self) -> Mapping[str, Any]:
         """All options but the weights, by name, to read; they are set as attributes."""
@@ -317,7 +335,7 @@ class HeteroAKDLoss(AdjustableLoss):
         common = check_options({k: v for k, v in settings.items() if k in DEFAULTS})
         check_ignored_class(common["ignore_index"], self.num_classes, common["allow_ignored_class"])
         common["class_weight"] = self._own_class_weight(common["class_weight"], self.num_classes)
-        weight = check_number(settings["projector_weight"], "projector_weight")
+        weight = check_weight(settings["projector_weight"], "projector_weight")
         return {**flat, "projector_weight": weight, **common}
 
     def _encode(self) -> None:
@@ -395,6 +413,7 @@ class HeteroAKDLoss(AdjustableLoss):
         teacher_features: Tensor | None,
         maps: bool,
     ) -> list[Part]:
+        check_flag(maps, "return_maps")
         student_logits = plain_tensor(student_logits)
         features = {
             "student_features": plain_tensor(student_features),
@@ -402,8 +421,11 @@ class HeteroAKDLoss(AdjustableLoss):
         }
         self._check_classes(student_logits)
         absent = teacher_logits is None and all(value is None for value in features.values())
-        if absent and not self.training and self.ce_weight:
-            return [self._cross_entropy[maps].part(student_logits, None)]
+        spelling: dict[str, Any] = {"weights": _FLAT_WEIGHTS}
+        if self.ce_weight:
+            spelling["without_teacher"] = _WITHOUT_TEACHER
+            if absent and not self.training:
+                return [self._cross_entropy[maps].part(student_logits, None, **spelling)]
         if self.student_projector is None or self.teacher_projector is None:
             for name, value in features.items():
                 if value is not None:
@@ -411,26 +433,29 @@ class HeteroAKDLoss(AdjustableLoss):
                         f"{name}: given, but the loss has no projectors; build it with "
                         "student_channels and teacher_channels, or leave the features out"
                     )
-            _check_teacher_is_there(teacher_logits, self._on_logits[0])
-            return [self._on_logits[maps].part(student_logits, teacher_logits)]
+            return [self._on_logits[maps].part(student_logits, teacher_logits, **spelling)]
         parts = []
         if self._on_final[0].shape:
-            _check_teacher_is_there(teacher_logits, self._on_final[0])
             # Without kd nothing reads the teacher's logits, which may be of other classes.
             teacher = teacher_logits if self.kd_weight else None
-            parts.append(self._on_final[0].part(student_logits, teacher))
+            parts.append(self._on_final[0].part(student_logits, teacher, **spelling))
         if self._on_projected[0].shape or maps:
             names = {"ce": "projector", "teacher_ce": "projector"}
+            batch = len(student_logits)
             student_side = _projected(
-                self.student_projector, features["student_features"], "student"
+                self.student_projector, features["student_features"], "student", batch
             )
             teacher_side = _projected(
-                self.teacher_projector, features["teacher_features"], "teacher"
+                self.teacher_projector, features["teacher_features"], "teacher", batch
             )
             if isinstance(teacher_side, Tensor) and not self.projector_weight:
                 refuse_forward_mode(teacher_side, "teacher_projector")
                 teacher_side = teacher_side.detach()
-            parts.append(self._on_projected[maps].part(student_side, teacher_side, names))
+            encoded = self._on_projected[maps]
+            spelling |= {"names": names, "called": "student_features"}
+            parts.append(encoded.part(student_side, teacher_side, **spelling))
+        if not parts:
+            _check_weights(self._settings(*_WEIGHTS))
         return parts
 
     def _check_classes(self, student_logits: Tensor) -> None:
@@ -444,18 +469,15 @@ class HeteroAKDLoss(AdjustableLoss):
             )
 
 
-def _check_teacher_is_there(teacher_logits: Tensor | None, encoded: _Encoded) -> None:
-    if teacher_logits is not None:
-        return
-    needed = next((name for name in names_of(encoded.shape) if name != "ce"), None)
-    if needed is not None:
-        raise ValueError(
-            f"teacher_logits: got None, but {needed}_weight is not 0; pass the teacher's logits or "
-            f"set {needed}_weight=0{_WITHOUT_TEACHER}"
-        )
+def _check_weights(settings: Mapping[str, float]) -> None:
+    if not any(settings.values()):
+        terms = ", ".join(name.removesuffix("_weight") for name in settings)
+        raise ValueError(f"weights: all of {terms} are 0; nothing to compute")
 
 
-def _projected(projector: Projector, features: Tensor | None, side: str) -> Tensor | Projection:
+def _projected(
+    projector: Projector, features: Tensor | None, side: str, batch: int
+) -> Tensor | Projection:
     """The projected logits, or what makes them in the kernel: nothing stands between the
     convolution and the terms."""
     name, depth = f"{side}_features", projector.conv.in_channels
@@ -472,6 +494,8 @@ def _projected(projector: Projector, features: Tensor | None, side: str) -> Tens
             f"{name}: got D={features.shape[1]} channels, the loss was built with "
             f"{side}_channels={depth}{hint}"
         )
+    if len(features) != batch:
+        raise ValueError(f"{name}: got batch {len(features)}, student_logits has batch {batch}")
     weight = projector.conv.weight
     if features.device != weight.device:
         raise ValueError(

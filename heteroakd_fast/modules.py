@@ -71,7 +71,13 @@ class AdjustableLoss(SharesGroup, nn.Module):
         if value is None or value is current:
             return current if value is current else None
         device = None if current is None or isinstance(value, Tensor) else current.device
-        given = plain_tensor(torch.as_tensor(value, device=device))
+        try:
+            given = plain_tensor(torch.as_tensor(value, device=device))
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(value).__name__
+            raise TypeError(f"class_weight: got {kind}, expected C numbers or a tensor") from None
+        if given.is_complex():
+            raise TypeError(f"class_weight: got {given.dtype}, expected real numbers")
         check_constant(given, "class_weight")
         weight = given.detach().clone()
         weight = weight if weight.is_floating_point() else weight.float()

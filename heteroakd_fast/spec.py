@@ -16,9 +16,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .terms import TERMS, HeteroAKD, Term
+from .terms import TERMS, CrossEntropy, HeteroAKD, Term
 
 __all__ = [
+    "STAND_IN_NUMBERS",
     "LossSpec",
     "Numbers",
     "Options",
@@ -45,6 +46,9 @@ Shape = tuple[tuple[int, ...], ...]
 Numbers = tuple[float, ...] | Tensor
 
 _MAPS_ONLY: Final = -1
+# No backend has a pass without a term: the cross entropy stands in, and what it gives is dropped.
+_STAND_IN: Final = (TERMS.index(CrossEntropy), 0)
+STAND_IN_NUMBERS: Final = (1.0, 0.0)
 
 
 def constant_while_tracing(function: _F) -> _F:
@@ -283,7 +287,7 @@ class PassPlan(NamedTuple):
     terms: tuple[int, ...]
     """positions in the loss"""
     structure: tuple[int, ...]
-    """as in `LossSpec`, from the terms on"""
+    """as in `LossSpec`, from the terms on; where all is for the maps, a cross entropy leads"""
     numbers: tuple[int, ...] | None
     """positions among the loss's numbers; None: all, in their order"""
     names: tuple[str, ...]
@@ -374,6 +378,8 @@ def _pass_plan(
             group = keys.index(key)
             groups.append(group)
         structure += (kind, group, *choices)
+    if not groups:
+        structure = [*_STAND_IN, *structure]
     positions = tuple(position for position, _ in one.entries)
     ends = [0]
     for kind, *_ in shape:

@@ -18,13 +18,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Final, TypedDict
 
-from ._checks import check_choice, check_number, check_temperature
+from ._checks import check_choice, check_number, check_temperature, check_weight
 
 __all__ = [
     "FLAT",
     "FLAT_DEFAULTS",
+    "FLAT_WEIGHTS",
     "KD",
     "TERMS",
+    "TERM_WEIGHTS",
     "CrossEntropy",
     "Feature",
     "FlatOptions",
@@ -72,13 +74,13 @@ def _choice(default: str | None, choices: tuple[str, ...], flat: str | None = No
 
 @dataclass(frozen=True)
 class Term:
-    """A term of a loss; `weight` multiplies its mean, and 0 leaves it out.
+    """A term of a loss; `weight`, >= 0, multiplies its mean, and 0 leaves it out.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value.
     """
 
-    weight: float = _number(1.0)
+    weight: float = _number(1.0, check_weight)
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
@@ -282,6 +284,14 @@ FLAT_DEFAULTS: Final[Mapping[str, Any]] = {
     name: 0.0 if name.endswith("_weight") and name != "ce_weight" else options[0][1].default
     for name, options in FLAT.items()
 }
+
+
+#: How a caller calls the weight of each term, by its name: in a loss that is given terms,
+#: and as a keyword of `FlatOptions`.
+TERM_WEIGHTS: Final[Mapping[str, str]] = {
+    term.name: f"the weight of {term.__name__}" for term in TERMS
+}
+FLAT_WEIGHTS: Final[Mapping[str, str]] = {term.name: f"{term.name}_weight" for term in TERMS}
 
 
 def check_flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,19 @@ from common import BACKENDS, F32, every_cpu_backend, make_batch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, Projection, functional
+from heteroakd_fast import (
+    ChannelWiseLoss,
+    HeteroAKDLoss,
+    Projection,
+    SegmentationLoss,
+    functional,
+)
 from heteroakd_fast._evaluate import LossOptions
 from heteroakd_fast.channelwise import channel_wise_distillation
 from heteroakd_fast.integrations.smp import DistillationLoss
 from heteroakd_fast.losses import HeteroAKDOptions
 from heteroakd_fast.projector import Projector
+from heteroakd_fast.terms import KD, CrossEntropy
 
 S, T, Y = make_batch(grid=(2, 3), teacher_grid=(3, 2), size=(5, 6), dtype=F32)
 FEATURES = {
@@ -162,6 +169,20 @@ def test_annealed_attributes_count_in_a_compiled_module() -> None:
             S, Y, T, kd_weight=weight, temperature=temperature
         ).loss
         torch.testing.assert_close(compiled(S, Y, teacher_logits=T).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("kd_weight", float("nan")), ("kd_weight", True), ("kd_beta", 3.0)]
+)
+def test_numbers_are_checked_in_compiled_code(name: str, value: Any) -> None:
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    options = {"kd_weight": 0.5, name: value}
+    compiled = torch.compile(
+        lambda s: functional.distillation_loss(s, Y, T, **options).loss, backend="eager"
+    )
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: got"):
+        compiled(S)
 
 
 def test_unknown_arguments_are_named() -> None:
@@ -381,6 +402,7 @@ def test_subclasses_in_compiled_code() -> None:
         (Y[:, None], r"\[B, H, W\]; drop the channel axis with target.squeeze\(1\)$"),
         (Y[..., None], r"target.squeeze\(3\)$"),
         (Y[:, None].expand(-1, 5, -1, -1), r"one-hot target, target.argmax\(1\)$"),
+        (Y[:, :4, :, None].expand(-1, -1, -1, 5), r"one-hot target, target.argmax\(3\)$"),
     ],
 )
 def test_a_target_of_four_axes(target: Tensor, hint: str) -> None:
@@ -391,6 +413,75 @@ def test_a_target_of_four_axes(target: Tensor, hint: str) -> None:
     ):
         with pytest.raises(ValueError, match=r"target: got shape \(2, .*" + hint):
             one()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": Y.float()}, r"target: got torch.float32.*no probabilities.*target.long\(\)"),
+        ({"target": Y > 2}, r"target: got torch.bool, expected .*; .*target.long\(\)"),
+        ({"target": Y.numpy()}, r"target: got ndarray.*torch.as_tensor\(target\)"),
+        ({"target": Y.tolist()}, r"target: got list.*torch.as_tensor\(target\)"),
+        ({"target": Y[0]}, r"target: got shape \(5, 6\).*batch axis: target\[None\]"),
+        ({"target": Y.to("meta")}, r"target: is on meta, .* on cpu; .*\.to\('cpu'\)"),
+        ({"target": Y.where(Y != 255, 99)}, r"label 99 at \(b=.* or set ignore_index=99 if such"),
+        ({"student_logits": S[0]}, r"student_logits: .*batch axis: student_logits\[None\]"),
+        ({"student_logits": Y}, "student_logits: .*look like labels, .* argument `target`"),
+        ({"student_logits": S.numpy()}, r"student_logits: .*as_tensor\(student_logits\)"),
+        ({"student_logits": {"out": S}}, r"student_logits: got dict.*, student_logits\['out'\]"),
+        ({"student_logits": (S,)}, "student_logits: got tuple.*one of its tensors"),
+        ({"student_logits": S.int()}, r"student_logits: .*student_logits.float\(\)"),
+        ({"student_logits": S.cfloat()}, "student_logits: .*real part, student_logits.real"),
+        ({"teacher_logits": T[0]}, r"teacher_logits: .*batch axis: teacher_logits\[None\]"),
+        ({"teacher_logits": T.tolist()}, r"teacher_logits: .*as_tensor\(teacher_logits\)"),
+        ({"teacher_logits": T.to("meta")}, r"teacher_logits: is on meta.*\.to\('cpu'\)"),
+    ],
+)
+def test_what_came_and_what_to_do(change: dict[str, Any], message: str) -> None:
+    call = {"student_logits": S, "target": Y, "teacher_logits": T, **change}
+    for loss in (HeteroAKDLoss(5), SegmentationLoss(CrossEntropy(), KD()), ChannelWiseLoss()):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(**call)
+    if "teacher_logits" not in change:  # whose first argument has another name
+        message = message.replace("student_logits", "logits")
+        with pytest.raises((TypeError, ValueError), match=f"^(target: )?{message}"):
+            functional.cross_entropy(call["student_logits"], call["target"])
+
+
+def test_features_that_do_not_fit_are_named() -> None:
+    for change, message in (
+        ({"student_features": torch.ones(1, 7, 2, 3)}, "student_features: got batch 1, .* batch 2"),
+        ({"teacher_features": torch.ones(1, 9, 2, 3)}, "teacher_features: got batch 1, .* batch 2"),
+        ({"student_features": torch.ones(2, 7, 0, 3)}, "student_features: got an empty grid"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HeteroAKDLoss(5, 7, 9)(S, Y, teacher_logits=T, **{**FEATURES, **change})
+
+
+def test_numpys_flags_and_arrays_are_named_as_such() -> None:
+    for loss in (HeteroAKDLoss(5), SegmentationLoss(CrossEntropy(), KD())):
+        for call in (loss, loss.plan):
+            with pytest.raises(
+                TypeError, match=r"return_maps: got numpy\.bool.*, expected True or"
+            ):
+                call(S, Y, T, return_maps=np.bool_(True))
+        with pytest.raises(TypeError, match=r"align_corners: got numpy\.bool"):
+            loss.align_corners = np.bool_(True)
+        with pytest.raises(ValueError, match="resolution: got array.*expected one of 'label'"):
+            loss.resolution = np.ones(2)
+        with pytest.raises(TypeError, match="class_weight: got torch.complex64, expected real"):
+            loss.class_weight = torch.ones(5, dtype=torch.complex64)
+
+
+def test_all_weights_set_to_zero() -> None:
+    with pytest.raises(ValueError, match="weights: all of ce, kd, hetero, feature are 0"):
+        HeteroAKDLoss(5, ce_weight=0.0, kd_weight=0.0, hetero_weight=0.0)  # there is no projector
+    for channels in ((), (7, 9)):
+        loss = HeteroAKDLoss(5, *channels, hetero_weight=0.0, projector_weight=0.0, kd_weight=0.0)
+        loss.ce_weight = 0.0
+        features = FEATURES if channels else {}
+        with pytest.raises(ValueError, match="^weights: .* 0"):
+            loss(S, Y, teacher_logits=T, **features)
 
 
 def test_a_teacher_of_other_classes() -> None:

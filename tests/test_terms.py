@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import TERM_CASES, make_batch, truth
+from common import BACKENDS, TERM_CASES, make_batch, truth
 
 import heteroakd_fast as hf
 from heteroakd_fast import functional
@@ -130,10 +130,10 @@ def test_several_passes_are_the_sum() -> None:
     assert (grad.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.3, 2.0, 0.7), (1e-6, 3.0, 1e4, -2.0)])
+@pytest.mark.parametrize("weights", [(1.0, 0.3, 2.0, 0.7), (1e-6, 3.0, 1e4, 2.0)])
 @pytest.mark.parametrize("evaluation", ["discrepancy", "none"])
 def test_weights_of_a_group(weights: tuple[float, ...], evaluation: str) -> None:
-    """Terms of a group share a gradient; far apart, signs mixed, with class weights or without."""
+    """Terms of a group share a gradient; far apart, with class weights or without."""
     names = ("ce_weight", "kd_weight", "hetero_weight", "feature_weight")
     options = {**dict(zip(names, weights, strict=True)), "evaluation": evaluation}
     for class_weight in (None, torch.rand(5) + 0.1):
@@ -149,6 +149,10 @@ def test_weights_of_a_group(weights: tuple[float, ...], evaluation: str) -> None
 
 
 # --- the classes ---------------------------------------------------------------------------------
+
+
+def of_terms(**options: Any) -> Any:
+    return functional.segmentation_loss(*BATCH.arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +174,19 @@ def test_weights_of_a_group(weights: tuple[float, ...], evaluation: str) -> None
         (lambda: hf.SegmentationLoss("ce"), "terms: got str"),  # type: ignore[arg-type]
         (lambda: hf.SegmentationLoss(KD(), ignore_label=0), "ignore_label: there is no such"),  # type: ignore[call-arg]
         (lambda: hf.SegmentationLoss(KD()).set_weights(ce=1.0), "ce: there is no such"),
+        (lambda: hf.SegmentationLoss(KD()).set_weights(KD=1.0), "KD: .* it is called kd here"),
+        (lambda: hf.SegmentationLoss(KD()).set_weights(kd_weight=1.0), "is called kd here"),
+        (lambda: hf.SegmentationLoss([KD()]), r"terms: got list, .*SegmentationLoss\(\*terms\)"),  # type: ignore[arg-type]
+        (lambda: hf.SegmentationLoss(KD), r"terms: got the class KD, .* call it, KD\(\)"),  # type: ignore[arg-type]
+        (lambda: hf.SegmentationLoss(type("My", (KD,), {})()), "terms: got My, .*no kernel"),
+        (lambda: setattr(hf.SegmentationLoss(KD()), "terms", KD()), r"got KD, .* write \[KD\("),
+        (lambda: hf.SegmentationLoss(KD(), class_weight="abc"), "class_weight: got str, expected"),  # type: ignore[arg-type]
+        (lambda: of_terms(terms=KD()), r"terms: got KD, expected a sequence .* write \[KD\("),
+        (lambda: of_terms(terms=None), "terms: got NoneType, expected terms"),
+        (lambda: of_terms(terms=[]), "terms: got 0, expected one whose weight is not 0"),
+        (lambda: of_terms(terms=[KD(0.0)]), "terms: got 1, expected one whose weight is not 0"),
+        (lambda: of_terms(terms=[KD()], kd_weight=1.0), r"kd_weight: .* called KD\(weight=...\)"),
+        (lambda: functional.cross_entropy(*BATCH.arguments[:2], weight=1.0), "called class_weight"),  # type: ignore[call-arg]
     ],
 )
 def test_errors_name_the_option(make: Any, message: str) -> None:
@@ -213,10 +230,105 @@ def test_segmentation_loss_as_a_module() -> None:
     loss.eval()
     assert list(loss(BATCH.student, BATCH.target.clamp(max=4)).terms) == ["ce"]
     loss.train()
-    with pytest.raises(ValueError, match="teacher_logits: got None, but kd_weight is not 0"):
+    with pytest.raises(ValueError, match=r"got None, but the weight of KD is not 0.*\.eval\(\)"):
         loss(BATCH.student, BATCH.target.clamp(max=4))
     with pytest.raises(AttributeError, match="did you mean terms"):
         loss.term = ()
+
+
+@pytest.mark.parametrize(
+    "value", [-0.1, -1, float("nan"), float("inf"), -float("inf"), True, "1", None]
+)
+def test_a_weight_that_is_none_is_named_as_the_caller_did(value: Any) -> None:
+    terms = hf.SegmentationLoss(CrossEntropy(), KD(0.1), KD(0.2))
+    flat = hf.HeteroAKDLoss(5, kd_weight=0.1)
+    before = repr(terms), repr(flat)
+    for make, name in (
+        *((lambda term=term: term(value), "weight") for term in TERMS),
+        (lambda: terms.set_weights(ce=0.5, kd=value), "kd"),
+        (lambda: terms.set_weights(kd_2=value), "kd_2"),
+        (lambda: flat.set_weights(ce=0.5, kd=value), "kd"),
+        (lambda: setattr(flat, "kd_weight", value), "kd_weight"),
+        (lambda: setattr(flat, "projector_weight", value), "projector_weight"),
+        (lambda: hf.HeteroAKDLoss(5, hetero_weight=value), "hetero_weight"),
+        (lambda: functional.distillation_loss(*BATCH.arguments, kd_weight=value), "kd_weight"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*expected a .*number"):
+            make()
+    assert (repr(terms), repr(flat)) == before
+
+
+def test_weights_by_name_of_every_loss() -> None:
+    flat = hf.HeteroAKDLoss(5)
+    flat.set_weights(kd=0.0, projector=0.25)
+    assert (flat.kd_weight, flat.projector_weight) == (0.0, 0.25)
+    with pytest.raises(TypeError, match="kd_weight: there is no such term .* called kd here"):
+        flat.set_weights(kd_weight=1.0)
+    terms = hf.SegmentationLoss(CrossEntropy(), KD(0.1))
+    terms.set_weights(kd=0.0)
+    assert list(terms(*BATCH.arguments).terms) == ["ce"]
+
+
+def test_a_missing_teacher_is_said_in_the_callers_words() -> None:
+    student, target, teacher = BATCH.arguments
+    terms = [CrossEntropy(), KD(0.0), KD(temperature=2.0), KD(temperature=3.0)]
+    grad = teacher.clone().requires_grad_()
+    for loss, weight in (
+        (hf.SegmentationLoss(*terms), "the weight of KD"),
+        (lambda *x: functional.segmentation_loss(*x, terms=terms), "the weight of KD"),
+        (lambda *x: functional.distillation_loss(*x, kd_weight=1.0), "kd_weight"),
+        (hf.HeteroAKDLoss(5), "kd_weight"),
+    ):
+        message = f"got None, but {weight} is not 0; pass the .* or set {weight} to 0"
+        with pytest.raises(ValueError, match=f"teacher_logits: {message}"):
+            loss(student, target)
+        other = weight.replace("KD", "TeacherCrossEntropy").replace("kd_", "teacher_ce_")
+        with pytest.raises(ValueError, match="teacher_logits: requires grad") as caught:
+            loss(student, target, grad)
+        # HeteroAKDLoss has no such weight
+        assert (f"set {other}" in str(caught.value)) != isinstance(loss, hf.HeteroAKDLoss)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (KD(temperature=2.0),),
+        (CrossEntropy(), KD(temperature=2.0), HeteroAKD(0.0, preset="paper")),
+        (CrossEntropy(), KD(temperature=2.0), KD(temperature=3.0), HeteroAKD(0.0)),
+    ],
+)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+def test_maps_of_a_temperature_that_no_term_has(terms: tuple[Any, ...], backend: str) -> None:
+    """They take a pass of their own, which adds nothing to the loss."""
+    hetero = terms[-1] if isinstance(terms[-1], HeteroAKD) else HeteroAKD(0.0)
+    student = BATCH.student.clone().requires_grad_()
+    arguments = (student, BATCH.target, BATCH.teacher)
+    loss = hf.SegmentationLoss(*terms, backend=backend)
+    got, expected = loss(*arguments, return_maps=True), loss(*arguments)
+    assert torch.equal(got.loss, expected.loss)
+    assert got.terms == expected.terms
+    assert got.denominators == expected.denominators
+    gradients = [torch.autograd.grad(one.loss, student)[0] for one in (got, expected)]
+    assert torch.equal(*gradients)
+    maps = functional.segmentation_loss(
+        *arguments, terms=[CrossEntropy(), hetero], return_maps=True, backend=backend
+    ).maps
+    for name, value in maps.items():
+        torch.testing.assert_close(got.maps[name], value)
+    assert "HeteroAKD(weight=0.0" in loss.plan(*arguments, return_maps=True)
+
+
+def test_plan_refuses_what_the_call_does() -> None:
+    student, target, teacher = BATCH.arguments
+    loss = hf.SegmentationLoss(CrossEntropy(), KD(0.1))
+    for arguments, message in (
+        ((student.numpy(), target, teacher), "student_logits: got ndarray"),
+        ((student, target[:, None], teacher), "target: got shape"),
+        ((student, target), "teacher_logits: got None"),
+    ):
+        for call in (loss, loss.plan):
+            with pytest.raises((TypeError, ValueError), match=message):
+                call(*arguments)
 
 
 def test_plan_says_passes_backends_and_reasons() -> None:

@@ -14,8 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from heteroakd_fast._pipes import quiet_broken_pipe
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with quiet_broken_pipe():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["gate"]:
         from . import gate
@@ -26,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

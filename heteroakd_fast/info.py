@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from . import _extension, backends
+from ._pipes import quiet_broken_pipe
 from .spec import LossSpec
 from .terms import CrossEntropy, Feature
 from .version import __version__
@@ -65,11 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; `--json` for machines."""
     parser = argparse.ArgumentParser(prog="python -m heteroakd_fast.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    report = collect()
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return 0
+    with quiet_broken_pipe():
+        options = parser.parse_args(arguments)
+        report = collect()
+        if options.json:
+            print(json.dumps(report, indent=2))
+        else:
+            _print(report)
+    return 0
+
+
+def _print(report: dict[str, Any]) -> None:
     for name, value in report.items():
         if name in ("backends", "preference") or (name == "cuda_note" and not value):
             continue
@@ -83,7 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for device, kinds in report["preference"].items():
         for kind, found in kinds.items():
             print(f"  {device:6} {found['order']} for {kind}: {found['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

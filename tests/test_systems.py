@@ -439,6 +439,31 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert module.returncode == 0, module.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "heteroakd_fast.info",
+        "heteroakd_fast.train --help",
+        "heteroakd_fast.train --print-config",
+        "heteroakd_fast.train.experiment --help",
+        "benchmarks list",
+    ],
+)
+def test_a_command_whose_reader_is_gone_ends_quietly(command: str) -> None:
+    """As in `... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=Path(__file__).parent.parent,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 def test_kernels_package_is_installed_under_its_name() -> None:
     import heteroakd_fast.kernels
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _requirements
+from .._pipes import quiet_broken_pipe
 from .errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def _main(argv: list[str] | None, console: Console) -> None:
     from .logs import say
     from .reading import as_toml, embedded_recipes, parse_command_line
 
-    options = parse_command_line(sys.argv[1:] if argv is None else argv)
-    if options.front.print_config:
-        sys.stdout.write(as_toml(options.config, with_run=options.run_named))
-        return
+    with quiet_broken_pipe():
+        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        if options.front.print_config:
+            sys.stdout.write(as_toml(options.config, with_run=options.run_named))
+            return
     if options.front.list_recipes:
         for name, text in embedded_recipes().items():
             say(console, f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")

@@ -68,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--phases", nargs="+", help="times memory settings")
     run.set_defaults(command=_run)
 
-    compare = commands.add_parser("compare", help="two result files; exit code 1 if worse")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
+    compare = commands.add_parser("compare", help="compare two runs; exit code 1 if one is worse")
+    for name in ("before", "after"):
+        compare.add_argument(name, type=Path, help="a run's results.csv, or the folder of it")
     compare.add_argument("--all", action="store_true", help="list what did not change too")
     compare.set_defaults(command=_compare)
 
@@ -137,7 +137,10 @@ def _compare(options: argparse.Namespace) -> int:
 
     changes = compare(load(options.before), load(options.after))
     if not changes:
-        raise ValueError("compare: the two files have no case and provider in common")
+        raise ValueError(
+            f"compare: got {options.before} and {options.after}, without a common case and "
+            "provider; give two runs of the same --only and --providers"
+        )
     print(to_text(changes, options.all))
     return int(any(change.verdict == "worse" for change in changes))
 

@@ -13,6 +13,7 @@ import torch
 
 from . import _extension, backends
 from ._pipes import quiet_broken_pipe
+from .labels import check_synchronously
 from .spec import LossSpec
 from .terms import CrossEntropy, Feature
 from .version import __version__
@@ -21,7 +22,11 @@ __all__ = ["collect", "main"]
 
 
 def collect() -> dict[str, Any]:
-    """Versions, the compiled library, and each backend with None or the reason it cannot run."""
+    """Versions, the compiled library, and each backend with None or the reason it cannot run.
+
+    Raises:
+        ValueError: the value of an environment variable is refused, and every call would fail.
+    """
     path = _extension.library_path()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -40,7 +45,9 @@ def collect() -> dict[str, Any]:
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith("HETEROAKD_")
         },
-        "backends": backends.available(),
+        "backend": backends.wanted(),
+        "check_labels": check_synchronously(),
+        "backends": {**backends.available(), "cpu": _extension.cpu_unavailable()},
         "preference": {
             device: {
                 kind: _order(device, LossSpec.of(term).structure) for kind, term in _KINDS.items()
@@ -68,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     with quiet_broken_pipe():
         options = parser.parse_args(arguments)
-        report = collect()
+        try:
+            report = collect()
+        except ValueError as error:
+            parser.error(str(error))
         if options.json:
             print(json.dumps(report, indent=2))
         else:

@@ -29,6 +29,14 @@ def test_documents_that_are_linked_exist() -> None:
             assert (page.parent / link).exists(), f"{page.name} -> {link}"
 
 
+def test_test_files_that_are_named_exist() -> None:
+    for folder in ("csrc", "kernels", "heteroakd_fast", "docs"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu", ".md"):
+                for name in re.findall(r"\btests/[\w/]+\.\w+", path.read_text()):
+                    assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
 def test_the_table_of_environment_variables_is_that_of_the_code() -> None:
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| variable |") :].split("\n\n")[0].splitlines()[2:]

@@ -14,8 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from heteroakd_fast._pipes import quiet_broken_pipe
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with quiet_broken_pipe():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["gate"]:
         from . import gate
@@ -26,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
@@ -59,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--phases", nargs="+", help="times memory settings")
     run.set_defaults(command=_run)
 
-    compare = commands.add_parser("compare", help="two result files; exit code 1 if worse")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
+    compare = commands.add_parser("compare", help="compare two runs; exit code 1 if one is worse")
+    for name in ("before", "after"):
+        compare.add_argument(name, type=Path, help="a run's results.csv, or the folder of it")
     compare.add_argument("--all", action="store_true", help="list what did not change too")
     compare.set_defaults(command=_compare)
 
@@ -128,7 +137,10 @@ def _compare(options: argparse.Namespace) -> int:
 
     changes = compare(load(options.before), load(options.after))
     if not changes:
-        raise ValueError("compare: the two files have no case and provider in common")
+        raise ValueError(
+            f"compare: got {options.before} and {options.after}, without a common case and "
+            "provider; give two runs of the same --only and --providers"
+        )
     print(to_text(changes, options.all))
     return int(any(change.verdict == "worse" for change in changes))
 

@@ -212,13 +212,14 @@ def load(path: Path) -> list[Row]:
         ValueError: it is not one; names the file.
     """
     path = path / FILE if path.is_dir() else path
+    hint = "give the results.csv that `python -m benchmarks` writes, or its folder"
     try:
         with path.open(newline="") as file:
             rows = [_row(line) for line in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a result file ({error!r})") from None
+        raise ValueError(f"{path}: not a result file ({error!r}); {hint}") from None
     if not rows:
-        raise ValueError(f"{path}: not a result file (it has no rows)")
+        raise ValueError(f"{path}: not a result file (it has no rows); {hint}")
     return rows
 
 

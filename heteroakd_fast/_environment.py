@@ -1,12 +1,4 @@
-"""The environment variables of the package: all of them, read at each call.
-
-    HETEROAKD_BACKEND             a backend's name or "auto" (backends/__init__.py)
-    HETEROAKD_CHECK_LABELS        1: label ranges are checked at once on GPUs too (labels.py)
-    HETEROAKD_DISABLE_EXTENSION   1: as if there were no compiled library (_extension.py)
-    HETEROAKD_CPU_ISA             avx512, avx2 or portable: the CPU kernels (csrc/cpu/dispatch.h)
-
-Those of the build are in setup.py.
-"""
+"""The environment variables of the package, read at each call; README.md lists them all."""
 
 from __future__ import annotations
 

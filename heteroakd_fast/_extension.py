@@ -16,6 +16,7 @@ from ._environment import flag
 
 __all__ = [
     "cpu_isa",
+    "cpu_unavailable",
     "cuda_note",
     "cuda_unavailable",
     "description",
@@ -94,14 +95,21 @@ def description() -> dict[str, str]:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set of the CPU kernels, or why HETEROAKD_CPU_ISA cannot be had."""
-    if not loaded():
-        return None
-    try:
-        isa: str = operators().cpu_isa()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return isa
+    """Return the instruction set of the CPU kernels, None where they cannot run."""
+    return None if cpu_unavailable() else str(operators().cpu_isa())
+
+
+def cpu_unavailable() -> str | None:
+    """Return why the CPU kernels cannot run (no library, or HETEROAKD_CPU_ISA is refused), or
+    None."""
+    reason = unavailable()
+    if reason is None:
+        try:
+            operators().cpu_isa()
+        except RuntimeError as error:
+            message = str(error).splitlines()[0]
+            reason = message[message.find("HETEROAKD_CPU_ISA") :]  # without the line of the source
+    return reason
 
 
 def cuda_unavailable() -> str | None:

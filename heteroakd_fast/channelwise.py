@@ -1,4 +1,4 @@
-"""Channel-wise distillation (CWD): where in the picture a class lies, rather than which it is.
+"""Channel-wise distillation (CWD): where in the image a class lies, rather than which it is.
 
 Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, Eq. 4. In plain
 PyTorch: at the logits' own resolution, as published, it costs little. What the published code does
@@ -139,7 +139,7 @@ def _sums(
         for z in (student_logits, teacher_logits)
     )
     # `where` on the way in and on the way out: what an ignored pixel holds, NaN included, must
-    # reach neither the values nor the gradients. A picture without a valid pixel has no softmax.
+    # reach neither the values nor the gradients. An image without a valid pixel has no softmax.
     valid = valid.flatten(1)[:, None]
     counted = valid.any(dim=2, keepdim=True)
     nothing = torch.where(counted, -torch.inf, 0.0).to(dtype)

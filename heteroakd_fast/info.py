@@ -12,6 +12,8 @@ from typing import Any, Final
 import torch
 
 from . import _extension, backends
+from ._pipes import quiet_broken_pipe
+from .labels import check_synchronously
 from .spec import LossSpec
 from .terms import CrossEntropy, Feature
 from .version import __version__
@@ -20,7 +22,11 @@ __all__ = ["collect", "main"]
 
 
 def collect() -> dict[str, Any]:
-    """Versions, the compiled library, and each backend with None or the reason it cannot run."""
+    """Versions, the compiled library, and each backend with None or the reason it cannot run.
+
+    Raises:
+        ValueError: the value of an environment variable is refused, and every call would fail.
+    """
     path = _extension.library_path()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -39,7 +45,9 @@ def collect() -> dict[str, Any]:
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith("HETEROAKD_")
         },
-        "backends": backends.available(),
+        "backend": backends.wanted(),
+        "check_labels": check_synchronously(),
+        "backends": {**backends.available(), "cpu": _extension.cpu_unavailable()},
         "preference": {
             device: {
                 kind: _order(device, LossSpec.of(term).structure) for kind, term in _KINDS.items()
@@ -65,11 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; `--json` for machines."""
     parser = argparse.ArgumentParser(prog="python -m heteroakd_fast.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    report = collect()
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return 0
+    with quiet_broken_pipe():
+        options = parser.parse_args(arguments)
+        try:
+            report = collect()
+        except ValueError as error:
+            parser.error(str(error))
+        if options.json:
+            print(json.dumps(report, indent=2))
+        else:
+            _print(report)
+    return 0
+
+
+def _print(report: dict[str, Any]) -> None:
     for name, value in report.items():
         if name in ("backends", "preference") or (name == "cuda_note" and not value):
             continue
@@ -83,7 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for device, kinds in report["preference"].items():
         for kind, found in kinds.items():
             print(f"  {device:6} {found['order']} for {kind}: {found['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

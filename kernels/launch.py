@@ -1,8 +1,8 @@
 """How a pass is cut into programs, and its launches: where the kernels meet torch.
 
 Nothing here waits for the GPU or looks at data: shapes decide everything, so forward and backward
-can be captured in a CUDA graph. Launches of a pass: the kernel, its careful twin (which returns at
-once where no tile asked for it), and the sums.
+can be captured in a CUDA graph. Launches of a pass: the kernel, its exact fallback (which returns
+at once where no tile set its flag), and the sums.
 """
 
 from __future__ import annotations

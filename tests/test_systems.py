@@ -439,6 +439,54 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert module.returncode == 0, module.stderr
 
 
+def test_info_names_the_values_of_the_environment_that_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not PURE:
+        with monkeypatch.context() as patch:
+            patch.setenv("HETEROAKD_CPU_ISA", "sse9")
+            assert info.main([]) == 0
+        line = r"cpu +cannot: HETEROAKD_CPU_ISA: got 'sse9', .* expected avx512, avx2 or portable"
+        text = capsys.readouterr().out
+        assert re.search(line, text)
+        assert re.search("cpu_kernels +None", text)
+    for name, expected in (
+        ("HETEROAKD_BACKEND", "one of auto, reference, cpu"),
+        ("HETEROAKD_CHECK_LABELS", "1 or 0"),
+        ("HETEROAKD_DISABLE_EXTENSION", "1 or 0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "maybe")
+            with pytest.raises(SystemExit):
+                info.main([])
+        assert f"{name}: got 'maybe', expected {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "heteroakd_fast.info",
+        "heteroakd_fast.train --help",
+        "heteroakd_fast.train --print-config",
+        "heteroakd_fast.train.experiment --help",
+        "benchmarks list",
+    ],
+)
+def test_a_command_whose_reader_is_gone_ends_quietly(command: str) -> None:
+    """As in `... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=Path(__file__).parent.parent,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 def test_kernels_package_is_installed_under_its_name() -> None:
     import heteroakd_fast.kernels
 

@@ -149,7 +149,7 @@ struct Sums {
   int32_t valid, bad;
 };
 
-// Of all pixels of a thread, which may be a whole picture: float would stop growing at 2^24.
+// Of all pixels of a thread, which may be a whole image: float would stop growing at 2^24.
 struct ThreadSums {
   double of_term[kTerms] = {0.0, 0.0, 0.0, 0.0};
   double weight_of_labels = 0.0, hetero_weight = 0.0;

@@ -6,8 +6,9 @@
 //                                normal range 0 or the denormal
 //   split_exponent(x, n)         x = 2^n * returned value, which lies in [sqrt(1/2), sqrt(2))
 // Bounds are against the exact function of the float argument, found by trying every float of the
-// reduced range (tests/test_cpu_kernels.py repeats it by sampling). The coefficients are minimax
-// fits of our own. log2 is log times log2(e) where a vector type brings none: 1e-7 and two roundings.
+// reduced range (tests/kernels/test_cpu_kernels.py repeats it by sampling). The coefficients are
+// minimax fits of our own. log2 is log times log2(e) where a vector type brings none: 1e-7 and two
+// roundings.
 #pragma once
 
 #include "macros.h"

@@ -41,6 +41,7 @@ __all__ = [
     "projects",
     "select",
     "use_backend",
+    "wanted",
 ]
 
 AUTO: Final = "auto"
@@ -227,12 +228,18 @@ def select(requested: str | None, structure: tuple[int, ...], device_type: str) 
         BackendUnavailableError: the one asked for cannot run this call; says why.
     """
     chosen = _choose(requested, structure, device_type)
-    if chosen == "reference" and device_type == "cpu" and _wanted(requested) == AUTO:
+    if chosen == "reference" and device_type == "cpu" and wanted(requested) == AUTO:
         _warn_without_extension()
     return chosen
 
 
-def _wanted(requested: str | None) -> str:
+def wanted(requested: str | None = None) -> str:
+    """Return the backend that is asked for: by the argument, by `use_backend` or by
+    HETEROAKD_BACKEND, else "auto".
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     name, where = requested, "backend"
     if name is None:
         name, where = _requested.get(), "use_backend"
@@ -243,7 +250,7 @@ def _wanted(requested: str | None) -> str:
 
 
 def _choose(requested: str | None, structure: tuple[int, ...], device_type: str) -> str:
-    name = _wanted(requested)
+    name = wanted(requested)
     if name != AUTO:
         reason = _refusal(name, device_type)
         if reason is not None:
@@ -323,7 +330,7 @@ def _is_usual(structure: tuple[int, ...]) -> bool:
 def explain(requested: str | None, structure: tuple[int, ...], device_type: str) -> str:
     """Which backend such a call gets, and why, in a sentence."""
     chosen = _choose(requested, structure, device_type)
-    if _wanted(requested) != AUTO:
+    if wanted(requested) != AUTO:
         return f"{chosen}: asked for by name"
     tried, reason = order(device_type, structure)
     passed = tried[: tried.index(chosen)] if chosen in tried else tried

@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _requirements
+from .._pipes import quiet_broken_pipe
 from .errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def _main(argv: list[str] | None, console: Console) -> None:
     from .logs import say
     from .reading import as_toml, embedded_recipes, parse_command_line
 
-    options = parse_command_line(sys.argv[1:] if argv is None else argv)
-    if options.front.print_config:
-        sys.stdout.write(as_toml(options.config, with_run=options.run_named))
-        return
+    with quiet_broken_pipe():
+        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        if options.front.print_config:
+            sys.stdout.write(as_toml(options.config, with_run=options.run_named))
+            return
     if options.front.list_recipes:
         for name, text in embedded_recipes().items():
             say(console, f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
@@ -90,26 +92,35 @@ def _run(options: Options, console: Console) -> None:
 
 @contextmanager
 def locked(folder: Path, what: str, world: World | None = None) -> Iterator[None]:
-    """A folder, made if it is not there, for one run or experiment alone."""
+    """Make a folder, if it is not there, and keep it for one run or experiment alone; one that
+    wrote nothing leaves neither the folder nor the lock behind."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / ".lock")
+    made: list[Path] = []
 
     def acquire() -> None:
+        made.extend(path for path in (folder, *folder.parents) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            # Held by the process, not by the file: a killed run leaves nothing to clean up.
+            # Held by the process, not by the file: what a killed run leaves locks nothing.
             lock.acquire(timeout=0)
         except Timeout:
             raise TrainingError(
                 f"{folder}: another {what} is using this folder; wait for it or take another --run"
             ) from None
 
-    if world is None:
-        acquire()
-    else:
-        world.on_main(acquire)
     try:
+        if world is None:
+            acquire()
+        else:
+            world.on_main(acquire)
         yield
     finally:
-        lock.release()
+        if lock.is_locked:
+            # Before the release: afterwards it may be the lock of the next run.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()

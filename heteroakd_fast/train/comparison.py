@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
+from .._pipes import quiet_broken_pipe
 from .cli import locked
 from .config import Config
 from .errors import ConfigError
@@ -325,7 +326,8 @@ def report(
 
 def main(argv: list[str] | None, console: Console) -> None:
     """The command, without what becomes of errors."""
-    options = tyro.cli(Options, prog="heteroakd-experiment", args=argv, description=__doc__)
+    with quiet_broken_pipe():
+        options = tyro.cli(Options, prog="heteroakd-experiment", args=argv, description=__doc__)
     check(options)
     with locked(options.run, "experiment"):
         cells, teachers = run(options, console)

@@ -67,10 +67,9 @@ class Parallel:
         kept = {id(part): part for teacher in teachers for part in teacher.modules()}
         copied: Objective = copy.deepcopy(objective, kept)
         mesh = init_device_mesh(self.device.type, (self.world.size,))
-        for part in copied.model.children():
-            if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
-                fully_shard(part, mesh=mesh)
-        fully_shard(copied, mesh=mesh)
+        for block in sharded_blocks(copied.model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(copied, mesh=mesh)  # whatever is in no block
         return copied
 
     def collect(self) -> None:
@@ -141,6 +140,19 @@ class Parallel:
             if (name := names[parameter]) in state
         }
         optimizer.load_state_dict(own)
+
+
+def sharded_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that are gathered one by one, inner ones first: those whose classes
+    transformers lists in `_no_split_modules`.
+
+    Any other module may be entered by another method than `forward`, where it would find its
+    parameters sharded, or be looked up by its class (transformers' `capture_outputs` does), which
+    `fully_shard` replaces.
+    """
+    modules = list(model.modules())
+    names = {name for m in modules for name in getattr(m, "_no_split_modules", None) or ()}
+    return [module for module in reversed(modules) if type(module).__name__ in names]
 
 
 def _full(value: Any) -> Any:

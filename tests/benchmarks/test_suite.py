@@ -273,7 +273,15 @@ def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["compare", str(old), str(old)]) == 0
     capsys.readouterr()
     assert main(["compare", str(old), str(none)]) == 2
-    assert f"{none}: not a result file" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{none}: not a result file" in message
+    assert "give the results.csv that `python -m benchmarks` writes, or its folder" in message
+    results.save([replace(row, case=SUITES["cpu"]["classes"][0]) for row in _rows()], new)
+    assert main(["compare", str(old), str(new)]) == 2
+    assert f"{old} and {new}, without a common case and provider" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert capsys.readouterr().out.count("a run's results.csv, or the folder of it") == 2
 
 
 def test_the_committed_report_can_be_compared_with() -> None:

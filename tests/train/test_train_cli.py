@@ -74,8 +74,11 @@ def test_the_same_command_again_skips_everything(
 def test_other_configuration_in_the_same_folder(
     finished: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, _, _ = finished
+    path, run, _ = finished
+    before = sorted(run.rglob("*"))
     assert main([str(path), "--amp", "bf16", "--optim.lr", "0.01"]) == 2
+    assert sorted(run.rglob("*")) == before
+    assert run / ".lock" not in before
     message = capsys.readouterr().err
     assert "optim.lr: 0.003 -> 0.01" in message
     assert "--resume-anyway" in message
@@ -107,15 +110,16 @@ def test_trained_teacher_from_a_file(finished: tuple[Path, Path, str], tmp_path:
     assert results["stages"]["teacher"]["steps"] == 0
 
 
-def test_bad_data_stops_without_a_traceback(
+def test_bad_data_stops_without_a_traceback_or_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_config(tmp_path)
     (tmp_path / "pictures" / "masks" / "p3.png").unlink()
-    assert main([str(path)]) == 1
+    assert main([str(path), "--run", str(tmp_path / "of" / "two")]) == 1
     message = capsys.readouterr().err
     assert "p3.png" in message
     assert "Traceback" not in message
+    assert not (tmp_path / "of").exists()
 
 
 def test_a_run_folder_with_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,12 +34,12 @@ from train_helpers import (
 from train_helpers import trainer as make_trainer
 
 from heteroakd_fast.train import pipeline
-from heteroakd_fast.train.config import Config
+from heteroakd_fast.train.config import Config, ModelConfig
 from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.distributed import ALONE, World, connect
 from heteroakd_fast.train.errors import ConfigError, TrainingError
-from heteroakd_fast.train.models import UNet
-from heteroakd_fast.train.parallel import Parallel
+from heteroakd_fast.train.models import UNet, build_model
+from heteroakd_fast.train.parallel import Parallel, sharded_blocks
 from heteroakd_fast.train.reading import load_config
 
 WORLD = 2
@@ -66,6 +66,23 @@ class Net(nn.Module):
         if self.spoilt and logits.requires_grad:
             logits.register_hook(lambda gradient: gradient * math.inf)
         return logits
+
+
+def network(case: str) -> nn.Module:
+    """The student of a case, with equal weights at each call."""
+    return Net(3, 1) if "arch" not in CASES[case] else segformer()
+
+
+def segformer() -> nn.Module:
+    """As `Net`: in float64, without batch statistics or anything random."""
+    kwargs = {
+        **{"depths": [1] * 4, "num_attention_heads": [1] * 4, "drop_path_rate": 0.0},
+        **{"hidden_sizes": [8] * 4, "decoder_hidden_size": 8, "classifier_dropout_prob": 0.0},
+    }
+    model: Any = build_model(ModelConfig(arch="segformer", kwargs=kwargs, steps=1), 3, seed=1)
+    model.decode_head.batch_norm = nn.GroupNorm(2, 8)
+    model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    return model.double()  # type: ignore[no-any-return]
 
 
 class Noise:
@@ -96,6 +113,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded": {"distil": True, "parallel": "fsdp"},
     "sharded-accumulated": {"distil": True, "parallel": "fsdp", "accumulate": 2},
     "sharded-projected": {"distil": True, "parallel": "fsdp", "taps": ("norm", "norm")},
+    "sharded-segformer": {"distil": True, "parallel": "fsdp", "accumulate": 2}
+    | {"arch": "segformer", "taps": ("segformer.stages.1", "norm")}
+    | {"head": "decode_head.classifier"},
 }
 
 
@@ -121,10 +141,10 @@ def train(
     """Weights after a few steps."""
     options = CASES[case]
     config = config or configure(run, case)
-    objective: Any = plain(Net(3, 1), config)
+    objective: Any = plain(network(case), config)
     if options.get("distil"):
         teacher, taps = Net(3, 2).eval(), options.get("taps")
-        objective = distilling(Net(3, 1), teacher, config.distill, taps=taps).double()
+        objective = distilling(network(case), teacher, config.distill, taps=taps).double()
     objective.process_group = world.process_group
     folder = run / f"{case}-{world.size}"
     more: dict[str, Any] = {"folder": folder, "fingerprint": {}, "steps": steps, "world": world}
@@ -192,8 +212,8 @@ def test_ranks_take_the_step_of_one_rank(
     whole = configure(tmp_path, case)
     whole = changed(whole, optim={"accumulate": 1})
     expected = train(tmp_path, case, ALONE, config=whole)
-    started = Net(3, 1).state_dict()
-    moved = expected["model.head.weight"] - started["head.weight"]
+    weight = CASES[case].get("head", "head") + ".weight"
+    moved = expected[f"model.{weight}"] - network(case).state_dict()[weight]
     assert moved.abs().max() > 0.03
     for results in ranks[1]:
         got = results[case]
@@ -292,6 +312,12 @@ def test_synchronised_batch_norm_needs_gpus() -> None:
     assert isinstance(converted[0], nn.SyncBatchNorm)  # type: ignore[index]
     module = nn.Sequential(nn.BatchNorm2d(3))
     assert synchronise_batch_norms(module, scale, ALONE, CPU) is module
+
+
+def test_blocks_of_a_wrapped_network_are_sharded_one_by_one() -> None:
+    wrapped = nn.Sequential(nn.Identity(), segformer())
+    assert [type(block).__name__ for block in sharded_blocks(wrapped)] == ["SegformerStage"] * 4
+    assert sharded_blocks(Net(3, 1)) == []
 
 
 def test_without_torchrun_several_ranks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,17 +64,18 @@ class Cuda(NamedTuple):
 _CELLS: Final = {"cell_statistics<2>": 1, "cell_gradients<2, true>": 1}
 _LABELS: Final = {"maxima": 4, "statistics<2>": 2}
 _SEGMENTS: Final = {"sweep_cells<float>": 2, "find_statistics": 1, "gradients": 1}
+_OWN: Final = _SEGMENTS | {"for_each_class": 1}
 CUDA: Final = {
     "cells: ce": Cuda("cells_ce.cu", "", 16, {x.replace("2", "1"): 1 for x in _CELLS}),
     "cells: ce + hetero": Cuda("cells_ce_hetero.cu", "", 16, _CELLS),
     "cells: ce + kd + hetero": Cuda("cells_ce_kd_hetero.cu", "", 16, _CELLS),
-    "labels: forward": Cuda("labels_grid.cu", "HeteroE1.*4ELb0", 4, _LABELS | {"find_late": 2}),
-    "labels: backward": Cuda("labels_grid.cu", "HeteroE1.*4ELb1", 4, _LABELS | {"gradients<2>": 2}),
-    "segments: mixed logits": Cuda("segments_fixed.cu", "MixE1", 4, _SEGMENTS | {"find_mixed": 1}),
-    "segments: paper": Cuda("segments_fixed.cu", "HeteroE2", 4, _SEGMENTS | {"find_paper": 1}),
-    "segments: reverse kd": Cuda("segments_fixed.cu", "genceE2", 4, _SEGMENTS | {"find_ratios": 1}),
-    "segments: js": Cuda("segments_fixed.cu", "genceE3", 4, _SEGMENTS | {"find_ratios": 1}),
-    "segments: any terms": Cuda("segments.cu", "segment_kernelIf", 4, {"gradients": 1}),
+    "labels: forward": Cuda("labels_grid.cu", "Li0ELi0ELi0E.*4ELb0", 4, _LABELS | {"find_late": 2}),
+    "labels: backward": Cuda("labels_grid.cu", "Li0ELi0ELi0E.*4ELb1", 4, _LABELS | {"gradients<2>": 2}),
+    "segments: mixed logits": Cuda("segments_fixed.cu", "Li0ELi0ELi1E", 4, _OWN),
+    "segments: paper": Cuda("segments_fixed.cu", "Li0ELi0ELin1ELi3E", 4, _OWN),
+    "segments: reverse kd": Cuda("segments_fixed.cu", "Li0ELi1E", 4, _OWN),
+    "segments: js": Cuda("segments_fixed.cu", "Li0ELi2E", 4, _OWN),
+    "segments: any terms": Cuda("segments.cu", "segment_kernelIf.*PaperTerm", 4, {"gradients": 1}),
     "sum of gradients": Cuda("sums.cu", "combine_gradients_kernelIf", 4, {}),
 }
 

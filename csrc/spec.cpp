@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstring>
 
 namespace heteroakd {
 namespace {
@@ -33,8 +34,6 @@ class Reader {
                     ", expected ", least, " to ", most);
     return value;
   }
-  double weight() { return number("weight", -HUGE_VAL, HUGE_VAL); }
-  double temperature(const char* name) { return number(name, 1e-4, 1e4); }
 
  private:
   const int64_t* structure_;
@@ -43,27 +42,74 @@ class Reader {
   size_t floats_, number_at_ = 0;
 };
 
-void set_temperature(PassTerms& pass, double temperature, bool& known) {
-  STD_TORCH_CHECK(!known || pass.temperature == temperature,
-                  "temperature: got ", pass.temperature, " and ", temperature, " in one pass");
-  pass.temperature = temperature;
-  known = true;
+// The term of this class with these options, its weight read already; -1: there is none.
+int read_options(Reader& read, int64_t index, Options& options) {
+  int found = -1;
+  bool known = false;
+  for_each_term([&](auto tag, int k) {
+    using Term = typename decltype(tag)::type;
+    if (kPublicIndex[k] != (index == kTeacherCe ? 0 : index)) return;
+    if (!known) {
+      for (int i = 0; i < Term::kChoiceCount; ++i) {
+        const ChoiceRange& choice = Term::kChoices[i];
+        options.choice[i] = static_cast<int32_t>(read.integer(choice.name, 0, choice.count));
+      }
+      for (int i = 0; i < Term::kNumberCount; ++i) {
+        const NumberRange& range = Term::kNumbers[i];
+        options.number[i] = read.number(range.name, range.least, range.most);
+      }
+    }
+    known = true;
+    if (found < 0 && Term::takes(options.choice)) found = k;
+  });
+  return found;
 }
 
-void assign_slots(PassTerms& pass) {
-  for (const Term term : {kCe, kKd, kFeature, kHetero}) {
-    if (!pass.asks(term)) continue;
-    for (int s = 0; s < pass.slots; ++s) {
-      if (term != kHetero && pass.slot_group[s] == pass.group[term]) pass.slot[term] = s;
+void set_temperature(PassTerms& pass, int term, bool& known) {
+  for_each_term([&](auto tag, int k) {
+    using Term = typename decltype(tag)::type;
+    if (k != term) return;
+    for (int i = 0; i < Term::kNumberCount; ++i) {
+      if (std::strcmp(Term::kNumbers[i].name, kTemperatureRange.name) != 0) continue;
+      const double temperature = pass.options[k].number[i];
+      STD_TORCH_CHECK(!known || pass.temperature == temperature, "temperature: got ",
+                      pass.temperature, " and ", temperature, " in one pass");
+      pass.temperature = temperature;
+      known = true;
     }
-    if (pass.slot[term] >= 0) continue;
-    pass.slot_group[pass.slots] = pass.group[term];
-    pass.slot_weight[pass.slots] = pass.weight[term];
-    pass.slot[term] = pass.slots++;
-  }
+    pass.variant[k] = Term::variant(pass.options[k]);
+  });
+}
+
+void assign_gradients(PassTerms& pass) {
+  for_each_term([&](auto tag, int k) {
+    using Term = typename decltype(tag)::type;
+    if (!pass.asks(k)) return;
+    for (int g = 0; g < pass.gradients; ++g) {
+      if (!Term::kOwnGradient && pass.gradient_group[g] == pass.group[k]) pass.gradient[k] = g;
+    }
+    if (pass.gradient[k] >= 0) return;
+    pass.gradient_group[pass.gradients] = pass.group[k];
+    pass.gradient_weight[pass.gradients] = pass.weight[k];
+    pass.gradient[k] = pass.gradients++;
+  });
+}
+
+bool is_mapped(int term) {
+  bool found = false;
+  for_each_term([&](auto tag, int k) { found |= k == term && decltype(tag)::type::kMapped; });
+  return found;
 }
 
 }  // namespace
+
+Needs PassTerms::needs() const {
+  Needs all;
+  for_each_term([&](auto tag, int k) {
+    if (has[k]) all = all | decltype(tag)::type::needs(variant[k]);
+  });
+  return all;
+}
 
 Spec decode_spec(const int64_t* structure, size_t integers, const double* numbers, size_t floats) {
   STD_TORCH_CHECK(integers >= 3, "structure: got ", integers, " integers");
@@ -73,57 +119,37 @@ Spec decode_spec(const int64_t* structure, size_t integers, const double* number
   spec.align_corners = read.flag("align_corners");
   const bool maps = read.flag("maps");
   bool temperature_known = false;
+  bool seen[kPublicTerms] = {}, mapped = false;
   while (read.more()) {
-    const auto index = static_cast<TermIndex>(
-        read.integer("term", 0, static_cast<int64_t>(TermIndex::kCount)));
-    const int64_t group = read.integer("group", -1, static_cast<int64_t>(TermIndex::kCount));
-    PassTerms& pass = index == TermIndex::kTeacherCe ? spec.teacher : spec.student;
-    Term term = kCe;
-    const double weight = read.weight();
-    switch (index) {
-      case TermIndex::kCe:
-      case TermIndex::kTeacherCe:
-        pass.smoothing = read.number("label_smoothing", 0.0, 1.0);
-        break;
-      case TermIndex::kKd:
-        term = kKd;
-        pass.kd = static_cast<Divergence>(1 + read.integer("divergence", 0, 3));
-        set_temperature(pass, read.temperature("temperature"), temperature_known);
-        pass.beta = read.number("beta", 0.0, 1.0);
-        break;
-      case TermIndex::kHetero: {
-        term = kHetero;
-        STD_TORCH_CHECK(pass.hetero == Hetero::kNone, "structure: a term that is there twice");
-        const bool paper = read.flag("preset");
-        pass.mix = static_cast<Mix>(read.integer("mix", 0, 3));
-        pass.evaluation = !read.flag("evaluation");
-        const bool space = read.flag("weight_axis");
-        STD_TORCH_CHECK(paper ? pass.mix != Mix::kProbs : !space,
-                        "structure: no such preset, mix and weight_axis");
-        pass.hetero = !paper ? Hetero::kSoftmaxKl : space ? Hetero::kPaperSpace : Hetero::kPaper;
-        set_temperature(pass, read.temperature("temperature"), temperature_known);
-        pass.tau = read.temperature("tau");
-        break;
-      }
-      default:
-        term = kFeature;
+    const int64_t index = read.integer("term", 0, kPublicTerms);
+    const int64_t group = read.integer("group", -1, kPublicTerms);
+    STD_TORCH_CHECK(!seen[index], "structure: a term that is there twice");
+    seen[index] = true;
+    PassTerms& pass = index == kTeacherCe ? spec.teacher : spec.student;
+    const double weight = read.number("weight", -HUGE_VAL, HUGE_VAL);
+    Options options{};
+    const int term = read_options(read, index, options);
+    STD_TORCH_CHECK(term >= 0, "structure: no term with these choices");
+    pass.any = pass.has[term] = true;
+    mapped = mapped || is_mapped(term);
+    pass.options[term] = options;
+    set_temperature(pass, term, temperature_known);
+    if (group < 0) {
+      STD_TORCH_CHECK(maps && is_mapped(term), "structure: a term without a group");
+      continue;
     }
-    STD_TORCH_CHECK(group >= 0 || (term == kHetero && maps), "structure: a term without a group");
-    pass.any = true;
-    if (group < 0) continue;
-    STD_TORCH_CHECK(!pass.asks(term), "structure: a term that is there twice");
     STD_TORCH_CHECK(weight != 0.0, "numbers: got weight 0; leave the term out");
-    pass.place[term] = spec.terms++;
+    pass.position[term] = spec.terms++;
     pass.group[term] = static_cast<int32_t>(group);
     pass.weight[term] = weight;
     if (group >= spec.groups) spec.groups = static_cast<int32_t>(group) + 1;
   }
   STD_TORCH_CHECK(read.finished() && spec.terms > 0, "structure, numbers: not of one length, or no "
                                                      "term");
-  STD_TORCH_CHECK(!maps || spec.student.hetero != Hetero::kNone, "maps: need the term hetero");
+  STD_TORCH_CHECK(!maps || mapped, "maps: need the term hetero");
   spec.student.maps = maps;
-  assign_slots(spec.student);
-  assign_slots(spec.teacher);
+  assign_gradients(spec.student);
+  assign_gradients(spec.teacher);
   return spec;
 }
 

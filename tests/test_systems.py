@@ -40,31 +40,52 @@ def test_a_spec_decodes_to_its_terms() -> None:
     assert both.find("hetero") == paper
 
 
-def test_the_compiled_spec_numbers_terms_and_choices_as_python() -> None:
-    """csrc/spec.h and spec.cpp against the fields of `terms`."""
-    folder = Path(__file__).parent.parent / "csrc"
-    header, source = ((folder / name).read_text() for name in ("spec.h", "spec.cpp"))
+def test_the_compiled_terms_have_the_options_of_pythons() -> None:
+    """csrc/terms against the fields of `terms`: names, order, how many choices; and the choices
+    that the kernels know by name."""
+    folder = Path(__file__).parent.parent / "csrc" / "terms"
+    text = "".join(file.read_text() for file in sorted(folder.glob("*.h")))
+    listed = (folder / "list.h").read_text()
+    (types,) = re.findall(r"AllTerms = TermTypes<(.*?)>;", listed)
+    (indices,) = re.findall(r"kPublicIndex\[kTerms\] = {(.*?)};", listed)
+    (teacher_ce, count) = re.findall(r"kTeacherCe = (\d+), kPublicTerms = (\d+);", listed)[0]
+    assert TERMS[int(teacher_ce)].name == "teacher_ce"
+    assert len(TERMS) == int(count)
+    numbers = [int(index) for index in indices.split(",")]
+    assert set(numbers) == set(range(len(TERMS))) - {int(teacher_ce)}
 
-    def names(enum: str) -> list[str]:
-        (body,) = re.findall(rf"enum (?:class )?{enum} : \w+ {{(.*?)}}", header)
-        return [re.sub(r"(?<!^)(?=[A-Z])", "_", n).lower() for n in re.findall(r"k(\w+)", body)]
+    def options_of(struct: str) -> tuple[list[str], list[tuple[str, int]]]:
+        base, body = re.findall(rf"struct {struct} : (\w+) {{(.*?)\n}};", text, re.S)[0]
+        if base != "TermDefaults":
+            return options_of(base)
+        own = re.findall(r"kNumbers\[\] = {(.*?)};", body, re.S)[0]
+        own = own.replace("kTemperatureRange", '"temperature"')
+        pairs = re.findall(
+            r'{"(\w+)", (\d+)}', re.findall(r"kChoices\[\] = {(.*?)};", body, re.S)[0]
+        )
+        return re.findall(r'"(\w+)"', own), [(name, int(n)) for name, n in pairs]
+
+    for struct, index in zip(types.split(", "), numbers, strict=True):
+        fields = dataclasses.fields(TERMS[index])
+        assert options_of(struct) == (
+            [f.name for f in fields if "choices" not in f.metadata and f.name != "weight"],
+            [(f.name, len(f.metadata["choices"])) for f in fields if "choices" in f.metadata],
+        )
 
     def choices(term: type, option: str) -> list[str]:
         (field,) = (f for f in dataclasses.fields(term) if f.name == option)
         return list(field.metadata["choices"])
 
-    assert names("TermIndex") == [*(term.name for term in TERMS), "count"]
-    assert names("Divergence") == ["none", *choices(KD, "divergence")]
-    assert names("Mix") == choices(HeteroAKD, "mix")
+    def enum(struct: str, name: str) -> list[str]:
+        body = re.findall(rf"struct {struct} : \w+ {{(.*?)\n}};", text, re.S)[0]
+        (names,) = re.findall(rf"enum {name} : \w+ {{(.*?)}}", body, re.S)
+        return re.findall(r"k(\w+)", names.lower().replace("kteacheronly", "kteacher"))
+
+    assert enum("KdTerm", "Variant") == choices(KD, "divergence")
+    assert enum("HeteroOptions", "Mix") == choices(HeteroAKD, "mix")
     assert choices(HeteroAKD, "preset") == ["softmax-kl", "paper"]
     assert choices(HeteroAKD, "evaluation") == ["discrepancy", "none"]
     assert choices(HeteroAKD, "weight_axis") == ["class", "space"]
-    # in the order of the fields: choices by `integer` and `flag`, numbers by `number`
-    hetero = source[source.index("case TermIndex::kHetero") :]
-    read = re.findall(r'read\.(?:flag|integer|temperature)\("(\w+)"', hetero)
-    order = [f.name for f in dataclasses.fields(HeteroAKD) if "choices" in f.metadata]
-    assert [name for name in read if name in order] == order
-    assert [name for name in read if name not in order] == ["temperature", "tau"]
 
 
 def operands(batch: Any, spec: LossSpec, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -79,7 +79,7 @@ class Band {
     label_row_ = arena.take<int32_t>(p.label_width);
     labels_ = arena.take<int32_t>(label_rows * p.vectors * N);
     terms_.lay_out(arena);
-    const int64_t slots = p.gradients ? p.slots : 0;
+    const int64_t gradients = p.gradients ? p.gradient_count : 0;
     if (p.identity) {
       student_rows_ = arena.take<T>(p.classes * kChunkStep);
       if (reads_pair_) teacher_rows_ = arena.take<T>(p.classes * kChunkStep);
@@ -92,8 +92,8 @@ class Band {
         teacher_rows_ = arena.take<T>(p.teacher.max_rows * p.classes * p.teacher.padded);
         teacher_.lay_out(arena, p.classes);
       }
-      row_gradients_ = arena.take<T>(slots * rows * p.classes * p.student.padded);
-      for (int64_t s = 0; s < slots; ++s) {
+      row_gradients_ = arena.take<T>(gradients * rows * p.classes * p.student.padded);
+      for (int64_t s = 0; s < gradients; ++s) {
         gradient_sum_[s] = arena.take<T>(p.classes * N);
         gradient_upper_[s] = arena.take<T>(p.classes * N);
       }
@@ -227,7 +227,7 @@ class Band {
     Group<T> group{y, vector, {}, student_careful_, teacher_careful_};
     for (int r = 0; r < kVectors; ++r) group.labels[r] = labels_of(y, vector + r);
     const Sink<T> sink{row_gradients_ + x, nullptr, false, false, nullptr, kChunkStep, nullptr};
-    terms_.template process<kVectors, false>(group, false, [&](Term) { return sink; });
+    terms_.template process<kVectors, false>(group, false, [&](int) { return sink; });
   }
 
   template <int kVectors>
@@ -259,7 +259,7 @@ class Band {
   void run_interpolated() {
     const int64_t rows = end_row_ - first_row_ + 1;
     const int64_t row_elements = p.classes * p.student.padded;
-    if (p.gradients) fill(row_gradients_, p.slots * (p.band_rows + 1) * row_elements, T(0));
+    if (p.gradients) fill(row_gradients_, p.gradient_count * (p.band_rows + 1) * row_elements, T(0));
     // no pixel, and then perhaps no logits either
     if (first_label_row_ < end_label_row_ && p.label_width > 0) {
       const int64_t packed = end_row_ < p.student.height ? rows : rows - 1;
@@ -335,8 +335,8 @@ class Band {
     gradient_folded_ =
         p.student.column_mode[vector] == ColumnMode::kConsecutive &&
         (next == end_label_row_ || p.student.row_lower[next] != p.student.row_lower[y]);
-    terms_.template process<kRows, true>(group, chained, [&](Term term) {
-      const int s = p.slot[term];
+    terms_.template process<kRows, true>(group, chained, [&](int term) {
+      const int s = p.gradient_of[term];
       return Sink<T>{gradient_sum_[s],    gradient_upper_[s],
                      gradient_first_ && p.begins[term],
                      gradient_folded_ && p.ends[term],
@@ -369,38 +369,38 @@ class Band {
   void move_gradient(int64_t row, int64_t vector) {
     if (gradient_row_ == row) return;
     if (gradient_row_ >= 0 && gradient_row_ + 1 == row) {
-      for (int64_t s = 0; s < p.slots; ++s) {
+      for (int64_t s = 0; s < p.gradient_count; ++s) {
         if (!gradient_folded_) fold_lower(s, vector);
         swap(gradient_sum_[s], gradient_upper_[s]);
       }
     } else {
       finish_gradient(vector);
-      for (int64_t s = 0; s < p.slots; ++s) fill(gradient_sum_[s], p.classes * N, T(0));
+      for (int64_t s = 0; s < p.gradient_count; ++s) fill(gradient_sum_[s], p.classes * N, T(0));
     }
     gradient_row_ = row;
     gradient_first_ = true;
     gradient_folded_ = false;
   }
 
-  T* fold_row(int64_t slot, int64_t vector) {
-    return gradient_rows(slot, gradient_row_) + kPadBefore + p.student.column_base[vector];
+  T* fold_row(int64_t index, int64_t vector) {
+    return gradient_rows(index, gradient_row_) + kPadBefore + p.student.column_base[vector];
   }
 
-  T* gradient_rows(int64_t slot, int64_t row) {
+  T* gradient_rows(int64_t index, int64_t row) {
     return row_gradients_ +
-           (slot * (p.band_rows + 1) + row - first_row_) * p.classes * p.student.padded;
+           (index * (p.band_rows + 1) + row - first_row_) * p.classes * p.student.padded;
   }
 
-  void fold_lower(int64_t slot, int64_t vector) {
-    T* sum = gradient_sum_[slot];
-    const T* upper = gradient_upper_[slot];
+  void fold_lower(int64_t index, int64_t vector) {
+    T* sum = gradient_sum_[index];
+    const T* upper = gradient_upper_[index];
     for (int64_t i = 0; i < p.classes * N; i += N) (F::load(sum + i) - F::load(upper + i)).store(sum + i);
-    fold_columns<T>(p.student, vector, p.classes, sum, gradient_rows(slot, gradient_row_));
+    fold_columns<T>(p.student, vector, p.classes, sum, gradient_rows(index, gradient_row_));
   }
 
   void finish_gradient(int64_t vector) {
     if (!p.gradients || gradient_row_ < 0) return;
-    for (int64_t s = 0; s < p.slots; ++s) {
+    for (int64_t s = 0; s < p.gradient_count; ++s) {
       if (!gradient_folded_) fold_lower(s, vector);
       if (gradient_row_ + 1 < p.student.height) {  // else its weights are 0
         fold_columns<T>(p.student, vector, p.classes, gradient_upper_[s],
@@ -413,7 +413,7 @@ class Band {
   void write_rows() {
     const Geometry<T>& g = p.student;
     const int64_t count = end_row_ - first_row_;
-    for (int64_t s = 0; s < p.slots; ++s) {
+    for (int64_t s = 0; s < p.gradient_count; ++s) {
       for (int64_t c = 0; c < p.classes; ++c) {
         for (int64_t r = 0; r <= count; ++r) {
           T* row = gradient_rows(s, first_row_ + r) + c * g.padded + kPadBefore;

@@ -95,7 +95,7 @@ template <typename T, int kPower, int kHard, bool kCross, bool kTeacher, bool kS
 void chain_rows(int64_t classes, const ChainSide<T>& student_side,
                 const ChainSide<T>& teacher_side, T* student_e, T* teacher_e, T scale,
                 const int32_t* const* labels, const ChainScratch<T>& scratch,
-                Statistics<Lanes<T>>* const* statistics) {
+                ClassSums<Lanes<T>>* const* statistics) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   const int64_t tile = classes * N;
@@ -103,7 +103,7 @@ void chain_rows(int64_t classes, const ChainSide<T>& student_side,
   const ChainConstants<T> teacher(kTeacher ? teacher_side : student_side, scale);
   const ChainScratch<T> saved = scratch;
   const F zero(T(0));
-  Statistics<F> sums[2] = {{zero, zero, zero, zero, zero, zero, zero},
+  ClassSums<F> sums[2] = {{zero, zero, zero, zero, zero, zero, zero},
                            {zero, zero, zero, zero, zero, zero, zero}};
   const Labels<T> label[2] = {load_labels<T>(labels[0]), load_labels<T>(labels[1])};
   for (int64_t c = 0; c < classes; ++c) {
@@ -133,7 +133,7 @@ void chain_rows(int64_t classes, const ChainSide<T>& student_side,
       }
     }
     for (int r = 0; r < 2; ++r) {
-      Statistics<F>& sum = sums[r];
+      ClassSums<F>& sum = sums[r];
       s.e.store(student_e + r * tile + c * N);
       sum.student_total = sum.student_total + s.e;
       if constexpr (kTeacher) {
@@ -177,7 +177,7 @@ void chain_rows(int64_t classes, const ChainSide<T>& student_side,
 template <typename T, int kPower, int kHard, bool kCross, bool kTeacher>
 void chain(int64_t classes, const ChainSide<T>& student, const ChainSide<T>& teacher, T* student_e,
            T* teacher_e, T scale, const int32_t* const* labels, T* scratch,
-           Statistics<Lanes<T>>* const* statistics) {
+           ClassSums<Lanes<T>>* const* statistics) {
   const int64_t tile = classes * Lanes<T>::N;
   const ChainScratch<T> saved{scratch,            scratch + tile,     scratch + 2 * tile,
                               scratch + 3 * tile, scratch + 4 * tile, scratch + 5 * tile};

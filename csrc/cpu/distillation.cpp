@@ -138,13 +138,13 @@ class Runner {
     pass_.labels = labels_.view();
     pass_.read_labels = read_labels;
     pass_.class_weight = nullptr;
-    pass_.weight_sum = static_cast<T>(pass_.classes);
+    pass_.numbers.weight_sum = static_cast<T>(pass_.classes);
     if (class_weight.has_value()) {
       data_of(*class_weight, "class_weight");
       weight_ = torch::stable::contiguous(torch::stable::to(*class_weight, dtype_));
       pass_.class_weight = static_cast<const T*>(weight_->const_data_ptr());
-      pass_.weight_sum = T(0);
-      for (int64_t c = 0; c < pass_.classes; ++c) pass_.weight_sum += pass_.class_weight[c];
+      pass_.numbers.weight_sum = T(0);
+      for (int64_t c = 0; c < pass_.classes; ++c) pass_.numbers.weight_sum += pass_.class_weight[c];
     }
     set_terms();
     report_.resize(static_cast<size_t>(bands()));
@@ -153,7 +153,7 @@ class Runner {
   }
 
   // Writes the pass's numerators and denominators where the call wants them; returns the gradients of
-  // its groups [slots, B, C, h, w], or nothing.
+  // its groups [gradients, B, C, h, w], or nothing.
   Tensor forward(bool compute_grad, double* numerators, double* denominators, Tensor& maps) {
     pass_.values = true;
     pass_.gradients = compute_grad && !pass_.identity;
@@ -164,22 +164,20 @@ class Runner {
     }
     Tensor gradients = torch::stable::empty({0}, dtype_);
     std::optional<Uninitialised<T>> edges;
-    pass_.slots = pass_.gradients ? terms_.slots : 0;
+    pass_.gradient_count = pass_.gradients ? terms_.gradients : 0;
     for (int k = 0; k < kTerms; ++k) {
-      const auto term = static_cast<Term>(k);
-      pass_.slot[k] = pass_.gradients ? terms_.slot[k] : -1;
-      pass_.scale[k] = terms_.asks(term) ? static_cast<T>(terms_.relative_weight(term)) : T(0);
+      pass_.gradient_of[k] = pass_.gradients ? terms_.gradient[k] : -1;
+      pass_.scale[k] = terms_.asks(k) ? static_cast<T>(terms_.relative_weight(k)) : T(0);
     }
     set_order();
     if (pass_.gradients) {
-      gradients = torch::stable::empty({pass_.slots, pass_.batch, pass_.classes, height_, width_},
-                                       dtype_);
+      gradients = torch::stable::empty(
+          {pass_.gradient_count, pass_.batch, pass_.classes, height_, width_}, dtype_);
       pass_.gradient = static_cast<T*>(gradients.mutable_data_ptr());
-      edges.emplace(pass_.slots * bands() * pass_.classes * width_);
+      edges.emplace(pass_.gradient_count * bands() * pass_.classes * width_);
       pass_.edges = edges->get();
     }
-    int64_t images = 0;
-    if (weighs_space()) images = collect_space();
+    collect_space();
     run();
     if (pass_.gradients) add_edges();
 
@@ -189,24 +187,22 @@ class Runner {
         s[k] += sums_[static_cast<size_t>(band * kTerms * 2 + k)];
       }
     }
-    const auto valid = static_cast<double>(counts().valid);
-    for (const Term term : {kCe, kKd, kHetero, kFeature}) {
-      if (!terms_.asks(term)) continue;
-      const double numerator = s[term * 2];
+    for_each_term([&](auto tag, int k) {
+      using Term = typename decltype(tag)::type;
+      if (!terms_.asks(k)) return;
       // A sum of divergences is never negative, its rounding may be. A NaN comes through.
-      const bool divergence = term == kKd || term == kHetero;
-      numerators[terms_.place[term]] = divergence && numerator < 0.0 ? 0.0 : numerator;
-      // Most denominators are the number of valid pixels.
-      double denominator = valid;
-      if ((term == kCe && pass_.class_weight != nullptr) ||
-          (term == kHetero && pass_.hetero == Hetero::kSoftmaxKl)) {
-        denominator = s[term * 2 + 1];
+      const bool clamps = Term::is_divergence(pass_.variant[k]) && s[k * 2] < 0.0;
+      numerators[terms_.position[k]] = clamps ? 0.0 : s[k * 2];
+      double denominator = 0.0;
+      switch (Term::denominator(pass_.variant[k], pass_.class_weight != nullptr)) {
+        case Denominator::kValid: denominator = static_cast<double>(counts().valid); break;
+        case Denominator::kImages:
+          denominator = static_cast<double>(images_with_pixels() * pass_.classes);
+          break;
+        default: denominator = s[k * 2 + 1];
       }
-      if (term == kHetero && weighs_space()) {
-        denominator = static_cast<double>(images * pass_.classes);
-      }
-      denominators[terms_.group[term]] = denominator;
-    }
+      denominators[terms_.group[k]] = denominator;
+    });
     return gradients;
   }
 
@@ -218,15 +214,15 @@ class Runner {
     pass_.values = false;
     pass_.gradients = true;
     pass_.maps = false;
-    pass_.slots = 1;
+    pass_.gradient_count = 1;
     for (int k = 0; k < kTerms; ++k) {
-      const bool asked = terms_.asks(static_cast<Term>(k));
-      pass_.slot[k] = asked ? 0 : -1;
-      pass_.scale[k] =
-          asked ? static_cast<T>(grad_totals[terms_.group[k]] * terms_.weight[k]) : T(0);
+      pass_.gradient_of[k] = terms_.asks(k) ? 0 : -1;
+      pass_.scale[k] = terms_.asks(k)
+                           ? static_cast<T>(grad_totals[terms_.group[k]] * terms_.weight[k])
+                           : T(0);
     }
     set_order();
-    if (weighs_space()) collect_space();
+    collect_space();
     run();
     return gradient;
   }
@@ -244,16 +240,26 @@ class Runner {
     return logits.size(2) == pass_.label_height && logits.size(3) == pass_.label_width;
   }
 
-  bool weighs_space() const {
-    return pass_.hetero == Hetero::kPaperSpace && terms_.evaluation && terms_.asks(kHetero);
+  int64_t valid_in(int64_t image) const {
+    int64_t valid = 0;
+    for (int64_t k = 0; k < pass_.bands_per_image; ++k) {
+      valid += report_[static_cast<size_t>(image * pass_.bands_per_image + k)].valid;
+    }
+    return valid;
   }
 
-  // Which term of a slot is the first to add its gradient, and which the last.
+  int64_t images_with_pixels() const {
+    int64_t images = 0;
+    for (int64_t b = 0; b < pass_.batch; ++b) images += valid_in(b) > 0;
+    return images;
+  }
+
+  // Which term of a gradient is the first to add to it, and which the last.
   void set_order() {
     for (int k = 0; k < kTerms; ++k) {
       pass_.begins[k] = pass_.ends[k] = true;
       for (int j = 0; j < k; ++j) {
-        if (pass_.slot[j] != pass_.slot[k]) continue;
+        if (pass_.gradient_of[j] != pass_.gradient_of[k]) continue;
         pass_.begins[k] = false;
         pass_.ends[j] = false;
       }
@@ -299,22 +305,23 @@ class Runner {
   }
 
   void set_terms() {
-    const PassTerms& o = terms_;
-    pass_.smoothing = static_cast<T>(o.smoothing);
-    pass_.ce = o.asks(kCe);
-    pass_.feature = o.asks(kFeature);
-    pass_.maps = o.maps;
-    pass_.kd = o.kd;
-    pass_.hetero_term = o.asks(kHetero);
-    pass_.hetero = o.hetero;
-    pass_.mix = o.mix;
-    pass_.evaluation = o.evaluation;
-    pass_.temperature = static_cast<T>(o.temperature);
-    pass_.tau = static_cast<T>(o.tau);
-    pass_.beta = static_cast<T>(o.beta);
-    pass_.one_minus_beta = static_cast<T>(1.0 - o.beta);
+    pass_.maps = terms_.maps;
     pass_.huge = sizeof(T) == 4 ? 1e30 : 1e290;
-    pass_.space_statistics = false;
+    pass_.collected = -1;
+    pass_.needs = terms_.needs();
+    const auto t = static_cast<T>(terms_.temperature);
+    pass_.numbers = {t, T(1) / t, static_cast<T>(kLog2E / static_cast<double>(t)),
+                     static_cast<T>(pass_.classes), pass_.numbers.weight_sum};
+    pass_.term_numbers.set(terms_.options, static_cast<T>(pass_.classes));
+    for_each_term([&](auto tag, int k) {
+      pass_.has[k] = terms_.has[k];
+      pass_.asked[k] = terms_.asks(k);
+      pass_.variant[k] = terms_.variant[k];
+      const Denominator denominator =
+          decltype(tag)::type::denominator(terms_.variant[k], pass_.class_weight != nullptr);
+      pass_.has_shares[k] =
+          denominator == Denominator::kShares || denominator == Denominator::kClassWeight;
+    });
   }
 
   void run() {
@@ -341,14 +348,14 @@ class Runner {
   // Adds each band's edge row to the first row of the next band.
   void add_edges() {
     const int64_t row = pass_.classes * width_;
-    torch::stable::parallel_for(0, pass_.slots * bands(), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, pass_.gradient_count * bands(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t slot = i / bands();
+        const int64_t gradient = i / bands();
         const int64_t band = i % bands();
         const int64_t next = (band % pass_.bands_per_image + 1) * kBandRows;
         if (next >= height_) continue;
         const T* edge = pass_.edges + i * row;
-        const int64_t image = slot * pass_.batch + band / pass_.bands_per_image;
+        const int64_t image = gradient * pass_.batch + band / pass_.bands_per_image;
         for (int64_t c = 0; c < pass_.classes; ++c) {
           T* out = pass_.gradient + ((image * pass_.classes + c) * height_ + next) * width_;
           for (int64_t x = 0; x < width_; ++x) out[x] += edge[c * width_ + x];
@@ -357,30 +364,38 @@ class Runner {
     });
   }
 
-  // weight_axis = space: the softmax over the valid pixels of an image and class. Returns the
-  // number of images that have any.
-  int64_t collect_space() {
+  // Terms over space: the softmax over the valid pixels of an image and class, by a pass of its own
+  // for each.
+  void collect_space() {
+    for_each_term([&](auto tag, int k) {
+      using Term = typename decltype(tag)::type;
+      const int spaces = Term::spaces(pass_.variant[k]);
+      if (terms_.asks(k) && spaces > 0) collect_space(k, spaces, Term::needs(pass_.variant[k]));
+    });
+  }
+
+  void collect_space(int term, int spaces, const Needs& needs) {
     const int64_t classes = pass_.classes;
-    Uninitialised<T> maxima(bands() * classes);
-    Uninitialised<T> partial(bands() * classes);
-    Pass<T> whole = pass_;
-    pass_.space_statistics = true;
+    Uninitialised<T> maxima(kMostFirsts * bands() * classes);
+    Uninitialised<T> partial(kMostFirsts * bands() * classes);
+    const Pass<T> whole = pass_;
+    pass_.collected = term;
+    pass_.needs = needs;
     pass_.space_maximum = maxima.get();
     pass_.space_sum = partial.get();
-    pass_.values = pass_.gradients = pass_.ce = pass_.feature = pass_.maps = false;
-    pass_.kd = Divergence::kNone;
+    pass_.values = pass_.gradients = pass_.maps = false;
+    for (int k = 0; k < kTerms; ++k) {
+      pass_.has[k] = k == term;
+      pass_.asked[k] = false;
+      pass_.gradient_of[k] = -1;
+    }
     run();
     pass_ = whole;
-    space_shift_.assign(static_cast<size_t>(pass_.batch * classes), T(0));
-    space_weight_.assign(static_cast<size_t>(pass_.batch * classes), T(0));
-    int64_t images = 0;
-    for (int64_t b = 0; b < pass_.batch; ++b) {
-      int64_t valid = 0;
-      for (int64_t k = 0; k < pass_.bands_per_image; ++k) {
-        valid += report_[static_cast<size_t>(b * pass_.bands_per_image + k)].valid;
-      }
-      if (valid == 0) continue;
-      ++images;
+    const auto count = static_cast<size_t>(spaces * pass_.batch * classes);
+    space_shift_[term].assign(count, T(0));
+    space_inverse_[term].assign(count, T(0));
+    for (int64_t b = 0; b < spaces * pass_.batch; ++b) {
+      if (valid_in(b % pass_.batch) == 0) continue;
       for (int64_t c = 0; c < classes; ++c) {
         const int64_t first = b * pass_.bands_per_image * classes + c;
         T largest = maxima.get()[first];
@@ -393,13 +408,12 @@ class Runner {
                                static_cast<double>(largest);
           sum += std::exp(below) * static_cast<double>(partial.get()[first + k * classes]);
         }
-        space_shift_[static_cast<size_t>(b * classes + c)] = largest;
-        space_weight_[static_cast<size_t>(b * classes + c)] = static_cast<T>(1.0 / sum);
+        space_shift_[term][static_cast<size_t>(b * classes + c)] = largest;
+        space_inverse_[term][static_cast<size_t>(b * classes + c)] = static_cast<T>(1.0 / sum);
       }
     }
-    pass_.space_shift = space_shift_.data();
-    pass_.space_weight = space_weight_.data();
-    return images;
+    pass_.space_shift[term] = space_shift_[term].data();
+    pass_.space_inverse[term] = space_inverse_[term].data();
   }
 
   const Kernels<T>& kernels_;
@@ -415,7 +429,7 @@ class Runner {
   std::optional<Tensor> weight_;
   std::vector<LabelReport> report_;
   std::vector<double> sums_;
-  std::vector<T> space_shift_, space_weight_;
+  std::vector<T> space_shift_[kTerms], space_inverse_[kTerms];  // as in Pass
 };
 
 // What would be read out of bounds.
@@ -434,12 +448,12 @@ void check(const Tensor& student_logits, const std::optional<Tensor>& teacher_lo
   STD_TORCH_CHECK(!class_weight.has_value() || (class_weight->dim() == 1 &&
                                                 class_weight->size(0) == student_logits.size(1)),
                   "class_weight: expected [C]");
-  STD_TORCH_CHECK(teacher || !(spec.student.needs_teacher() || spec.teacher.any),
+  STD_TORCH_CHECK(teacher || !(spec.student.needs().teacher || spec.teacher.any),
                   "teacher_logits: got None, these terms need them");
 }
 
 std::optional<Tensor> teacher_of(const PassTerms& terms, const std::optional<Tensor>& logits) {
-  return terms.needs_teacher() ? logits : std::nullopt;
+  return terms.needs().teacher ? logits : std::nullopt;
 }
 
 bool identity(const Tensor& logits, const std::optional<Tensor>& teacher, const Tensor& target) {
@@ -508,8 +522,8 @@ Sums sums(const Tensor& student_logits, const std::optional<Tensor>& teacher_log
                             teacher_grad, n, d, none, labels);
   }
   for (const PassTerms* terms : {&spec.student, &spec.teacher}) {
-    for (const Term term : {kCe, kKd, kHetero, kFeature}) {
-      if (terms->asks(term)) t[terms->group[term]] += terms->weight[term] * n[terms->place[term]];
+    for (int k = 0; k < kTerms; ++k) {
+      if (terms->asks(k)) t[terms->group[k]] += terms->weight[k] * n[terms->position[k]];
     }
   }
   Tensor report = torch::stable::empty({3}, ScalarType::Long);
@@ -520,19 +534,19 @@ Sums sums(const Tensor& student_logits, const std::optional<Tensor>& teacher_log
   return {numerators, totals, denominators, report, maps, student_saved, teacher_saved};
 }
 
-// sum over slots of grad_totals[group] * slot_weight * gradients[slot], in the form of like
+// sum over g of grad_totals[group] * gradient_weight * gradients[g], in the form of like
 Tensor combine_gradients(const Tensor& gradients, const double* grad_totals, const PassTerms& terms,
                          const Tensor& like) {
   STD_TORCH_CHECK(gradients.dim() == 5 && gradients.is_contiguous() &&
-                      gradients.size(0) == terms.slots &&
+                      gradients.size(0) == terms.gradients &&
                       gradients.numel() == gradients.size(0) * like.numel(),
                   "saved: expected what sums returned for logits like these");
   Tensor out = torch::stable::empty_like(like);
   double scale[kTerms];
-  for (int s = 0; s < terms.slots; ++s) {
-    scale[s] = grad_totals[terms.slot_group[s]] * terms.slot_weight[s];
+  for (int g = 0; g < terms.gradients; ++g) {
+    scale[g] = grad_totals[terms.gradient_group[g]] * terms.gradient_weight[g];
   }
-  const Combine job{gradients.const_data_ptr(), terms.slots,  scale,
+  const Combine job{gradients.const_data_ptr(), terms.gradients,  scale,
                     like.size(0),               like.size(1), like.size(2),
                     like.size(3),               mutable_view_of(out)};
   if (like.numel() == 0) return out;

@@ -3,12 +3,8 @@
 // Up to four rows between the same two rows of logits are taken at once: per class, sum_r g_r goes
 // to `sum` and sum_r f_r g_r to `upper`; what belongs to the lower row is their difference. On the
 // label grid itself (`upper` null) there is one row and nothing to interpolate.
-//
-// Every gradient here is one of two shapes, alpha_r x_c - beta_r y_c with coefficients per pixel,
-// or the cross entropy's, whose labelled class is different.
 #pragma once
 
-#include "../math/distillation.h"
 #include "statistics.h"
 
 namespace heteroakd::cpu::HAKD_ISA {
@@ -75,49 +71,42 @@ HAKD_FN void accumulate(int64_t classes, const T* row_fraction, const Sink<T>& s
   }
 }
 
-// alpha_r x_c - beta_r y_c; x, y: tiles [kRows][C][N], alpha, beta: [kRows][N].
-template <typename T, int kRows, bool kUpsample>
-void pair_gradient(int64_t classes, const T* x, const T* y, const T* alpha, const T* beta,
-                   const T* fraction, const Sink<T>& sink) {
-  using F = Lanes<T>;
-  constexpr int N = F::N;
-  const int64_t tile = classes * N;
-  F a[kRows], b[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    a[r] = F::load(alpha + r * N);
-    b[r] = F::load(beta + r * N);
-  }
-  accumulate<T, kRows, kUpsample>(classes, fraction, sink, [&](int r, int64_t c) __attribute__((always_inline)) {
-    return fnma(b[r], F::load(y + r * tile + c * N), a[r] * F::load(x + r * tile + c * N));
-  });
-}
+// What g_c = student x_c^power - other y_c, and `label` at the labelled class, is made of.
+template <typename T>
+struct GradientParts {
+  const T *x, *y;                       // tiles [kRows][C][N]
+  const T *student, *other, *label;     // [kRows][N]
+  const int32_t* const* labels;
+  const T* class_weight;  // y of kClassWeight; null: 1
+};
+enum class OtherKind { kNone, kTile, kClassWeight };
 
-// hard_r q_c + (smoothing only) soft_r (weight_sum p_c - w_c) valid_r, with q from
-// cross_entropy_gradient_numerator and e = tile^kPower. hard: hard / total, inverse: 1 / total.
-template <typename T, int kPower, bool kSmoothing, int kRows, bool kUpsample>
-void cross_entropy_gradient(int64_t classes, const T* e, const T* hard, const T* others,
-                            const T* soft, const T* inverse, const int32_t* const* labels,
-                            T weight_sum, const T* class_weight, const T* fraction,
-                            const Sink<T>& sink) {
+// kPower: of x; 0: there is no x.
+template <typename T, int kPower, OtherKind kOther, bool kLabel, int kRows, bool kUpsample>
+void term_gradient(int64_t classes, const GradientParts<T>& parts, const T* fraction,
+                   const Sink<T>& sink) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   const int64_t tile = classes * N;
-  F h[kRows], o[kRows];
-  Labels<T> l[kRows];
+  const T *x = parts.x, *y = parts.y, *class_weight = parts.class_weight;
+  F student[kRows], other[kRows], label[kRows];
+  Labels<T> labels[kRows];
   for (int r = 0; r < kRows; ++r) {
-    h[r] = F::load(hard + r * N);
-    o[r] = F::load(others + r * N);
-    l[r] = load_labels<T>(labels[r]);
+    if constexpr (kPower > 0) student[r] = F::load(parts.student + r * N);
+    if constexpr (kOther != OtherKind::kNone) other[r] = F::load(parts.other + r * N);
+    if constexpr (kLabel) {
+      label[r] = F::load(parts.label + r * N);
+      labels[r] = load_labels<T>(parts.labels[r]);
+    }
   }
   accumulate<T, kRows, kUpsample>(classes, fraction, sink, [&](int r, int64_t c) __attribute__((always_inline)) {
-    const F u = power<kPower>(F::load(e + r * tile + c * N));
-    const auto is_label = is_class(l[r], static_cast<int32_t>(c));
-    F g = h[r] * cross_entropy_gradient_numerator(is_label, u, o[r]);
-    if constexpr (kSmoothing) {
-      const F p = u * F::load(inverse + r * N);
-      const F w(class_weight == nullptr ? T(1) : class_weight[c]);
-      g = fma(F::load(soft + r * N), F(weight_sum) * p - w, g);
+    F g(T(0));
+    if constexpr (kPower > 0) g = student[r] * power<kPower>(F::load(x + r * tile + c * N));
+    if constexpr (kOther == OtherKind::kTile) g = fnma(other[r], F::load(y + r * tile + c * N), g);
+    if constexpr (kOther == OtherKind::kClassWeight) {
+      g = fnma(other[r], F(class_weight == nullptr ? T(1) : class_weight[c]), g);
     }
+    if constexpr (kLabel) g = select(is_class(labels[r], static_cast<int32_t>(c)), label[r], g);
     return g;
   });
 }

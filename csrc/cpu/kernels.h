@@ -15,7 +15,7 @@ template <typename T>
 void combine(const Combine& job, int64_t plane) {
   constexpr int64_t kBlock = 256;
   const int64_t elements = job.height * job.width;
-  const int64_t slot = job.batch * job.classes * elements;
+  const int64_t all = job.batch * job.classes * elements;
   const T* gradient = static_cast<const T*>(job.gradient) + plane * elements;
   const int64_t base =
       plane / job.classes * job.out.stride[0] + plane % job.classes * job.out.stride[1];
@@ -23,9 +23,9 @@ void combine(const Combine& job, int64_t plane) {
   for (int64_t y = 0; y < job.height; ++y) {
     for (int64_t x0 = 0; x0 < job.width; x0 += kBlock) {
       const int64_t count = job.width - x0 < kBlock ? job.width - x0 : kBlock;
-      for (int32_t k = 0; k < job.slots; ++k) {
+      for (int32_t k = 0; k < job.count; ++k) {
         const T scale = static_cast<T>(job.scale[k]);
-        const T* in = gradient + k * slot + y * job.width + x0;
+        const T* in = gradient + k * all + y * job.width + x0;
         for (int64_t i = 0; i < count; ++i) {
           sum[i] = k == 0 ? scale * in[i] : sum[i] + scale * in[i];
         }

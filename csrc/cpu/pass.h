@@ -83,49 +83,48 @@ struct Pass {
   LabelsView labels;
   ReadLabels read_labels;
   const T* class_weight;  // [C] or null
-  T weight_sum;
-  T smoothing;
 
-  // what to compute
-  bool ce, feature, maps, values, gradients;
-  Divergence kd;
-  Hetero hetero;  // also set for the maps alone
-  bool hetero_term;
-  Mix mix;
-  bool evaluation;
-  T temperature, tau, beta, one_minus_beta;
-  double huge;     // logits beyond this are handled with care
+  // what to compute; terms by their index in ../terms/list.h
+  bool has[kTerms];       // also of one that is there for the maps alone
+  bool asked[kTerms];
+  bool has_shares[kTerms];  // whether the term's denominator is a sum over pixels of its own
+  int32_t variant[kTerms];
+  TermNumbers<T> term_numbers;
+  PassNumbers<T> numbers;
+  Needs needs;
+  bool maps, values, gradients;
+  double huge;     // logits beyond this take the overflow-safe way
 
   // Bands of student rows: the units of work. Unless identity: bands * band_rows rows.
   int64_t bands_per_image, band_rows;
   const int64_t* first_label_row;  // [bands_per_image + 1]
 
   // results
-  int32_t slot[kTerms];   // which gradient a term adds to, -1: none
+  int32_t gradient_of[kTerms];  // which gradient a term adds to, -1: none
   bool begins[kTerms];    // whether a term is the first one that adds to its gradient, and
   bool ends[kTerms];      // the last one
-  int32_t slots;
+  int32_t gradient_count;
   T scale[kTerms];        // of a term's gradient
-  T* gradient;            // not identity: [slots][B][C][h][w]
-  T* edges;               // not identity: [slots][B * bands][C][w], for the next band's first row
+  T* gradient;            // not identity: [gradient_count][B][C][h][w]
+  T* edges;               // not identity: [gradient_count][B * bands][C][w], for the next band's first row
   bool streams;           // identity: the gradient is too large to stay in a cache
   LogitsView out;         // identity: the gradient itself, written through const_cast
   double* sums;           // [B * bands][kTerms][2]: numerator, denominator
   T* map_values;          // [2][B][H][W]
 
-  // weight_axis = space: maximum and sum of exp over the valid pixels of an image and class, by
-  // band while they are collected, then of the whole image.
-  bool space_statistics;
-  T* space_maximum;  // [B * bands][C]
-  T* space_sum;      // [B * bands][C]
-  const T* space_shift;   // [B][C]: the maximum
-  const T* space_weight;  // [B][C]: 1 / sum
+  // Terms over space: maximum and sum of exp over the valid pixels of an image and class, by band
+  // while they are collected (of the term `collected`, or -1), then of the whole image.
+  int32_t collected;
+  T* space_maximum;  // [kMostFirsts][B * bands][C]
+  T* space_sum;
+  const T* space_shift[kTerms];    // [kMostFirsts][B][C]: the maximum
+  const T* space_inverse[kTerms];  // 1 / sum
 };
 
-// dst = sum over slots of scale[k] * gradient[k], row by row of the logits; see combine().
+// dst = sum over gradients of scale[k] * gradient[k], row by row of the logits; see combine().
 struct Combine {
-  const void* gradient;  // [slots][B][C][h][w], float or double
-  int32_t slots;
+  const void* gradient;  // [count][B][C][h][w], float or double
+  int32_t count;
   const double* scale;
   int64_t batch, classes, height, width;
   LogitsView out;

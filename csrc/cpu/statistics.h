@@ -4,7 +4,7 @@
 // away; the variants are few because a loop knows only its own flags, not the loss's.
 #pragma once
 
-#include "../math/distillation.h"
+#include "../terms/list.h"
 #include "pass.h"
 
 namespace heteroakd::cpu::HAKD_ISA {
@@ -13,6 +13,12 @@ template <typename T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 template <typename T>  // the smallest normal number
 constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
+
+// log2 of a share that may have underflowed.
+template <typename T>
+HAKD_FN Lanes<T> log2_of_share(Lanes<T> x) {
+  return log2(max(Lanes<T>(kTiny<T>), x));
+}
 
 // a + f (b - a) where a or b is huge, infinite or NaN; elsewhere y, which is that. A difference
 // could overflow, and 0 * inf must not turn a finite pixel into NaN. Lane by lane, so that what an
@@ -79,20 +85,11 @@ HAKD_FN F power(F x) {
   return (x * x) * (x * x);
 }
 
-// What the loops over classes leave behind for one vector of pixels.
-template <typename F>
-struct Statistics {
-  F student_total, teacher_total;    // of e at the temperature T
-  F student_others, teacher_others;  // of e at T = 1, without the labelled class
-  F difference;                      // sum e_t (a_t - a_s)
-  F teacher_cross, student_self;     // sum e_t a_s, sum e_s a_s
-};
-
 // One model. e receives the exponentials at T, hard (if kPower is 0) those at T = 1; otherwise
 // these are e^kPower. e may be z.
 template <typename T, int kPower, bool kSoft, bool kHard>
 void one_model(int64_t classes, const T* z, T* e, T* hard, Lanes<T> m, T scale, T hard_scale,
-               Labels<T> labels, Statistics<Lanes<T>>& s) {
+               Labels<T> labels, ClassSums<Lanes<T>>& s) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   F total(T(0)), others(T(0));
@@ -121,7 +118,7 @@ void one_model(int64_t classes, const T* z, T* e, T* hard, Lanes<T> m, T scale, 
 template <typename T, int kPower, int kHard, bool kCross>
 void two_models(int64_t classes, const T* student_z, const T* teacher_z, T* student_e,
                 T* teacher_e, T* student_hard, Lanes<T> student_m, Lanes<T> teacher_m, T scale,
-                T hard_scale, Labels<T> labels, Statistics<Lanes<T>>& s) {
+                T hard_scale, Labels<T> labels, ClassSums<Lanes<T>>& s) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   F student_total(T(0)), teacher_total(T(0)), difference(T(0));
@@ -179,59 +176,6 @@ Lanes<T> weighted_logits(int64_t classes, const T* z, Lanes<T> m, const T* class
   return sum;
 }
 
-// sum_c (z_s,c - z_t,c)^2
-template <typename T>
-Lanes<T> squared_difference(int64_t classes, const T* student_z, const T* teacher_z) {
-  using F = Lanes<T>;
-  F sum(T(0));
-  for (int64_t c = 0; c < classes; ++c) {
-    const F x = F::load(student_z + c * F::N) - F::load(teacher_z + c * F::N);
-    sum = fma(x, x, sum);
-  }
-  return sum;
-}
-
-// sum_c x_c log2 x_c of x = mixed_target(teacher_weight, e_t, student_weight, e_s).
-template <typename T>
-Lanes<T> mixed_entropy(int64_t classes, const T* student_e, const T* teacher_e,
-                       Lanes<T> student_weight, Lanes<T> teacher_weight) {
-  using F = Lanes<T>;
-  F sum(T(0));
-  for (int64_t c = 0; c < classes; ++c) {
-    const F m = mixed_target(teacher_weight, F::load(teacher_e + c * F::N), student_weight,
-                             F::load(student_e + c * F::N));
-    sum = fma(m, log2(max(F(kTiny<T>), m)), sum);
-  }
-  return sum;
-}
-
-// mix = logits: e_h of a_h = r_t a_t + r_s a_s into mixed[C][N]; its total, and
-// sum_c e_h (a_h - m_h - a_s).
-template <typename T>
-void mixed_logits(int64_t classes, const T* student_z, const T* teacher_z, Lanes<T> student_m,
-                  Lanes<T> teacher_m, T scale, const Reliability<Lanes<T>>& r, T* mixed,
-                  Lanes<T>& total, Lanes<T>& difference) {
-  using F = Lanes<T>;
-  constexpr int N = F::N;
-  F maximum(-kInfinity<T>);
-  for (int64_t c = 0; c < classes; ++c) {
-    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
-    const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
-    const F a = mixed_target(r.teacher, teacher_a, r.student, student_a);
-    a.store(mixed + c * N);
-    maximum = max(a, maximum);
-  }
-  total = difference = F(T(0));
-  for (int64_t c = 0; c < classes; ++c) {
-    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
-    const F a = F::load(mixed + c * N) - maximum;
-    const F e = exp2(a);
-    e.store(mixed + c * N);
-    total = total + e;
-    difference = fma(e, a - student_a, difference);
-  }
-}
-
 // a_t of the class where z_s is largest, and a_s therefore 0.
 template <typename T>
 Lanes<T> teacher_at_top(int64_t classes, const T* student_z, const T* teacher_z,
@@ -243,53 +187,6 @@ Lanes<T> teacher_at_top(int64_t classes, const T* student_z, const T* teacher_z,
     z = select(top, F::load(teacher_z + c * F::N), z);
   }
   return (z - teacher_m) * F(scale);
-}
-
-// Reverse KL: q_c = e_s (f_c - pivot) into q[C][N]; returns its sum.
-template <typename T>
-Lanes<T> reverse_products(int64_t classes, const T* student_z, const T* teacher_z,
-                          const T* student_e, Lanes<T> student_m, Lanes<T> teacher_m, T scale,
-                          Lanes<T> pivot, T* q) {
-  using F = Lanes<T>;
-  constexpr int N = F::N;
-  F sum(T(0));
-  for (int64_t c = 0; c < classes; ++c) {
-    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
-    const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
-    const F x = F::load(student_e + c * N) * (reverse_ratio(student_a, teacher_a) - pivot);
-    x.store(q + c * N);
-    sum = sum + x;
-  }
-  return sum;
-}
-
-template <typename F>
-struct JsSums {
-  F teacher, student;  // sum_c e_t (a_t - log2 x), sum_c e_s (f_c - pivot)
-};
-
-// Jensen-Shannon, with x = mixed_target of `weights`: q_c = e_s (f_c - pivot) into q[C][N].
-template <typename T>
-JsSums<Lanes<T>> js_products(int64_t classes, const T* student_z, const T* teacher_z,
-                             const T* student_e, const T* teacher_e, Lanes<T> student_m,
-                             Lanes<T> teacher_m, T scale, const JsWeights<Lanes<T>>& weights,
-                             Lanes<T> pivot, T* q) {
-  using F = Lanes<T>;
-  constexpr int N = F::N;
-  JsSums<F> sums{F(T(0)), F(T(0))};
-  for (int64_t c = 0; c < classes; ++c) {
-    const F student_a = (F::load(student_z + c * N) - student_m) * F(scale);
-    const F teacher_a = (F::load(teacher_z + c * N) - teacher_m) * F(scale);
-    const F e_s = F::load(student_e + c * N);
-    const F e_t = F::load(teacher_e + c * N);
-    const F log2_x =
-        log2(max(F(kTiny<T>), mixed_target(weights.teacher, e_t, weights.student, e_s)));
-    const F y = e_s * (student_a - log2_x - pivot);
-    y.store(q + c * N);
-    sums.student = sums.student + y;
-    sums.teacher = fma(e_t, teacher_a - log2_x, sums.teacher);
-  }
-  return sums;
 }
 
 }  // namespace heteroakd::cpu::HAKD_ISA

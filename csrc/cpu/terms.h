@@ -1,13 +1,13 @@
 // Every term for a few vectors of pixels: which loops a call needs, what passes between them, and
 // what they end in: sums for the values, coefficients for the gradients.
 //
-// The loops over classes are in statistics.h, chain.h, paper.h and gradients.h, the formulas of a
-// pixel in ../math/distillation.h.
+// The loops over classes are in statistics.h, chain.h, own_loop.h and gradients.h, the terms in
+// ../terms.
 #pragma once
 
 #include "chain.h"
 #include "gradients.h"
-#include "paper.h"
+#include "own_loop.h"
 
 namespace heteroakd::cpu::HAKD_ISA {
 
@@ -35,7 +35,7 @@ template <typename T>
 struct Group {
   int64_t y, vector;                // of the first
   const int32_t* labels[kMaxRows];  // [N] each
-  bool student_careful, teacher_careful;  // huge, infinite or NaN logits are about
+  bool student_careful, teacher_careful;  // huge, infinite or NaN logits are among them
 };
 
 // The two rows of logits around the label rows at hand, brought to the columns of a vector.
@@ -57,19 +57,8 @@ struct Cell {
   }
 };
 
-// What the gradients need to know of a pixel; where not valid, a factor is 0.
-enum Coefficient {
-  kCeHard,
-  kCeOthers,
-  kCeSoft,
-  kCeInverse,
-  kKdStudent,
-  kKdOther,
-  kHeteroStudent,
-  kHeteroOther,
-  kFeatureScale,
-  kCoefficients
-};
+// What the gradients need to know of a pixel; where not valid, each is 0.
+enum Coefficient { kStudentCoefficient, kOtherCoefficient, kLabelCoefficient, kCoefficients };
 
 template <typename T>
 class Terms {
@@ -83,7 +72,10 @@ class Terms {
   T *student_maximum = nullptr, *teacher_maximum = nullptr;
   const bool reads_pair;  // whether there is a teacher to fill them for
 
-  explicit Terms(const Pass<T>& pass) : reads_pair(pass.has_teacher), p(pass) { choose(); }
+  explicit Terms(const Pass<T>& pass)
+      : reads_pair(pass.has_teacher), p(pass), needs_(pass.needs) {
+    choose();
+  }
 
   void lay_out(Arena& arena) {
     const int64_t tile = p.classes * N;
@@ -96,26 +88,28 @@ class Terms {
       teacher_e_ = keeps_z_ ? arena.take<T>(group) : teacher_z;
     }
     if (power_ == 0) hard_ = arena.take<T>(group);
-    if (p.kd == Divergence::kReverse || p.kd == Divergence::kJs) kd_q_ = arena.take<T>(group);
-    if (keeps_z_ && p.hetero != Hetero::kNone) {
-      mixed_ = arena.take<T>(group);
-      strength_ = arena.take<T>(tile);
-    }
+    for_each_term([&](auto tag, int k) __attribute__((always_inline)) {
+      using Term = typename decltype(tag)::type;
+      const int32_t v = p.variant[k];
+      if (!p.has[k]) return;
+      const bool own_x = Term::student(v) == From::kOwn, own_y = Term::other_from(v) == From::kOwn;
+      if (own_x || Term::kFirsts > 0) own_tiles_[k][0] = arena.take<T>(Term::kFirsts > 0 && !own_x ? tile : group);
+      if (own_y || Term::kFirsts > 1) own_tiles_[k][1] = arena.take<T>(own_y ? group : tile);
+    });
     if (chain_ != nullptr) chain_scratch_ = arena.take<T>(6 * tile);
-    coefficients_ = arena.take<T>(kCoefficients * kMaxRows * N);
+    coefficients_ = arena.take<T>(kTerms * kCoefficients * kMaxRows * N);
     student_maximum = arena.take<T>(kMaxRows * N);
     teacher_maximum = arena.take<T>(kMaxRows * N);
-    if (p.space_statistics) {
-      space_maximum_ = arena.take<T>(tile);
-      space_sum_ = arena.take<T>(tile);
-    }
+    if (p.collected < 0) return;
+    space_maximum_ = arena.take<T>(kMostFirsts * tile);
+    space_sum_ = arena.take<T>(kMostFirsts * tile);
   }
 
   void begin(int64_t image) {
     image_ = image;
     for (int64_t i = 0; i < kTerms * 2 * N; ++i) lane_sums_[i] = 0.0;
-    if (!p.space_statistics) return;
-    for (int64_t i = 0; i < p.classes * N; ++i) {
+    if (p.collected < 0) return;
+    for (int64_t i = 0; i < kMostFirsts * p.classes * N; ++i) {
       space_maximum_[i] = T(-1e30);
       space_sum_[i] = T(0);
     }
@@ -128,7 +122,7 @@ class Terms {
       sums[k] = 0.0;
       for (int l = 0; l < N; ++l) sums[k] += lane_sums_[k * N + l];
     }
-    if (p.space_statistics) reduce_space(band);
+    if (p.collected >= 0) reduce_space(band);
   }
 
   // Four rows by the way of chain.h: `process` then finds exponentials and sums. False where that
@@ -146,15 +140,15 @@ class Terms {
       chain_teacher_ = chain_side(teacher, teacher_fraction);
       if (!chain_fits(chain_teacher_, scale_)) return false;
     }
-    Statistics<F>* statistics[kMaxRows];
-    for (int r = 0; r < kMaxRows; ++r) statistics[r] = &chain_statistics_[r];
+    ClassSums<F>* sums[kMaxRows];
+    for (int r = 0; r < kMaxRows; ++r) sums[r] = &totals_[r];
     chain_(p.classes, chain_student_, chain_teacher_, student_e_, teacher_e_, scale_, group.labels,
-           chain_scratch_, statistics);
+           chain_scratch_, sums);
     for (int r = 0; r < kMaxRows; ++r) {
-      if (!chain_held<T>(statistics[r]->student_total, valid[r])) return false;
+      if (!chain_held<T>(totals_[r].student_total, valid[r])) return false;
       chain_reference(chain_student_, student_fraction[r]).store(student_maximum + r * N);
       if (!reads_pair) continue;
-      if (!chain_held<T>(statistics[r]->teacher_total, valid[r])) return false;
+      if (!chain_held<T>(totals_[r].teacher_total, valid[r])) return false;
       chain_reference(chain_teacher_, teacher_fraction[r]).store(teacher_maximum + r * N);
     }
     return true;
@@ -165,74 +159,37 @@ class Terms {
   // `chain` has left all there is to know. sink(term): where the gradients of a term go.
   template <int kRows, bool kUpsample, typename Sinks>
   void process(const Group<T>& group, bool chained, const Sinks& sink) {
-    pixels<kRows, kUpsample>(group, chained);
-    if (!p.gradients) return;
-    const T* fraction = p.student.row_fraction + group.y;
-    if (p.slot[kCe] >= 0) {
-      const T* e = power_ == 0 ? hard_ : student_e_;
-      CrossEntropyGradient run;
-      if (p.smoothing != T(0)) {
-        run = power_ == 2   ? cross_entropy_gradient<T, 2, true, kRows, kUpsample>
-              : power_ == 4 ? cross_entropy_gradient<T, 4, true, kRows, kUpsample>
-                            : cross_entropy_gradient<T, 1, true, kRows, kUpsample>;
-      } else {
-        run = power_ == 2   ? cross_entropy_gradient<T, 2, false, kRows, kUpsample>
-              : power_ == 4 ? cross_entropy_gradient<T, 4, false, kRows, kUpsample>
-                            : cross_entropy_gradient<T, 1, false, kRows, kUpsample>;
-      }
-      run(p.classes, e, coefficient(kCeHard, 0), coefficient(kCeOthers, 0),
-          coefficient(kCeSoft, 0), coefficient(kCeInverse, 0), group.labels, p.weight_sum,
-          p.class_weight, fraction, sink(kCe));
-    }
-    if (p.slot[kKd] >= 0) {
-      const T* other = p.kd == Divergence::kForward ? teacher_e_ : kd_q_;
-      pair_gradient<T, kRows, kUpsample>(p.classes, student_e_, other, coefficient(kKdStudent, 0),
-                                         coefficient(kKdOther, 0), fraction, sink(kKd));
-    }
-    if (p.slot[kHetero] >= 0) {
-      const T* student = p.hetero == Hetero::kPaperSpace ? mixed_ : student_e_;
-      const T* other =
-          p.hetero == Hetero::kSoftmaxKl && p.mix != Mix::kLogits ? teacher_e_ : mixed_;
-      pair_gradient<T, kRows, kUpsample>(p.classes, student, other,
-                                         coefficient(kHeteroStudent, 0),
-                                         coefficient(kHeteroOther, 0), fraction,
-                                         sink(kHetero));
-    }
-    if (p.slot[kFeature] >= 0) {
-      pair_gradient<T, kRows, kUpsample>(p.classes, student_z, teacher_z,
-                                         coefficient(kFeatureScale, 0),
-                                         coefficient(kFeatureScale, 0), fraction,
-                                         sink(kFeature));
-    }
+    totals<kRows, kUpsample>(group, chained);
+    for_each_term([&](auto tag, int k) __attribute__((always_inline)) {
+      using Term = typename decltype(tag)::type;
+      if (!p.has[k]) return;
+      pixels<Term, kRows, kUpsample>(group);
+      if (p.gradient_of[k] >= 0) send_gradient<Term, kRows, kUpsample>(group, sink(k));
+    });
   }
 
  private:
   // --- which loops -------------------------------------------------------------------------------
 
-  using OneModel = void (*)(int64_t, const T*, T*, T*, F, T, T, Labels<T>, Statistics<F>&);
+  using OneModel = void (*)(int64_t, const T*, T*, T*, F, T, T, Labels<T>, ClassSums<F>&);
   using TwoModels = void (*)(int64_t, const T*, const T*, T*, T*, T*, F, F, T, T, Labels<T>,
-                             Statistics<F>&);
+                             ClassSums<F>&);
   using Chain = void (*)(int64_t, const ChainSide<T>&, const ChainSide<T>&, T*, T*, T,
-                         const int32_t* const*, T*, Statistics<F>* const*);
-  using CrossEntropyGradient = void (*)(int64_t, const T*, const T*, const T*, const T*, const T*,
-                                        const int32_t* const*, T, const T*, const T*,
-                                        const Sink<T>&);
+                         const int32_t* const*, T*, ClassSums<F>* const*);
+  using Gradient = void (*)(int64_t, const GradientParts<T>&, const T*, const Sink<T>&);
 
   void choose() {
-    const bool softmax_kl = p.hetero == Hetero::kSoftmaxKl;
-    needs_pair_ = p.kd != Divergence::kNone || softmax_kl;
-    needs_soft_student_ = needs_pair_ || p.hetero == Hetero::kPaper;
-    const bool cross = softmax_kl && p.mix == Mix::kProbs && p.values && p.hetero_term;
-    normalises_ = !p.feature && p.hetero != Hetero::kPaper && p.hetero != Hetero::kPaperSpace;
-    scale_ = static_cast<T>(kLog2E / static_cast<double>(p.temperature));
-    power_ = p.temperature == T(1) ? 1 : p.temperature == T(2) ? 2 : p.temperature == T(4) ? 4 : 0;
-    // Others read the logits of every pixel themselves. Double has no chain: it is the plain path.
-    keeps_z_ = p.feature || p.kd == Divergence::kReverse || p.kd == Divergence::kJs ||
-               p.hetero == Hetero::kPaper || p.hetero == Hetero::kPaperSpace ||
-               (softmax_kl && p.mix == Mix::kLogits) || p.smoothing != T(0);
+    const bool soft = needs_.pair || needs_.student_total;
+    const bool cross = needs_.mixture && p.values;
+    normalises_ = !needs_.raw_logits;
+    scale_ = p.numbers.scale;
+    const T t = p.numbers.temperature;
+    power_ = t == T(1) ? 1 : t == T(2) ? 2 : t == T(4) ? 4 : 0;
+    // Double has no chain: it is the plain path.
+    keeps_z_ = needs_.logits;
     const bool chains = !p.identity && !keeps_z_ && sizeof(T) == 4;
-    if (needs_pair_) {
-      const int hard = softmax_kl ? 2 : p.ce ? 1 : 0;
+    if (needs_.pair) {
+      const int hard = needs_.teacher_nll ? 2 : needs_.student_nll ? 1 : 0;
       two_models_ = power_ == 1   ? choose_two<1>(hard, cross)
                     : power_ == 2 ? choose_two<2>(hard, cross)
                     : power_ == 4 ? choose_two<4>(hard, cross)
@@ -243,12 +200,12 @@ class Terms {
                  : power_ == 4 ? choose_chain<4>(hard, cross)
                                : nullptr;
       }
-    } else if (needs_soft_student_) {
+    } else if (soft) {
       one_model_ = power_ == 1   ? choose_one<1>()
                    : power_ == 2 ? choose_one<2>()
                    : power_ == 4 ? choose_one<4>()
                                  : choose_one<0>();
-    } else if (p.ce) {
+    } else if (needs_.student_nll) {
       power_ = 1;
       scale_ = static_cast<T>(kLog2E);
       one_model_ = one_model<T, 1, false, true>;
@@ -274,7 +231,7 @@ class Terms {
   }
   template <int kPower>
   OneModel choose_one() const {
-    return p.ce ? one_model<T, kPower, true, true> : one_model<T, kPower, true, false>;
+    return needs_.student_nll ? one_model<T, kPower, true, true> : one_model<T, kPower, true, false>;
   }
 
   // Not where some of the rows lie beyond the first row of logits and repeat it.
@@ -290,118 +247,90 @@ class Terms {
     return {cell.lo, cell.hi, cell.lo_range, cell.hi_range, f[0], (f[3] - f[0]) / T(3)};
   }
 
-  T* coefficient(Coefficient k, int row) { return coefficients_ + (k * kMaxRows + row) * N; }
+  T* coefficient(int term, Coefficient k, int row) {
+    return coefficients_ + ((term * kCoefficients + k) * kMaxRows + row) * N;
+  }
 
   // --- pixel by pixel ----------------------------------------------------------------------------
-
-  // What the pixels of one vector carry from one step to the next.
-  struct Pixels {
-    Mask<T> valid;
-    F one;                           // 1, or 0 where not valid
-    F student_m, teacher_m;          // maxima over the classes
-    F student_label, teacher_label;  // z_label - m
-    Statistics<F> s;
-    F hard_total, hard_inverse, student_nll, teacher_nll;                 // at T = 1
-    F student_inverse, teacher_inverse, student_log2, teacher_log2, kl;  // at T
-    Reliability<F> reliable;
-    F discrepant, weight;
-  };
 
   // Step by step for all the rows at hand: each step is a chain of dependent operations, and rows
   // side by side hide its latency.
   template <int kRows, bool kUpsample>
-  void pixels(const Group<T>& group, bool chained) {
-    const int32_t* const* labels = group.labels;
-    Pixels pixels[kRows];
-    F sums[kTerms * 2];
-    for (F& sum : sums) sum = F(T(0));
-    const int32_t common = common_label<kRows>(labels);
-    for (int r = 0; r < kRows; ++r) {
-      prepare<kUpsample>(pixels[r], group, r, common, chained);
-    }
+  void totals(const Group<T>& group, bool chained) {
+    const int32_t common = common_label<kRows>(group.labels);
+    for (int r = 0; r < kRows; ++r) prepare<kUpsample>(group, r, common, chained);
     const int64_t tile = p.classes * N;
-    for (int r = 0; r < kRows; ++r) {
-      Pixels& x = pixels[r];
-      if (chained) {
-        x.s = chain_statistics_[r];
-        continue;
-      }
+    for (int r = 0; r < kRows && !chained; ++r) {
       T* hard = hard_ + r * tile;
-      if (needs_pair_) {
-        two_models_(p.classes, student_z + r * tile, teacher_z + r * tile,
-                    student_e_ + r * tile, teacher_e_ + r * tile, hard, x.student_m, x.teacher_m,
-                    scale_, static_cast<T>(kLog2E), load_labels<T>(labels[r]), x.s);
+      const Labels<T> labels = load_labels<T>(group.labels[r]);
+      const F student_m = F::load(student_maximum + r * N);
+      if (needs_.pair) {
+        two_models_(p.classes, student_z + r * tile, teacher_z + r * tile, student_e_ + r * tile,
+                    teacher_e_ + r * tile, hard, student_m, F::load(teacher_maximum + r * N),
+                    scale_, static_cast<T>(kLog2E), labels, totals_[r]);
       } else if (one_model_ != nullptr) {
-        one_model_(p.classes, student_z + r * tile, student_e_ + r * tile, hard, x.student_m,
-                   scale_, static_cast<T>(kLog2E), load_labels<T>(labels[r]), x.s);
+        one_model_(p.classes, student_z + r * tile, student_e_ + r * tile, hard, student_m, scale_,
+                   static_cast<T>(kLog2E), labels, totals_[r]);
       }
     }
-    for (int r = 0; r < kRows; ++r) hard_totals(pixels[r]);
-    for (int r = 0; r < kRows; ++r) soft_totals(pixels[r]);
-    if (p.ce) {
-      for (int r = 0; r < kRows; ++r) cross_entropy_pixels(pixels[r], r, labels[r], sums);
+    if (needs_.student_nll) {
+      for (int r = 0; r < kRows; ++r) find_student_nll(totals_[r]);
     }
-    if (p.kd != Divergence::kNone) {
-      for (int r = 0; r < kRows; ++r) kd_pixels(pixels[r], r, sums);
+    if (needs_.teacher_nll) {
+      for (int r = 0; r < kRows; ++r) find_teacher_nll(totals_[r]);
     }
-    if (p.feature) {
-      for (int r = 0; r < kRows; ++r) feature_pixels(pixels[r], r, sums);
+    if (needs_.pair || needs_.student_total) {
+      for (int r = 0; r < kRows; ++r) find_student_total(totals_[r]);
     }
-    if (p.hetero == Hetero::kSoftmaxKl) {
+    if (needs_.pair) {
+      for (int r = 0; r < kRows; ++r) find_pair(totals_[r]);
+    }
+    if (needs_.teacher_at_top) {
       for (int r = 0; r < kRows; ++r) {
-        knowledge(pixels[r], kUpsample ? group.y + r : group.y,
-                  kUpsample ? group.vector : group.vector + r);
+        totals_[r].teacher_at_top = teacher_at_top<T>(
+            p.classes, student_z + r * tile, teacher_z + r * tile,
+            F::load(student_maximum + r * N), F::load(teacher_maximum + r * N), scale_);
       }
-      if (p.hetero_term) {
-        for (int r = 0; r < kRows; ++r) hetero_softmax_kl(pixels[r], r, sums);
-      }
-    } else if (p.hetero != Hetero::kNone) {
+    }
+    if (needs_.weighted_z && p.values) {
       for (int r = 0; r < kRows; ++r) {
-        hetero_paper(pixels[r], kUpsample ? group.y + r : group.y,
-                     kUpsample ? group.vector : group.vector + r, r, labels[r], sums);
+        totals_[r].weighted_z = weighted_logits<T>(p.classes, student_z + r * tile,
+                                                   F::load(student_maximum + r * N), p.class_weight);
       }
-    }
-    if (!p.values) return;
-    const bool has[kTerms] = {p.ce, p.kd != Divergence::kNone, p.hetero_term, p.feature};
-    for (int k = 0; k < kTerms; ++k) {
-      if (has[k]) add_to(lane_sums_ + k * 2 * N, sums[k * 2]);
-    }
-    if (p.class_weight != nullptr && p.ce) add_to(lane_sums_ + (kCe * 2 + 1) * N, sums[kCe * 2 + 1]);
-    if (p.hetero == Hetero::kSoftmaxKl && p.hetero_term) {
-      add_to(lane_sums_ + (kHetero * 2 + 1) * N, sums[kHetero * 2 + 1]);
     }
   }
 
   template <bool kUpsample>
-  HAKD_FN void prepare(Pixels& x, const Group<T>& group, int r, int32_t common, bool chained) {
+  HAKD_FN void prepare(const Group<T>& group, int r, int32_t common, bool chained) {
     const int64_t tile = p.classes * N;
     const int32_t* labels = group.labels[r];
-    x.valid = is_valid(load_labels<T>(labels));
-    x.one = select(x.valid, F(T(1)), F(T(0)));
-    x.student_m = F::load(student_maximum + r * N);
-    if (p.ce || p.hetero == Hetero::kSoftmaxKl) {
+    Totals<F>& t = totals_[r];
+    if (needs_.student_nll) {
       const F z = kUpsample && chained
                       ? between(chain_student_, p.student.row_fraction[group.y + r], labels, common)
                       : at_label(student_z + r * tile, labels, common);
-      x.student_label = z - x.student_m;
+      t.student_label = z - F::load(student_maximum + r * N);
+      t.label_weight = F(T(1));
+      if (p.class_weight != nullptr) {
+        T weights[N];
+        for (int l = 0; l < N; ++l) weights[l] = labels[l] < 0 ? T(0) : p.class_weight[labels[l]];
+        t.label_weight = F::load(weights);
+      }
     }
-    if (reads_pair) x.teacher_m = F::load(teacher_maximum + r * N);
-    if (p.hetero == Hetero::kSoftmaxKl) {
+    if (needs_.teacher_nll) {
       const F z = kUpsample && chained
                       ? between(chain_teacher_, p.teacher.row_fraction[group.y + r], labels, common)
                       : at_label(teacher_z + r * tile, labels, common);
-      x.teacher_label = z - x.teacher_m;
+      t.teacher_label = z - F::load(teacher_maximum + r * N);
     }
     const T log2_of_e = static_cast<T>(kLog2E);
     const T largest_scale = scale_ > log2_of_e ? scale_ : log2_of_e;
     // after the labels: the loss of a label on a masked class is infinite, not merely large
     if (normalises_ && group.student_careful) {
       normalise<T>(p.classes, largest_scale, student_z + r * tile, student_maximum + r * N);
-      x.student_m = F(T(0));
     }
-    if (normalises_ && group.teacher_careful) {
+    if (normalises_ && group.teacher_careful && reads_pair) {
       normalise<T>(p.classes, largest_scale, teacher_z + r * tile, teacher_maximum + r * N);
-      x.teacher_m = F(T(0));
     }
   }
 
@@ -428,221 +357,135 @@ class Terms {
     return fma(F(fraction), at_label(side.hi, labels, common) - lo, lo);
   }
 
-  HAKD_FN void hard_totals(Pixels& x) {
-    const F scale(static_cast<T>(kLog2E)), lowest(T(-1e30));
-    const bool reliable = p.hetero == Hetero::kSoftmaxKl;
-    if (p.ce || reliable) {
-      const F e = exp2(max(lowest, x.student_label) * scale);
-      x.hard_total = x.s.student_others + e;
-      x.hard_inverse = F(T(1)) / x.hard_total;
-      x.student_nll = negative_log_likelihood(x.s.student_others, e, x.student_label);
-    }
-    if (reliable) {
-      const F e = exp2(max(lowest, x.teacher_label) * scale);
-      x.teacher_nll = negative_log_likelihood(x.s.teacher_others, e, x.teacher_label);
-    }
-  }
-
-  HAKD_FN void soft_totals(Pixels& x) {
-    if (needs_soft_student_) {
-      x.student_inverse = F(T(1)) / x.s.student_total;
-      x.student_log2 = log2(x.s.student_total);
-    }
-    if (needs_pair_) {
-      x.teacher_inverse = F(T(1)) / x.s.teacher_total;
-      x.teacher_log2 = log2(x.s.teacher_total);
-      x.kl = kl(x.s.difference, x.teacher_inverse, x.teacher_log2, x.student_log2);
-    }
-  }
-
-  HAKD_FN void cross_entropy_pixels(const Pixels& x, int r, const int32_t* labels, F* sums) {
+  // Value and coefficients of a term at the rows at hand.
+  template <class Term, int kRows, bool kUpsample>
+  HAKD_FN void pixels(const Group<T>& group) {
+    constexpr int k = index_of<Term>;
+    const int32_t v = p.variant[k];
+    const auto& numbers = p.term_numbers.template of<Term>();
     const F zero(T(0));
-    CrossEntropyWeights<F> w;
-    F label_weight = x.one;
-    if (p.class_weight != nullptr) {
-      T weights[N];
-      for (int l = 0; l < N; ++l) weights[l] = labels[l] < 0 ? T(0) : p.class_weight[labels[l]];
-      label_weight = F::load(weights);
-    }
-    w.hard = F(T(1) - p.smoothing) * label_weight;
-    w.soft = F(p.smoothing / static_cast<T>(p.classes));
-    w.weight_sum = F(p.weight_sum);
-    if (p.values) {
-      F loss;
-      if (p.smoothing != T(0)) {
-        const F weighted = weighted_logits<T>(p.classes, student_z + r * p.classes * N,
-                                              x.student_m, p.class_weight);
-        loss = cross_entropy<true>(w, x.student_nll, log(x.hard_total), weighted);
-      } else {
-        loss = cross_entropy<false>(w, x.student_nll, zero, zero);
+    typename Term::template Known<F> known[kRows];
+    for (int r = 0; r < kRows; ++r) known[r] = Term::begin(v, numbers, p.numbers, totals_[r]);
+    F value = zero, share = zero;
+    for (int r = 0; r < kRows; ++r) {
+      const Mask<T> valid = is_valid(load_labels<T>(group.labels[r]));
+      typename Term::template Own<F> own{};
+      with_variant<Term>(v, [&](auto variant) __attribute__((always_inline)) {
+        constexpr int32_t kVariant = decltype(variant)::value;
+        constexpr bool kLoops = Term::has_loop(kVariant) || Term::student(kVariant) == From::kOwn ||
+                                Term::other_from(kVariant) == From::kOwn;
+        if constexpr (kLoops || Term::has_value_loop(kVariant)) {
+          if (kLoops || (p.asked[k] && p.values)) {
+            Term::start(kVariant, known[r], totals_[r], own);
+            loop<Term, kVariant>(group, r, valid, known[r], own);
+          }
+        }
+      });
+      if constexpr (Term::kMapped) {
+        if (p.maps) {
+          write_maps(kUpsample ? group.y + r : group.y, kUpsample ? group.vector : group.vector + r,
+                     valid, known[r].reliability, known[r].discrepancy);
+        }
       }
-      sums[kCe * 2] = sums[kCe * 2] + select(x.valid, loss, zero);
-      sums[kCe * 2 + 1] = sums[kCe * 2 + 1] + label_weight;
-    }
-    if (p.slot[kCe] >= 0) {
-      const F scale(p.scale[kCe]);
-      select(x.valid, scale * w.hard * x.hard_inverse, zero).store(coefficient(kCeHard, r));
-      x.s.student_others.store(coefficient(kCeOthers, r));
-      select(x.valid, scale * w.soft, zero).store(coefficient(kCeSoft, r));
-      x.hard_inverse.store(coefficient(kCeInverse, r));
-    }
-  }
-
-  HAKD_FN void kd_pixels(const Pixels& x, int r, F* sums) {
-    const int64_t tile = p.classes * N;
-    const T* student_z = this->student_z + r * tile;
-    const T* teacher_z = this->teacher_z + r * tile;
-    const T* student_e = student_e_ + r * tile;
-    const F zero(T(0)), ln2(static_cast<T>(kLn2));
-    const T t = p.temperature;
-    const F gradient = F(p.scale[kKd] * t) * x.one;
-    F value, on_student, on_other;
-    if (p.kd == Divergence::kForward) {
-      value = x.kl;
-      on_student = gradient * x.student_inverse;
-      on_other = gradient * x.teacher_inverse;
-    } else {
-      const F log2_ratio = x.student_log2 - x.teacher_log2;
-      const F top = teacher_at_top<T>(p.classes, student_z, teacher_z, x.student_m, x.teacher_m,
-                                      scale_);
-      F mean;
-      on_other = zero - gradient * ln2 * x.student_inverse;
-      if (p.kd == Divergence::kReverse) {
-        const F pivot = reverse_ratio(zero, top);
-        mean = reverse_products<T>(p.classes, student_z, teacher_z, student_e, x.student_m,
-                                   x.teacher_m, scale_, pivot, kd_q_ + r * tile) *
-               x.student_inverse;
-        value = mean + pivot - log2_ratio;
-      } else {
-        const F one_minus_beta(p.one_minus_beta);
-        const JsWeights<F> w =
-            js_weights(F(p.beta), one_minus_beta, x.s.student_total * x.teacher_inverse);
-        const F pivot = zero - log2(max(F(kTiny<T>), mixed_target(w.teacher, exp2(top), w.student,
-                                                                  F(T(1)))));
-        const JsSums<F> js = js_products<T>(p.classes, student_z, teacher_z, student_e,
-                                            teacher_e_ + r * tile, x.student_m, x.teacher_m,
-                                            scale_, w, pivot, kd_q_ + r * tile);
-        mean = js.student * x.student_inverse;
-        value = fma(F(p.beta), fma(js.teacher, x.teacher_inverse, log2_ratio),
-                    one_minus_beta * (mean + pivot));
-        on_other = on_other * one_minus_beta;
+      if (!p.asked[k]) continue;
+      const Coefficients<F> c =
+          Term::pixel(v, numbers, p.numbers, totals_[r], known[r], own, p.scale[k]);
+      F of_pixel = c.value;
+      if constexpr (Term::kHasValueLoop) {
+        if (Term::has_value_loop(v)) of_pixel = of_pixel * own.sum;
       }
-      value = ln2 * value;
-      on_student = on_other * mean;
-    }
-    if (p.values) {
-      sums[kKd * 2] = sums[kKd * 2] + select(x.valid, F(t * t) * value, zero);
-    }
-    select(x.valid, on_student, zero).store(coefficient(kKdStudent, r));
-    select(x.valid, on_other, zero).store(coefficient(kKdOther, r));
-  }
-
-  HAKD_FN void feature_pixels(const Pixels& x, int r, F* sums) {
-    const int64_t tile = p.classes * N;
-    const F classes(static_cast<T>(p.classes));
-    if (p.values) {
-      const F sum = squared_difference<T>(p.classes, student_z + r * tile, teacher_z + r * tile);
-      sums[kFeature * 2] = sums[kFeature * 2] + select(x.valid, sum / classes, F(T(0)));
-    }
-    (F(p.scale[kFeature]) * x.one * feature_gradient_scale(classes))
-        .store(coefficient(kFeatureScale, r));
-  }
-
-  HAKD_FN void knowledge(Pixels& x, int64_t y, int64_t vector) {
-    x.reliable = reliability(x.teacher_nll, x.student_nll, F(T(1) / p.tau));
-    x.discrepant = discrepancy(x.kl);
-    x.weight = p.evaluation ? select(x.valid, x.discrepant, F(T(0))) : x.one;
-    if (p.maps) write_maps(y, vector, x.valid, x.reliable.teacher, x.discrepant);
-  }
-
-  HAKD_FN void hetero_softmax_kl(const Pixels& x, int r, F* sums) {
-    const int64_t tile = p.classes * N;
-    const F zero(T(0));
-    const T t = p.temperature;
-    F value = zero;
-    F on_student, on_other;
-    if (p.mix == Mix::kTeacher) {
-      value = x.kl;
-      const F gradient = F(p.scale[kHetero] * t) * x.weight;
-      on_student = gradient * x.student_inverse;
-      on_other = gradient * x.teacher_inverse;
-    } else if (p.mix == Mix::kProbs) {
-      if (p.values) {
-        const F teacher_weight = x.reliable.teacher * (x.s.student_total * x.teacher_inverse);
-        const F student_weight = x.reliable.student;
-        const F entropy = mixed_entropy<T>(p.classes, student_e_ + r * tile, teacher_e_ + r * tile,
-                                           student_weight, teacher_weight);
-        const F cross = mixed_target(teacher_weight, x.s.teacher_cross, student_weight,
-                                     x.s.student_self);
-        value = F(static_cast<T>(kLn2)) * (entropy - cross) * x.student_inverse;
+      value = value + select(valid, of_pixel, zero);
+      if (p.has_shares[k]) share = share + select(valid, c.share, zero);
+      if (Term::student(v) != From::kNone) {
+        select(valid, c.student, zero).store(coefficient(k, kStudentCoefficient, r));
       }
-      const F gradient = F(p.scale[kHetero] * t) * x.weight * x.reliable.teacher;
-      on_student = gradient * x.student_inverse;
-      on_other = gradient * x.teacher_inverse;
-    } else {
-      F total, difference;
-      mixed_logits<T>(p.classes, student_z + r * tile, teacher_z + r * tile, x.student_m,
-                      x.teacher_m, scale_, x.reliable, mixed_ + r * tile, total, difference);
-      const F inverse = F(T(1)) / total;
-      if (p.values) {
-        value = kl(difference, inverse, log2(total), x.student_log2);
+      if (Term::other_from(v) != From::kNone) {
+        select(valid, c.other, zero).store(coefficient(k, kOtherCoefficient, r));
       }
-      const F gradient = F(p.scale[kHetero] * t) * x.weight;
-      on_student = gradient * x.student_inverse;
-      on_other = gradient * inverse;
+      if (Term::has_label(v)) {
+        select(valid, c.label, zero).store(coefficient(k, kLabelCoefficient, r));
+      }
     }
-    if (p.values) {
-      sums[kHetero * 2] = sums[kHetero * 2] + select(x.valid, x.weight * F(t * t) * value, zero);
-      sums[kHetero * 2 + 1] = sums[kHetero * 2 + 1] + x.weight;
-    }
-    select(x.valid, on_student, zero).store(coefficient(kHeteroStudent, r));
-    select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
+    if (!p.values || !p.asked[k]) return;
+    add_to(lane_sums_ + k * 2 * N, value);
+    if (p.has_shares[k]) add_to(lane_sums_ + (k * 2 + 1) * N, share);
   }
 
-  HAKD_FN void hetero_paper(const Pixels& x, int64_t y, int64_t vector, int r,
-                            const int32_t* labels, F* sums) {
+  // The loops over classes of one term and row.
+  template <class Term, int32_t kVariant>
+  void loop(const Group<T>& group, int r, Mask<T> valid, typename Term::template Known<F>& known,
+            typename Term::template Own<F>& own) {
+    constexpr int k = index_of<Term>;
+    constexpr bool kBounds = Term::bounds(kVariant) > 0;
+    constexpr int32_t kLoopVariant = kBounds ? kVariant & ~Term::kFirstBits : kVariant;
     const int64_t tile = p.classes * N;
-    const F zero(T(0));
-    const T t = p.temperature;
-    const T* student_z = this->student_z + r * tile;
-    T* mixed = mixed_ + r * tile;
-    const T* teacher_z = this->teacher_z + r * tile;
-    const Labels<T> label = load_labels<T>(labels);
-    const PaperPixel<F> pixel =
-        p.mix == Mix::kTeacher
-            ? paper_knowledge<T, false>(p.classes, student_z, teacher_z, label, mixed, strength_)
-            : paper_knowledge<T, true>(p.classes, student_z, teacher_z, label, mixed, strength_);
-    if (p.maps) write_maps(y, vector, x.valid, pixel.reliability, pixel.discrepancy);
-    if (p.space_statistics) {
-      space_collect<T>(p.classes, strength_, x.valid, space_maximum_, space_sum_);
-      return;
+    LoopTiles<T> tiles;
+    tiles.student_z = student_z + r * tile;
+    tiles.student_e = student_e_ + r * tile;
+    tiles.teacher_z = teacher_z + r * tile;
+    tiles.teacher_e = teacher_e_ + r * tile;
+    tiles.student_m = F::load(student_maximum + r * N);
+    tiles.teacher_m = F::load(teacher_maximum + r * N);
+    tiles.labels = group.labels[r];
+    // a tile of `first` that the gradient reads, too, there is for every row
+    const bool own_x = Term::student(kVariant) == From::kOwn;
+    const bool own_y = Term::other_from(kVariant) == From::kOwn;
+    tiles.own_x = own_x ? own_tiles_[k][0] + r * tile : nullptr;
+    tiles.own_y = own_y ? own_tiles_[k][1] + r * tile : nullptr;
+    tiles.first[0] = own_x ? tiles.own_x : own_tiles_[k][0];
+    tiles.first[1] = own_y ? tiles.own_y : own_tiles_[k][1];
+    for (int i = 0; i < Term::spaces(kVariant) && p.space_shift[k] != nullptr; ++i) {
+      const int64_t first = (i * p.batch + image_) * p.classes;
+      tiles.shift[i] = p.space_shift[k] + first;
+      tiles.inverse[i] = p.space_inverse[k] + first;
     }
-    if (!p.hetero_term) return;
-    F value, on_student, on_other;
-    if (p.hetero == Hetero::kPaperSpace) {
-      const T* shift = p.evaluation ? p.space_shift + image_ * p.classes : nullptr;
-      const T* inverse = p.evaluation ? p.space_weight + image_ * p.classes : nullptr;
-      const F sum = space_products<T>(p.classes, student_z, mixed, strength_, T(1) / t, shift,
-                                      inverse, mixed);
-      const T mean = p.evaluation ? T(1) : T(1) / static_cast<T>(p.classes);
-      value = F(t * t * mean) * sum;
-      on_student = F(p.scale[kHetero] * t * mean) * x.one;
-      on_other = zero;
-    } else {
-      const PaperSums<F> q =
-          p.evaluation ? paper_products<T, true>(p.classes, student_z, x.student_m, scale_, pixel,
-                                                 mixed, strength_, mixed)
-                       : paper_products<T, false>(p.classes, student_z, x.student_m, scale_, pixel,
-                                                  mixed, strength_, mixed);
-      value = F(static_cast<T>(kLn2)) * (x.student_log2 * q.q - q.q_a) * q.inverse;
-      on_other = F(p.scale[kHetero] / t) * q.inverse * x.one;
-      on_student = on_other * q.q * x.student_inverse;
+    First<F> maxima{{F(T(0)), F(T(0))}};
+    if (kBounds || p.collected == k || !p.asked[k]) {
+      if constexpr (Term::kFirsts > 0) {
+        maxima = find_first<T, Term, kVariant & Term::kFirstBits>(p, tiles, known);
+      }
     }
-    if (p.values) {
-      sums[kHetero * 2] = sums[kHetero * 2] + select(x.valid, value, zero);
+    for (int i = 0; i < Term::spaces(kVariant) && p.collected == k; ++i) {
+      const int64_t plane = i * p.classes * N;
+      collect_space<T>(p.classes, tiles.first[i], valid, space_maximum_ + plane, space_sum_ + plane);
     }
-    select(x.valid, on_student, zero).store(coefficient(kHeteroStudent, r));
-    select(x.valid, on_other, zero).store(coefficient(kHeteroOther, r));
+    if (!p.asked[k]) return;
+    own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, known, own);
+  }
+
+  template <class Term, int kRows, bool kUpsample>
+  HAKD_FN void send_gradient(const Group<T>& group, const Sink<T>& sink) {
+    constexpr int k = index_of<Term>;
+    const auto tile_of = [&](From from, const T* own) __attribute__((always_inline)) -> const T* {
+      return from == From::kStudentHard && power_ == 0 ? hard_
+             : from == From::kStudentHard              ? student_e_
+             : from == From::kStudent                  ? student_e_
+             : from == From::kTeacher                  ? teacher_e_
+             : from == From::kStudentZ                 ? student_z
+             : from == From::kTeacherZ                 ? teacher_z
+                                                       : own;
+    };
+    with_variant<Term>(p.variant[k], [&](auto variant) __attribute__((always_inline)) {
+      constexpr int32_t v = decltype(variant)::value;
+      constexpr From x = Term::student(v), y = Term::other_from(v);
+      constexpr OtherKind kOther = y == From::kNone          ? OtherKind::kNone
+                                   : y == From::kClassWeight ? OtherKind::kClassWeight
+                                                             : OtherKind::kTile;
+      constexpr bool kLabel = Term::has_label(v);
+      const GradientParts<T> parts{tile_of(x, own_tiles_[k][0]),
+                                   tile_of(y, own_tiles_[k][1]),
+                                   coefficient(k, kStudentCoefficient, 0),
+                                   coefficient(k, kOtherCoefficient, 0),
+                                   coefficient(k, kLabelCoefficient, 0),
+                                   group.labels,
+                                   p.class_weight};
+      Gradient run = term_gradient<T, x == From::kNone ? 0 : 1, kOther, kLabel, kRows, kUpsample>;
+      if constexpr (x == From::kStudentHard) {
+        if (power_ == 2) run = term_gradient<T, 2, kOther, kLabel, kRows, kUpsample>;
+        if (power_ == 4) run = term_gradient<T, 4, kOther, kLabel, kRows, kUpsample>;
+      }
+      run(p.classes, parts, p.student.row_fraction + group.y, sink);
+    });
   }
 
   void write_maps(int64_t y, int64_t vector, Mask<T> valid, F reliable, F discrepant) {
@@ -661,8 +504,9 @@ class Terms {
 
   // The lanes of a class become one; in double, because the sum may run over a million pixels.
   void reduce_space(int64_t band) {
-    for (int64_t c = 0; c < p.classes; ++c) {
-      const T* maximum = space_maximum_ + c * N;
+    const int64_t bands = p.batch * p.bands_per_image;
+    for (int64_t i = 0; i < kMostFirsts * p.classes; ++i) {
+      const T* maximum = space_maximum_ + i * N;
       T largest = maximum[0];
       for (int l = 1; l < N; ++l) largest = maximum[l] > largest ? maximum[l] : largest;
       T factors[N];
@@ -670,15 +514,17 @@ class Terms {
       exp2(F::load(factors)).store(factors);
       double sum = 0.0;
       for (int l = 0; l < N; ++l) {
-        sum += static_cast<double>(space_sum_[c * N + l]) * static_cast<double>(factors[l]);
+        sum += static_cast<double>(space_sum_[i * N + l]) * static_cast<double>(factors[l]);
       }
-      p.space_maximum[band * p.classes + c] = largest;
-      p.space_sum[band * p.classes + c] = static_cast<T>(sum);
+      const int64_t to = (i / p.classes * bands + band) * p.classes + i % p.classes;
+      p.space_maximum[to] = largest;
+      p.space_sum[to] = static_cast<T>(sum);
     }
   }
 
   const Pass<T>& p;
-  bool needs_pair_ = false, needs_soft_student_ = false, keeps_z_ = false, normalises_ = false;
+  const Needs needs_;
+  bool keeps_z_ = false, normalises_ = false;
   int power_ = 1;     // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
   T scale_ = T(0);    // log2(e) / T
   int64_t image_ = 0;
@@ -686,11 +532,12 @@ class Terms {
   TwoModels two_models_ = nullptr;
   Chain chain_ = nullptr;
   double* lane_sums_ = nullptr;  // [kTerms][2][N]
-  T *student_e_ = nullptr, *teacher_e_ = nullptr, *hard_ = nullptr, *kd_q_ = nullptr;
-  T *mixed_ = nullptr, *strength_ = nullptr, *coefficients_ = nullptr;
+  T *student_e_ = nullptr, *teacher_e_ = nullptr, *hard_ = nullptr, *coefficients_ = nullptr;
+  // Of each term tiles for first.v, x and y: of every row where the gradient reads them.
+  T* own_tiles_[kTerms][kMostFirsts] = {};
   T *chain_scratch_ = nullptr, *space_maximum_ = nullptr, *space_sum_ = nullptr;
   ChainSide<T> chain_student_{}, chain_teacher_{};
-  Statistics<F> chain_statistics_[kMaxRows];
+  Totals<F> totals_[kMaxRows];
 };
 
 }  // namespace heteroakd::cpu::HAKD_ISA

@@ -1,7 +1,7 @@
 // The way back to low resolution: what the pixels of a cell owe to its four corners goes into the
 // rows of saved gradients.
 //
-// Saved: [slots, B, C, chunks, chunk_rows + 1, width]; row t of a chunk is the top of its cell row t
+// Saved: [gradients, B, C, chunks, chunk_rows + 1, width]; row t of a chunk is the top of its cell row t
 // and the bottom of the one above; the last cell row's bottom is a row of its own, which
 // combine_gradients adds to the next chunk's first. A row is written and read again by one thread,
 // the owner of the column, which walks down: no atomics, no barrier, and one order for every sum.
@@ -21,33 +21,28 @@ struct Corners {
   F top_left, top_right, bottom_left, bottom_right;
 };
 
-// Whether two terms add to one gradient.
-HAKD_DEVICE bool share_slot(const Pass& p, Term a, Term b) {
-  return p.slot[a] >= 0 && p.slot[a] == p.slot[b];
-}
-
 // Where the gradients of a lane's column go.
 template <typename F>
 struct RowWriter {
-  F* top;           // class 0, slot 0, the row of the cell's top
-  int64_t slot_stride, class_stride;
+  F* top;           // class 0, gradient 0, the row of the cell's top
+  int64_t gradient_stride, class_stride;
   int32_t width;
   bool written;     // the lane owns a column that exists
   bool from_above;  // the cell above left something for the top
   bool again;       // a later step of the same cell: both rows have been written
 };
 
-// Walks through the classes of one slot.
+// Walks through the classes of one gradient.
 template <typename F>
 class RowCursor {
  public:
   RowCursor() = default;
-  // slot < 0: nothing is read or written.
-  HAKD_DEVICE RowCursor(const RowWriter<F>& rows, int32_t slot, int32_t c)
-      : top_(rows.top + (slot < 0 ? 0 : slot) * rows.slot_stride + c * rows.class_stride),
+  // gradient < 0: nothing is read or written.
+  HAKD_DEVICE RowCursor(const RowWriter<F>& rows, int32_t gradient, int32_t c)
+      : top_(rows.top + (gradient < 0 ? 0 : gradient) * rows.gradient_stride + c * rows.class_stride),
         class_stride_(rows.class_stride),
         width_(rows.width),
-        used_(slot >= 0),
+        used_(gradient >= 0),
         written_(rows.written),
         reads_top_(used_ && rows.written && (rows.from_above || rows.again)),
         reads_bottom_(used_ && rows.written && rows.again) {}
@@ -87,7 +82,7 @@ HAKD_DEVICE RowWriter<F> row_writer(const Pass& p, int32_t image, const Column& 
   const int64_t plane = chunks * (p.chunk_rows + 1) * width;
   RowWriter<F> rows;
   rows.class_stride = plane;
-  rows.slot_stride = plane * p.classes * p.batch;
+  rows.gradient_stride = plane * p.classes * p.batch;
   rows.width = p.student.width;
   rows.top = static_cast<F*>(p.saved) + image * (p.classes * plane) +
              (column.chunk * (p.chunk_rows + 1) + t) * width + column.cell;

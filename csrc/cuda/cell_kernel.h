@@ -126,9 +126,9 @@ class CellPass {
 
     CellCoefficients<R, S> k;
     const uint32_t left_over = pixels(t, label, k, sums);
-    if (p.gradients || (knowledge<Set>(p) && p.hetero_term)) gradients(t, label, k, rows);
-    if (knowledge<Set>(p) && p.hetero_term) {
-      const float factor = static_cast<float>(kLn2) * n.temperature;
+    if (p.gradients || values_late()) gradients(t, label, k, rows);
+    if (values_late()) {
+      const float factor = static_cast<float>(kLn2) * n.pass.temperature;
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -139,6 +139,11 @@ class CellPass {
     }
     if (__any_sync(kAllLanes, left_over != 0)) finish(i, left_over, rows, sums);
   }
+
+  static constexpr int kHetero = index_of<HeteroTerm>;
+
+  // Whether the value of hetero comes with the gradients.
+  HAKD_DEVICE bool values_late() const { return Set::template has<HeteroTerm>(p) && p.asked[kHetero]; }
 
   HAKD_DEVICE int32_t power() const {
     if (!soft<Set>(p)) return 1;
@@ -162,7 +167,7 @@ class CellPass {
   }
 
   HAKD_DEVICE void statistics(int32_t t, const int32_t (&label)[R][S],
-                              Statistics<float> (&s)[R][S]) const {
+                              Totals<float> (&s)[R][S]) const {
     for_each_block(t, [&](const float* corner, int32_t begin, int32_t end) {
       const float exponent = n.hard_exponent;
       switch (power()) {
@@ -176,16 +181,19 @@ class CellPass {
   // Statistics, values and coefficients; returns the pixels that are left over, a bit each.
   HAKD_DEVICE uint32_t pixels(int32_t t, int32_t (&label)[R][S], CellCoefficients<R, S>& k,
                               Sums<float>& sums) const {
-    Statistics<float> s[R][S];
+    Totals<float> s[R][S];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
-      for (int c = 0; c < S; ++c) s[r][c] = no_statistics<float>();
+      for (int c = 0; c < S; ++c) s[r][c] = no_totals<float>();
     }
     statistics(t, label, s);
     float student_label[R][S], teacher_label[R][S];
-    if (Set::ce(p) || knowledge<Set>(p)) label_logits(0, t, label, student_label);
-    if (knowledge<Set>(p)) label_logits(1, t, label, teacher_label);
+    constexpr Needs needs = Set::kNeeds;
+    // of hetero's gradient, which is not scaled here: T to a value of T^2 ln 2
+    const float per_value = 1.0f / (static_cast<float>(kLn2) * n.pass.temperature);
+    if (needs.student_nll) label_logits(0, t, label, student_label);
+    if (needs.teacher_nll) label_logits(1, t, label, teacher_label);
     const bool sound = !flagged(t);
     uint32_t left_over = 0;
 #pragma unroll
@@ -194,30 +202,35 @@ class CellPass {
       for (int c = 0; c < S; ++c) {
         const bool wanted = label[r][c] >= 0;
         const bool valid = wanted && sound;
-        const int32_t index = wanted ? label[r][c] : 0;
-        const Totals<float> totals = totals_of<Set>(
-            p, s[r][c], student_label[r][c], knowledge<Set>(p) ? teacher_label[r][c] : 0.0f, valid);
+        Totals<float>& totals = s[r][c];
+        find_totals<Set>(p, totals, needs.student_nll ? student_label[r][c] : 0.0f,
+                         needs.teacher_nll ? teacher_label[r][c] : 0.0f, label[r][c]);
         if (wanted && !valid) left_over |= 1u << (r * S + c);
-        if (Set::ce(p)) {
-          const CrossEntropyCoefficients<float> ce = cross_entropy_pixel<Set>(
-              p, n, s[r][c], totals, 0.0f, index, valid, sums);
-          k.ce_hard[r][c] = ce.hard;
+        if (Set::template has<CrossEntropyTerm>(p)) {
+          const Coefficients<float> ce =
+              pixel_of<CrossEntropyTerm, Set>(p, n, n.pass, totals, {}, {}, valid, sums);
+          k.ce_hard[r][c] = ce.student;
           k.ce_label[r][c] = ce.label;
         }
-        if (Set::kd(p) != Divergence::kNone) {
-          const PairCoefficients<float> kd = kd_forward_pixel(n, totals, valid, sums);
+        if (Set::template has<KdTerm>(p)) {
+          const Coefficients<float> kd =
+              pixel_of<KdTerm, Set>(p, n, n.pass, totals, {}, {}, valid, sums);
           k.kd_student[r][c] = kd.student;
           k.kd_other[r][c] = kd.other;
         }
-        if (knowledge<Set>(p)) {
-          const HeteroCoefficients<float> hetero = hetero_probs_pixel<Set>(p, n, totals, valid, sums);
+        if (Set::template has<HeteroTerm>(p)) {
+          const HeteroTerm::Known<float> known = HeteroTerm::begin(
+              HeteroTerm::kProbs, n.terms.template of<HeteroTerm>(), n.pass, totals);
+          const Coefficients<float> hetero =
+              pixel_of<HeteroTerm, Set>(p, n, n.pass, totals, known, {}, valid, sums);
           k.hetero_student[r][c] = hetero.student;
-          k.hetero_other[r][c] = hetero.other;
-          k.teacher_weight[r][c] = valid ? hetero.teacher_weight : 0.0f;
-          k.student_weight[r][c] = valid ? hetero.student_weight : 0.0f;
+          // other y_c = hetero_other (teacher_weight e_t,c): the product is that of the mixed target
+          k.hetero_other[r][c] = hetero.value * per_value;
+          k.teacher_weight[r][c] = valid ? known.teacher : 0.0f;
+          k.student_weight[r][c] = valid ? known.student : 0.0f;
           k.late[r][c] = 0.0f;
           if (p.maps && own_.own && inside(r, c)) {
-            write_maps(p, image_, y_ + r, x_ + c, valid, hetero.r_t, hetero.d);
+            write_maps(p, image_, y_ + r, x_ + c, valid, known.reliability, known.discrepancy);
           }
         }
       }
@@ -326,8 +339,8 @@ class CellPass {
             hand_over(p, image_, cell_y, own_.cell, y_ + r, x_ + s, mask, own_.own, rows);
 #pragma unroll
         for (int k = 0; k < kTerms; ++k) sums.of_term[k] += more.of_term[k];
-        sums.weight_of_labels += more.weight_of_labels;
-        sums.hetero_weight += more.hetero_weight;
+#pragma unroll
+        for (int k = 0; k < kShares; ++k) sums.share[k] += more.share[k];
       }
     }
   }
@@ -359,7 +372,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_kernel(const __grid_constan
                                           static_cast<int64_t>(warp) * p.warp_bytes);
   const float largest_exponent = n.hard_exponent > 1.0f ? n.hard_exponent : 1.0f;
   const Staging<kModels> staging = {Region<kModels>(memory), own,
-                                    column_of(p, first + kWarpSize, true), lane, n.scale,
+                                    column_of(p, first + kWarpSize, true), lane, n.pass.scale,
                                     kLimit / largest_exponent};
   ThreadSums sums;
   CellPass<Set, R, S>(p, image, staging, n).run(sums);

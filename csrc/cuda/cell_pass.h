@@ -78,7 +78,7 @@ template <class Set, int kPower, int R, int S>
 HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t begin, int32_t end,
                                  const Fractions<R, S>& at, float hard_exponent,
                                  const int32_t (&label)[R][S],
-                                 Statistics<float> (&sums)[R][S]) {
+                                 Totals<float> (&sums)[R][S]) {
   constexpr int kModels = Set::kTeacher ? 2 : 1;
 #pragma unroll 1
   for (int32_t c = begin; c < end; ++c) {
@@ -101,7 +101,7 @@ HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t beg
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        Statistics<float>& sum = sums[r][s];
+        Totals<float>& sum = sums[r][s];
         const bool is_label = label[r][s] == c;
         if (soft<Set>(p)) sum.student_total += student_e[r];
         if (Set::kTeacher) {
@@ -110,8 +110,8 @@ HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t beg
           sum.difference = fma(teacher_e[r], difference, sum.difference);
         }
         if (!is_label) {
-          if (Set::ce(p) || knowledge<Set>(p)) sum.student_others += student_h[r];
-          if (knowledge<Set>(p)) sum.teacher_others += teacher_h[r];
+          if (Set::kNeeds.student_nll) sum.student_others += student_h[r];
+          if (Set::kNeeds.teacher_nll) sum.teacher_others += teacher_h[r];
         }
       }
     }
@@ -166,13 +166,14 @@ HAKD_DEVICE void cell_gradients(const Pass& p, const float* corner, int32_t begi
                                 const int32_t (&label)[R][S], CellCoefficients<R, S>& k,
                                 const RowWriter<float>& rows) {
   constexpr int kModels = Set::kTeacher ? 2 : 1;
-  const bool ce = kGrad && Set::ce(p);
-  const bool kd = kGrad && Set::kd(p) != Divergence::kNone;
-  const bool hetero = knowledge<Set>(p);
-  // ce and kd have one slot, where the call has both
+  const bool ce = kGrad && Set::template has<CrossEntropyTerm>(p);
+  const bool kd = kGrad && Set::template has<KdTerm>(p);
+  const bool hetero = Set::template has<HeteroTerm>(p);
+  constexpr int kCe = index_of<CrossEntropyTerm>, kKd = index_of<KdTerm>;
+  // ce and kd have one gradient, where the call has both
   RowCursor<float> hard_rows, hetero_rows;
-  if (ce || kd) hard_rows = {rows, p.slot[kCe] >= 0 ? p.slot[kCe] : p.slot[kKd], begin};
-  if (kGrad && hetero) hetero_rows = {rows, p.slot[kHetero], begin};
+  if (ce || kd) hard_rows = {rows, p.gradient_of[kCe] >= 0 ? p.gradient_of[kCe] : p.gradient_of[kKd], begin};
+  if (kGrad && hetero) hetero_rows = {rows, p.gradient_of[index_of<HeteroTerm>], begin};
 #pragma unroll 1
   for (int32_t c = begin; c < end; ++c) {
     if (ce || kd) hard_rows.begin();

@@ -68,6 +68,10 @@ HAKD_FN float max_or_nan(float a, float b) {
 }
 HAKD_FN double max_or_nan(double a, double b) { return a > b || a != a ? a : b; }
 
+// Of a share that may have underflowed.
+HAKD_FN float log2_of_share(float x) { return fast_log2(max_or_nan(x, 1.17549435e-38f)); }
+HAKD_FN double log2_of_share(double x) { return ::log2(max_or_nan(x, 2.2250738585072014e-308)); }
+
 // The smaller of two; NaN where either is NaN.
 HAKD_FN float min_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)

@@ -26,10 +26,10 @@ const Kernel& cells_ce_kd_hetero();
 // The same terms, all logits on the label grid; null where there are too many classes.
 const Kernel* labels_grid(int64_t classes, bool teacher);
 // Of one thread's logits held in shared memory, with these terms (and ce); null: there is none.
-const Kernel* segments_fixed(Divergence kd, Hetero hetero, Mix mix);
-// Any terms, float or double.
-const Kernel& segments(bool wide);
-// H_s + dH over each image, where weight_axis = space.
+const Kernel* segments_fixed(const Pass&);
+// Any terms, float or double, with the preset paper of hetero or the other one.
+const Kernel& segments(bool wide, bool paper);
+// Maxima and sums of exp over each image, of the term `collected`.
 const Kernel& space_statistics(bool wide);
 
 // Bytes of shared memory that a warp needs besides the staged logits, and for each staged class.
@@ -41,11 +41,12 @@ struct Finish {
   const double* partials;  // [images * rows, kPartials]
   int64_t rows;            // per image
   int32_t images, classes;
-  bool weighted;   // ce's denominator is the sum of the labels' weights
-  bool knowledge;  // hetero's is the sum of the pixels' weights
-  bool per_image;  // hetero's is the number of images that have pixels, times classes
-  int32_t place[kTerms];  // of a term among numerators, -1: not asked for
-  int32_t group[kTerms];  // of its denominator
+  // terms by their index in ../terms/list.h
+  int32_t position[kTerms];  // of a term among numerators, -1: not asked for
+  int32_t group[kTerms];     // of its denominator
+  Denominator denominator[kTerms];
+  bool is_divergence[kTerms];
+  int32_t share_of[kTerms];  // where its share stands in a row of partials, -1: it has none
   double* numerators;
   double* denominators;
   int64_t* report;  // valid pixels and labels out of range, or null
@@ -55,19 +56,19 @@ void launch_finish_sums(const Finish&, cudaStream_t);
 // totals[g]: the sum of weight * numerator over the terms of group g.
 struct GroupTotals {
   int32_t terms, groups;
-  int32_t group[static_cast<int>(TermIndex::kCount)];
-  double weight[static_cast<int>(TermIndex::kCount)];
+  int32_t group[kPublicTerms];
+  double weight[kPublicTerms];
   const double* numerators;
   double* totals;
 };
 void launch_group_totals(const GroupTotals&, cudaStream_t);
 
 struct Combine {
-  const void* saved;  // [slots, B, C, chunks, chunk_rows + 1, width], float or double
+  const void* saved;  // [gradients, B, C, chunks, chunk_rows + 1, width], float or double
   bool wide;
-  int32_t slots;
-  int32_t group[kTerms];  // of each slot
-  double weight[kTerms];  // its scale is this times grad_totals[group]
+  int32_t gradients;
+  int32_t group[kMostGradients];  // of each gradient
+  double weight[kMostGradients];  // its scale is this times grad_totals[group]
   const double* grad_totals;
   int32_t batch, classes;
   int64_t chunks, chunk_rows;
@@ -76,12 +77,13 @@ struct Combine {
 void launch_combine_gradients(const Combine&, cudaStream_t);
 
 struct SpaceReduce {
-  const void* found;  // [B, rows, C, 2]
+  const void* found;  // [images, rows, C, 2]
   bool wide;
   int64_t rows;
-  int32_t batch, classes;
-  void* shift;   // [B, C]
-  void* weight;  // [B, C]
+  int64_t images;  // of each of a term's softmaxes
+  int32_t classes;
+  void* shift;    // [images, C]
+  void* inverse;  // [images, C]
 };
 void launch_reduce_space(const SpaceReduce&, cudaStream_t);
 

@@ -68,37 +68,43 @@ class LabelPass {
       maxima(1, teacher_m);
       label_logits(1, teacher_m, teacher_label);
     }
-    Statistics<float> s[S];
+    Totals<float> t[S];
     switch (power()) {
-      case 1: statistics<1>(student_m, teacher_m, s); break;
-      case 2: statistics<2>(student_m, teacher_m, s); break;
-      default: statistics<0>(student_m, teacher_m, s);
+      case 1: statistics<1>(student_m, teacher_m, t); break;
+      case 2: statistics<2>(student_m, teacher_m, t); break;
+      default: statistics<0>(student_m, teacher_m, t);
     }
 #pragma unroll
     for (int i = 0; i < S; ++i) {
       const bool valid = label_[i] >= 0;
-      const Totals<float> t = totals_of<Set>(
-          p, s[i], student_label[i], knowledge<Set>(p) ? teacher_label[i] : 0.0f, valid);
-      const CrossEntropyCoefficients<float> ce = cross_entropy_pixel<Set>(
-          p, n, s[i], t, 0.0f, valid ? label_[i] : 0, valid, sums);
-      ce_hard_[i] = ce.hard;
+      find_totals<Set>(p, t[i], student_label[i], Set::kNeeds.teacher_nll ? teacher_label[i] : 0.0f,
+                       label_[i]);
+      const Coefficients<float> ce =
+          pixel_of<CrossEntropyTerm, Set>(p, n, n.pass, t[i], {}, {}, valid, sums);
+      ce_hard_[i] = ce.student;
       ce_label_[i] = ce.label;
       student_[i] = other_[i] = 0.0f;
-      if (Set::kd(p) != Divergence::kNone) {
-        const PairCoefficients<float> kd = kd_forward_pixel(n, t, valid, sums);
+      if (Set::template has<KdTerm>(p)) {
+        const Coefficients<float> kd =
+            pixel_of<KdTerm, Set>(p, n, n.pass, t[i], {}, {}, valid, sums);
         student_[i] = kd.student;
         other_[i] = kd.other;
       }
       // Not asked for: nothing of it may come through, not even times 0.
-      if (!knowledge<Set>(p) || p.hetero == Hetero::kNone) continue;
-      const HeteroCoefficients<float> k = hetero_probs_pixel<Set>(p, n, t, valid, sums);
+      if (!Set::template has<HeteroTerm>(p) || !p.has[kHetero]) continue;
+      const HeteroTerm::Known<float> known = HeteroTerm::begin(
+          HeteroTerm::kProbs, n.terms.template of<HeteroTerm>(), n.pass, t[i]);
+      const Coefficients<float> k =
+          pixel_of<HeteroTerm, Set>(p, n, n.pass, t[i], known, {}, valid, sums);
       student_[i] += k.student;
-      other_[i] = fma(k.other, k.teacher_weight, other_[i]);
-      weight_[i] = k.other;
-      teacher_weight_[i] = k.teacher_weight;
-      student_weight_[i] = k.student_weight;
+      other_[i] += k.other;
+      weight_[i] = k.value;
+      teacher_weight_[i] = valid ? known.teacher : 0.0f;
+      student_weight_[i] = valid ? known.student : 0.0f;
       late_[i] = 0.0f;
-      if (!kGrad && p.maps && i < wide_) write_maps(p, image_, y_, x_ + i, valid, k.r_t, k.d);
+      if (!kGrad && p.maps && i < wide_) {
+        write_maps(p, image_, y_, x_ + i, valid, known.reliability, known.discrepancy);
+      }
     }
     if (kGrad) {
       switch (power()) {
@@ -106,17 +112,18 @@ class LabelPass {
         case 2: gradients<2>(); break;
         default: gradients<0>();
       }
-    } else if (knowledge<Set>(p) && p.hetero_term) {
+    } else if (Set::template has<HeteroTerm>(p) && p.asked[kHetero]) {
       find_late();
-      const float factor = static_cast<float>(kLn2) * n.temperature;
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        sums.of_term[kHetero] += label_[i] >= 0 ? weight_[i] * factor * late_[i] : 0.0f;
+        sums.of_term[kHetero] += label_[i] >= 0 ? weight_[i] * late_[i] : 0.0f;
       }
     }
   }
 
  private:
+  static constexpr int kHetero = index_of<HeteroTerm>;
+
   HAKD_DEVICE int32_t power() const {
     if (!soft<Set>(p)) return 1;
     return p.power == 1 || p.power == 2 ? p.power : 0;
@@ -188,10 +195,10 @@ class LabelPass {
 
   template <int kPower>
   HAKD_DEVICE void statistics(const float (&student_m)[S], const float (&teacher_m)[S],
-                              Statistics<float> (&s)[S]) const {
+                              Totals<float> (&s)[S]) const {
 #pragma unroll
-    for (int i = 0; i < S; ++i) s[i] = no_statistics<float>();
-    const float least = -2e38f / max(n.scale, 1.4427f);
+    for (int i = 0; i < S; ++i) s[i] = no_totals<float>();
+    const float least = -2e38f / max(n.pass.scale, 1.4427f);
 #pragma unroll 2
     for (int32_t c = 0; c < p.classes; ++c) {
       Pixels<S> student = at(c, 0);
@@ -200,7 +207,7 @@ class LabelPass {
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         const bool is_label = label_[i] == c;
-        const float a_s = max_or_nan(least, student.v[i] - student_m[i]) * n.scale;
+        const float a_s = max_or_nan(least, student.v[i] - student_m[i]) * n.pass.scale;
         const float e_s = exp2(a_s);
         s[i].student_total += e_s;
         const float h_s = hard<kPower>(a_s, e_s);
@@ -208,11 +215,11 @@ class LabelPass {
         // The general power is found anew from a.
         student.v[i] = kGrad && kPower != 0 ? e_s : a_s;
         if (!Set::kTeacher) continue;
-        const float a_t = max_or_nan(least, teacher.v[i] - teacher_m[i]) * n.scale;
+        const float a_t = max_or_nan(least, teacher.v[i] - teacher_m[i]) * n.pass.scale;
         const float e_t = exp2(a_t);
         s[i].teacher_total += e_t;
         s[i].difference = fma(e_t, a_t - a_s, s[i].difference);
-        if (knowledge<Set>(p)) {
+        if (Set::kNeeds.teacher_nll) {
           const float h_t = hard<kPower>(a_t, e_t);
           if (!is_label) s[i].teacher_others += h_t;
         }
@@ -232,8 +239,7 @@ class LabelPass {
       for (int i = 0; i < S; ++i) {
         const float weighted = teacher_weight_[i] * teacher.v[i];
         const float m = mixed_target(1.0f, weighted, student_weight_[i], exp2(student.v[i]));
-        const float log2_m = fast_log2(max_or_nan(m, static_cast<float>(kSmallestNormal)));
-        late_[i] = fma(m, log2_m - student.v[i], late_[i]);
+        late_[i] = fma(m, log2_of_share(m) - student.v[i], late_[i]);
       }
     }
   }

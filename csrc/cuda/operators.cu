@@ -180,12 +180,12 @@ class Runner {
   Pass& pass() { return pass_; }
   int64_t chunks() const { return pass_.columns / pass_.per_row; }
 
-  // [slots, B, C, chunks, chunk_rows + 1, width], and where the terms' gradients go.
+  // [gradients, B, C, chunks, chunk_rows + 1, width], and where the terms' gradients go.
   Tensor make_saved() {
-    for (int k = 0; k < kTerms; ++k) pass_.slot[k] = terms_.slot[k];
+    for (int k = 0; k < kTerms; ++k) pass_.gradient_of[k] = terms_.gradient[k];
     Tensor saved = torch::stable::new_empty(
         student_,
-        {terms_.slots, pass_.batch, pass_.classes, chunks(), pass_.chunk_rows + 1,
+        {terms_.gradients, pass_.batch, pass_.classes, chunks(), pass_.chunk_rows + 1,
          pass_.student.width},
         dtype());
     pass_.saved = saved.mutable_data_ptr();
@@ -199,9 +199,10 @@ class Runner {
     partials_ = torch::stable::new_empty(student_, {pass_.batch * rows, kPartials},
                                          ScalarType::Double);
     pass_.partials = static_cast<double*>(partials_->mutable_data_ptr());
-    if (pass_.hetero == Hetero::kPaperSpace && pass_.evaluation && pass_.hetero_term) {
-      collect_space(rows, stream);
-    }
+    for_each_term([&](auto tag, int k) {
+      const int spaces = decltype(tag)::type::spaces(terms_.variant[k]);
+      if (terms_.asks(k) && spaces > 0) collect_space(k, spaces, rows, stream);
+    });
     kernel_->launch(pass_, grid(), warps * pass_.warp_bytes, stream, kernel_->name);
     return rows;
   }
@@ -222,30 +223,26 @@ class Runner {
   }
 
   void set_terms(bool gradients) {
-    const PassTerms& o = terms_;
-    pass_.ce = o.asks(kCe);
-    pass_.feature = o.asks(kFeature);
-    pass_.kd = o.kd;
-    pass_.hetero_term = o.asks(kHetero);
-    pass_.hetero = o.hetero;
-    pass_.mix = o.mix;
-    pass_.evaluation = o.evaluation;
-    pass_.maps = o.maps && !gradients_of_labels(gradients);
+    pass_.needs = terms_.needs();
+    pass_.maps = terms_.maps && !gradients_of_labels(gradients);
     pass_.gradients = gradients;
-    pass_.temperature = o.temperature;
-    pass_.tau = o.tau;
-    pass_.beta = o.beta;
-    pass_.smoothing = o.smoothing;
-    const double t = o.temperature;
+    pass_.temperature = terms_.temperature;
+    const double t = terms_.temperature;
     pass_.power = t == 1.0 ? 1 : t == 2.0 ? 2 : t == 4.0 ? 4 : 0;
     for (int k = 0; k < kTerms; ++k) {
-      const auto term = static_cast<Term>(k);
-      pass_.group[k] = o.group[k];
-      pass_.slot[k] = -1;
+      pass_.has[k] = terms_.has[k];
+      pass_.asked[k] = terms_.asks(k);
+      pass_.variant[k] = terms_.variant[k];
+      pass_.options[k] = terms_.options[k];
+      pass_.group[k] = terms_.group[k];
+      pass_.gradient_of[k] = -1;
+      int leader = 0;
+      while (leader < k && terms_.gradient[leader] != terms_.gradient[k]) ++leader;
+      pass_.leader[k] = terms_.gradient[k] >= 0 ? leader : k;
       // of a term that a kernel has and the call does not, 0
-      pass_.weight[k] = !o.asks(term)                    ? 0.0
-                        : gradients_of_labels(gradients) ? o.weight[k]
-                                                         : o.relative_weight(term);
+      pass_.weight[k] = !terms_.asks(k)                  ? 0.0
+                        : gradients_of_labels(gradients) ? terms_.weight[k]
+                                                         : terms_.relative_weight(k);
     }
   }
 
@@ -256,15 +253,14 @@ class Runner {
   void choose() {
     const bool cells = on_cells();
     if (cells) {
-      const bool kd = pass_.kd != Divergence::kNone;
-      const bool hetero = pass_.hetero != Hetero::kNone;
+      const bool kd = pass_.has[kKd], hetero = pass_.has[kHetero];
       kernel_ = kd ? hetero ? &cells_ce_kd_hetero() : &cells_ce_kd()
                    : hetero ? &cells_ce_hetero() : &cells_ce();
     } else if (on_label_grids() &&
                labels_grid(pass_.classes, pass_.teacher.source != Source::kNone) != nullptr) {
       kernel_ = labels_grid(pass_.classes, pass_.teacher.source != Source::kNone);
     } else {
-      kernel_ = &segments(wide_);
+      kernel_ = &any_segments();
     }
     if (on_labels()) {
       pass_.rows = pass_.label_height;
@@ -294,25 +290,28 @@ class Runner {
         "shared memory");
   }
 
+  const Kernel& any_segments() const { return segments(wide_, pass_.has[index_of<PaperTerm>]); }
+
   // The kernels by segments hold their pixels in shared memory where they fit.
   void hold_pixels() {
-    if (kernel_ != &segments(wide_)) return;
+    if (kernel_ != &any_segments()) return;
     const int64_t models = pass_.teacher.source == Source::kNone ? 1 : 2;
     const int64_t bytes = kWarpSize * pass_.classes * models * kernel_->pixels * (wide_ ? 8 : 4);
     if (bytes * (kernel_->threads / kWarpSize) > kMostSharedBytes) return;
     pass_.warp_bytes = static_cast<int32_t>(bytes);
-    if (wide_ || pass_.feature || (pass_.ce && terms_.smoothing != 0.0) || !together()) return;
-    const Kernel* fixed = segments_fixed(pass_.kd, pass_.hetero, pass_.mix);
+    if (wide_ || !together()) return;
+    const Kernel* fixed = segments_fixed(pass_);
     if (fixed != nullptr) kernel_ = fixed;
   }
 
   // ce, forward kd, and hetero of the preset softmax-kl, in float.
   bool usual() const {
-    return !wide_ && pass_.teacher.dtype != Dtype::kDouble && !pass_.feature &&
-           (!pass_.ce || terms_.smoothing == 0.0) &&
-           (pass_.kd == Divergence::kNone || pass_.kd == Divergence::kForward) &&
-           (pass_.hetero == Hetero::kNone ||
-            (pass_.hetero == Hetero::kSoftmaxKl && pass_.mix == Mix::kProbs));
+    bool all = !wide_ && pass_.teacher.dtype != Dtype::kDouble;
+    for (int k = 0; k < kTerms; ++k) {
+      const bool known = k == kCe || k == kKd || k == kHetero;
+      all = all && (!pass_.has[k] || (known && pass_.variant[k] == 0));
+    }
+    return all;
   }
 
   bool on_label_grids() const {
@@ -322,7 +321,7 @@ class Runner {
 
   // Whether ce and kd have one gradient, as in kernels of fixed terms; with class weights they have two.
   bool together() const {
-    return !pass_.ce || pass_.kd == Divergence::kNone || terms_.slot[kCe] == terms_.slot[kKd];
+    return !pass_.has[kCe] || !pass_.has[kKd] || terms_.gradient[kCe] == terms_.gradient[kKd];
   }
 
   bool on_cells() const {
@@ -337,21 +336,27 @@ class Runner {
            cells_have(2, pass_.student.width, pass_.label_width, pass_.align_corners);
   }
 
-  void collect_space(int64_t rows, cudaStream_t stream) {
-    const int64_t batch = pass_.batch;
+  // The softmaxes over space of a term.
+  void collect_space(int term, int spaces, int64_t rows, cudaStream_t stream) {
+    const int64_t images = spaces * static_cast<int64_t>(pass_.batch);
     const int64_t classes = pass_.classes;
-    space_found_ = torch::stable::new_empty(student_, {batch, rows, classes, 2}, dtype());
-    space_shift_ = torch::stable::new_empty(student_, {batch, classes}, dtype());
-    space_weight_ = torch::stable::new_empty(student_, {batch, classes}, dtype());
-    pass_.space_found = space_found_->mutable_data_ptr();
-    pass_.space_shift = space_shift_->mutable_data_ptr();
-    pass_.space_weight = space_weight_->mutable_data_ptr();
+    Tensor found = torch::stable::new_empty(student_, {images, rows, classes, 2}, dtype());
+    Tensor shift = torch::stable::new_empty(student_, {images, classes}, dtype());
+    Tensor inverse = torch::stable::new_empty(student_, {images, classes}, dtype());
+    pass_.collected = term;
+    pass_.space_found = found.mutable_data_ptr();
+    pass_.space_shift[term] = shift.mutable_data_ptr();
+    pass_.space_inverse[term] = inverse.mutable_data_ptr();
     const Kernel& statistics = space_statistics(wide_);
     statistics.launch(pass_, grid(), 0, stream, statistics.name);
-    launch_reduce_space({pass_.space_found, wide_, rows, pass_.batch, pass_.classes,
-                         space_shift_->mutable_data_ptr(), space_weight_->mutable_data_ptr()},
+    launch_reduce_space({pass_.space_found, wide_, rows, images, pass_.classes,
+                         shift.mutable_data_ptr(), inverse.mutable_data_ptr()},
                         stream);
+    for (const Tensor& tensor : {found, shift, inverse}) space_.push_back(tensor);
   }
+
+  static constexpr int kCe = index_of<CrossEntropyTerm>, kKd = index_of<KdTerm>,
+                       kHetero = index_of<HeteroTerm>;
 
   Tensor student_;
   PassTerms terms_;
@@ -360,7 +365,8 @@ class Runner {
   const Kernel* kernel_ = nullptr;
   // What kernels read and write lives until they have been launched; the allocator then keeps it
   // for this stream.
-  std::optional<Tensor> weight_, partials_, space_found_, space_shift_, space_weight_;
+  std::optional<Tensor> weight_, partials_;
+  std::vector<Tensor> space_;
 };
 
 bool lies_on(const Tensor& logits, const Tensor& target) {
@@ -368,7 +374,7 @@ bool lies_on(const Tensor& logits, const Tensor& target) {
 }
 
 std::optional<Tensor> teacher_of(const PassTerms& terms, const std::optional<Tensor>& logits) {
-  return terms.needs_teacher() ? logits : std::nullopt;
+  return terms.needs().teacher ? logits : std::nullopt;
 }
 
 Spec decode(const std::vector<int64_t>& structure, const Tensor& numbers) {
@@ -403,13 +409,14 @@ Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const
   finish.partials = pass.partials;
   finish.images = pass.batch;
   finish.classes = pass.classes;
-  finish.weighted = class_weight.has_value();
-  finish.knowledge = terms.hetero == Hetero::kSoftmaxKl;
-  finish.per_image = terms.hetero == Hetero::kPaperSpace && terms.evaluation;
-  for (int k = 0; k < kTerms; ++k) {
-    finish.place[k] = terms.place[k];
+  for_each_term([&](auto tag, int k) {
+    using Term = typename decltype(tag)::type;
+    finish.position[k] = terms.position[k];
     finish.group[k] = terms.group[k];
-  }
+    finish.denominator[k] = Term::denominator(terms.variant[k], class_weight.has_value());
+    finish.is_divergence[k] = Term::is_divergence(terms.variant[k]);
+    finish.share_of[k] = Term::kHasShares ? kFirstShare + share_index_of<Term> : -1;
+  });
   finish.numerators = static_cast<double*>(results.numerators.mutable_data_ptr());
   finish.denominators = static_cast<double*>(results.denominators.mutable_data_ptr());
   if (report) finish.report = static_cast<int64_t*>(results.labels.mutable_data_ptr());
@@ -424,7 +431,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
     std::vector<int64_t> structure, bool student_grad, bool teacher_grad) {
   const Spec spec = decode(structure, numbers);
   check_tensors(student_logits, teacher_logits, target, class_weight);
-  STD_TORCH_CHECK(teacher_logits.has_value() || !(spec.student.needs_teacher() || spec.teacher.any),
+  STD_TORCH_CHECK(teacher_logits.has_value() || !(spec.student.needs().teacher || spec.teacher.any),
                   "teacher_logits: got None, these terms need them");
   const OnDevice device(student_logits.get_device_index());
   const cudaStream_t stream = current_stream(student_logits.get_device_index());
@@ -454,9 +461,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
   totals.groups = spec.groups;
   for (const PassTerms* terms : {&spec.student, &spec.teacher}) {
     for (int k = 0; k < kTerms; ++k) {
-      if (terms->place[k] < 0) continue;
-      totals.group[terms->place[k]] = terms->group[k];
-      totals.weight[terms->place[k]] = terms->weight[k];
+      if (terms->position[k] < 0) continue;
+      totals.group[terms->position[k]] = terms->group[k];
+      totals.weight[terms->position[k]] = terms->weight[k];
     }
   }
   totals.numerators = static_cast<const double*>(results.numerators.const_data_ptr());
@@ -466,14 +473,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
           results.maps,       student_saved,  teacher_saved};
 }
 
-// sum over slots of slot_weight * grad_totals[group] * saved[slot], in the form of like
+// sum over g of gradient_weight * grad_totals[group] * saved[g], in the form of like
 Tensor combine_gradients(const Tensor& saved, const Tensor& grad_totals, const PassTerms& terms,
                          const Tensor& like, cudaStream_t stream) {
   check_device(like, saved, "saved");
   const bool wide = saved.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(saved.dim() == 6 && saved.is_contiguous() &&
                       (wide || saved.scalar_type() == ScalarType::Float) &&
-                      saved.size(0) == terms.slots && saved.size(1) == like.size(0) &&
+                      saved.size(0) == terms.gradients && saved.size(1) == like.size(0) &&
                       saved.size(2) == like.size(1) &&
                       saved.size(4) >= 2 && saved.size(4) <= kMostChunkRows + 1 &&
                       saved.size(3) == ceil_div(like.size(2) + 1, saved.size(4) - 1) &&
@@ -483,10 +490,10 @@ Tensor combine_gradients(const Tensor& saved, const Tensor& grad_totals, const P
   Combine k{};
   k.saved = saved.const_data_ptr();
   k.wide = wide;
-  k.slots = terms.slots;
-  for (int s = 0; s < k.slots; ++s) {
-    k.group[s] = terms.slot_group[s];
-    k.weight[s] = terms.slot_weight[s];
+  k.gradients = terms.gradients;
+  for (int g = 0; g < k.gradients; ++g) {
+    k.group[g] = terms.gradient_group[g];
+    k.weight[g] = terms.gradient_weight[g];
   }
   k.grad_totals = static_cast<const double*>(grad_totals.const_data_ptr());
   k.batch = narrow(like.size(0), "batch");

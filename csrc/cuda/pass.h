@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+// The scalar operations come before the terms, which are templates that use them.
+#include "elementary.h"
+//
 #include "../spec.h"
 
 namespace heteroakd::cuda {
@@ -27,14 +30,9 @@ enum class Source : int32_t {
 constexpr int kMostChunkRows = 2;
 constexpr int kWarpSize = 32;
 
-// A block's row of `partials`, float64: numerators of the terms, then
-enum Partial : int32_t {
-  kWeightOfLabels = kTerms,  // denominator of ce with class weights
-  kHeteroWeight,             // denominator of hetero in the preset softmax-kl
-  kValid,
-  kBad,
-  kPartials
-};
+// A warp's row of `partials`, float64: numerators of the terms, then their shares of denominators of
+// their own (`share_index_of`), valid pixels and labels out of range.
+enum Partial : int32_t { kFirstShare = kTerms, kValid = kTerms + kShares, kBad, kPartials };
 
 // Logits [B, C, height, width], strides in elements.
 struct Logits {
@@ -69,13 +67,15 @@ struct Pass {
   int32_t rows_per_cell, columns_per_cell;  // most pixels of a cell along each axis
   bool halo;           // the first lane of a warp repeats the cell before it
 
-  // what to compute
-  bool ce, feature, hetero_term, evaluation, maps, gradients;
-  Divergence kd;
-  Hetero hetero;  // also set for the maps alone
-  Mix mix;
+  // what to compute; terms by their index in ../terms/list.h
+  bool has[kTerms];  // asked for, or there for the maps alone
+  bool asked[kTerms];
+  int32_t variant[kTerms];
+  Options options[kTerms];
+  Needs needs;
+  bool maps, gradients;
   int32_t power;  // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
-  double temperature, tau, beta, smoothing;
+  double temperature;
   const void* class_weight;  // [C] of the arithmetic's type, or null
 
   // shared memory of a warp (staging.h): classes that lie there at a time, and its bytes
@@ -86,8 +86,9 @@ struct Pass {
   double* partials;  // [B * programs, kPartials]
   void* maps_out;    // [2, B, H, W] of the arithmetic's type, or
   bool maps_are_float;
-  int32_t slot[kTerms];  // which saved gradient a term adds to, -1: none
-  void* saved;       // [slots, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type
+  int32_t gradient_of[kTerms];  // which saved gradient a term adds to, -1: none
+  int32_t leader[kTerms];       // the first term that adds to the same one; -1: none
+  void* saved;  // [gradients, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type
   // of a term's gradient: on the label grid weight[k] * grad_totals[group[k]], else weight[k]
   double weight[kTerms];
   int32_t group[kTerms];  // -1: not asked for
@@ -95,10 +96,11 @@ struct Pass {
   // on the label grid: the gradient itself, in the dtype of the logits
   Logits gradient;
 
-  // weight_axis = space
-  void* space_found;         // [B, programs, C, 2]: maximum and sum of H_s + dH, while collected
-  const void* space_shift;   // [B, C]: the maximum over an image's pixels
-  const void* space_weight;  // [B, C]: 1 / sum exp(H_s + dH - shift)
+  // Terms over space
+  int32_t collected;               // the term whose sums over space are being collected
+  void* space_found;               // [kMostFirsts, B, programs, C, 2]: maxima and sums of exp
+  const void* space_shift[kTerms];    // [kMostFirsts, B, C]: the maximum over an image's pixels
+  const void* space_inverse[kTerms];  // 1 / sum exp(first - shift)
 };
 
 }  // namespace heteroakd::cuda

@@ -1,6 +1,5 @@
 // What is done once per pixel, between the loops over classes: sums over classes become values and
-// the coefficients of the gradients. The formulas are in ../math/distillation.h; here they stand in
-// the order of `kernels/distillation.py`: totals, cross entropy, kd, reliability, discrepancy, hetero.
+// the coefficients of the gradients. The terms are in ../terms.
 #pragma once
 
 #include "elementary.h"
@@ -8,73 +7,124 @@
 
 namespace heteroakd::cuda {
 
-// Which terms a kernel is compiled for. `Any` asks the call.
-struct Any {
-  HAKD_DEVICE static bool ce(const Pass& p) { return p.ce; }
-  HAKD_DEVICE static bool smoothing(const Pass& p) { return p.ce && p.smoothing != 0.0; }
-  HAKD_DEVICE static Divergence kd(const Pass& p) { return p.kd; }
-  HAKD_DEVICE static Hetero hetero(const Pass& p) { return p.hetero; }
-  HAKD_DEVICE static Mix mix(const Pass& p) { return p.mix; }
-  HAKD_DEVICE static bool feature(const Pass& p) { return p.feature; }
+// --- which terms a kernel has ----------------------------------------------------------------------
+
+// f(TermTag<Term>) for every term.
+template <class F, class... Terms>
+HAKD_DEVICE void visit(TermTypes<Terms...>, const F& f) {
+  (f(TermTag<Terms>()), ...);
+}
+template <class F>
+HAKD_DEVICE void for_each(const F& f) {
+  visit(AllTerms(), f);
+}
+
+// Asks the call. Two presets of one term are never in one call: each has kernels without the other.
+template <class Left>
+struct AnyBut {
+  template <class Term>
+  HAKD_DEVICE static bool has(const Pass& p) {
+    return !std::is_same<Term, Left>::value && p.has[index_of<Term>];
+  }
+  template <class Term>
+  HAKD_DEVICE static int32_t variant(const Pass& p) {
+    return p.variant[index_of<Term>];
+  }
+  HAKD_DEVICE static Needs needs(const Pass& p) { return p.needs; }
   HAKD_DEVICE static bool teacher(const Pass& p) { return p.teacher.source != Source::kNone; }
-  static constexpr bool kTogether = false;  // whether ce and kd have one slot, where a call has both
+  HAKD_DEVICE static int32_t leader(const Pass& p, int32_t term) { return p.leader[term]; }
+  HAKD_DEVICE static bool leads(const Pass& p, int32_t term) {
+    return p.has[term] && p.leader[term] == term;
+  }
 };
 
-// Terms that are known when the kernel is compiled; a call may have fewer. No label smoothing, no
-// feature term.
-template <bool kCe_, Divergence kKd_, Hetero kHetero_, Mix kMix_ = Mix::kProbs>
+using Any = AnyBut<PaperTerm>;
+using AnyPaper = AnyBut<HeteroTerm>;
+
+// Known when the kernel is compiled: the variant of each term, in the order of AllTerms, or -1. A call
+// may have fewer of them, and terms without a gradient of their own have one together.
+template <int32_t... kVariants>
 struct Fixed {
-  HAKD_DEVICE static constexpr bool ce(const Pass&) { return kCe_; }
-  HAKD_DEVICE static constexpr bool smoothing(const Pass&) { return false; }
-  HAKD_DEVICE static constexpr Divergence kd(const Pass&) { return kKd_; }
-  HAKD_DEVICE static constexpr Hetero hetero(const Pass&) { return kHetero_; }
-  HAKD_DEVICE static constexpr Mix mix(const Pass&) { return kMix_; }
-  HAKD_DEVICE static constexpr bool feature(const Pass&) { return false; }
+  template <class Term>
+  HAKD_FN static constexpr int32_t fixed() {
+    const int32_t variants[] = {kVariants...};
+    return variants[index_of<Term>];
+  }
+  template <class... Terms>
+  HAKD_FN static constexpr Needs needs_of(TermTypes<Terms...>) {
+    Needs n;
+    ((n = n | (fixed<Terms>() >= 0 ? Terms::needs(fixed<Terms>()) : Needs())), ...);
+    return n;
+  }
+  // Of each term four bits that say which one leads it, and 8 where it is in no set.
+  template <class... Terms>
+  HAKD_FN static constexpr uint32_t leaders_of(TermTypes<Terms...>) {
+    const bool there[] = {fixed<Terms>() >= 0 ...};
+    const bool joins[] = {fixed<Terms>() >= 0 && !Terms::kOwnGradient...};
+    uint32_t found = 0;
+    int32_t first = 0;
+    while (first < kTerms && !joins[first]) ++first;
+    for (int k = 0; k < kTerms; ++k) {
+      found |= static_cast<uint32_t>(!there[k] ? 8 : joins[k] ? first : k) << 4 * k;
+    }
+    return found;
+  }
+  static constexpr uint32_t kLeaders = leaders_of(AllTerms());
+  static_assert(kTerms <= 8, "four bits a term");
+  static constexpr Needs kNeeds = needs_of(AllTerms());
+  static constexpr bool kTeacher = kNeeds.teacher;
+
+  template <class Term>
+  HAKD_DEVICE static constexpr bool has(const Pass&) {
+    return fixed<Term>() >= 0;
+  }
+  template <class Term>
+  HAKD_DEVICE static constexpr int32_t variant(const Pass&) {
+    return fixed<Term>();
+  }
+  HAKD_DEVICE static constexpr Needs needs(const Pass&) { return needs_of(AllTerms()); }
   HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
-  static constexpr bool kTogether = true;
-  static constexpr bool kTeacher = kKd_ != Divergence::kNone || kHetero_ != Hetero::kNone;
+  HAKD_DEVICE static constexpr int32_t leader(const Pass&, int32_t term) {
+    return static_cast<int32_t>(kLeaders >> 4 * term & 15u);
+  }
+  HAKD_DEVICE static constexpr bool leads(const Pass& p, int32_t term) {
+    return leader(p, term) == term;
+  }
 };
 
-using Ce = Fixed<true, Divergence::kNone, Hetero::kNone>;
-using CeKd = Fixed<true, Divergence::kForward, Hetero::kNone>;
-using CeHetero = Fixed<true, Divergence::kNone, Hetero::kSoftmaxKl>;
-using CeKdHetero = Fixed<true, Divergence::kForward, Hetero::kSoftmaxKl>;
+//               ce                        kd                hetero               paper, feature
+constexpr int32_t kPlainCe = CrossEntropyTerm::kPlain;
+using Ce = Fixed<kPlainCe, -1, -1, -1, -1>;
+using CeKd = Fixed<kPlainCe, KdTerm::kForward, -1, -1, -1>;
+using CeHetero = Fixed<kPlainCe, -1, HeteroTerm::kProbs, -1, -1>;
+using CeKdHetero = Fixed<kPlainCe, KdTerm::kForward, HeteroTerm::kProbs, -1, -1>;
 
-// What a set implies; names as in `kernels/distillation.py`.
-template <class Set>
-HAKD_DEVICE bool knowledge(const Pass& p) {
-  return Set::hetero(p) == Hetero::kSoftmaxKl;
-}
-template <class Set>
-HAKD_DEVICE bool pair(const Pass& p) {
-  return Set::kd(p) != Divergence::kNone || knowledge<Set>(p);
-}
 template <class Set>
 HAKD_DEVICE bool soft(const Pass& p) {
-  return pair<Set>(p) || Set::hetero(p) == Hetero::kPaper;
+  return Set::needs(p).pair || Set::needs(p).student_total;
 }
 
-// Numbers of the call, in the type of the arithmetic.
+// --- numbers of the call, in the type of the arithmetic ----------------------------------------------
+
 template <typename F>
 struct Numbers {
-  F temperature, inverse_tau, scale;  // scale: log2(e) / T, or log2(e) where no T is used
-  F to_logits;                        // 1 / scale
-  F hard_exponent;                    // e at T = 1 is e to this power
-  F beta, one_minus_beta;             // of js
-  F term_scale[kTerms];               // of a term's gradient
+  PassNumbers<F> pass;       // scale: log2(e) / T, or log2(e) where no T is used
+  TermNumbers<F> terms;
+  F to_logits;               // 1 / scale
+  F hard_exponent;           // e at T = 1 is e to this power
+  F term_scale[kTerms];      // of a term's gradient
 };
 
 template <class Set, typename F>
 HAKD_DEVICE Numbers<F> numbers_of(const Pass& p) {
   Numbers<F> n;
   const bool softened = soft<Set>(p);
-  n.temperature = static_cast<F>(p.temperature);
-  n.inverse_tau = F(1) / static_cast<F>(p.tau);
-  n.scale = softened ? F(kLog2E) / n.temperature : F(kLog2E);
-  n.to_logits = F(1) / n.scale;
-  n.hard_exponent = softened ? n.temperature : F(1);
-  n.beta = static_cast<F>(p.beta);
-  n.one_minus_beta = static_cast<F>(1.0 - p.beta);
+  const F t = static_cast<F>(p.temperature);
+  const F classes = static_cast<F>(p.classes);
+  n.pass = {t, F(1) / t, softened ? F(kLog2E) / t : F(kLog2E), classes, classes};
+  n.terms.set(p.options, classes);
+  n.to_logits = F(1) / n.pass.scale;
+  n.hard_exponent = softened ? t : F(1);
   for (int k = 0; k < kTerms; ++k) {
     n.term_scale[k] = static_cast<F>(p.weight[k]);
     if (p.grad_totals != nullptr && p.group[k] >= 0) {
@@ -84,194 +134,109 @@ HAKD_DEVICE Numbers<F> numbers_of(const Pass& p) {
   return n;
 }
 
-// Sums over the classes of a pixel. a, e: see ../math/distillation.h.
 template <typename F>
-struct Statistics {
-  F student_total, teacher_total;    // sum e at T
-  F student_others, teacher_others;  // sum e at T = 1, without the label
-  F difference;                      // sum e_t (a_t - a_s)
-  F teacher_at_top;                  // a_t of the class where a_s is 0
-  F weighted;                        // sum w_c a_s (label smoothing)
-};
-
-template <typename F>
-HAKD_DEVICE Statistics<F> no_statistics() {
-  return {F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
+HAKD_DEVICE F class_weight(const Pass& p, int32_t c) {
+  return p.class_weight == nullptr ? F(1) : static_cast<const F*>(p.class_weight)[c];
 }
 
-template <typename F>
-struct Totals {
-  F hard_total, hard_inverse, student_nll, teacher_nll;
-  F student_inverse, teacher_inverse, student_log2, teacher_log2;
-  F total_ratio;  // student_total / teacher_total
-  F kl_teacher_student;
-};
+// --- sums --------------------------------------------------------------------------------------------
 
-// student_label, teacher_label: z_label - m. Of an invalid pixel harmless numbers.
-template <class Set, typename F>
-HAKD_DEVICE Totals<F> totals_of(const Pass& p, const Statistics<F>& s, F student_label,
-                                F teacher_label, bool valid) {
-  const bool hard = Set::ce(p) || knowledge<Set>(p);
-  F student_e = F(0), teacher_e = F(0);
-  if (hard) student_e = exp2(max(F(-1e30), student_label) * F(kLog2E));
-  if (knowledge<Set>(p)) teacher_e = exp2(max(F(-1e30), teacher_label) * F(kLog2E));
+template <typename F>
+HAKD_DEVICE Totals<F> no_totals() {
   Totals<F> t;
-  if (hard) {
-    t.hard_total = valid ? s.student_others + student_e : F(1);
-    t.hard_inverse = reciprocal(t.hard_total);
-    t.student_nll = negative_log_likelihood(s.student_others, student_e, student_label);
-    t.student_nll = valid ? t.student_nll : F(0);
-  }
-  if (knowledge<Set>(p)) {
-    t.teacher_nll = negative_log_likelihood(s.teacher_others, teacher_e, teacher_label);
-    t.teacher_nll = valid ? t.teacher_nll : F(0);
-  }
-  if (soft<Set>(p)) {
-    const F total = valid ? s.student_total : F(1);
-    t.student_inverse = reciprocal(total);
-    t.student_log2 = log2(total);
-  }
-  if (pair<Set>(p)) {
-    const F total = valid ? s.teacher_total : F(1);
-    t.teacher_inverse = reciprocal(total);
-    t.teacher_log2 = log2(total);
-    t.total_ratio = (valid ? s.student_total : F(1)) * t.teacher_inverse;
-    t.kl_teacher_student = kl(s.difference, t.teacher_inverse, t.teacher_log2, t.student_log2);
-  }
+  t.student_total = t.teacher_total = t.student_others = t.teacher_others = F(0);
+  t.difference = t.teacher_cross = t.student_self = F(0);
+  t.weighted_z = t.teacher_at_top = F(0);
   return t;
+}
+
+// What follows from the sums over classes of a pixel. Of an invalid pixel anything: what comes of it
+// is selected.
+template <class Set, typename F>
+HAKD_DEVICE void find_totals(const Pass& p, Totals<F>& t, F student_label, F teacher_label,
+                             int32_t label) {
+  const Needs needs = Set::needs(p);
+  t.student_label = student_label;
+  t.teacher_label = teacher_label;
+  t.label_weight = class_weight<F>(p, label < 0 ? 0 : label);
+  if (needs.student_nll) find_student_nll(t);
+  if (needs.teacher_nll) find_teacher_nll(t);
+  if (soft<Set>(p)) find_student_total(t);
+  if (needs.pair) find_pair(t);
 }
 
 // Of a few pixels.
 template <typename F>
 struct Sums {
   F of_term[kTerms];
-  F weight_of_labels, hetero_weight;
+  F share[kShares];
   int32_t valid, bad;
 };
 
+template <typename F>
+HAKD_DEVICE Sums<F> no_sums() {
+  Sums<F> sums;
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) sums.of_term[k] = F(0);
+#pragma unroll
+  for (int k = 0; k < kShares; ++k) sums.share[k] = F(0);
+  sums.valid = sums.bad = 0;
+  return sums;
+}
+
 // Of all pixels of a thread, which may be a whole image: float would stop growing at 2^24.
 struct ThreadSums {
-  double of_term[kTerms] = {0.0, 0.0, 0.0, 0.0};
-  double weight_of_labels = 0.0, hetero_weight = 0.0;
+  double of_term[kTerms] = {};
+  double share[kShares] = {};
   int64_t valid = 0, bad = 0;
 
   template <typename F>
   HAKD_DEVICE void add(const Sums<F>& sums) {
 #pragma unroll
     for (int k = 0; k < kTerms; ++k) of_term[k] += static_cast<double>(sums.of_term[k]);
-    weight_of_labels += static_cast<double>(sums.weight_of_labels);
-    hetero_weight += static_cast<double>(sums.hetero_weight);
+#pragma unroll
+    for (int k = 0; k < kShares; ++k) share[k] += static_cast<double>(sums.share[k]);
     valid += sums.valid;
     bad += sums.bad;
   }
 };
 
-template <typename F>
-HAKD_DEVICE Sums<F> no_sums() {
-  return {{F(0), F(0), F(0), F(0)}, F(0), F(0), 0, 0};
+// --- a term at a pixel ---------------------------------------------------------------------------------
+
+// Adds its value (but for that of a value loop) and its share to the sums; the coefficients are 0
+// where the pixel is not valid.
+template <class Term, class Set, typename F>
+HAKD_DEVICE Coefficients<F> pixel_of(const Pass& p, const Numbers<F>& n, const PassNumbers<F>& pass,
+                                     const Totals<F>& t,
+                                     const typename Term::template Known<F>& known,
+                                     const typename Term::template Own<F>& own, bool valid,
+                                     Sums<F>& sums) {
+  constexpr int k = index_of<Term>;
+  const int32_t variant = Set::template variant<Term>(p);
+  Coefficients<F> c =
+      Term::pixel(variant, n.terms.template of<Term>(), pass, t, known, own, n.term_scale[k]);
+  c.value = valid ? c.value : F(0);
+  c.student = valid ? c.student : F(0);
+  c.other = valid ? c.other : F(0);
+  c.label = valid ? c.label : F(0);
+  if (!Term::has_value_loop(variant)) sums.of_term[k] += c.value;
+  if constexpr (Term::kHasShares) sums.share[share_index_of<Term>] += valid ? c.share : F(0);
+  return c;
 }
 
 template <typename F>
-HAKD_DEVICE F class_weight(const Pass& p, int32_t c) {
-  return p.class_weight == nullptr ? F(1) : static_cast<const F*>(p.class_weight)[c];
-}
-
-// Coefficients of a term's gradient; 0 where not valid.
-template <typename F>
-struct CrossEntropyCoefficients {
-  F hard;    // g_c = hard e_c at T = 1
-  F label;   // and of the label this
-  F soft, weight_sum, inverse;  // label smoothing: + soft (weight_sum e_c inverse - w_c)
-};
-
-template <class Set, typename F>
-HAKD_DEVICE CrossEntropyCoefficients<F> cross_entropy_pixel(const Pass& p, const Numbers<F>& n,
-                                                            const Statistics<F>& s,
-                                                            const Totals<F>& t, F weight_sum,
-                                                            int32_t label, bool valid,
-                                                            Sums<F>& sums) {
-  const bool smoothed = Set::smoothing(p);
-  const F smoothing = smoothed ? static_cast<F>(p.smoothing) : F(0);
-  const F label_weight = valid ? class_weight<F>(p, label) : F(0);
-  CrossEntropyWeights<F> w;
-  w.hard = (F(1) - smoothing) * label_weight;
-  w.soft = valid ? smoothing / static_cast<F>(p.classes) : F(0);
-  w.weight_sum = weight_sum;
-  F loss;
-  if (smoothed) {
-    loss = cross_entropy<true>(w, t.student_nll, log(t.hard_total), s.weighted * n.to_logits);
-  } else {
-    loss = cross_entropy<false>(w, t.student_nll, F(0), F(0));
-  }
-  sums.of_term[kCe] += valid ? loss : F(0);
-  sums.weight_of_labels += label_weight;
-  CrossEntropyCoefficients<F> k;
-  k.hard = n.term_scale[kCe] * w.hard * t.hard_inverse;
-  k.label = valid ? cross_entropy_gradient_numerator(true, F(0), s.student_others) * k.hard : F(0);
-  k.soft = n.term_scale[kCe] * w.soft;
-  k.weight_sum = weight_sum;
-  k.inverse = t.hard_inverse;
-  return k;
-}
-
-// g_c = student e_s,c - other * (what the divergence has in the place of e_t,c)
-template <typename F>
-struct PairCoefficients {
-  F student, other;
-};
-
-template <typename F>
-HAKD_DEVICE PairCoefficients<F> kd_forward_pixel(const Numbers<F>& n, const Totals<F>& t,
-                                                 bool valid, Sums<F>& sums) {
-  const F square = n.temperature * n.temperature;
-  sums.of_term[kKd] += valid ? square * t.kl_teacher_student : F(0);
-  const F on_student = valid ? n.temperature * n.term_scale[kKd] : F(0);
-  return {on_student * t.student_inverse, on_student * t.teacher_inverse};
-}
-
-// preset softmax-kl, mix = probs: x_c = teacher_weight e_t,c + student_weight e_s,c, which is m_c
-// times the student's total, g_c = student e_s,c - other teacher_weight e_t,c; value = other T ln 2
-// sum_c x_c (log2 x_c - a_s,c) where gradients are not scaled. mix = teacher is the same with r_t = 1
-// and r_s = 0, but for r_t in the maps. on_student: T times the pixel's weight.
-template <typename F>
-struct HeteroCoefficients {
-  F student, other, teacher_weight, student_weight;
-  F on_student, r_t, d;
-};
-
-template <class Set, typename F>
-HAKD_DEVICE HeteroCoefficients<F> hetero_probs_pixel(const Pass& p, const Numbers<F>& n,
-                                                     const Totals<F>& t, bool valid,
-                                                     Sums<F>& sums) {
-  const Reliability<F> r = reliability(t.teacher_nll, t.student_nll, n.inverse_tau);
-  const Reliability<F> mixed = Set::mix(p) == Mix::kTeacher ? Reliability<F>{F(1), F(0)} : r;
-  const F d = discrepancy(t.kl_teacher_student);
-  const F weight = valid ? (p.evaluation ? d : F(1)) : F(0);
-  if (p.hetero_term) sums.hetero_weight += weight;
-  const F on_student = n.term_scale[kHetero] * n.temperature * weight;
-  const F other = on_student * t.student_inverse;
-  return {other * mixed.teacher,
-          other,
-          mixed.teacher * t.total_ratio,
-          mixed.student,
-          on_student,
-          r.teacher,
-          d};
-}
-
-template <typename F>
-HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, bool valid, F r_t,
-                            F d) {
+HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, bool valid,
+                            F reliability, F discrepancy) {
   const int64_t plane = static_cast<int64_t>(p.label_height) * p.label_width;
   F* out = static_cast<F*>(p.maps_out) + image * plane + static_cast<int64_t>(y) * p.label_width + x;
   if (sizeof(F) == 8 && p.maps_are_float) {
     float* narrow = static_cast<float*>(p.maps_out) + (out - static_cast<F*>(p.maps_out));
-    narrow[0] = valid ? static_cast<float>(r_t) : 0.0f;
-    narrow[p.batch * plane] = valid ? static_cast<float>(d) : 0.0f;
+    narrow[0] = valid ? static_cast<float>(reliability) : 0.0f;
+    narrow[p.batch * plane] = valid ? static_cast<float>(discrepancy) : 0.0f;
     return;
   }
-  out[0] = valid ? r_t : F(0);
-  out[p.batch * plane] = valid ? d : F(0);
+  out[0] = valid ? reliability : F(0);
+  out[p.batch * plane] = valid ? discrepancy : F(0);
 }
 
 }  // namespace heteroakd::cuda

@@ -107,26 +107,31 @@ __global__ void __launch_bounds__(kSegmentThreads)
   write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
 }
 
-// weight_axis = space: the softmax of H_s + dH over the valid pixels of each image and class. A warp
-// leaves its maximum and its sum; sums.cu brings an image's warps together. Two exponentials more per
-// pixel and class; a variant that is asked for by name, written for exactness and not for speed.
+// Terms over space: the softmax of `first` over the valid pixels of each image and class. A warp leaves
+// its maxima and its sums; sums.cu brings an image's warps together. Two exponentials more per pixel
+// and class; a variant that is asked for by name, written for exactness and not for speed.
 constexpr double kLowest = -1e30;
 
-template <typename F, int S>
-__global__ void __launch_bounds__(kSegmentThreads)
-    space_kernel(const __grid_constant__ Pass p) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  constexpr int kWarps = kSegmentThreads / kWarpSize;
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
-                                  p.halo && lane == 0);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  const bool mixes = p.mix != Mix::kTeacher;
+// Adds to a maximum and a sum of exp relative to it.
+template <typename F>
+HAKD_DEVICE void add_to_space(F& largest, F& total, F other, F other_total) {
+  const F bound = max_or_nan(largest, other);
+  total = fma(total, exp2((largest - bound) * F(kLog2E)),
+              other_total * exp2((other - bound) * F(kLog2E)));
+  largest = bound;
+}
+
+template <class Term, typename F, int S>
+HAKD_DEVICE void collect_space(const Pass& p, const Column& column, int32_t image, int64_t row,
+                               int32_t lane) {
+  const Numbers<F> n = numbers_of<Any, F>(p);
+  const int32_t variant = p.variant[index_of<Term>];
   for (int32_t c = 0; c < p.classes; ++c) {
-    F largest = F(kLowest);
-    F total = F(0);
+    F largest[kMostFirsts], total[kMostFirsts];
+    for (int j = 0; j < kMostFirsts; ++j) {
+      largest[j] = F(kLowest);
+      total[j] = F(0);
+    }
     for_each_segment<F, S>(
         p, image, column,
         [&](Segment<F, S>& at, int32_t wide, int32_t i, int32_t j, const RowWriter<F>&) {
@@ -140,28 +145,53 @@ __global__ void __launch_bounds__(kSegmentThreads)
 #pragma unroll
           for (int s = 0; s < S; ++s) {
             if (!column.own || at.label[s] < 0) continue;
-            const F strength = paper_class(z_s[s], z_t[s], at.label[s] == c, mixes).strength;
-            const F bound = max_or_nan(largest, strength);
-            total = fma(total, exp2((largest - bound) * F(kLog2E)),
-                        exp2((strength - bound) * F(kLog2E)));
-            largest = bound;
+            Class<F, bool> k{};
+            k.student_z = z_s[s];
+            k.teacher_z = z_t[s];
+            k.is_label = at.label[s] == c;
+            typename Term::template Known<F> known{};
+            const First<F> found =
+                Term::first(variant, n.terms.template of<Term>(), n.pass, known, k);
+            for (int v = 0; v < Term::kFirsts; ++v) {
+              add_to_space(largest[v], total[v], found.v[v], F(1));
+            }
           }
         });
 #pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      const F other = __shfl_down_sync(kAllLanes, largest, offset);
-      const F other_total = __shfl_down_sync(kAllLanes, total, offset);
-      const F bound = max_or_nan(largest, other);
-      total = total * exp2((largest - bound) * F(kLog2E)) +
-              other_total * exp2((other - bound) * F(kLog2E));
-      largest = bound;
-    }
-    if (lane == 0) {
-      F* out = static_cast<F*>(p.space_found) + (row * p.classes + c) * 2;
-      out[0] = largest;
-      out[1] = total;
+    for (int v = 0; v < Term::kFirsts; ++v) {
+#pragma unroll
+      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+        const F other = __shfl_down_sync(kAllLanes, largest[v], offset);
+        const F other_total = __shfl_down_sync(kAllLanes, total[v], offset);
+        add_to_space(largest[v], total[v], other, other_total);
+      }
+      if (lane == 0 && v < Term::spaces(variant)) {
+        const int64_t rows = static_cast<int64_t>(gridDim.x) * (kSegmentThreads / kWarpSize);
+        F* out = static_cast<F*>(p.space_found) + ((v * rows + row) * p.classes + c) * 2;
+        out[0] = largest[v];
+        out[1] = total[v];
+      }
     }
   }
+}
+
+template <typename F, int S>
+__global__ void __launch_bounds__(kSegmentThreads)
+    space_kernel(const __grid_constant__ Pass p) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
+  constexpr int kWarps = kSegmentThreads / kWarpSize;
+  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
+  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
+  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
+                                  p.halo && lane == 0);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  for_each([&](auto tag) {
+    using Term = typename decltype(tag)::type;
+    if constexpr (Term::kOverSpace) {
+      if (p.collected == index_of<Term>) collect_space<Term, F, S>(p, column, image, row, lane);
+    }
+  });
 }
 
 }  // namespace heteroakd::cuda

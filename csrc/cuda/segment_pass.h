@@ -6,9 +6,9 @@
 // each loop reads and interpolates the logits again. Loops:
 //
 //     maxima       and whether all logits are finite
-//     statistics   what softmax, KL and reliability need to know of a pixel
-//     (feature, js, mixed logits, paper)   a loop each, where asked for
-//     gradients    and the values that take a logarithm per class
+//     statistics   sums over the classes of a pixel (`Totals`)
+//     bounds, own  what the terms themselves bound and sum, where one does
+//     gradients    and the sums that only values need
 #pragma once
 
 #include "pixel.h"
@@ -24,33 +24,18 @@ HAKD_DEVICE F exactly_scaled(F z, F m, F scale) {
   return max_or_nan(least, z - m) * scale;
 }
 
-// preset paper, one class: H_s + dH, z_h, r_t and dH. mixes: not mix = teacher, where z_h is z_t,
-// without a product by 0 that an infinite z_s would turn into NaN.
-template <typename F>
-struct PaperClass {
-  F strength, z_h, r_t, gap;
+// What a term knows of the pixels of a thread, from one loop over classes to the next.
+template <class Term, typename F, int S>
+struct TermState {
+  typename Term::template Known<F> known[S];
+  typename Term::template Own<F> own[S];
+  First<F> bound[S];
+  Coefficients<F> coefficients[S];
 };
-
-template <typename F>
-HAKD_DEVICE PaperClass<F> paper_class(F z_s, F z_t, bool is_label, bool mixes) {
-  const F h_s = binary_cross_entropy(z_s, is_label);
-  const F h_t = binary_cross_entropy(z_t, is_label);
-  const F r_t = class_reliability(h_t, h_s);
-  const F z_h = mixes ? mixed_target(r_t, z_t, F(1) - r_t, z_s) : z_t;
-  const F gap = class_discrepancy(h_s, binary_cross_entropy(z_h, is_label));
-  return {h_s + gap, z_h, r_t, gap};
-}
-
-constexpr double kSmallestNormal = 1.1754943508222875e-38;
-
-// preset paper: with q_c = W_c m_c, without their denominators.
-template <typename F>
-struct PaperSums {
-  F weight_bound, mixed_bound;  // of H_s + dH and of z_h
-  F weight_total, mixed_total;
-  F q, q_a;                     // sum q_c, sum q_c a_s,c
-  F r_t, gap;                   // of the label
-};
+template <typename F, int S, class List>
+struct TermStates;
+template <typename F, int S, class... Terms>
+struct TermStates<F, S, TermTypes<Terms...>> : TermState<Terms, F, S>... {};
 
 // Whether a thread's logits are held in shared memory.
 enum class Hold { kNever, kWherePossible, kAlways };
@@ -70,49 +55,87 @@ class SegmentPass {
   // grid.
   HAKD_DEVICE void run(const RowWriter<F>& rows, Sums<F>& sums) {
     find_maxima();
-    Statistics<F> s[S];
+    Totals<F> t[S];
 #pragma unroll
-    for (int i = 0; i < S; ++i) s[i] = no_statistics<F>();
-    F weight_sum = F(0);
-    if (soft<Set>(p) || Set::ce(p)) find_statistics(s, weight_sum);
-    F squares[S];
-    if (Set::feature(p)) find_squares(squares);
+    for (int i = 0; i < S; ++i) t[i] = no_totals<F>();
+    PassNumbers<F> pass = n.pass;
+    if (soft<Set>(p) || Set::needs(p).student_nll) find_statistics(t, pass.weight_sum);
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      const bool valid = at.label[i] >= 0;
-      t_[i] = totals_of<Set>(p, s[i], label_logit(p.student, student_, student_m_, i),
-                             knowledge<Set>(p) ? label_logit(p.teacher, teacher_, teacher_m_, i)
-                                               : F(0),
-                             valid);
+      find_totals<Set>(
+          p, t[i],
+          Set::needs(p).student_nll ? label_logit(p.student, student_, student_m_, i) : F(0),
+          Set::needs(p).teacher_nll ? label_logit(p.teacher, teacher_, teacher_m_, i) : F(0),
+          at.label[i]);
     }
-    if (ratios()) find_ratios(s);
-    if (Set::hetero(p) == Hetero::kPaper) find_paper();
+    for_each([&](auto tag) {
+      using Term = typename decltype(tag)::type;
+      if (!Set::template has<Term>(p)) return;
 #pragma unroll
-    for (int i = 0; i < S; ++i) pixel(i, s[i], weight_sum, squares[i], sums);
-    if (knowledge<Set>(p) && p.hetero_term && Set::mix(p) == Mix::kLogits) find_mixed(sums);
-    if (p.gradients || late()) gradients(rows);
-    if (late()) {
+      for (int i = 0; i < S; ++i) begin<Term>(t[i], i);
+    });
+    if (some([&](auto tag) { return bounds_apart<decltype(tag)>(); })) find_bounds();
+    if (some([&](auto tag) { return Of<decltype(tag)>::has_loop(variant(tag)); })) find_own();
+    bool late = false;  // whether there are sums that only values need
+    for_each([&](auto tag) {
+      using Term = typename decltype(tag)::type;
+      if (!Set::template has<Term>(p)) return;
+      late |= Term::has_value_loop(variant(tag));
+      TermState<Term, F, S>& k = state<Term>();
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        const F factor = Set::hetero(p) == Hetero::kPaperSpace
-                             ? hetero_student_[i]
-                             : hetero_other_[i] * F(kLn2);
-        sums.of_term[kHetero] += at.label[i] >= 0 ? factor * n.temperature * late_[i] : F(0);
+        k.coefficients[i] = pixel_of<Term, Set>(p, n, pass, t[i], k.known[i], k.own[i],
+                                                at.label[i] >= 0, sums);
       }
-    }
+    });
+    if (p.gradients || late) gradients(rows);
+    for_each([&](auto tag) {
+      using Term = typename decltype(tag)::type;
+      if (!Set::template has<Term>(p)) return;
+      TermState<Term, F, S>& k = state<Term>();
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        if constexpr (Term::kHasValueLoop) {
+          if (Term::has_value_loop(variant(tag))) {
+            sums.of_term[index_of<Term>] +=
+                at.label[i] >= 0 ? k.coefficients[i].value * k.own[i].sum : F(0);
+          }
+        }
+        if constexpr (Term::kMapped) {
+          if (p.maps && at.inside[i]) {
+            write_maps(p, image_, at.y, at.x + i, at.label[i] >= 0, k.known[i].reliability,
+                       k.known[i].discrepancy);
+          }
+        }
+      }
+    });
   }
 
  private:
-  HAKD_DEVICE static bool probs(const Pass& p) {
-    return knowledge<Set>(p) && p.hetero_term && Set::mix(p) == Mix::kProbs;
+  template <class Tag>
+  using Of = typename Tag::type;
+
+  template <class Term>
+  HAKD_DEVICE TermState<Term, F, S>& state() {
+    return static_cast<TermState<Term, F, S>&>(states_);
   }
-  // Whether kd's gradient is one of log ratios f_c.
-  HAKD_DEVICE bool ratios() const {
-    return Set::kd(p) == Divergence::kReverse || Set::kd(p) == Divergence::kJs;
+  template <class Term>
+  HAKD_DEVICE int32_t variant(TermTag<Term>) const {
+    return Set::template variant<Term>(p);
   }
-  HAKD_DEVICE bool mixes() const { return Set::mix(p) != Mix::kTeacher; }
-  HAKD_DEVICE bool late() const {
-    return probs(p) || (Set::hetero(p) == Hetero::kPaperSpace && p.hetero_term);
+  // Whether a term of the pass is one that `f` says yes to.
+  template <class Function>
+  HAKD_DEVICE bool some(const Function& f) const {
+    bool found = false;
+    for_each([&](auto tag) {
+      if (Set::template has<Of<decltype(tag)>>(p)) found |= f(tag);
+    });
+    return found;
+  }
+  // Whether its bounds are found in a loop of their own.
+  template <class Tag>
+  HAKD_DEVICE bool bounds_apart() const {
+    return !Of<Tag>::kRescales && Of<Tag>::bounds(variant(Tag())) > 0;
   }
 
   // held: [C][models][threads], of which this thread's; null: nothing is held.
@@ -141,8 +164,8 @@ class SegmentPass {
     for (int i = 0; i < S; ++i) h.v[i] = z[i];
     held(c, m) = h;
   }
-  HAKD_DEVICE F student_a(F z, int i) const { return exactly_scaled(z, student_m_[i], n.scale); }
-  HAKD_DEVICE F teacher_a(F z, int i) const { return exactly_scaled(z, teacher_m_[i], n.scale); }
+  HAKD_DEVICE F student_a(F z, int i) const { return exactly_scaled(z, student_m_[i], n.pass.scale); }
+  HAKD_DEVICE F teacher_a(F z, int i) const { return exactly_scaled(z, teacher_m_[i], n.pass.scale); }
 
   // e at T = 1 from a and e at T.
   HAKD_DEVICE F hard(F a, F e) const {
@@ -273,45 +296,39 @@ class SegmentPass {
     }
   }
 
-  HAKD_DEVICE void find_statistics(Statistics<F> (&s)[S], F& weight_sum) const {
+  HAKD_DEVICE void find_statistics(Totals<F> (&t)[S], F& weight_sum) const {
+    const Needs needs = Set::needs(p);
+    F weights = F(0);
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
       F z_s[S], z_t[S];
       read_student(c, z_s);
-      if (pair<Set>(p)) read_teacher(c, z_t);
-      const F w = Set::smoothing(p) ? class_weight<F>(p, c) : F(0);
-      weight_sum += w;
+      if (needs.pair) read_teacher(c, z_t);
+      const F w = needs.weighted_z ? class_weight<F>(p, c) : F(0);
+      weights += w;
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         const bool is_label = at.label[i] == c;
         const F a_s = student_a(z_s[i], i);
         const F e_s = exp2(a_s);
-        s[i].student_total += e_s;
+        t[i].student_total += e_s;
         const F h_s = hard(a_s, e_s);
-        s[i].student_others += is_label ? F(0) : h_s;
-        s[i].weighted = fma(w, a_s, s[i].weighted);
-        if (!pair<Set>(p)) continue;
+        t[i].student_others += is_label ? F(0) : h_s;
+        if (needs.weighted_z) t[i].weighted_z = fma(w, a_s, t[i].weighted_z);
+        if (!needs.pair) continue;
         const F a_t = teacher_a(z_t[i], i);
         const F e_t = exp2(a_t);
-        s[i].teacher_total += e_t;
+        t[i].teacher_total += e_t;
         const F h_t = hard(a_t, e_t);
-        s[i].teacher_others += is_label ? F(0) : h_t;
-        s[i].difference = fma(e_t, a_t - a_s, s[i].difference);
-        if (ratios() && a_s == F(0)) s[i].teacher_at_top = a_t;
+        t[i].teacher_others += is_label ? F(0) : h_t;
+        t[i].difference = fma(e_t, a_t - a_s, t[i].difference);
+        if (needs.teacher_at_top && a_s == F(0)) t[i].teacher_at_top = a_t;
       }
     }
-  }
-
-  HAKD_DEVICE void find_squares(F (&squares)[S]) const {
+    if (needs.weighted_z) {
+      weight_sum = weights;
 #pragma unroll
-    for (int i = 0; i < S; ++i) squares[i] = F(0);
-#pragma unroll 1
-    for (int32_t c = 0; c < p.classes; ++c) {
-      F z_s[S], z_t[S];
-      read_student(c, z_s);
-      read_teacher(c, z_t);
-#pragma unroll
-      for (int i = 0; i < S; ++i) squares[i] = fma(z_s[i] - z_t[i], z_s[i] - z_t[i], squares[i]);
+      for (int i = 0; i < S; ++i) t[i].weighted_z *= n.to_logits;
     }
   }
 
@@ -321,306 +338,204 @@ class SegmentPass {
     return read_pixel_carefully(model, u, at.label[i], i) - m[i];
   }
 
-  // js: log2 of x_c, and of js and the reverse KL f_c; see ../math/distillation.h.
-  HAKD_DEVICE F js_log2(F e_s, F e_t, int i) const {
-    const F x = mixed_target(js_weights_[i].teacher, e_t, js_weights_[i].student, e_s);
-    return fast_log2(max_or_nan(x, F(kSmallestNormal)));
-  }
-  HAKD_DEVICE F log_ratio(F a_s, F e_s, F a_t, F e_t, int i) const {
-    if (Set::kd(p) == Divergence::kReverse) return reverse_ratio(a_s, a_t);
-    return a_s - js_log2(e_s, e_t, i);
-  }
-
-  // Reverse KL and js: the pivot, and sum_c e_s (f_c - pivot); of js sum_c e_t (a_t - log2 x_c) too.
-  HAKD_DEVICE void find_ratios(const Statistics<F> (&s)[S]) {
-#pragma unroll
-    for (int i = 0; i < S; ++i) {
-      const F top = s[i].teacher_at_top;
-      js_weights_[i] = js_weights(n.beta, n.one_minus_beta, t_[i].total_ratio);
-      pivot_[i] = log_ratio(F(0), F(1), top, exp2(top), i);
-      ratios_[i] = js_teacher_[i] = F(0);
-    }
-#pragma unroll 1
-    for (int32_t c = 0; c < p.classes; ++c) {
-      F z_s[S], z_t[S];
-      read_student(c, z_s);
-      read_teacher(c, z_t);
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        const F a_s = student_a(z_s[i], i);
-        const F a_t = teacher_a(z_t[i], i);
-        const F e_s = exp2(a_s);
-        const F e_t = exp2(a_t);
-        ratios_[i] = fma(e_s, log_ratio(a_s, e_s, a_t, e_t, i) - pivot_[i], ratios_[i]);
-        if (Set::kd(p) == Divergence::kJs) {
-          js_teacher_[i] = fma(e_t, a_t - js_log2(e_s, e_t, i), js_teacher_[i]);
-        }
-      }
-    }
-  }
-
-  // Running maxima: one loop instead of two, because what is expensive here is the knowledge of a
-  // class, not its two exponentials.
-  HAKD_DEVICE void find_paper() {
+  template <class Term>
+  HAKD_DEVICE void begin(const Totals<F>& t, int i) {
     constexpr F lowest = sizeof(F) == 8 ? F(-1e300) : F(-2e38);
-#pragma unroll
-    for (int i = 0; i < S; ++i) {
-      paper_[i] = {lowest, lowest, F(0), F(0), F(0), F(0), F(0), F(0)};
+    TermState<Term, F, S>& k = state<Term>();
+    const int32_t v = variant(TermTag<Term>());
+    k.known[i] = Term::begin(v, n.terms.template of<Term>(), n.pass, t);
+    k.own[i] = {};
+    Term::start(v, k.known[i], t, k.own[i]);
+    k.bound[i] = {lowest, lowest};
+  }
+
+  // Class c of pixel i; what no term reads is compiled away.
+  HAKD_DEVICE Class<F, bool> class_of(int32_t c, F z_s, F z_t, int i) const {
+    Class<F, bool> k{};
+    k.student_z = z_s;
+    k.teacher_z = z_t;
+    k.student_a = student_a(z_s, i);
+    k.student_e = exp2(k.student_a);
+    if (Set::teacher(p)) {
+      k.teacher_a = teacher_a(z_t, i);
+      k.teacher_e = exp2(k.teacher_a);
     }
+    k.is_label = at.label[i] == c;
+    return k;
+  }
+
+  // f(tag, class, i) for every class, pixel and term.
+  template <class Function>
+  HAKD_DEVICE void for_each_class(const Function& f) {
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
       F z_s[S], z_t[S];
       read_student(c, z_s);
-      read_teacher(c, z_t);
+      if (Set::teacher(p)) read_teacher(c, z_t);
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        PaperSums<F>& sum = paper_[i];
-        const bool is_label = at.label[i] == c;
-        const PaperClass<F> k = paper_class(z_s[i], z_t[i], is_label, mixes());
-        sum.r_t = is_label ? k.r_t : sum.r_t;
-        sum.gap = is_label ? k.gap : sum.gap;
-        F bound = max_or_nan(sum.mixed_bound, k.z_h);
-        F shrink = exp2((sum.mixed_bound - bound) * n.scale);
-        F x = exp2((k.z_h - bound) * n.scale);
-        sum.mixed_bound = bound;
-        sum.mixed_total = fma(sum.mixed_total, shrink, x);
-        if (p.evaluation) {
-          bound = max_or_nan(sum.weight_bound, k.strength);
-          const F weight_shrink = exp2((sum.weight_bound - bound) * F(kLog2E));
-          const F w = exp2((k.strength - bound) * F(kLog2E));
-          sum.weight_bound = bound;
-          sum.weight_total = fma(sum.weight_total, weight_shrink, w);
-          shrink *= weight_shrink;
-          x *= w;
+        Class<F, bool> k = class_of(c, z_s[i], Set::teacher(p) ? z_t[i] : F(0), i);
+        for_each([&](auto tag) {
+          if (Set::template has<Of<decltype(tag)>>(p)) f(tag, c, k, i);
+        });
+      }
+    }
+  }
+
+  template <class Term>
+  HAKD_DEVICE First<F> first(const Class<F, bool>& k, typename Term::template Known<F>& known) const {
+    return Term::first(variant(TermTag<Term>()), n.terms.template of<Term>(), n.pass, known, k);
+  }
+
+  HAKD_DEVICE void find_bounds() {
+    for_each_class([&](auto tag, int32_t, const Class<F, bool>& k, int i) {
+      using Term = Of<decltype(tag)>;
+      if (!bounds_apart<decltype(tag)>()) return;
+      const First<F> found = first<Term>(k, state<Term>().known[i]);
+      First<F>& bound = state<Term>().bound[i];
+#pragma unroll
+      for (int j = 0; j < Term::kFirsts; ++j) {
+        bound.v[j] = max_or_nan(bound.v[j], found.v[j]);
+      }
+    });
+  }
+
+  // `other` of a term that has a loop, added to its sums; x_c and y_c.
+  template <class Term>
+  HAKD_DEVICE Pair<F> add_other(const Class<F, bool>& k, int i,
+                                typename Term::template Known<F>& known,
+                                typename Term::template Own<F>& own) {
+    const int32_t v = variant(TermTag<Term>());
+    First<F> relative{};
+    if constexpr (Term::kFirsts > 0) {
+      if (Term::bounds(v) > 0 || Term::spaces(v) > 0 || Term::kRescales) relative = first<Term>(k, known);
+      if (Term::bounds(v) > 0) {
+#pragma unroll
+        for (int j = 0; j < Term::kFirsts; ++j) relative.v[j] -= state<Term>().bound[i].v[j];
+      }
+    }
+    return Term::other(v, n.terms.template of<Term>(), n.pass, known, k, relative, own);
+  }
+
+  HAKD_DEVICE void find_own() {
+    for_each_class([&](auto tag, int32_t, const Class<F, bool>& k, int i) {
+      using Term = Of<decltype(tag)>;
+      const int32_t v = variant(tag);
+      if (!Term::has_loop(v)) return;
+      TermState<Term, F, S>& s = state<Term>();
+      if constexpr (Term::kRescales) {
+        if (Term::bounds(v) > 0) {
+          const First<F> found = first<Term>(k, s.known[i]);
+          F drop[kMostFirsts];
+#pragma unroll
+          for (int j = 0; j < Term::kFirsts; ++j) {
+            const F now = max_or_nan(s.bound[i].v[j], found.v[j]);
+            drop[j] = s.bound[i].v[j] - now;
+            s.bound[i].v[j] = now;
+          }
+          Term::rescale(v, n.pass, s.own[i], drop);
         }
-        sum.q = fma(sum.q, shrink, x);
-        sum.q_a = fma(sum.q_a, shrink, x * student_a(z_s[i], i));
       }
-    }
+      add_other<Term>(k, i, s.known[i], s.own[i]);
+    });
   }
 
-  // preset paper, weight_axis = space: r_t and dH of the label, for the maps.
-  HAKD_DEVICE PaperClass<F> paper_at_label(int i) const {
-    if (at.label[i] < 0) return {F(0), F(0), F(0), F(0)};
-    return paper_class(read_pixel_carefully(p.student, student_, at.label[i], i),
-                       read_pixel_carefully(p.teacher, teacher_, at.label[i], i), true, mixes());
-  }
-
-  HAKD_DEVICE void pixel(int i, const Statistics<F>& s, F weight_sum, F squares, Sums<F>& sums) {
-    const bool valid = at.label[i] >= 0;
-    const F square = n.temperature * n.temperature;
-    if (Set::ce(p)) {
-      ce_[i] = cross_entropy_pixel<Set>(p, n, s, t_[i], weight_sum, at.label[i], valid, sums);
-    }
-    if (Set::kd(p) == Divergence::kForward) {
-      const PairCoefficients<F> k = kd_forward_pixel(n, t_[i], valid, sums);
-      kd_student_[i] = k.student;
-      kd_other_[i] = k.other;
-    } else if (ratios()) {
-      const F on_student = valid ? n.temperature * n.term_scale[kKd] : F(0);
-      const F log2_ratio = t_[i].student_log2 - t_[i].teacher_log2;
-      const F mean = ratios_[i] * t_[i].student_inverse;
-      F value = mean + pivot_[i] - log2_ratio;
-      kd_other_[i] = F(0) - on_student * F(kLn2) * t_[i].student_inverse;
-      if (Set::kd(p) == Divergence::kJs) {
-        value = fma(n.beta, fma(js_teacher_[i], t_[i].teacher_inverse, log2_ratio),
-                    n.one_minus_beta * (mean + pivot_[i]));
-        kd_other_[i] *= n.one_minus_beta;
-      }
-      kd_student_[i] = valid ? kd_other_[i] * mean : F(0);
-      sums.of_term[kKd] += valid ? square * (F(kLn2) * value) : F(0);
-    }
-    if (Set::feature(p)) {
-      const F classes = static_cast<F>(p.classes);
-      sums.of_term[kFeature] += valid ? squares / classes : F(0);
-      feature_[i] = valid ? n.term_scale[kFeature] * feature_gradient_scale(classes) : F(0);
-    }
-    F r_t = F(0), d = F(0);
-    if (knowledge<Set>(p)) {
-      const HeteroCoefficients<F> k = hetero_probs_pixel<Set>(p, n, t_[i], valid, sums);
-      hetero_student_[i] = k.student;
-      hetero_other_[i] = Set::mix(p) == Mix::kLogits ? k.on_student : k.other;
-      teacher_weight_[i] = k.teacher_weight;
-      student_weight_[i] = k.student_weight;
-      late_[i] = F(0);
-      if (!mixes() && p.hetero_term) {  // KL(m || p_s) is known; on_student: as in find_mixed
-        const F value = t_[i].kl_teacher_student;
-        sums.of_term[kHetero] += valid ? k.on_student * n.temperature * value : F(0);
-      }
-      r_t = k.r_t;
-      d = k.d;
-    } else if (Set::hetero(p) == Hetero::kPaper) {
-      const PaperSums<F>& sum = paper_[i];
-      r_t = sum.r_t;
-      d = sum.gap;
-      F inverse = F(1) / sum.mixed_total;
-      if (p.evaluation) inverse = inverse / sum.weight_total;
-      inverse = valid ? inverse : F(0);
-      const F value = F(kLn2) * (t_[i].student_log2 * sum.q - sum.q_a) * inverse;
-      if (p.hetero_term) sums.of_term[kHetero] += valid ? value : F(0);
-      hetero_other_[i] = inverse * (n.term_scale[kHetero] / n.temperature);
-      hetero_student_[i] = valid ? hetero_other_[i] * sum.q * t_[i].student_inverse : F(0);
-    } else if (Set::hetero(p) == Hetero::kPaperSpace) {
-      if (p.maps) {
-        const PaperClass<F> k = paper_at_label(i);
-        r_t = k.r_t;
-        d = k.gap;
-      }
-      // evaluation = none: a mean over pixels and classes, as the weights' own is
-      const F mean = p.evaluation ? F(1) : F(1) / static_cast<F>(p.classes);
-      hetero_student_[i] = valid ? n.term_scale[kHetero] * n.temperature * mean : F(0);
-      late_[i] = F(0);
-    }
-    if (p.maps && at.inside[i]) write_maps(p, image_, at.y, at.x + i, valid, r_t, d);
-  }
-
-  // preset softmax-kl, mix = logits: a_h = r_t a_t + r_s a_s. a_h <= 0, but its maximum may lie far
-  // below: the exact one is found first. (student_weight_ becomes r_s, teacher_weight_ r_t.)
-  HAKD_DEVICE void find_mixed(Sums<F>& sums) {
-    F total[S], difference[S];
+  // A pixel's share of a softmax over space.
+  template <class Term>
+  HAKD_DEVICE void find_shares(int32_t c, Class<F, bool>& k, int i) {
+    const int32_t v = variant(TermTag<Term>());
+    if (Term::spaces(v) == 0) return;
+    typename Term::template Known<F> unused = state<Term>().known[i];
+    const First<F> found = first<Term>(k, unused);
 #pragma unroll
-    for (int i = 0; i < S; ++i) {
-      const Reliability<F> r = reliability(t_[i].teacher_nll, t_[i].student_nll, n.inverse_tau);
-      teacher_weight_[i] = r.teacher;
-      student_weight_[i] = r.student;
-      mixed_bound_[i] = F(-INFINITY);
-      total[i] = difference[i] = F(0);
+    for (int j = 0; j < Term::kFirsts; ++j) {
+      if (j >= Term::spaces(v)) continue;
+      const int64_t place = (static_cast<int64_t>(j) * p.batch + image_) * p.classes + c;
+      k.space[j] = exp2((found.v[j] - static_cast<const F*>(p.space_shift[index_of<Term>])[place]) *
+                        F(kLog2E)) *
+                   static_cast<const F*>(p.space_inverse[index_of<Term>])[place];
     }
-#pragma unroll 1
-    for (int32_t c = 0; c < p.classes; ++c) {
-      F z_s[S], z_t[S];
-      read_student(c, z_s);
-      read_teacher(c, z_t);
+  }
+
+  // The gradient of class c at pixel i; adds to the sums of a value loop.
+  template <class Term>
+  HAKD_DEVICE F gradient(int32_t c, const Class<F, bool>& known, int i) {
+    const int32_t v = variant(TermTag<Term>());
+    TermState<Term, F, S>& s = state<Term>();
+    const From from_x = Term::student(v), from_y = Term::other_from(v);
+    const bool own = from_x == From::kOwn || from_y == From::kOwn;
+    Pair<F> pair{F(0), F(0)};
+    Class<F, bool> k = known;
+    if constexpr (Term::kFirsts > 0) find_shares<Term>(c, k, i);
+    if (Term::has_value_loop(v)) {
+      pair = add_other<Term>(k, i, s.known[i], s.own[i]);
+    } else if (own) {
+      typename Term::template Known<F> unused_known = s.known[i];
+      typename Term::template Own<F> unused{};
+      pair = add_other<Term>(k, i, unused_known, unused);
+    }
+    const Coefficients<F>& a = s.coefficients[i];
+    F g = F(0);
+    if (from_x != From::kNone) g = a.student * source(from_x, k, pair.x, c);
+    if (from_y != From::kNone) g = fnma(a.other, source(from_y, k, pair.y, c), g);
+    if (Term::has_label(v) && k.is_label) g = a.label;
+    // an invalid pixel has no bound over space, and may be infinite
+    return Term::spaces(v) > 0 && at.label[i] < 0 ? F(0) : g;
+  }
+
+  HAKD_DEVICE F source(From from, const Class<F, bool>& k, F own, int32_t c) const {
+    switch (from) {
+      case From::kStudentHard: return hard(k.student_a, k.student_e);
+      case From::kStudent: return k.student_e;
+      case From::kTeacher: return k.teacher_e;
+      case From::kStudentZ: return k.student_z;
+      case From::kTeacherZ: return k.teacher_z;
+      case From::kClassWeight: return class_weight<F>(p, c);
+      default: return own;
+    }
+  }
+
+  // Where the sum of the terms that `term` leads goes; -1: nowhere.
+  HAKD_DEVICE int32_t gradient_of(int32_t term) const {
+    int32_t found = -1;
 #pragma unroll
-      for (int i = 0; i < S; ++i) {
-        mixed_bound_[i] = max_or_nan(mixed_bound_[i], mixed_a(z_s[i], z_t[i], i));
-      }
+    for (int k = 0; k < kTerms; ++k) {
+      if (Set::leader(p, k) == term && p.gradient_of[k] > found) found = p.gradient_of[k];
     }
-#pragma unroll 1
-    for (int32_t c = 0; c < p.classes; ++c) {
-      F z_s[S], z_t[S];
-      read_student(c, z_s);
-      read_teacher(c, z_t);
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        const F a = mixed_a(z_s[i], z_t[i], i) - mixed_bound_[i];
-        const F e = exp2(a);
-        total[i] += e;
-        difference[i] = fma(e, a - student_a(z_s[i], i), difference[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < S; ++i) {
-      const bool valid = at.label[i] >= 0;
-      const F mixed_total = valid ? total[i] : F(1);
-      const F inverse = reciprocal(mixed_total);
-      const F value = kl(difference[i], inverse, log2(mixed_total), t_[i].student_log2);
-      // other is on_student until here (times the gradient's scale, where no value is read)
-      sums.of_term[kHetero] += valid ? hetero_other_[i] * n.temperature * value : F(0);
-      hetero_student_[i] = hetero_other_[i] * t_[i].student_inverse;
-      hetero_other_[i] = hetero_other_[i] * inverse;
-    }
-  }
-
-  HAKD_DEVICE F mixed_a(F z_s, F z_t, int i) const {
-    return mixed_target(teacher_weight_[i], teacher_a(z_t, i), student_weight_[i],
-                        student_a(z_s, i));
-  }
-
-  // Gradients of each term, of class c, at pixel i.
-  HAKD_DEVICE F cross_entropy_gradient(int32_t c, F a_s, F e_s, int i) const {
-    const F h = hard(a_s, e_s);
-    F g = at.label[i] == c ? ce_[i].label : ce_[i].hard * h;
-    if (Set::smoothing(p)) {
-      g += ce_[i].soft * (ce_[i].weight_sum * (h * ce_[i].inverse) - class_weight<F>(p, c));
-    }
-    return g;
-  }
-
-  HAKD_DEVICE F kd_gradient(F a_s, F e_s, F a_t, F e_t, int i) const {
-    F other = e_t;
-    if (ratios()) other = e_s * (log_ratio(a_s, e_s, a_t, e_t, i) - pivot_[i]);
-    return fnma(kd_other_[i], other, kd_student_[i] * e_s);
-  }
-
-  HAKD_DEVICE F hetero_gradient(int32_t c, F z_s, F z_t, F a_s, F e_s, F a_t, F e_t, int i) {
-    const bool valid = at.label[i] >= 0;
-    if (knowledge<Set>(p)) {
-      if (Set::mix(p) != Mix::kLogits) {
-        const F weighted = teacher_weight_[i] * e_t;
-        const F m = mixed_target(F(1), weighted, student_weight_[i], e_s);
-        late_[i] = fma(m, fast_log2(max_or_nan(m, F(kSmallestNormal))) - a_s, late_[i]);
-        return fnma(hetero_other_[i], weighted, hetero_student_[i] * e_s);
-      }
-      const F a = mixed_target(teacher_weight_[i], a_t, student_weight_[i], a_s) - mixed_bound_[i];
-      return fnma(hetero_other_[i], exp2(a), hetero_student_[i] * e_s);
-    }
-    const PaperClass<F> k = paper_class(z_s, z_t, at.label[i] == c, mixes());
-    if (Set::hetero(p) == Hetero::kPaper) {
-      F other = exp2((k.z_h - paper_[i].mixed_bound) * n.scale);
-      if (p.evaluation) other *= exp2((k.strength - paper_[i].weight_bound) * F(kLog2E));
-      return valid ? fnma(hetero_other_[i], other, hetero_student_[i] * e_s) : F(0);
-    }
-    const F a = k.z_h / n.temperature;
-    const F b = z_s / n.temperature;
-    F w = F(1);
-    if (p.evaluation) {
-      const int64_t place = static_cast<int64_t>(image_) * p.classes + c;
-      w = exp2((k.strength - static_cast<const F*>(p.space_shift)[place]) * F(kLog2E)) *
-          static_cast<const F*>(p.space_weight)[place];
-    }
-    late_[i] += valid ? w * bernoulli_kl(a, b) : F(0);
-    return valid ? hetero_student_[i] * (w * bernoulli_kl_gradient(a, b)) : F(0);
+    return found;
   }
 
   HAKD_DEVICE void gradients(const RowWriter<F>& rows) {
     const bool on_labels = p.student.source == Source::kLabels;
     const bool to_rows = p.gradients && !on_labels;
-    const bool wants_hetero = p.hetero_term && Set::hetero(p) != Hetero::kNone;
-    const bool has[kTerms] = {Set::ce(p), Set::kd(p) != Divergence::kNone, wants_hetero,
-                              Set::feature(p)};
-    // Of terms that share a slot the first one's cursor writes the sum.
-    const bool kd_with_ce =
-        has[kKd] && has[kCe] && (Set::kTogether || share_slot(p, kKd, kCe));
-    const bool feature_with_ce = has[kFeature] && has[kCe] && share_slot(p, kFeature, kCe);
-    const bool feature_with_kd =
-        has[kFeature] && has[kKd] && !feature_with_ce && share_slot(p, kFeature, kKd);
-    const bool writes[kTerms] = {to_rows, to_rows && !kd_with_ce, to_rows,
-                                 to_rows && !(feature_with_ce || feature_with_kd)};
+    // The first of the terms that share a gradient writes the sum.
     RowCursor<F> cursor[kTerms];
 #pragma unroll
     for (int k = 0; k < kTerms; ++k) {
-      if (has[k] && !(Set::kTogether && k == kKd && has[kCe])) {
-        const int32_t slot = Set::kTogether && k == kCe && p.slot[kCe] < 0 ? p.slot[kKd] : p.slot[k];
-        cursor[k] = {rows, writes[k] ? slot : -1, 0};
-      }
+      if (Set::leads(p, k)) cursor[k] = {rows, to_rows ? gradient_of(k) : -1, 0};
     }
 #pragma unroll 1
     for (int32_t c = 0; c < p.classes; ++c) {
+      F z_s[S], z_t[S], g[kTerms][S];  // of each leader
 #pragma unroll
       for (int k = 0; k < kTerms; ++k) {
-        if (has[k] && !(Set::kTogether && k == kKd && has[kCe])) cursor[k].begin();
+        if (Set::leads(p, k)) cursor[k].begin();
       }
-      F z_s[S], z_t[S], merged[S], g[kTerms][S];
       read_student(c, z_s);
       if (Set::teacher(p)) read_teacher(c, z_t);
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        F a_s = F(0), e_s = F(0), a_t = F(0), e_t = F(0);
-        if (soft<Set>(p) || Set::ce(p)) {
-          a_s = student_a(z_s[i], i);
-          e_s = exp2(a_s);
-        }
-        if (pair<Set>(p)) {
-          a_t = teacher_a(z_t[i], i);
-          e_t = exp2(a_t);
-        }
-        g[kCe][i] = Set::ce(p) ? cross_entropy_gradient(c, a_s, e_s, i) : F(0);
-        g[kKd][i] = Set::kd(p) != Divergence::kNone ? kd_gradient(a_s, e_s, a_t, e_t, i) : F(0);
-        g[kHetero][i] =
-            wants_hetero ? hetero_gradient(c, z_s[i], z_t[i], a_s, e_s, a_t, e_t, i) : F(0);
-        g[kFeature][i] = Set::feature(p) ? feature_[i] * (z_s[i] - z_t[i]) : F(0);
-        merged[i] = (g[kCe][i] + g[kKd][i]) + (g[kHetero][i] + g[kFeature][i]);
+        const Class<F, bool> known = class_of(c, z_s[i], Set::teacher(p) ? z_t[i] : F(0), i);
+        for_each([&](auto tag) {
+          using Term = Of<decltype(tag)>;
+          constexpr int k = index_of<Term>;
+          if (!Set::template has<Term>(p)) return;
+          g[k][i] = gradient<Term>(c, known, i);
+#pragma unroll
+          for (int j = 0; j < k; ++j) {
+            if (Set::leader(p, k) == j) g[j][i] += g[k][i];
+          }
+        });
       }
       if (!p.gradients) continue;
       if (on_labels) {
@@ -629,28 +544,29 @@ class SegmentPass {
 #pragma unroll
         for (int i = 0; i < S; ++i) {
           if (!at.inside[i]) continue;
+          F all = F(0);
+          bool some = false;
+#pragma unroll
+          for (int k = 0; k < kTerms; ++k) {
+            if (!Set::leads(p, k)) continue;
+            all = some ? all + g[k][i] : g[k][i];
+            some = true;
+          }
           store_logit(const_cast<void*>(p.gradient.data), p.gradient.dtype,
-                      place + (at.x + i) * p.gradient.column_stride, merged[i]);
+                      place + (at.x + i) * p.gradient.column_stride, all);
         }
         continue;
       }
 #pragma unroll
-      for (int i = 0; i < S; ++i) {
-        if (feature_with_kd) g[kKd][i] += g[kFeature][i];
-        if (feature_with_ce) g[kCe][i] += g[kFeature][i];
-        if (kd_with_ce) g[kCe][i] += g[kKd][i];
-      }
-#pragma unroll
       for (int k = 0; k < kTerms; ++k) {
-        if (!has[k] || (Set::kTogether && k == kKd && has[kCe])) continue;
-        if (!Set::kTogether && (!writes[k] || p.slot[k] < 0)) continue;
-        F all = F(0), right = F(0);
+        if (!Set::leads(p, k)) continue;
+        F sum = F(0), right = F(0);
 #pragma unroll
         for (int i = 0; i < S; ++i) {
-          all += g[k][i];
+          sum += g[k][i];
           right = fma(at.fraction_x[i], g[k][i], right);
         }
-        const F left = all - right;
+        const F left = sum - right;
         const F bottom_left = at.fraction_y * left;
         const F bottom_right = at.fraction_y * right;
         cursor[k].add({left - bottom_left, right - bottom_right, bottom_left, bottom_right});
@@ -667,13 +583,7 @@ class SegmentPass {
   bool careful_ = false;
   Under<F, S> student_, teacher_;
   F student_m_[S], teacher_m_[S];
-  Totals<F> t_[S];
-  CrossEntropyCoefficients<F> ce_[S];
-  F kd_student_[S], kd_other_[S], pivot_[S], ratios_[S], js_teacher_[S];
-  JsWeights<F> js_weights_[S];
-  F hetero_student_[S], hetero_other_[S], teacher_weight_[S], student_weight_[S], late_[S];
-  F mixed_bound_[S], feature_[S];
-  PaperSums<F> paper_[S];
+  TermStates<F, S, AllTerms> states_;
 };
 
 }  // namespace heteroakd::cuda

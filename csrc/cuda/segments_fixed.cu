@@ -4,34 +4,46 @@
 namespace heteroakd::cuda {
 namespace {
 
-template <class Set>
-constexpr Kernel fixed(const char* name) {
-  return segments_of<float, Set, kSegmentPixels, Hold::kAlways>(name);
+// A set of terms, and whether a call has no other ones.
+struct FixedKernel {
+  Kernel kernel;
+  bool (*covers)(const Pass&);
+};
+
+template <class Set, class... Terms>
+bool covers(const Pass& p, TermTypes<Terms...>) {
+  return ((!p.has[index_of<Terms>] ||
+           p.variant[index_of<Terms>] == Set::template fixed<Terms>()) &&
+          ...);
 }
 
-constexpr Divergence kForward = Divergence::kForward;
+template <class Set>
+constexpr FixedKernel fixed(const char* name) {
+  return {segments_of<float, Set, kSegmentPixels, Hold::kAlways>(name),
+          [](const Pass& p) { return covers<Set>(p, AllTerms()); }};
+}
 
-constexpr Kernel kCeOnly = fixed<Ce>("segments: ce");
-constexpr Kernel kProbs = fixed<CeKdHetero>("segments: ce, kd, hetero");
-constexpr Kernel kLogits = fixed<Fixed<true, kForward, Hetero::kSoftmaxKl, Mix::kLogits>>(
-    "segments: ce, kd, hetero of mixed logits");
-constexpr Kernel kPaper = fixed<Fixed<true, kForward, Hetero::kPaper>>("segments: ce, kd, paper");
-constexpr Kernel kReverse =
-    fixed<Fixed<true, Divergence::kReverse, Hetero::kNone>>("segments: ce, reverse kd");
-constexpr Kernel kJs = fixed<Fixed<true, Divergence::kJs, Hetero::kNone>>("segments: ce, js");
+constexpr int32_t kForward = KdTerm::kForward;
+constexpr int32_t kPaper = PaperTerm::kMixes | PaperTerm::kEvaluates;
+
+// The first that covers a call is taken.
+constexpr FixedKernel kKernels[] = {
+    fixed<Ce>("segments: ce"),
+    fixed<CeKdHetero>("segments: ce, kd, hetero"),
+    fixed<Fixed<kPlainCe, kForward, HeteroTerm::kLogits, -1, -1>>(
+        "segments: ce, kd, hetero of mixed logits"),
+    fixed<Fixed<kPlainCe, kForward, -1, kPaper, -1>>("segments: ce, kd, paper"),
+    fixed<Fixed<kPlainCe, KdTerm::kReverse, -1, -1, -1>>("segments: ce, reverse kd"),
+    fixed<Fixed<kPlainCe, KdTerm::kJs, -1, -1, -1>>("segments: ce, js"),
+};
 
 }  // namespace
 
-const Kernel* segments_fixed(Divergence kd, Hetero hetero, Mix mix) {
-  if (hetero != Hetero::kNone && mix == Mix::kTeacher) return nullptr;  // an ablation: seldom run
-  if (kd == Divergence::kReverse) return hetero == Hetero::kNone ? &kReverse : nullptr;
-  if (kd == Divergence::kJs) return hetero == Hetero::kNone ? &kJs : nullptr;
-  switch (hetero) {
-    case Hetero::kNone: return kd == Divergence::kNone ? &kCeOnly : &kProbs;
-    case Hetero::kSoftmaxKl: return mix == Mix::kProbs ? &kProbs : &kLogits;
-    case Hetero::kPaper: return &kPaper;
-    default: return nullptr;
+const Kernel* segments_fixed(const Pass& pass) {
+  for (const FixedKernel& fixed : kKernels) {
+    if (fixed.covers(pass)) return &fixed.kernel;
   }
+  return nullptr;
 }
 
 }  // namespace heteroakd::cuda

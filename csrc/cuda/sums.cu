@@ -3,7 +3,7 @@
 // finish_sums: a block per column of `partials`, which it reads once. combine_gradients: the sum over
 // terms of the scale times the gradient of each group, in the dtype and the strides of the logits; reads
 // each saved gradient and writes the result once: 4 (K (chunk_rows + 1) / chunk_rows + 1) bytes per
-// logit, memory bound. reduce_space: the softmax's denominators of weight_axis = space.
+// logit, memory bound. reduce_space: the denominators of softmaxes over space.
 #include "kernels.h"
 #include "memory.h"
 #include "runtime.h"
@@ -38,7 +38,11 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
   const double* first = f.partials + column;
   const double total = over_block(column_sum(first, f.rows * f.images), memory);
   double images_with_pixels = 0.0;
-  if (column == kHeteroWeight && f.per_image) {
+  bool per_image = false;
+  for (int k = 0; k < kTerms; ++k) {
+    per_image |= f.group[k] >= 0 && f.denominator[k] == Denominator::kImages;
+  }
+  if (column == kValid && per_image) {
     for (int64_t image = 0; image < f.images; ++image) {
       const double* valid = f.partials + image * f.rows * kPartials + kValid;
       const double pixels = over_block(column_sum(valid, f.rows), memory);
@@ -46,25 +50,22 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
     }
   }
   if (threadIdx.x != 0) return;
-  const auto set = [&](double* out, int32_t place, double value) {
-    if (place >= 0) out[place] = value;
-  };
-  // A sum of divergences is never negative, its rounding may be. A NaN comes through.
-  const bool divergence = column == kKd || column == kHetero;
-  const double numerator = divergence ? max_or_nan(0.0, total) : total;
-  if (column < kTerms) set(f.numerators, f.place[column], numerator);
-  if (column == kWeightOfLabels && f.weighted) set(f.denominators, f.group[kCe], total);
-  if (column == kHeteroWeight && f.knowledge) set(f.denominators, f.group[kHetero], total);
-  if (column == kHeteroWeight && f.per_image) {
-    set(f.denominators, f.group[kHetero], images_with_pixels * f.classes);
+  for (int k = 0; k < kTerms; ++k) {
+    if (f.position[k] < 0) continue;
+    // A sum of divergences is never negative, its rounding may be. A NaN comes through.
+    if (column == k) f.numerators[f.position[k]] = f.is_divergence[k] ? max_or_nan(0.0, total) : total;
+    const Denominator kind = f.denominator[k];
+    double* denominator = f.denominators + f.group[k];
+    if (kind == Denominator::kValid && column == kValid) *denominator = total;
+    if (kind == Denominator::kImages && column == kValid) {
+      *denominator = images_with_pixels * f.classes;
+    }
+    if ((kind == Denominator::kShares || kind == Denominator::kClassWeight) &&
+        column == f.share_of[k]) {
+      *denominator = total;
+    }
   }
-  if (column == kValid) {
-    if (!f.weighted) set(f.denominators, f.group[kCe], total);
-    if (!f.knowledge && !f.per_image) set(f.denominators, f.group[kHetero], total);
-    set(f.denominators, f.group[kKd], total);
-    set(f.denominators, f.group[kFeature], total);
-    if (f.report != nullptr) f.report[0] = static_cast<int64_t>(total);
-  }
+  if (column == kValid && f.report != nullptr) f.report[0] = static_cast<int64_t>(total);
   if (column == kBad && f.report != nullptr) f.report[1] = static_cast<int64_t>(total);
 }
 
@@ -86,15 +87,15 @@ __global__ void __launch_bounds__(kCombineThreads)
     combine_gradients_kernel(const __grid_constant__ Combine k) {
   const int64_t width = k.out.width;
   const int64_t plane = k.chunks * (k.chunk_rows + 1) * width;
-  const int64_t slot = plane * k.classes * k.batch;
+  const int64_t all = plane * k.classes * k.batch;
   const int64_t per_row = (width + kCombined - 1) / kCombined;
   const int64_t per_plane = per_row * k.out.height;
   const int64_t count = per_plane * k.classes * k.batch;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kCombineThreads;
-  F scale[kTerms];
+  F scale[kMostGradients];
 #pragma unroll
-  for (int s = 0; s < kTerms; ++s) {
-    scale[s] = s < k.slots ? static_cast<F>(k.weight[s] * k.grad_totals[k.group[s]]) : F(0);
+  for (int s = 0; s < kMostGradients; ++s) {
+    scale[s] = s < k.gradients ? static_cast<F>(k.weight[s] * k.grad_totals[k.group[s]]) : F(0);
   }
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x; at < count;
        at += step) {
@@ -113,13 +114,13 @@ __global__ void __launch_bounds__(kCombineThreads)
 #pragma unroll
     for (int x = 0; x < kCombined; ++x) total[x] = F(0);
 #pragma unroll
-    for (int s = 0; s < kTerms; ++s) {
-      if (s >= k.slots) continue;
+    for (int s = 0; s < kMostGradients; ++s) {
+      if (s >= k.gradients) continue;
 #pragma unroll
       for (int x = 0; x < kCombined; ++x) {
         if (j + x >= width) continue;
-        F g = top[s * slot + x];
-        if (above != nullptr) g += above[s * slot + x];
+        F g = top[s * all + x];
+        if (above != nullptr) g += above[s * all + x];
         total[x] += scale[s] * g;
       }
     }
@@ -140,7 +141,7 @@ template <typename F>
 __global__ void __launch_bounds__(kSpaceThreads)
     reduce_space_kernel(const __grid_constant__ SpaceReduce r) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kSpaceThreads + threadIdx.x;
-  if (at >= static_cast<int64_t>(r.batch) * r.classes) return;
+  if (at >= r.images * r.classes) return;
   const int64_t image = at / r.classes;
   const F* found = static_cast<const F*>(r.found) + (image * r.rows * r.classes + at % r.classes) * 2;
   F largest = F(-1e30);
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kSpaceThreads)
     largest = bound;
   }
   static_cast<F*>(r.shift)[at] = largest;
-  static_cast<F*>(r.weight)[at] = static_cast<F>(1.0 / total);
+  static_cast<F*>(r.inverse)[at] = static_cast<F>(1.0 / total);
 }
 
 }  // namespace
@@ -179,7 +180,7 @@ void launch_combine_gradients(const Combine& k, cudaStream_t stream) {
 }
 
 void launch_reduce_space(const SpaceReduce& r, cudaStream_t stream) {
-  const int64_t blocks = (static_cast<int64_t>(r.batch) * r.classes + kSpaceThreads - 1) /
+  const int64_t blocks = (r.images * r.classes + kSpaceThreads - 1) /
                          kSpaceThreads;
   launch(r.wide ? reduce_space_kernel<double> : reduce_space_kernel<float>,
          dim3(static_cast<unsigned>(blocks)), dim3(kSpaceThreads), 0, stream, "reduce_space", r);

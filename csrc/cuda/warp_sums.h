@@ -22,16 +22,17 @@ HAKD_DEVICE void write_sums(const Pass& p, int64_t row, const ThreadSums& sums, 
   double of_term[kTerms];
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) of_term[k] = take(sums.of_term[k]);
-  const double weight_of_labels = take(sums.weight_of_labels);
-  const double hetero_weight = take(sums.hetero_weight);
+  double share[kShares];
+#pragma unroll
+  for (int k = 0; k < kShares; ++k) share[k] = take(sums.share[k]);
   const int64_t valid = over_warp(own ? sums.valid : int64_t{0});
   const int64_t bad = over_warp(own ? sums.bad : int64_t{0});
   if (lane != 0) return;
   double* out = p.partials + row * kPartials;
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) out[k] = of_term[k];
-  out[kWeightOfLabels] = weight_of_labels;
-  out[kHeteroWeight] = hetero_weight;
+#pragma unroll
+  for (int k = 0; k < kShares; ++k) out[kFirstShare + k] = share[k];
   out[kValid] = static_cast<double>(valid);
   out[kBad] = static_cast<double>(bad);
 }

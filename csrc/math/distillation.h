@@ -1,4 +1,5 @@
-// Every formula of a pixel, in the names and the order of `reference.py`; sections as there.
+// The formulas that several terms (../terms) or kernels share, in the names and the order of
+// `reference.py`; sections as there.
 //
 // A pixel arrives as sums over its classes. For one model with logits z_c, their maximum m and a
 // temperature T,
@@ -28,68 +29,16 @@ HAKD_FN F negative_log_likelihood(F others, F label_e, F label_z_minus_m) {
   return log(u) + select(confident, ratio - (u - F(1)), F(0) - label_z_minus_m);
 }
 
-// Weights of a pixel: hard = (1 - smoothing) * w_label, soft = smoothing / C.
-template <typename F>
-struct CrossEntropyWeights {
-  F hard;
-  F soft;
-  F weight_sum;  // sum over classes of w_c
-};
-
-// Weighted cross entropy; nll is the negative log likelihood, and only smoothing reads log_total =
-// log(total) and weighted_z = sum_c w_c (z_c - m).
-template <bool kSmoothing, typename F>
-HAKD_FN F cross_entropy(const CrossEntropyWeights<F>& w, F nll, F log_total, F weighted_z) {
-  F loss = w.hard * nll;
-  if (kSmoothing) loss = loss + w.soft * (w.weight_sum * log_total - weighted_z);
-  return loss;
-}
-
-// d cross_entropy / d z_c = hard / total * numerator + (smoothing only) soft (weight_sum p_c - w_c)
-// where the numerator is e_c, and for the labelled class minus the sum of the others: p - 1 of a
-// confident pixel keeps its relative precision, where 1 - p has none left.
-template <typename F, typename M>
-HAKD_FN F cross_entropy_gradient_numerator(M is_label, F e, F others) {
-  return select(is_label, F(0) - others, e);
-}
-
 // KL(a || b), from sum_c e_a,c (a_a,c - a_b,c).
 template <typename F>
 HAKD_FN F kl(F weighted_difference, F inverse_total_a, F log2_total_a, F log2_total_b) {
   return F(kLn2) * (weighted_difference * inverse_total_a - log2_total_a + log2_total_b);
 }
 
-// d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)
-// d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = log p_s,c - log p_t,c
-// d (T^2 JS) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = (1 - beta) (log p_s,c - log m_c)
-//
-// The last two do not change when a constant is subtracted from every f_c. It is the f_c of the
-// student's most likely class, the pivot: that class of a confident pixel then gets 0 - 0, where it
-// would get the difference of two numbers as large as the logits. f_c is in units of log2, and with
-// a_c in the place of log2 p_c = a_c - log2(total), which is a constant too.
-
 // Reverse KL: f_c. Bounded so that the difference of two is finite.
 template <typename F>
 HAKD_FN F reverse_ratio(F student_a, F teacher_a) {
   return min(F(1e38f), max(F(-1e38f), student_a - teacher_a));
-}
-
-// js: total_s m_c = mixed_target(beta total_s / total_t, e_t,c, 1 - beta, e_s,c), and f_c = a_s,c
-// minus its logarithm (times 1 - beta). Near agreement both are as small as the a_c, where log2 m_c
-// is as large as log2 C, and its rounding with it.
-template <typename F>
-struct JsWeights {
-  F teacher, student;
-};
-template <typename F>
-HAKD_FN JsWeights<F> js_weights(F beta, F one_minus_beta, F total_ratio) {
-  return {beta * total_ratio, one_minus_beta};
-}
-
-// d (z_s,c - z_t,c)^2 / d z_s,c, for the mean over C classes
-template <typename F>
-HAKD_FN F feature_gradient_scale(F classes) {
-  return F(2) / classes;
 }
 
 // --- section 4: reliability and mixed target ----------------------------------------------------
@@ -139,21 +88,11 @@ HAKD_FN F class_reliability(F teacher_h, F student_h) {
 
 // --- section 5: discrepancy and the term --------------------------------------------------------
 
-// preset softmax-kl: a KL is never negative, its rounding may be. A NaN comes through.
-template <typename F>
-HAKD_FN F discrepancy(F kl_teacher_student) {
-  return max(F(0), kl_teacher_student);
-}
-
 // preset paper (Eq. 8): the positive reliability gap of one class.
 template <typename F>
 HAKD_FN F class_discrepancy(F student_h, F mixed_h) {
   return max(F(0), student_h - mixed_h);
 }
-
-// preset softmax-kl: d (T^2 KL(m || p_s)) / d z_c = T (p_s,c - m_c); with mix = probs that is
-// T r_t (p_s,c - p_t,c), because r_s = 1 - r_t; with mix = teacher T (p_s,c - p_t,c).
-// preset paper: with q_c = W_c m_c, d (-sum_c q_c log p_s,c) / d z_c = (p_s,c sum q - q_c) / T.
 
 // weight_axis = space: KL(sigmoid(a) || sigmoid(b)), and its derivative by b.
 template <typename F>

@@ -70,7 +70,9 @@ CUDA: Final = {
     "cells: ce + hetero": Cuda("cells_ce_hetero.cu", "", 16, _CELLS),
     "cells: ce + kd + hetero": Cuda("cells_ce_kd_hetero.cu", "", 16, _CELLS),
     "labels: forward": Cuda("labels_grid.cu", "Li0ELi0ELi0E.*4ELb0", 4, _LABELS | {"find_late": 2}),
-    "labels: backward": Cuda("labels_grid.cu", "Li0ELi0ELi0E.*4ELb1", 4, _LABELS | {"gradients<2>": 2}),
+    "labels: backward": Cuda(
+        "labels_grid.cu", "Li0ELi0ELi0E.*4ELb1", 4, _LABELS | {"gradients<2>": 2}
+    ),
     "segments: mixed logits": Cuda("segments_fixed.cu", "Li0ELi0ELi1E", 4, _OWN),
     "segments: paper": Cuda("segments_fixed.cu", "Li0ELi0ELin1ELi3E", 4, _OWN),
     "segments: reverse kd": Cuda("segments_fixed.cu", "Li0ELi1E", 4, _OWN),

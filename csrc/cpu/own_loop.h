@@ -64,9 +64,10 @@ First<Lanes<T>> find_first(const Pass<T>& p, const LoopTiles<T>& all,
 // Sums of `other`, and own_x, own_y where the gradient reads them. Where the term has bounds, first.v
 // is in its tiles and `maxima` are its maxima; otherwise it is found here.
 template <typename T, class Term, int32_t kVariant, bool kBounds>
-void own_loop(const Pass<T>& p, const LoopTiles<T>& all, const First<Lanes<T>>& maxima,
-              typename Term::template Known<Lanes<T>>& known_out,
-              typename Term::template Own<Lanes<T>>& own_out) {
+typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles<T>& all,
+                                               const First<Lanes<T>>& maxima,
+                                               const Totals<Lanes<T>>& totals,
+                                               typename Term::template Known<Lanes<T>>& known_out) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   constexpr int kSpaces = Term::spaces(kVariant);
@@ -74,7 +75,8 @@ void own_loop(const Pass<T>& p, const LoopTiles<T>& all, const First<Lanes<T>>& 
   const auto numbers = p.term_numbers.template of<Term>();
   const PassNumbers<T> pass = p.numbers;
   auto known = known_out;
-  auto own = own_out;
+  typename Term::template Own<F> own{};
+  Term::start(kVariant, known, totals, own);
   const Labels<T> labels = load_labels<T>(tiles.labels);
   const First<F> bound = maxima;
   for (int64_t c = 0; c < p.classes; ++c) {
@@ -95,8 +97,8 @@ void own_loop(const Pass<T>& p, const LoopTiles<T>& all, const First<Lanes<T>>& 
     if constexpr (Term::student(kVariant) == From::kOwn) pair.x.store(tiles.own_x + c * N);
     if constexpr (Term::other_from(kVariant) == From::kOwn) pair.y.store(tiles.own_y + c * N);
   }
-  if constexpr (!kBounds) known_out = known;
-  own_out = own;
+  if constexpr (!kBounds && Term::kFirsts > 0) known_out = known;
+  return own;
 }
 
 // Adds one vector of pixels to a class's maximum and sum of exp over space, lane by lane, with a

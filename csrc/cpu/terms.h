@@ -376,8 +376,7 @@ class Terms {
                                 Term::other_from(kVariant) == From::kOwn;
         if constexpr (kLoops || Term::has_value_loop(kVariant)) {
           if (kLoops || (p.asked[k] && p.values)) {
-            Term::start(kVariant, known[r], totals_[r], own);
-            loop<Term, kVariant>(group, r, valid, known[r], own);
+            own = loop<Term, kVariant>(group, r, valid, known[r]);
           }
         }
       });
@@ -413,8 +412,8 @@ class Terms {
 
   // The loops over classes of one term and row.
   template <class Term, int32_t kVariant>
-  void loop(const Group<T>& group, int r, Mask<T> valid, typename Term::template Known<F>& known,
-            typename Term::template Own<F>& own) {
+  typename Term::template Own<F> loop(const Group<T>& group, int r, Mask<T> valid,
+                                      typename Term::template Known<F>& known) {
     constexpr int k = index_of<Term>;
     constexpr bool kBounds = Term::bounds(kVariant) > 0;
     constexpr int32_t kLoopVariant = kBounds ? kVariant & ~Term::kFirstBits : kVariant;
@@ -449,8 +448,8 @@ class Terms {
       const int64_t plane = i * p.classes * N;
       collect_space<T>(p.classes, tiles.first[i], valid, space_maximum_ + plane, space_sum_ + plane);
     }
-    if (!p.asked[k]) return;
-    own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, known, own);
+    if (!p.asked[k]) return {};
+    return own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, totals_[r], known);
   }
 
   template <class Term, int kRows, bool kUpsample>

@@ -60,8 +60,13 @@ class Environment:
 
     def output(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs Python with these arguments, and keeps all that it prints."""
-        to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.run([str(self.python), *command], cwd=ROOT, text=True, **to)
+        return subprocess.run(
+            [str(self.python), *command],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def pip(self, *arguments: str) -> None:
         self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)

@@ -70,7 +70,10 @@ void set_temperature(PassTerms& pass, int term, bool& known) {
     using Term = typename decltype(tag)::type;
     if (k != term) return;
     for (int i = 0; i < Term::kNumberCount; ++i) {
-      if (std::strcmp(Term::kNumbers[i].name, kTemperatureRange.name) != 0) continue;
+      if (Term::kOwnTemperature ||
+          std::strcmp(Term::kNumbers[i].name, kTemperatureRange.name) != 0) {
+        continue;
+      }
       const double temperature = pass.options[k].number[i];
       STD_TORCH_CHECK(!known || pass.temperature == temperature, "temperature: got ",
                       pass.temperature, " and ", temperature, " in one pass");

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._checks import refuse_unknown
+from ._checks import check_temperature, refuse_unknown
 from ._evaluate import DEFAULTS, LossOptions, Normalizer, Part, check_options, evaluate
-from .channelwise import channel_wise_distillation
 from .output import DistillationOutput
 from .projector import Projection
 from .spec import Numbers, Shape, constant_while_tracing, numbers_of, shape_of, vector
 from .terms import (
+    CWD,
     FLAT,
     FLAT_DEFAULTS,
     FLAT_WEIGHTS,
@@ -107,6 +107,49 @@ def segmentation_loss(
     shape, numbers = encode(with_maps(checked) if return_maps else checked)
     part = Part(shape, numbers, student_logits, teacher_logits)
     return evaluate([part], target, check_options(options), normalizer, return_maps)
+
+
+#: mmrazor and others.
+CWD_RENAMED: Final = {"tau": "temperature", "T": "temperature"}
+CWD_OPTIONS: Final = tuple(name for name in DEFAULTS if name != "class_weight")
+
+
+def channel_wise_distillation(
+    student_logits: Tensor | Projection,
+    target: Tensor,
+    teacher_logits: Tensor | Projection,
+    *,
+    temperature: float = 4.0,
+    normalizer: Normalizer | None = None,
+    **options: Unpack[LossOptions],
+) -> DistillationOutput:
+    """`segmentation_loss` of the term `CWD` alone.
+
+    Args:
+        student_logits: [B, C, h, w], and `target`, `teacher_logits`: as there; of the labels only
+            matters which are ignored.
+        temperature: T, from 1e-4 to 1e4; 4 in the paper. mmrazor calls it tau.
+        normalizer: replaces N C, images with a valid pixel times classes; a number, or
+            {"cwd": number} as in `denominators`.
+        options: those of `segmentation_loss` but `class_weight`. resolution="logits" is what was
+            published.
+
+    Returns:
+        A `DistillationOutput` with `loss`, the term `cwd`, `valid` and `denominators`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+    """
+    refuse_unknown(options.keys() - set(CWD_OPTIONS), ("temperature", *CWD_OPTIONS), CWD_RENAMED)
+    if teacher_logits is None:
+        raise TypeError(
+            "teacher_logits: got None, expected a tensor [B, C, h', w'] or a Projection"
+        )
+    shape, numbers = encode((CWD(1.0, check_temperature(temperature, "temperature")),))
+    if normalizer is not None and not isinstance(normalizer, Mapping):
+        normalizer = {CWD.name: normalizer}
+    part = Part(shape, numbers, student_logits, teacher_logits)
+    return evaluate([part], target, check_options(options), normalizer, False)
 
 
 def distillation_loss(

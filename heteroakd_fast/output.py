@@ -60,7 +60,7 @@ def _term(name: str) -> property:
     return property(lambda output: output.terms.get(name), doc=f'`terms.get("{name}")`')
 
 
-for _name in (*(term.name for term in TERMS), "projector", "cwd"):
+for _name in (*(term.name for term in TERMS), "projector"):
     setattr(DistillationOutput, _name, _term(_name))
 for _name in ("add", "mul", "rmul", "sub", "rsub", "truediv", "rtruediv", "pow", "neg"):
     setattr(DistillationOutput, f"__{_name}__", DistillationOutput._refuse)

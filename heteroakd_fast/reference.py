@@ -23,23 +23,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import Options
-from .terms import KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
+from .terms import CWD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
 
 __all__ = [
     "Knowledge",
     "PassSums",
     "bernoulli_kl",
     "cross_entropy",
+    "cwd",
     "empty_sums",
     "evaluate_knowledge",
     "feature",
     "group",
     "hetero",
     "join_over_space",
+    "join_shares",
     "kd",
     "labels_and_valid",
     "negative_log_likelihood",
     "project",
+    "space_shares",
     "sums",
     "terms_on_grid",
     "upsample",
@@ -74,9 +77,8 @@ class Knowledge(NamedTuple):
     """[B, H, W]: r_t, of the labelled class in the preset `paper`"""
     discrepancy: Tensor
     """[B, H, W]: d_p, or dH of the labelled class"""
-    shares: tuple[Tensor, Tensor] | None = None
-    """Of weights over space, [B, C, 1, 1] each: the largest logit m and the sum of exp(x - m) that
-    the softmax divided by (0 where no pixel is valid)"""
+    shares: Shares | None = None
+    """Of weights over space, what the softmax divided by"""
 
 
 # --- section 1: projection ---------------------------------------------------------------------
@@ -241,6 +243,67 @@ def feature(student_z: Tensor, teacher_z: Tensor, valid: Tensor) -> Fraction:
     return _total((student_z - teacher_z).square().mean(dim=1), valid), _valid_count(valid)
 
 
+#: Of a softmax over space, [B, C, 1, 1] each: the largest logit m and the sum of exp(x - m) over
+#: the valid pixels (0 where there is none).
+Shares = tuple[Tensor, Tensor]
+
+
+def space_shares(x: Tensor, valid: Tensor) -> Shares:
+    """Of logits x [B, C, H, W] over the pixels of each image and class."""
+    inside = valid[:, None]
+    largest = x.masked_fill(~inside, torch.finfo(x.dtype).min).amax(dim=(2, 3), keepdim=True)
+    exp = torch.where(inside, (x - largest).exp(), 0)
+    return largest, exp.sum(dim=(2, 3), keepdim=True)
+
+
+def join_shares(bands: Sequence[Shares]) -> Shares:
+    """Those of bands of rows, over all of them."""
+    largest = torch.stack([m for m, _ in bands]).amax(dim=0)
+    return largest, torch.stack([total * (m - largest).exp() for m, total in bands]).sum(dim=0)
+
+
+def _images_times_classes(z: Tensor, valid: Tensor) -> Tensor:
+    return valid.flatten(1).any(dim=1).sum(dtype=torch.float64) * z.shape[1]
+
+
+def cwd(
+    student_z: Tensor,
+    teacher_z: Tensor,
+    valid: Tensor,
+    temperature: float = 4.0,
+    shares: tuple[Shares, Shares] | None = None,
+) -> Fraction:
+    """T^2 KL(p_t || p_s) of the softmaxes over the valid pixels of each image and class.
+
+    Shu et al., ICCV 2021, Eq. 4.
+
+    shares: those of student and teacher where the rows at hand are not all of an image.
+    """
+    inside = valid[:, None]
+    x_s, x_t = student_z / temperature, teacher_z / temperature
+    if shares is None:
+        # An image without a valid pixel has no softmax: any numbers, which `_total` leaves out.
+        counted = valid.flatten(1).any(dim=1)[:, None, None, None]
+        nothing = torch.where(counted, -torch.inf, 0.0).to(x_s.dtype)
+        log_p_s, log_p_t = (
+            torch.where(inside, x, nothing).flatten(2).log_softmax(dim=2).view(x.shape)
+            for x in (x_s, x_t)
+        )
+        difference = torch.where(inside, log_p_t - log_p_s, 0)
+        per_class = torch.where(inside, log_p_t.exp(), 0) * difference
+    else:
+        log_p_s, log_p_t = (
+            x.detach() - m - torch.where(total == 0, 1, total).log()
+            for x, (m, total) in zip((x_s, x_t), shares, strict=True)
+        )
+        p_s, p_t = (torch.where(inside, log_p.exp(), 0) for log_p in (log_p_s, log_p_t))
+        # The totals are of all rows and have no graph: the gradient p_s - p_t is given to autograd.
+        per_class = torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0)
+        per_class = per_class + torch.where(inside, (p_s - p_t) * (x_s - x_s.detach()), 0)
+    total = _total_divergence(temperature**2 * per_class.sum(dim=1), valid)
+    return total, _images_times_classes(student_z, valid)
+
+
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
 
 
@@ -330,10 +393,8 @@ def _evaluate_paper(
         weight = (h_s + discrepancy).softmax(dim=1)
     else:
         x = h_s + discrepancy
-        largest = x.masked_fill(~inside, torch.finfo(x.dtype).min).amax(dim=(2, 3), keepdim=True)
-        exp = torch.where(inside, (x - largest).exp(), 0)
-        shares = (largest, exp.sum(dim=(2, 3), keepdim=True))
-        weight = exp / shares[1]
+        shares = space_shares(x, valid)
+        weight = torch.where(inside, (x - shares[0]).exp(), 0) / shares[1]
 
     softened = z_h / term.temperature
     return Knowledge(
@@ -348,9 +409,8 @@ def _evaluate_paper(
 def join_over_space(bands: Sequence[Knowledge]) -> list[Knowledge]:
     """The same, with the weights of each band of rows normalised over all of them."""
     found = [band.shares for band in bands if band.shares is not None]
-    largest = torch.stack([m for m, _ in found]).amax(dim=0)
-    totals = [total * (m - largest).exp() for m, total in found]
-    total = torch.stack(totals).sum(dim=0)
+    largest, total = join_shares(found)
+    totals = [own * (m - largest).exp() for m, own in found]
     return [
         band._replace(
             weight=torch.where(own == 0, 0, band.weight * (own / total)), shares=(largest, total)
@@ -382,8 +442,7 @@ def hetero(student_z: Tensor, knowledge: Knowledge, valid: Tensor, term: HeteroA
     if term.evaluation == "none":  # W = 1: a mean over pixels and classes, as the weights' own is
         per_pixel = per_pixel / student_z.shape[1]
         return _total_divergence(t**2 * per_pixel, valid), _valid_count(valid)
-    images = valid.flatten(1).any(dim=1).sum(dtype=torch.float64)
-    return _total_divergence(t**2 * per_pixel, valid), images * student_z.shape[1]
+    return _total_divergence(t**2 * per_pixel, valid), _images_times_classes(student_z, valid)
 
 
 # --- one pass ----------------------------------------------------------------------------------
@@ -442,6 +501,7 @@ def terms_on_grid(
     class_weight: Tensor | None,
     options: Options,
     knowledge: Knowledge | None = None,
+    shares: tuple[Shares, Shares] | None = None,
 ) -> tuple[list[Fraction], Tensor | None]:
     """The terms that are asked for, in their order, and the maps [2, B, H, W] if those are.
 
@@ -452,6 +512,7 @@ def terms_on_grid(
         class_weight: [C] in the dtype of `student_z`, or None.
         options: what to compute.
         knowledge: what `evaluate_knowledge` found, if it was called already.
+        shares: of `cwd`, where the rows are not all of the images.
     """
     frozen_teacher_z = teacher_z.detach()
     mixing: HeteroAKD | None = options.find(HeteroAKD.name)
@@ -469,6 +530,8 @@ def terms_on_grid(
         if isinstance(term, HeteroAKD):
             assert knowledge is not None
             return hetero(student_z, knowledge, valid, term)
+        if isinstance(term, CWD):
+            return cwd(student_z, frozen_teacher_z, valid, term.temperature, shares)
         assert isinstance(term, Feature), term
         return feature(student_z, frozen_teacher_z, valid)
 

@@ -68,11 +68,15 @@ _NUMBERS: Final = {
 }
 
 
+def _temperature_of_pass(term: Term) -> float | None:
+    return getattr(term, "temperature", None) if term.shares_temperature else None
+
+
 def shape_of(terms: Sequence[Term]) -> Shape:
     temperatures: list[float] = []
     shape = []
     for term in terms:
-        temperature = getattr(term, "temperature", None)
+        temperature = _temperature_of_pass(term)
         if temperature is not None and temperature not in temperatures:
             temperatures.append(temperature)
         choices = (
@@ -273,7 +277,7 @@ def check_pass(terms: Sequence[Term], groups: Sequence[int], maps: bool) -> None
     for term, group in zip(terms, groups, strict=True):
         if group >= 0 and term.weight == 0.0:
             raise ValueError(f"numbers: got weight 0 of {term.name}; leave the term out")
-    if len({term.temperature for term in terms if hasattr(term, "temperature")}) > 1:
+    if len({_temperature_of_pass(term) for term in terms} - {None}) > 1:
         raise ValueError("temperature: got different ones in one pass")
     if maps and HeteroAKD.name not in names:
         raise ValueError("maps: need the term hetero, which may have group -1")

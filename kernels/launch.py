@@ -456,7 +456,7 @@ def finish(
         **_numbered("GROUP", groups),
         WEIGHTED=weighted,
         KNOWLEDGE=softmax_kl,
-        PER_IMAGE=hetero is not None and not softmax_kl and hetero.weighs_space,
+        PER_IMAGE=hetero is not None and not softmax_kl and hetero.over_space,
         REPORT=report is not None,
         BLOCK=1024,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heteroakd_fast import backends, functional
 from heteroakd_fast.spec import LossSpec, plan
-from heteroakd_fast.terms import FLAT
+from heteroakd_fast.terms import CWD, FLAT, FLAT_DEFAULTS, Term, check_flat, from_flat
 
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evaluation": "none",
     },
 }
-# Every term alone, and some together.
+# Every term alone, and some together. Terms that have no keywords are objects.
 TERM_CASES: dict[str, dict[str, Any]] = {
     "ce": {},
     "ce-smoothed": {"label_smoothing": 0.1},
@@ -59,6 +59,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
         f"hetero-{name}": {"ce_weight": 0.0, "hetero_weight": 1.5, **options}
         for name, options in VARIANTS.items()
     },
+    "cwd": {"ce_weight": 0.0, "terms": (CWD(1.3, temperature=2.5),)},
     "all": {
         "ce_weight": 0.9,
         "teacher_ce_weight": 0.8,
@@ -68,6 +69,8 @@ TERM_CASES: dict[str, dict[str, Any]] = {
         "temperature": 1.5,
     },
 }
+
+TERM_CASES["all+cwd"] = {**TERM_CASES["all"], "terms": (CWD(0.4),)}
 
 #: What the CUDA kernels by cells and on the label grid compute; everything else goes by segments.
 FAST_CASES: dict[str, dict[str, Any]] = {
@@ -152,6 +155,21 @@ def device_of(backend: str | None, batch: Batch) -> str:
     return "cuda" if on_gpu else batch.student.device.type
 
 
+def terms_of(options: dict[str, Any]) -> list[Term]:
+    """Of keywords, and those given as objects."""
+    flat = {name: value for name, value in options.items() if name in FLAT}
+    terms = from_flat(check_flat({**FLAT_DEFAULTS, **flat}))
+    return [*(term for term in terms if term.weight), *options.get("terms", ())]
+
+
+def loss_of(student: Tensor, target: Tensor, teacher: Tensor, **options: Any) -> Any:
+    """`distillation_loss`, or `segmentation_loss` where there are `terms`."""
+    if "terms" not in options:
+        return functional.distillation_loss(student, target, teacher, **options)
+    others = {k: v for k, v in options.items() if k not in FLAT and k != "terms"}
+    return functional.segmentation_loss(student, target, teacher, terms=terms_of(options), **others)
+
+
 def evaluate(
     batch: Batch,
     grad_output: float = 1.0,
@@ -168,9 +186,7 @@ def evaluate(
     student = student.requires_grad_(student_requires_grad)
     teacher = teacher.requires_grad_(bool(options.get("teacher_ce_weight")))
     with instruction_set(isa):
-        output = functional.distillation_loss(
-            student, target, teacher, backend=backend or None, **options
-        )
+        output = loss_of(student, target, teacher, backend=backend or None, **options)
         wanted = [t for t in (student, teacher) if t.requires_grad]
         scale = torch.as_tensor(grad_output).to(output.loss)
         grads = iter(torch.autograd.grad(output.loss, wanted, scale, allow_unused=True))
@@ -203,9 +219,9 @@ def eager_cross_entropy(
 
 def spec_of(**options: Any) -> LossSpec:
     """What `distillation_loss` asks of a backend with these options, in its one pass."""
-    flat = {name: value for name, value in options.items() if name in FLAT}
     maps = bool(options.get("return_maps"))
-    shape, numbers = functional.encode_flat(flat, maps)
+    terms = tuple(terms_of(options))
+    shape, numbers = functional.encode(functional.with_maps(terms) if maps else terms)
     (one,) = plan(shape, options.get("class_weight") is not None, maps, ())
     head = (options.get("ignore_index", 255), int(options.get("align_corners", False)), int(maps))
     return LossSpec((*head, *one.structure), numbers)
@@ -213,7 +229,7 @@ def spec_of(**options: Any) -> LossSpec:
 
 def require(backend: str, device: str = "cpu", **options: Any) -> None:
     """Skips where a backend does not (yet) compute this call; `reference` is never skipped."""
-    spec = spec_of(**{name: value for name, value in options.items() if name in FLAT})
+    spec = spec_of(**{k: value for k, value in options.items() if k in FLAT or k == "terms"})
     try:
         backends.select(backend, spec.structure, device)
     except backends.BackendUnavailableError as error:
@@ -311,6 +327,7 @@ def reads(side: str, **options: Any) -> set[str]:
     names = ("teacher_ce", "kd", "hetero", "feature")
     asked = {name for name in names if options.get(f"{name}_weight")}
     asked |= {"ce"} if options.get("ce_weight", 1.0) else set()
+    asked |= {term.name for term in options.get("terms", ())}
     return asked - {"teacher_ce" if side == "student" else "ce"}
 
 

@@ -561,6 +561,6 @@ def test_every_argument_is_an_attribute() -> None:
         if isinstance(loss, HeteroAKDLoss):
             arguments |= set(HeteroAKDOptions.__annotations__) - {"teacher_ce_weight"}
         else:
-            arguments |= set(LossOptions.__annotations__) - {"class_weight", "backend"}
+            arguments |= set(LossOptions.__annotations__) - {"class_weight"}
         assert arguments == set(loss._arguments())
         assert all(hasattr(loss, name) for name in arguments)

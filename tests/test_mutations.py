@@ -86,6 +86,13 @@ COMPILED = (
         "static_cast<float>(source) - static_cast<float>(lower)",
         _cpu("test_far_from_the_origin", (2, 1500), (5, 4001)),
     ),
+    Compiled(
+        "cwd: the gradient without T",
+        "terms/cwd.h",
+        "scale * n.temperature",
+        "scale",
+        _values("test_every_term", "cpu", "cwd", F32),
+    ),
     # the CPU kernels
     Compiled(
         "cpu: a tap of weight zero is read",
@@ -309,7 +316,7 @@ PYTHON = (
     ),
     Defect(
         "space weights see ignored pixels",
-        "heteroakd_fast.reference:_evaluate_paper",
+        "heteroakd_fast.reference:space_shares",
         "torch.where(inside, (x - largest).exp(), 0)",
         "(x - largest).exp()",
         _oracle("test_space_weights_sum_to_one_over_valid_pixels_of_each_image_and_class"),
@@ -431,10 +438,10 @@ PYTHON = (
     ),
     Defect(
         "cwd: without T^2",
-        "heteroakd_fast.channelwise:_sums",
-        "temperature**2 * divergence",
-        "divergence",
-        test_of("test_channelwise", "test_value_and_gradient", "label", torch.float64),
+        "heteroakd_fast.reference:cwd",
+        "temperature**2 * per_class.sum(dim=1)",
+        "per_class.sum(dim=1)",
+        test_of("test_channelwise", "test_value_and_gradient", "reference", torch.float64, "label"),
     ),
     # drop-ins and driver
     Defect(

@@ -46,7 +46,7 @@ def test_the_compiled_terms_have_the_options_of_pythons() -> None:
     folder = Path(__file__).parent.parent / "csrc" / "terms"
     text = "".join(file.read_text() for file in sorted(folder.glob("*.h")))
     listed = (folder / "list.h").read_text()
-    (types,) = re.findall(r"AllTerms = TermTypes<(.*?)>;", listed)
+    (types,) = re.findall(r"AllTerms = TermTypes<(.*?)>;", listed, re.S)
     (indices,) = re.findall(r"kPublicIndex\[kTerms\] = {(.*?)};", listed)
     (teacher_ce, count) = re.findall(r"kTeacherCe = (\d+), kPublicTerms = (\d+);", listed)[0]
     assert TERMS[int(teacher_ce)].name == "teacher_ce"
@@ -65,7 +65,7 @@ def test_the_compiled_terms_have_the_options_of_pythons() -> None:
         )
         return re.findall(r'"(\w+)"', own), [(name, int(n)) for name, n in pairs]
 
-    for struct, index in zip(types.split(", "), numbers, strict=True):
+    for struct, index in zip(re.split(r",\s+", types), numbers, strict=True):
         fields = dataclasses.fields(TERMS[index])
         assert options_of(struct) == (
             [f.name for f in fields if "choices" not in f.metadata and f.name != "weight"],

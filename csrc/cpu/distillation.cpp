@@ -394,6 +394,7 @@ class Runner {
     const auto count = static_cast<size_t>(spaces * pass_.batch * classes);
     space_shift_[term].assign(count, T(0));
     space_inverse_[term].assign(count, T(0));
+    space_log_[term].assign(count, T(0));
     for (int64_t b = 0; b < spaces * pass_.batch; ++b) {
       if (valid_in(b % pass_.batch) == 0) continue;
       for (int64_t c = 0; c < classes; ++c) {
@@ -410,10 +411,13 @@ class Runner {
         }
         space_shift_[term][static_cast<size_t>(b * classes + c)] = largest;
         space_inverse_[term][static_cast<size_t>(b * classes + c)] = static_cast<T>(1.0 / sum);
+        space_log_[term][static_cast<size_t>(b * classes + c)] =
+            static_cast<T>(static_cast<double>(largest) + std::log(sum));
       }
     }
     pass_.space_shift[term] = space_shift_[term].data();
     pass_.space_inverse[term] = space_inverse_[term].data();
+    pass_.space_log[term] = space_log_[term].data();
   }
 
   const Kernels<T>& kernels_;
@@ -429,7 +433,7 @@ class Runner {
   std::optional<Tensor> weight_;
   std::vector<LabelReport> report_;
   std::vector<double> sums_;
-  std::vector<T> space_shift_[kTerms], space_inverse_[kTerms];  // as in Pass
+  std::vector<T> space_shift_[kTerms], space_inverse_[kTerms], space_log_[kTerms];  // as in Pass
 };
 
 // What would be read out of bounds.

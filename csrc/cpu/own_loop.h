@@ -18,6 +18,7 @@ struct LoopTiles {
   const int32_t* labels;
   const T* shift[kMostFirsts];    // [C], of terms over space
   const T* inverse[kMostFirsts];
+  const T* log[kMostFirsts];
 };
 
 // What a term reads of class c; the rest is compiled away. kHasA: the logits are still there.
@@ -92,6 +93,7 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
     for (int i = 0; i < kSpaces; ++i) {
       k.space[i] = exp2((first.v[i] - F(tiles.shift[i][c])) * F(T(kLog2E))) *
                    F(tiles.inverse[i][c]);
+      k.space_log[i] = F(tiles.log[i][c]);
     }
     const Pair<F> pair = Term::other(kVariant, numbers, pass, known, k, first, own);
     if constexpr (Term::student(kVariant) == From::kOwn) pair.x.store(tiles.own_x + c * N);

@@ -119,6 +119,7 @@ struct Pass {
   T* space_sum;
   const T* space_shift[kTerms];    // [kMostFirsts][B][C]: the maximum
   const T* space_inverse[kTerms];  // 1 / sum
+  const T* space_log[kTerms];      // maximum + log(sum)
 };
 
 // dst = sum over gradients of scale[k] * gradient[k], row by row of the logits; see combine().

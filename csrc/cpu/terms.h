@@ -437,6 +437,7 @@ class Terms {
       const int64_t first = (i * p.batch + image_) * p.classes;
       tiles.shift[i] = p.space_shift[k] + first;
       tiles.inverse[i] = p.space_inverse[k] + first;
+      tiles.log[i] = p.space_log[k] + first;
     }
     First<F> maxima{{F(T(0)), F(T(0))}};
     if (kBounds || p.collected == k || !p.asked[k]) {

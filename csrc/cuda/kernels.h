@@ -84,6 +84,7 @@ struct SpaceReduce {
   int32_t classes;
   void* shift;    // [images, C]
   void* inverse;  // [images, C]
+  void* log;      // [images, C]
 };
 void launch_reduce_space(const SpaceReduce&, cudaStream_t);
 

@@ -343,16 +343,19 @@ class Runner {
     Tensor found = torch::stable::new_empty(student_, {images, rows, classes, 2}, dtype());
     Tensor shift = torch::stable::new_empty(student_, {images, classes}, dtype());
     Tensor inverse = torch::stable::new_empty(student_, {images, classes}, dtype());
+    Tensor log = torch::stable::new_empty(student_, {images, classes}, dtype());
     pass_.collected = term;
     pass_.space_found = found.mutable_data_ptr();
     pass_.space_shift[term] = shift.mutable_data_ptr();
     pass_.space_inverse[term] = inverse.mutable_data_ptr();
+    pass_.space_log[term] = log.mutable_data_ptr();
     const Kernel& statistics = space_statistics(wide_);
     statistics.launch(pass_, grid(), 0, stream, statistics.name);
     launch_reduce_space({pass_.space_found, wide_, rows, images, pass_.classes,
-                         shift.mutable_data_ptr(), inverse.mutable_data_ptr()},
+                         shift.mutable_data_ptr(), inverse.mutable_data_ptr(),
+                         log.mutable_data_ptr()},
                         stream);
-    for (const Tensor& tensor : {found, shift, inverse}) space_.push_back(tensor);
+    for (const Tensor& tensor : {found, shift, inverse, log}) space_.push_back(tensor);
   }
 
   static constexpr int kCe = index_of<CrossEntropyTerm>, kKd = index_of<KdTerm>,

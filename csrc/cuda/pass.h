@@ -101,6 +101,7 @@ struct Pass {
   void* space_found;               // [kMostFirsts, B, programs, C, 2]: maxima and sums of exp
   const void* space_shift[kTerms];    // [kMostFirsts, B, C]: the maximum over an image's pixels
   const void* space_inverse[kTerms];  // 1 / sum exp(first - shift)
+  const void* space_log[kTerms];      // shift + log(sum)
 };
 
 }  // namespace heteroakd::cuda

@@ -41,14 +41,14 @@ struct AnyBut {
 using Any = AnyBut<PaperTerm>;
 using AnyPaper = AnyBut<HeteroTerm>;
 
-// Known when the kernel is compiled: the variant of each term, in the order of AllTerms, or -1. A call
-// may have fewer of them, and terms without a gradient of their own have one together.
+// Known when the kernel is compiled: the variant of each term, in the order of AllTerms, or -1; the rest
+// are not there. A call may have fewer of them, and terms without a gradient of their own have one together.
 template <int32_t... kVariants>
 struct Fixed {
   template <class Term>
   HAKD_FN static constexpr int32_t fixed() {
     const int32_t variants[] = {kVariants...};
-    return variants[index_of<Term>];
+    return index_of<Term> < static_cast<int>(sizeof...(kVariants)) ? variants[index_of<Term>] : -1;
   }
   template <class... Terms>
   HAKD_FN static constexpr Needs needs_of(TermTypes<Terms...>) {
@@ -56,21 +56,21 @@ struct Fixed {
     ((n = n | (fixed<Terms>() >= 0 ? Terms::needs(fixed<Terms>()) : Needs())), ...);
     return n;
   }
-  // Of each term four bits that say which one leads it, and 8 where it is in no set.
+  // Of each term four bits that say which one leads it, and 15 where it is not there.
   template <class... Terms>
-  HAKD_FN static constexpr uint32_t leaders_of(TermTypes<Terms...>) {
+  HAKD_FN static constexpr uint64_t leaders_of(TermTypes<Terms...>) {
     const bool there[] = {fixed<Terms>() >= 0 ...};
     const bool joins[] = {fixed<Terms>() >= 0 && !Terms::kOwnGradient...};
-    uint32_t found = 0;
+    uint64_t found = 0;
     int32_t first = 0;
     while (first < kTerms && !joins[first]) ++first;
     for (int k = 0; k < kTerms; ++k) {
-      found |= static_cast<uint32_t>(!there[k] ? 8 : joins[k] ? first : k) << 4 * k;
+      found |= static_cast<uint64_t>(!there[k] ? 15 : joins[k] ? first : k) << 4 * k;
     }
     return found;
   }
-  static constexpr uint32_t kLeaders = leaders_of(AllTerms());
-  static_assert(kTerms <= 8, "four bits a term");
+  static constexpr uint64_t kLeaders = leaders_of(AllTerms());
+  static_assert(kTerms <= 15, "four bits a term");
   static constexpr Needs kNeeds = needs_of(AllTerms());
   static constexpr bool kTeacher = kNeeds.teacher;
 
@@ -85,19 +85,19 @@ struct Fixed {
   HAKD_DEVICE static constexpr Needs needs(const Pass&) { return needs_of(AllTerms()); }
   HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
   HAKD_DEVICE static constexpr int32_t leader(const Pass&, int32_t term) {
-    return static_cast<int32_t>(kLeaders >> 4 * term & 15u);
+    return static_cast<int32_t>(kLeaders >> 4 * term & 15);
   }
   HAKD_DEVICE static constexpr bool leads(const Pass& p, int32_t term) {
     return leader(p, term) == term;
   }
 };
 
-//               ce                        kd                hetero               paper, feature
+//               ce                        kd                hetero
 constexpr int32_t kPlainCe = CrossEntropyTerm::kPlain;
-using Ce = Fixed<kPlainCe, -1, -1, -1, -1>;
-using CeKd = Fixed<kPlainCe, KdTerm::kForward, -1, -1, -1>;
-using CeHetero = Fixed<kPlainCe, -1, HeteroTerm::kProbs, -1, -1>;
-using CeKdHetero = Fixed<kPlainCe, KdTerm::kForward, HeteroTerm::kProbs, -1, -1>;
+using Ce = Fixed<kPlainCe>;
+using CeKd = Fixed<kPlainCe, KdTerm::kForward>;
+using CeHetero = Fixed<kPlainCe, -1, HeteroTerm::kProbs>;
+using CeKdHetero = Fixed<kPlainCe, KdTerm::kForward, HeteroTerm::kProbs>;
 
 template <class Set>
 HAKD_DEVICE bool soft(const Pass& p) {

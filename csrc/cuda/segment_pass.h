@@ -454,6 +454,7 @@ class SegmentPass {
       k.space[j] = exp2((found.v[j] - static_cast<const F*>(p.space_shift[index_of<Term>])[place]) *
                         F(kLog2E)) *
                    static_cast<const F*>(p.space_inverse[index_of<Term>])[place];
+      k.space_log[j] = static_cast<const F*>(p.space_log[index_of<Term>])[place];
     }
   }
 

@@ -30,11 +30,11 @@ constexpr int32_t kPaper = PaperTerm::kMixes | PaperTerm::kEvaluates;
 constexpr FixedKernel kKernels[] = {
     fixed<Ce>("segments: ce"),
     fixed<CeKdHetero>("segments: ce, kd, hetero"),
-    fixed<Fixed<kPlainCe, kForward, HeteroTerm::kLogits, -1, -1>>(
+    fixed<Fixed<kPlainCe, kForward, HeteroTerm::kLogits>>(
         "segments: ce, kd, hetero of mixed logits"),
-    fixed<Fixed<kPlainCe, kForward, -1, kPaper, -1>>("segments: ce, kd, paper"),
-    fixed<Fixed<kPlainCe, KdTerm::kReverse, -1, -1, -1>>("segments: ce, reverse kd"),
-    fixed<Fixed<kPlainCe, KdTerm::kJs, -1, -1, -1>>("segments: ce, js"),
+    fixed<Fixed<kPlainCe, kForward, -1, kPaper>>("segments: ce, kd, paper"),
+    fixed<Fixed<kPlainCe, KdTerm::kReverse>>("segments: ce, reverse kd"),
+    fixed<Fixed<kPlainCe, KdTerm::kJs>>("segments: ce, js"),
 };
 
 }  // namespace

@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kSpaceThreads)
   }
   static_cast<F*>(r.shift)[at] = largest;
   static_cast<F*>(r.inverse)[at] = static_cast<F>(1.0 / total);
+  static_cast<F*>(r.log)[at] = static_cast<F>(static_cast<double>(largest) + ::log(total));
 }
 
 }  // namespace

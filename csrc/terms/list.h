@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ce.h"
+#include "cwd.h"
 #include "feature.h"
 #include "hetero.h"
 #include "kd.h"
@@ -17,10 +18,11 @@ struct TermTypes {
 // The index of a term here is the kernels'; `kPublicIndex` has that in terms.TERMS, where one class may
 // stand for several terms of the kernels (`takes` tells which) and `kTeacherCe` for cross entropy
 // in the pass over the teacher's logits.
-using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm>;
+using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm,
+                           CwdTerm>;
 constexpr int kTerms = AllTerms::kCount;
-constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4};
-constexpr int64_t kTeacherCe = 1, kPublicTerms = 5;
+constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5};
+constexpr int64_t kTeacherCe = 1, kPublicTerms = 6;
 constexpr int kMostGradients = kPublicTerms - 1;  // of the student's logits
 
 constexpr int kMostFirsts = 2;

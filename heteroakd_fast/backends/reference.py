@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..labels import count_valid
 from ..spec import groups_of
-from ..terms import HeteroAKD, TeacherCrossEntropy
+from ..terms import CWD, HeteroAKD, TeacherCrossEntropy
 from . import Call, Sums
 from .compiled import compute_dtype
 
@@ -114,21 +114,23 @@ class ReferenceBackend:
             for side in sides:
                 side.open(chunk)
             knowledge: list[reference.Knowledge | None] = [None] * len(bands)
-            hetero = next((t for t in options.asked if isinstance(t, HeteroAKD)), None)
-            over_space = hetero is not None and hetero.weighs_space
-            if hetero is not None and over_space:
-                knowledge = list(_knowledge_over_space(sides, bands, hetero))
+            shares = None
+            for term in options.asked:
+                if isinstance(term, HeteroAKD) and term.over_space:
+                    knowledge = list(_knowledge_over_space(sides, bands, term))
+                elif isinstance(term, CWD):
+                    shares = _shares(sides[0], bands, term), _shares(sides[-1], bands, term)
             for band, known in zip(bands, knowledge, strict=True):
                 z = [side.on_grid(band) for side in sides]
                 for leaf, side in zip(z, sides, strict=True):
                     leaf.requires_grad_(bool(side.groups))
                 with torch.enable_grad():
                     fractions, band_maps = reference.terms_on_grid(
-                        z[0], z[-1], band.label, band.valid, class_weight, options, known
+                        z[0], z[-1], band.label, band.valid, class_weight, options, known, shares
                     )
                 for k, (numerator, denominator) in enumerate(fractions):
                     numerators[k] += numerator.detach()
-                    if not (over_space and options.asked[k] is hetero):
+                    if not options.asked[k].over_space:
                         denominators[k] += denominator.detach()
                 for leaf, side in zip(z, sides, strict=True):
                     for slot, members in enumerate(side.groups.values()):
@@ -139,9 +141,9 @@ class ReferenceBackend:
                         side.add(slot, gradient, band.rows)
                 if band_maps is not None:
                     maps[:, chunk, band.rows] = band_maps
-            if knowledge[0] is not None and knowledge[0].shares is not None:
-                # an image and class once, not in each of its bands
-                denominators[options.asked.index(hetero)] += (knowledge[0].shares[1] != 0).sum()
+            for k, term in enumerate(options.asked):
+                if term.over_space:  # an image and class once, not in each of its bands
+                    denominators[k] += valid.flatten(1).any(dim=1).sum() * classes
             for side in sides:
                 side.close()
         saved = [side.gradients for side in sides if side.groups]
@@ -195,6 +197,16 @@ def _knowledge_over_space(
             reference.evaluate_knowledge(
                 student.on_grid(band), teacher.on_grid(band), band.label, band.valid, term
             )
+            for band in bands
+        ]
+    )
+
+
+def _shares(side: _Side, bands: list[_Band], term: CWD) -> reference.Shares:
+    """Of its softmax over all bands."""
+    return reference.join_shares(
+        [
+            reference.space_shares(side.on_grid(band) / term.temperature, band.valid)
             for band in bands
         ]
     )

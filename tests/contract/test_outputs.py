@@ -26,6 +26,7 @@ from common import (
     every_kernel,
     make_batch,
     maps_relative,
+    terms_of,
     truth,
 )
 from geometries import batch_of
@@ -68,7 +69,7 @@ def test_a_term_that_was_not_asked_for_is_none() -> None:
 def test_loss_is_the_weighted_sum(backend: str, case: str) -> None:
     options = TERM_CASES[case]
     got = evaluate(make_batch(), backend=backend, **options)
-    weights = {name: options.get(f"{name}_weight", float(name == "ce")) for name in got.terms}
+    weights = {term.name: term.weight for term in terms_of(options)}
     expected = sum(weights[name] * value for name, value in got.terms.items())
     assert float(got.loss) == pytest.approx(expected, rel=1e-12)
     assert float(got.loss) > 0

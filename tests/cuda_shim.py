@@ -180,9 +180,9 @@ def key(source: Path, flags: Sequence[str], environment: str) -> str:
     """Of everything that an object depends on; of headers, whether it includes them or not."""
     headers = sorted(
         file
-        for folder in (CSRC / "cuda", CSRC / "math", SHIM)
+        for folder in (CSRC, SHIM)
         for pattern in ("*.h", "*.cuh")
-        for file in folder.glob(pattern)
+        for file in folder.rglob(pattern)
     )
     contents = [f"{file}\n{file.read_text()}" for file in (*headers, source)]
     return digest(*contents, *flags, environment)

@@ -77,7 +77,9 @@ CUDA: Final = {
     "segments: paper": Cuda("segments_fixed.cu", "Li0ELi0ELin1ELi3E", 4, _OWN),
     "segments: reverse kd": Cuda("segments_fixed.cu", "Li0ELi1E", 4, _OWN),
     "segments: js": Cuda("segments_fixed.cu", "Li0ELi2E", 4, _OWN),
-    "segments: any terms": Cuda("segments.cu", "segment_kernelIf.*PaperTerm", 4, {"gradients": 1}),
+    "segments: any terms": Cuda(
+        "segments.cu", "segment_kernelIf.*6KdTerm.*HeteroTerm(?!.*PaperTerm)", 4, {"gradients": 1}
+    ),
     "sum of gradients": Cuda("sums.cu", "combine_gradients_kernelIf", 4, {}),
 }
 

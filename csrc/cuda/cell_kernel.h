@@ -31,7 +31,7 @@ static __device__ __noinline__ Sums<float> hand_over(const Pass& p, int32_t imag
                                               bool own, RowWriter<float> rows) {
   const Axis axis_y = axis_of(p.student.height, p.label_height, p.align_corners);
   const Axis axis_x = axis_of(p.student.width, p.label_width, p.align_corners);
-  const Numbers<float> n = numbers_of<Any, float>(p);
+  const Numbers<float> n = numbers_of<Usual, float>(p);
   Segment<float, kHandedOver> at;
   at.y = y;
   at.x = x;
@@ -50,7 +50,7 @@ static __device__ __noinline__ Sums<float> hand_over(const Pass& p, int32_t imag
   for (int s = 0; s < kHandedOver; ++s) at.label[s] = (mask >> s & 1u) != 0 ? label[0][s] : -1;
   Sums<float> sums = no_sums<float>();
   rows.again = true;
-  SegmentPass<float, Any, kHandedOver, Hold::kNever>(p, n, image, at, cell_y, cell_x, nullptr, 0)
+  SegmentPass<float, Usual, kHandedOver, Hold::kNever>(p, n, image, at, cell_y, cell_x, nullptr, 0)
       .run(rows, sums);
   return sums;
 }
@@ -101,7 +101,7 @@ class CellPass {
         wide_ = x_end - x_;
         Sums<float> sums = no_sums<float>();
         step(t, axis_y, axis_x, i, rows, sums);
-        thread_sums.add(sums);
+        thread_sums.template add<Set>(sums);
         rows.again = true;
       }
     }
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_kernel(const __grid_constan
                                     kLimit / largest_exponent};
   ThreadSums sums;
   CellPass<Set, R, S>(p, image, staging, n).run(sums);
-  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, own.own, lane);
+  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, own.own, lane);
 }
 
 }  // namespace heteroakd::cuda

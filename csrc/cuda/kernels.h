@@ -27,8 +27,8 @@ const Kernel& cells_ce_kd_hetero();
 const Kernel* labels_grid(int64_t classes, bool teacher);
 // Of one thread's logits held in shared memory, with these terms (and ce); null: there is none.
 const Kernel* segments_fixed(const Pass&);
-// Any terms, float or double, with the preset paper of hetero or the other one.
-const Kernel& segments(bool wide, bool paper);
+// Of any terms, float or double.
+const Kernel& segments(const Pass&, bool wide);
 // Maxima and sums of exp over each image, of the term `collected`.
 const Kernel& space_statistics(bool wide);
 

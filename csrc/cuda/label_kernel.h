@@ -312,9 +312,9 @@ __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_const
     __syncwarp();  // what the row above left in shared memory has been written
     Sums<float> sums = no_sums<float>();
     LabelPass<Set, S, kGrad>(p, n, image, y, x, exists, memory).run(sums);
-    thread_sums.add(sums);
+    thread_sums.template add<Set>(sums);
   }
-  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
+  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
 }
 
 }  // namespace heteroakd::cuda

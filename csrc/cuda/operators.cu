@@ -260,7 +260,7 @@ class Runner {
                labels_grid(pass_.classes, pass_.teacher.source != Source::kNone) != nullptr) {
       kernel_ = labels_grid(pass_.classes, pass_.teacher.source != Source::kNone);
     } else {
-      kernel_ = &any_segments();
+      kernel_ = &segments(pass_, wide_);
     }
     if (on_labels()) {
       pass_.rows = pass_.label_height;
@@ -290,11 +290,9 @@ class Runner {
         "shared memory");
   }
 
-  const Kernel& any_segments() const { return segments(wide_, pass_.has[index_of<PaperTerm>]); }
-
   // The kernels by segments hold their pixels in shared memory where they fit.
   void hold_pixels() {
-    if (kernel_ != &any_segments()) return;
+    if (kernel_ != &segments(pass_, wide_)) return;
     const int64_t models = pass_.teacher.source == Source::kNone ? 1 : 2;
     const int64_t bytes = kWarpSize * pass_.classes * models * kernel_->pixels * (wide_ ? 8 : 4);
     if (bytes * (kernel_->threads / kWarpSize) > kMostSharedBytes) return;

@@ -19,16 +19,26 @@ HAKD_DEVICE void for_each(const F& f) {
   visit(AllTerms(), f);
 }
 
-// Asks the call. Two presets of one term are never in one call: each has kernels without the other.
-template <class Left>
-struct AnyBut {
+// Asks the call, which has no terms but these: what others would keep of a pixel takes registers.
+template <class List>
+struct Any;
+template <class... Terms>
+struct Any<TermTypes<Terms...>> {
   template <class Term>
   HAKD_DEVICE static bool has(const Pass& p) {
-    return !std::is_same<Term, Left>::value && p.has[index_of<Term>];
+    return may_have<Term>() && p.has[index_of<Term>];
   }
   template <class Term>
   HAKD_DEVICE static int32_t variant(const Pass& p) {
     return p.variant[index_of<Term>];
+  }
+  template <class Term>
+  HAKD_FN static constexpr bool may_have() {
+    return (std::is_same<Term, Terms>::value || ...);
+  }
+  template <class Term>
+  static bool covers(int32_t) {
+    return may_have<Term>();
   }
   HAKD_DEVICE static Needs needs(const Pass& p) { return p.needs; }
   HAKD_DEVICE static bool teacher(const Pass& p) { return p.teacher.source != Source::kNone; }
@@ -38,8 +48,9 @@ struct AnyBut {
   }
 };
 
-using Any = AnyBut<PaperTerm>;
-using AnyPaper = AnyBut<HeteroTerm>;
+using All = Any<AllTerms>;
+using Usual = Any<TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, FeatureTerm>>;
+using UsualPaper = Any<TermTypes<CrossEntropyTerm, KdTerm, PaperTerm, FeatureTerm>>;
 
 // Known when the kernel is compiled: the variant of each term, in the order of AllTerms, or -1; the rest
 // are not there. A call may have fewer of them, and terms without a gradient of their own have one together.
@@ -75,8 +86,16 @@ struct Fixed {
   static constexpr bool kTeacher = kNeeds.teacher;
 
   template <class Term>
-  HAKD_DEVICE static constexpr bool has(const Pass&) {
+  HAKD_FN static constexpr bool may_have() {
     return fixed<Term>() >= 0;
+  }
+  template <class Term>
+  static bool covers(int32_t variant) {
+    return fixed<Term>() == variant;
+  }
+  template <class Term>
+  HAKD_DEVICE static constexpr bool has(const Pass&) {
+    return may_have<Term>();
   }
   template <class Term>
   HAKD_DEVICE static constexpr int32_t variant(const Pass&) {
@@ -98,6 +117,13 @@ using Ce = Fixed<kPlainCe>;
 using CeKd = Fixed<kPlainCe, KdTerm::kForward>;
 using CeHetero = Fixed<kPlainCe, -1, HeteroTerm::kProbs>;
 using CeKdHetero = Fixed<kPlainCe, KdTerm::kForward, HeteroTerm::kProbs>;
+
+// Whether a kernel for these terms can run a call.
+template <class Set, class... Terms>
+bool covers(const Pass& p, TermTypes<Terms...>) {
+  return ((!p.has[index_of<Terms>] || Set::template covers<Terms>(p.variant[index_of<Terms>])) &&
+          ...);
+}
 
 template <class Set>
 HAKD_DEVICE bool soft(const Pass& p) {
@@ -190,12 +216,16 @@ struct ThreadSums {
   double share[kShares] = {};
   int64_t valid = 0, bad = 0;
 
-  template <typename F>
+  template <class Set, typename F>
   HAKD_DEVICE void add(const Sums<F>& sums) {
-#pragma unroll
-    for (int k = 0; k < kTerms; ++k) of_term[k] += static_cast<double>(sums.of_term[k]);
-#pragma unroll
-    for (int k = 0; k < kShares; ++k) share[k] += static_cast<double>(sums.share[k]);
+    for_each([&](auto tag) {
+      using Term = typename decltype(tag)::type;
+      if (!Set::template may_have<Term>()) return;
+      of_term[index_of<Term>] += static_cast<double>(sums.of_term[index_of<Term>]);
+      if constexpr (Term::kHasShares) {
+        share[share_index_of<Term>] += static_cast<double>(sums.share[share_index_of<Term>]);
+      }
+    });
     valid += sums.valid;
     bad += sums.bad;
   }

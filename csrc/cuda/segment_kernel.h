@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(kSegmentThreads)
           SegmentPass<F, Set, S, kHold>(p, n, image, at, i, j, held, kSegmentThreads)
               .run(rows, sums);
         }
-        thread_sums.add(sums);
+        thread_sums.template add<Set>(sums);
       });
-  write_sums(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
+  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
 }
 
 // Terms over space: the softmax of `first` over the valid pixels of each image and class. A warp leaves
@@ -124,7 +124,7 @@ HAKD_DEVICE void add_to_space(F& largest, F& total, F other, F other_total) {
 template <class Term, typename F, int S>
 HAKD_DEVICE void collect_space(const Pass& p, const Column& column, int32_t image, int64_t row,
                                int32_t lane) {
-  const Numbers<F> n = numbers_of<Any, F>(p);
+  const Numbers<F> n = numbers_of<All, F>(p);
   const int32_t variant = p.variant[index_of<Term>];
   for (int32_t c = 0; c < p.classes; ++c) {
     F largest[kMostFirsts], total[kMostFirsts];

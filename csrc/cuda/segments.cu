@@ -4,16 +4,17 @@
 namespace heteroakd::cuda {
 namespace {
 
-template <typename F, class Set>
-constexpr Kernel any_terms(const char* name) {
-  return segments_of<F, Set, sizeof(F) == 8 ? kWideSegmentPixels : kSegmentPixels,
-                     Hold::kWherePossible>(name);
+template <class Set>
+constexpr SegmentKernel any_terms(const char* name) {
+  return {segments_of<float, Set, kSegmentPixels, Hold::kWherePossible>(name), covers_call<Set>};
 }
 
-constexpr Kernel kSegments[2][2] = {
-    {any_terms<float, Any>("segments"), any_terms<float, AnyPaper>("segments: paper")},
-    {any_terms<double, Any>("segments in double"),
-     any_terms<double, AnyPaper>("segments in double: paper")}};
+// The first that covers a call is taken.
+constexpr SegmentKernel kSegments[] = {any_terms<Usual>("segments"),
+                                       any_terms<UsualPaper>("segments: paper"),
+                                       any_terms<All>("segments: all terms")};
+constexpr Kernel kWideSegments =
+    segments_of<double, All, kWideSegmentPixels, Hold::kWherePossible>("segments in double");
 constexpr Kernel kSpace = {"space", kSegmentThreads, kSegmentPixels, 0,
                            start_segments<space_kernel<float, kSegmentPixels>>};
 constexpr Kernel kWideSpace = {"space in double", kSegmentThreads, kWideSegmentPixels, 0,
@@ -21,7 +22,12 @@ constexpr Kernel kWideSpace = {"space in double", kSegmentThreads, kWideSegmentP
 
 }  // namespace
 
-const Kernel& segments(bool wide, bool paper) { return kSegments[wide ? 1 : 0][paper ? 1 : 0]; }
+const Kernel& segments(const Pass& pass, bool wide) {
+  if (wide) return kWideSegments;
+  const SegmentKernel* found = kSegments;
+  while (!found->covers(pass)) ++found;
+  return found->kernel;
+}
 const Kernel& space_statistics(bool wide) { return wide ? kWideSpace : kSpace; }
 
 }  // namespace heteroakd::cuda

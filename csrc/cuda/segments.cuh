@@ -19,6 +19,17 @@ constexpr Kernel segments_of(const char* name) {
   return {name, kSegmentThreads, S, 0, start_segments<segment_kernel<F, Set, S, kHold>>};
 }
 
+// A kernel, and whether it can run a call.
+struct SegmentKernel {
+  Kernel kernel;
+  bool (*covers)(const Pass&);
+};
+
+template <class Set>
+bool covers_call(const Pass& pass) {
+  return covers<Set>(pass, AllTerms());
+}
+
 constexpr int kSegmentPixels = 4;      // float: 16 bytes
 constexpr int kWideSegmentPixels = 2;  // double
 

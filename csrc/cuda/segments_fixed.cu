@@ -4,30 +4,16 @@
 namespace heteroakd::cuda {
 namespace {
 
-// A set of terms, and whether a call has no other ones.
-struct FixedKernel {
-  Kernel kernel;
-  bool (*covers)(const Pass&);
-};
-
-template <class Set, class... Terms>
-bool covers(const Pass& p, TermTypes<Terms...>) {
-  return ((!p.has[index_of<Terms>] ||
-           p.variant[index_of<Terms>] == Set::template fixed<Terms>()) &&
-          ...);
-}
-
 template <class Set>
-constexpr FixedKernel fixed(const char* name) {
-  return {segments_of<float, Set, kSegmentPixels, Hold::kAlways>(name),
-          [](const Pass& p) { return covers<Set>(p, AllTerms()); }};
+constexpr SegmentKernel fixed(const char* name) {
+  return {segments_of<float, Set, kSegmentPixels, Hold::kAlways>(name), covers_call<Set>};
 }
 
 constexpr int32_t kForward = KdTerm::kForward;
 constexpr int32_t kPaper = PaperTerm::kMixes | PaperTerm::kEvaluates;
 
 // The first that covers a call is taken.
-constexpr FixedKernel kKernels[] = {
+constexpr SegmentKernel kKernels[] = {
     fixed<Ce>("segments: ce"),
     fixed<CeKdHetero>("segments: ce, kd, hetero"),
     fixed<Fixed<kPlainCe, kForward, HeteroTerm::kLogits>>(
@@ -40,7 +26,7 @@ constexpr FixedKernel kKernels[] = {
 }  // namespace
 
 const Kernel* segments_fixed(const Pass& pass) {
-  for (const FixedKernel& fixed : kKernels) {
+  for (const SegmentKernel& fixed : kKernels) {
     if (fixed.covers(pass)) return &fixed.kernel;
   }
   return nullptr;

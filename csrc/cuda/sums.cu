@@ -92,11 +92,6 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int64_t per_plane = per_row * k.out.height;
   const int64_t count = per_plane * k.classes * k.batch;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kCombineThreads;
-  F scale[kMostGradients];
-#pragma unroll
-  for (int s = 0; s < kMostGradients; ++s) {
-    scale[s] = s < k.gradients ? static_cast<F>(k.weight[s] * k.grad_totals[k.group[s]]) : F(0);
-  }
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x; at < count;
        at += step) {
     const int64_t channel = divide(at, per_plane);  // image * C + c
@@ -113,15 +108,14 @@ __global__ void __launch_bounds__(kCombineThreads)
     F total[kCombined];
 #pragma unroll
     for (int x = 0; x < kCombined; ++x) total[x] = F(0);
-#pragma unroll
-    for (int s = 0; s < kMostGradients; ++s) {
-      if (s >= k.gradients) continue;
+    for (int s = 0; s < k.gradients; ++s) {
+      const F scale = static_cast<F>(k.weight[s] * k.grad_totals[k.group[s]]);
 #pragma unroll
       for (int x = 0; x < kCombined; ++x) {
         if (j + x >= width) continue;
         F g = top[s * all + x];
         if (above != nullptr) g += above[s * all + x];
-        total[x] += scale[s] * g;
+        total[x] += scale * g;
       }
     }
     const int64_t image = channel / k.classes;

@@ -9,7 +9,7 @@ label, V the pixels whose label is not `ignore_index`, softmax_T(z) = softmax(z 
 
 The fields of these classes are the only list of options: the operators' encoding (`spec.py`), the
 keywords of `functional.distillation_loss` and `HeteroAKDLoss` (`FLAT`) and the driver's table are
-derived from them. Adding a term: docs/architecture.md.
+derived from them. Adding a term: CONTRIBUTING.md.
 """
 
 from __future__ import annotations

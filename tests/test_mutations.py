@@ -145,7 +145,7 @@ COMPILED = (
     ),
     Compiled(
         "cpu: negative divergences",
-        "cpu/distillation.cpp",
+        "cpu/runner.h",
         "Term::is_divergence(pass_.variant[k]) && s[k * 2] < 0.0",
         "false",
         _accuracy("test_values_near_agreement", "cpu", "reverse", 1e-4, 32),
@@ -159,7 +159,7 @@ COMPILED = (
     ),
     Compiled(
         "the weight of a gradient forgotten",
-        "cpu/distillation.cpp",
+        "cpu/runner.h",
         "terms_.relative_weight(k)",
         "1.0",
         _values("test_every_term", "cpu", "all", F32),

@@ -1,4 +1,4 @@
-// What one pass is, as plain data: the border between the operators (distillation.cpp, compiled
+// What one pass is, as plain data: the border between the operators (runner.h, compiled
 // for every processor) and the kernels (compiled once per instruction set).
 //
 // No inline function with a body lives here: what two translation units of different instruction

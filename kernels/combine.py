@@ -9,29 +9,25 @@ strides of the logits; reads each of the K saved gradients and writes the result
 import triton
 import triton.language as tl
 
-from .distillation import BAD, ROW, VALID, number
+from . import terms
+from .distillation import BAD, ROW, SHARES, VALID, number
+
+# What the sum of a term's values is divided by.
+OF_VALID = tl.constexpr(0)  # pixels
+OF_SHARES = tl.constexpr(1)  # the sum of its shares
+OF_IMAGES = tl.constexpr(2)  # images that have pixels, times classes
 
 
 @triton.jit(do_not_specialize=["programs", "images", "classes"])
 def finish_sums(
     partials,  # [images * programs, ROW] float64
-    numerators,  # [terms] float64 out; of ce, kd, hetero, feature at PLACE_k; -1: not asked for
-    denominators,  # [groups] float64 out, likewise at GROUP_k
+    numerators,  # [terms] float64 out
+    denominators,  # [groups] float64 out
     report,  # int64 [2] out: valid pixels and labels out of range; not if REPORT off
     programs,
     images,
     classes,
-    PLACE0: tl.constexpr,
-    PLACE1: tl.constexpr,
-    PLACE2: tl.constexpr,
-    PLACE3: tl.constexpr,
-    GROUP0: tl.constexpr,
-    GROUP1: tl.constexpr,
-    GROUP2: tl.constexpr,
-    GROUP3: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # ce's denominator is the sum of the labels' weights
-    KNOWLEDGE: tl.constexpr,  # hetero's is the sum of the pixels' weights
-    PER_IMAGE: tl.constexpr,  # hetero's is the number of images that have pixels, times classes
+    TERMS: tl.constexpr,  # of each term its index, place, group and kind of denominator
     REPORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -42,19 +38,21 @@ def finish_sums(
         here = row < images * programs
         sums += tl.load(partials + row * ROW + column, mask=here, other=0.0)
     total = tl.sum(sums, 0)
-    if column < 4:
-        place = tl.where(column == 0, PLACE0, tl.where(column == 1, PLACE1, PLACE2))
-        place = tl.where(column == 3, PLACE3, place)
-        # A sum of divergences is never negative, its rounding may be. A NaN comes through.
-        negative = ((column == 1) | (column == 2)) & (total < 0.0)
-        tl.store(numerators + place, tl.where(negative, 0.0, total), mask=place >= 0)
-    if column == 4 and WEIGHTED and GROUP0 >= 0:
-        tl.store(denominators + GROUP0, total)
-    if column == 6 and GROUP2 >= 0:
-        if KNOWLEDGE:
-            tl.store(denominators + GROUP2, total)
-        elif PER_IMAGE:
-            filled = total * 0.0
+    for k in tl.static_range(len(TERMS)):
+        if column == TERMS[k][0]:
+            numerator = total
+            if terms.is_divergence(TERMS[k][0]):
+                # never negative, though its rounding may be. A NaN comes through.
+                numerator = tl.where(total < 0.0, 0.0, total)
+            tl.store(numerators + TERMS[k][1], numerator)
+        if TERMS[k][3] == OF_SHARES:
+            if column == SHARES + TERMS[k][0]:
+                tl.store(denominators + TERMS[k][2], total)
+        elif TERMS[k][3] == OF_VALID:
+            if column == VALID:
+                tl.store(denominators + TERMS[k][2], total)
+        elif column == SHARES + TERMS[k][0]:
+            filled = tl.full((), 0.0, tl.float64)
             for image in range(images):
                 sums = tl.zeros([BLOCK], tl.float64)
                 for start in range(0, programs, BLOCK):
@@ -63,50 +61,26 @@ def finish_sums(
                     row += tl.cast(image, tl.int64) * programs
                     sums += tl.load(partials + row * ROW + VALID, mask=here, other=0.0)
                 filled += tl.where(tl.sum(sums, 0) > 0.0, 1.0, 0.0)
-            tl.store(denominators + GROUP2, filled * classes)
-    if column == VALID:
-        if GROUP0 >= 0 and not WEIGHTED:
-            tl.store(denominators + GROUP0, total)
-        if GROUP2 >= 0 and not (KNOWLEDGE or PER_IMAGE):
-            tl.store(denominators + GROUP2, total)
-        if GROUP1 >= 0:
-            tl.store(denominators + GROUP1, total)
-        if GROUP3 >= 0:
-            tl.store(denominators + GROUP3, total)
-        if REPORT:
-            tl.store(report, total.to(tl.int64))
+            tl.store(denominators + TERMS[k][2], filled * classes)
+    if column == VALID and REPORT:
+        tl.store(report, total.to(tl.int64))
     if column == BAD and REPORT:
         tl.store(report + 1, total.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["bits0", "bits1", "bits2", "bits3", "bits4"])
+@triton.jit
 def group_totals(
     numerators,  # [terms] float64
     totals,  # [groups] float64 out: sums of weight * numerator
-    bits0,  # of each term's weight
-    bits1,
-    bits2,
-    bits3,
-    bits4,
-    GROUP0: tl.constexpr,  # of each term; -1: there is none
-    GROUP1: tl.constexpr,
-    GROUP2: tl.constexpr,
-    GROUP3: tl.constexpr,
-    GROUP4: tl.constexpr,
+    weights,  # the bits of each term's
+    GROUP_OF: tl.constexpr,  # each term
     GROUPS: tl.constexpr,
 ):
     for group in tl.static_range(GROUPS):
         total = tl.full((), 0.0, tl.float64)
-        if GROUP0 == group:
-            total += number(bits0, tl.float64) * tl.load(numerators)
-        if GROUP1 == group:
-            total += number(bits1, tl.float64) * tl.load(numerators + 1)
-        if GROUP2 == group:
-            total += number(bits2, tl.float64) * tl.load(numerators + 2)
-        if GROUP3 == group:
-            total += number(bits3, tl.float64) * tl.load(numerators + 3)
-        if GROUP4 == group:
-            total += number(bits4, tl.float64) * tl.load(numerators + 4)
+        for k in tl.static_range(len(GROUP_OF)):
+            if GROUP_OF[k] == group:
+                total += number(weights[k], tl.float64) * tl.load(numerators + k)
         tl.store(totals + group, total)
 
 
@@ -118,10 +92,6 @@ def group_totals(
         "width",
         "rows",
         "slot_stride",
-        "bits0",
-        "bits1",
-        "bits2",
-        "bits3",
         "out_b",
         "out_c",
         "out_y",
@@ -138,18 +108,12 @@ def combine_gradients(
     width,
     rows,  # chunks * (TI + 1)
     slot_stride,
-    bits0,  # of each saved gradient's weight
-    bits1,
-    bits2,
-    bits3,
+    weights,  # the bits of each saved gradient's
     out_b,
     out_c,
     out_y,
     out_x,
-    GROUP0: tl.constexpr,  # of each saved gradient; -1 ends the list
-    GROUP1: tl.constexpr,
-    GROUP2: tl.constexpr,
-    GROUP3: tl.constexpr,
+    GROUPS: tl.constexpr,  # of each saved gradient
     TI: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,19 +137,11 @@ def combine_gradients(
     has_above = inside & (t == 0) & (chunk > 0)
     # the last cell row may begin a chunk; every row i has its own cell row i + 1
     total = tl.zeros([BLOCK_C, BLOCK], FLOAT)
-    total += read_slot(top, above, inside, has_above, grad_totals + GROUP0, bits0, FLOAT)
-    if GROUP1 >= 0:
+    for k in tl.static_range(len(GROUPS)):
+        total_of_group = grad_totals + GROUPS[k]
+        total += read_slot(top, above, inside, has_above, total_of_group, weights[k], FLOAT)
         top += slot_stride
         above += slot_stride
-        total += read_slot(top, above, inside, has_above, grad_totals + GROUP1, bits1, FLOAT)
-    if GROUP2 >= 0:
-        top += slot_stride
-        above += slot_stride
-        total += read_slot(top, above, inside, has_above, grad_totals + GROUP2, bits2, FLOAT)
-    if GROUP3 >= 0:
-        top += slot_stride
-        above += slot_stride
-        total += read_slot(top, above, inside, has_above, grad_totals + GROUP3, bits3, FLOAT)
     target = out + image * out_b + c * out_c + i * out_y + j * out_x
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 

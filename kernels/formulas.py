@@ -1,4 +1,5 @@
-"""Every formula of a pixel, in the names and the order of `reference.py` and `csrc/math`.
+"""The formulas that several terms (terms/) or kernels share, in the names and the order of
+`reference.py` and `csrc/math`.
 
 A pixel arrives as sums over its classes. For one model with logits z_c, a bound m of them (no
 smaller than their maximum) and a temperature T,
@@ -18,6 +19,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 RELIABILITY_EPS = tl.constexpr(1e-6)
+_SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 # --- elementary --------------------------------------------------------------------------------
@@ -52,6 +54,12 @@ def fast_log2(x, PTX: tl.constexpr):
     else:
         y = tl.log2(x)
     return y
+
+
+@triton.jit
+def log2_of_share(x, PTX: tl.constexpr):
+    """`fast_log2` of x >= 0, finite at 0. A NaN comes through."""
+    return fast_log2(max_or_nan(x, _SMALLEST_NORMAL), PTX)
 
 
 @triton.jit
@@ -150,59 +158,15 @@ def negative_log_likelihood(others, label_e, label_x, PTX: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(hard, soft, weight_sum, nll, log_total, weighted_z, SMOOTHING: tl.constexpr):
-    """Weighted cross entropy. Weights of a pixel: hard = (1 - smoothing) w_label,
-    soft = smoothing / C; weighted_z = sum_c w_c (z_c - m), read with label smoothing only."""
-    loss = hard * nll
-    if SMOOTHING:
-        loss += soft * (weight_sum * log_total - weighted_z)
-    return loss
-
-
-@triton.jit
-def cross_entropy_gradient_numerator(is_label, e, others):
-    """d cross_entropy / d z_c = hard / total * this + (smoothing only) soft (weight_sum p_c - w_c).
-
-    For the labelled class minus the sum of the others: p - 1 of a confident pixel keeps its
-    relative precision, where 1 - p has none left.
-    """
-    return tl.where(is_label, -others, e)
-
-
-@triton.jit
 def kl(weighted_difference, inverse_total_a, log2_total_a, log2_total_b):
     """KL(a || b), from sum_c e_a,c (a_a,c - a_b,c)."""
     return LN_2 * (weighted_difference * inverse_total_a - log2_total_a + log2_total_b)
-
-
-# d (T^2 KL(p_t || p_s)) / d z_c = T (p_s,c - p_t,c)
-# d (T^2 KL(p_s || p_t)) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = log p_s,c - log p_t,c
-# d (T^2 JS) / d z_c = T p_s,c (f_c - sum_c p_s,c f_c), f_c = (1 - beta) (log p_s,c - log m_c)
-#
-# The last two do not change when a constant is subtracted from every f_c. It is the f_c of the
-# student's most likely class, the pivot: that class of a confident pixel then gets 0 - 0, where it
-# would get the difference of two numbers as large as the logits. f_c is in units of log2, and with
-# a_c in the place of log2 p_c = a_c - log2(total), which is a constant too.
 
 
 @triton.jit
 def reverse_ratio(student_a, teacher_a):
     """Reverse KL: f_c. Bounded so that the difference of two is finite."""
     return -max_or_nan(-max_or_nan(student_a - teacher_a, -1e38), -1e38)
-
-
-@triton.jit
-def js_weights(beta, one_minus_beta, total_ratio):
-    """js: total_s m_c = mixed_target(beta total_s / total_t, e_t,c, 1 - beta, e_s,c), and f_c =
-    a_s,c minus its logarithm (times 1 - beta). Near agreement both are as small as the a_c, where
-    log2 m_c is as large as log2 C, and its rounding with it."""
-    return beta * total_ratio, one_minus_beta
-
-
-@triton.jit
-def feature_gradient_scale(classes):
-    """d (z_s,c - z_t,c)^2 / d z_s,c over z_s,c - z_t,c, for the mean over C classes."""
-    return 2.0 / classes
 
 
 # --- section 4: reliability and mixed target ---------------------------------------------------
@@ -253,20 +217,9 @@ def class_reliability(teacher_h, student_h, PTX: tl.constexpr):
 
 
 @triton.jit
-def discrepancy(kl_teacher_student):
-    """preset softmax-kl: a KL is never negative, its rounding may be. A NaN comes through."""
-    return max_or_nan(kl_teacher_student, 0.0)
-
-
-@triton.jit
 def class_discrepancy(student_h, mixed_h):
     """preset paper (Eq. 8): the positive reliability gap of one class."""
     return max_or_nan(student_h - mixed_h, 0.0)
-
-
-# preset softmax-kl: d (T^2 KL(m || p_s)) / d z_c = T (p_s,c - m_c); with mix = probs that is
-# T r_t (p_s,c - p_t,c), because r_s = 1 - r_t; with mix = teacher T (p_s,c - p_t,c).
-# preset paper: with q_c = W_c m_c, d (-sum_c q_c log p_s,c) / d z_c = (p_s,c sum q - q_c) / T.
 
 
 @triton.jit

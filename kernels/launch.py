@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from heteroakd_fast.backends import Call
-from heteroakd_fast.spec import Options
-from heteroakd_fast.terms import KD, CrossEntropy, HeteroAKD, TeacherCrossEntropy, Term
+from heteroakd_fast.spec import Options, numbers_of
+from heteroakd_fast.terms import HeteroAKD, TeacherCrossEntropy, Term
 
-from . import config
-from .combine import combine_gradients, finish_sums, group_totals
-from .distillation import BITS_MASK, ROW, distillation_pass
+from . import config, terms
+from .combine import OF_IMAGES, OF_SHARES, OF_VALID, combine_gradients, finish_sums, group_totals
+from .distillation import BITS_MASK, FLAG, ROW, distillation_pass
 from .interpolation import CORNERS, DIRECT, GATHER
 from .space import collect, reduce
 
@@ -45,9 +45,19 @@ __all__ = [
 
 _NO_TEACHER = -1
 _INT32 = 2**31 - 1
-# In the order in which the kernels number them; `teacher_ce` is `ce` of a pass over the teacher.
-_TERMS: Final = ("ce", "kd", "hetero", "feature")
-Four = tuple[int, int, int, int]
+
+
+class PassTerm(NamedTuple):
+    """A term of a pass, as the kernels know it."""
+
+    term: Term
+    code: int
+    """its index in `terms`"""
+    variant: int
+    place: int
+    """among the call's numerators; -1: it is there for the maps alone"""
+    group: int
+    """of its denominator among the call's"""
 
 
 class Pass(NamedTuple):
@@ -57,22 +67,9 @@ class Pass(NamedTuple):
     """[B, C, h, w], those that learn"""
     teacher: Tensor | None
     """[B, C, h', w']"""
-    terms: tuple[Term | None, ...]
-    """ce, kd, hetero, feature; hetero also for the maps alone"""
-    places: Four
-    """of each term among the call's numerators; -1 where it is not asked for"""
-    groups: Four
-    """of each term's denominator among the call's"""
+    terms: tuple[PassTerm, ...]
+    """in the order of the kernels' indices"""
     options: Options
-
-    def asks(self, k: int) -> bool:
-        return self.places[k] >= 0
-
-    @property
-    def hetero(self) -> HeteroAKD | None:
-        term = self.terms[2]
-        assert term is None or isinstance(term, HeteroAKD)
-        return term
 
     @property
     def maps(self) -> bool:
@@ -80,69 +77,50 @@ class Pass(NamedTuple):
 
     @property
     def temperature(self) -> float:
-        found = (getattr(term, "temperature", None) for term in self.terms)
+        found = (getattr(one.term, "temperature", None) for one in self.terms)
         return next((t for t in found if t is not None), 1.0)
 
-    def slots(self) -> list[int]:
-        """Of each saved gradient the first term that adds to it: those of one group share it, but
-        that hetero, whose value comes with the factor of its gradient, has its own."""
-        first: list[int] = []
-        for k in (0, 1, 3, 2):
-            shared = k != 2 and any(self.groups[j] == self.groups[k] for j in first)
-            if self.asks(k) and not shared:
-                first.append(k)
-        return first
+    def slots(self) -> list[PassTerm]:
+        """Of each saved gradient the first term that adds to it (`slot`)."""
+        found: dict[tuple[int, int], PassTerm] = {}
+        for one in self.terms:
+            if one.group >= 0:
+                found.setdefault(_slot_key(one), one)
+        return list(found.values())
 
-    def slot(self, k: int) -> int:
+    def slot(self, one: PassTerm) -> int:
         """To which of them a term adds; -1 where it is not asked for."""
-        if not self.asks(k):
-            return -1
-        own = [
-            j == k or (2 not in (j, k) and self.groups[j] == self.groups[k]) for j in self.slots()
-        ]
-        return own.index(True)
+        keys = [_slot_key(first) for first in self.slots()]
+        return keys.index(_slot_key(one)) if one.group >= 0 else -1
 
-    def weight(self, k: int) -> float:
-        term = self.terms[k]
-        return 1.0 if term is None else term.weight
+
+def _slot_key(one: PassTerm) -> tuple[int, int]:
+    """Terms of one group share a gradient, but that hetero, whose value comes with the factor of
+    its gradient, has its own."""
+    return one.group, one.code if isinstance(one.term, HeteroAKD) else -1
 
 
 def passes_of(call: Call) -> tuple[Pass | None, Pass | None]:
     """The student's pass, unless only the teacher is asked about, and that of `teacher_ce`."""
     options = call.spec.options()
-    student: dict[str, tuple[Term, int, int]] = {}
-    teacher = None
-    place = 0
-    for term, group in zip(options.terms, options.groups, strict=True):
-        at = (term, place if group >= 0 else -1, group)
-        if isinstance(term, TeacherCrossEntropy):
-            assert call.teacher is not None
-            ce: Term = CrossEntropy(term.weight, term.label_smoothing)
-            teacher = _pass(call.teacher, None, {"ce": (ce, place, group)}, options)
-        else:
-            student[term.name] = at
-        place += group >= 0
-    needs_teacher = any(term.needs_teacher for term, _, _ in student.values())
-    other = call.teacher if needs_teacher else None
-    return _pass(call.student, other, student, options) if student else None, teacher
+    own, of_teacher = terms_of(options)
+    needs_teacher = any(one.term.needs_teacher for one in own)
+    student = Pass(call.student, call.teacher if needs_teacher else None, own, options)
+    if not of_teacher:
+        return student, None
+    assert call.teacher is not None
+    return student if own else None, Pass(call.teacher, None, of_teacher, options)
 
 
-def _pass(
-    logits: Tensor,
-    teacher: Tensor | None,
-    terms: dict[str, tuple[Term, int, int]],
-    options: Options,
-) -> Pass:
-    found = [terms.get(name, (None, -1, -1)) for name in _TERMS]
-    places, groups = [place for _, place, _ in found], [group for _, _, group in found]
-    return Pass(
-        logits,
-        teacher,
-        tuple(term for term, _, _ in found),
-        (places[0], places[1], places[2], places[3]),
-        (groups[0], groups[1], groups[2], groups[3]),
-        options,
-    )
+def terms_of(options: Options) -> tuple[tuple[PassTerm, ...], tuple[PassTerm, ...]]:
+    """Of the student's pass and of the teacher's."""
+    student: list[PassTerm] = []
+    teacher: list[PassTerm] = []
+    for place, (term, group) in enumerate(zip(options.terms, options.groups, strict=True)):
+        one = PassTerm(term, *terms.of(term), place if group >= 0 else -1, group)
+        (teacher if isinstance(term, TeacherCrossEntropy) else student).append(one)
+    student.sort(key=lambda one: one.code)
+    return tuple(student), tuple(teacher)
 
 
 def interpreted() -> bool:
@@ -152,10 +130,9 @@ def interpreted() -> bool:
 
 def _heavy(one: Pass) -> bool:
     """Whether a thread keeps more per pixel than sixteen of them leave room for."""
-    hetero = one.hetero
-    return one.asks(3) or (
-        hetero is not None
-        and (hetero.preset == "paper" or hetero.mix == "logits" or one.options.maps)
+    traits = [terms.traits(term.code, term.variant) for term in one.terms]
+    return any(
+        x.needs.raw_logits or x.bounds > 0 or (x.mapped and one.options.maps) for x in traits
     )
 
 
@@ -192,8 +169,10 @@ def _lanes(device: torch.device) -> int:
 
 
 def bits_of(value: float) -> int:
+    """As `number` in distillation.py takes it. Of an integer Triton looks at its size and at what
+    divides it: this one is large and odd, at the cost of the last bit of 53."""
     bits: int = struct.unpack("q", struct.pack("d", value))[0]
-    return bits ^ int(BITS_MASK)
+    return (bits ^ int(BITS_MASK)) | 1
 
 
 def _source(logits: Tensor, cells: Tensor, target: Tensor) -> int:
@@ -296,31 +275,39 @@ def _geometry(one: Pass, target: Tensor, gradients: bool) -> _Geometry:
 
 
 def _space_statistics(
-    one: Pass, target: Tensor, geometry: _Geometry, halo: int
-) -> tuple[Tensor, Tensor]:
+    one: Pass, target: Tensor, geometry: _Geometry, entries: Sequence[terms.Entry], halo: int
+) -> Tensor | None:
+    """[softmaxes over space, 2, B, C]: maximum and inverse total; None without any."""
     batch, classes = one.logits.shape[:2]
+    count = terms.place_over_space(entries, len(entries))
+    if count == 0:
+        return None
     dtype = torch.promote_types(one.logits.dtype, torch.float32)
     programs = geometry.programs
-    found = one.logits.new_empty((batch, programs, classes, 2), dtype=dtype)
-    shift = one.logits.new_empty((batch, classes), dtype=dtype)
-    weight = torch.empty_like(shift)
-    collect[geometry.grid](
-        geometry.student,
-        geometry.teacher,
-        target,
-        found,
-        *geometry.positional,
-        one.options.ignore_index,
-        HALO=halo,
-        MIX_TEACHER=one.hetero is not None and one.hetero.mix == "teacher",
-        PTX=has_ptx(one.logits),
-        **geometry.tiles,
-    )
+    found = one.logits.new_empty((count, batch, programs, classes, 2), dtype=dtype)
+    out = one.logits.new_empty((count, 2, batch, classes), dtype=dtype)
     block = 64
-    reduce[(batch, -(-classes // block))](
-        found, shift, weight, programs, classes, BLOCK=block, FLOAT=geometry.tiles["FLOAT"]
+    for k, entry in enumerate(entries):
+        for which in range(terms.spaces(entry)):
+            collect[geometry.grid](
+                geometry.student,
+                geometry.teacher,
+                target,
+                found,
+                *geometry.positional,
+                one.options.ignore_index,
+                TERM=entry.term,
+                VARIANT=entry.variant,
+                FIRST=which,
+                PLACE=terms.place_over_space(entries, k) + which,
+                HALO=halo,
+                PTX=has_ptx(one.logits),
+                **geometry.tiles,
+            )
+    reduce[(batch, -(-classes // block), count)](
+        found, out, programs, classes, BLOCK=block, FLOAT=geometry.tiles["FLOAT"]
     )
-    return shift, weight
+    return out
 
 
 def has_ptx(logits: Tensor) -> bool:
@@ -344,30 +331,25 @@ def _launch(
     direct = geometry.tiles["STUDENT"] == int(DIRECT)
     programs = geometry.programs
     partials = one.logits.new_empty((geometry.grid[0], int(ROW)), dtype=torch.float64)
-    kd, term = one.terms[1], one.hetero
-    hetero = 0
-    if term is not None and (one.asks(2) or maps is not None):
-        hetero = 1 if term.preset == "softmax-kl" else 2 if term.weight_axis == "class" else 3
-    evaluation = term is not None and term.evaluation == "discrepancy"
     unused = partials
-    shift = weight = unused
-    if hetero == 3 and evaluation and one.asks(2):
-        halo = int(gradient is not None and not direct)
-        shift, weight = _space_statistics(one, target, geometry, halo)
+    weighted = class_weight is not None
     if class_weight is not None:
         class_weight = class_weight.to(
             torch.promote_types(one.logits.dtype, torch.float32)
         ).contiguous()
     first = one.slots()
-    if direct:  # the kernel reads the groups' scales, and weights are those of the terms
-        slots, weights = list(one.groups), [one.weight(k) for k in range(4)]
-    else:
-        slots = [one.slot(k) for k in range(4)]
-        weights = [
-            one.weight(k) / one.weight(first[slot]) if slot >= 0 else 1.0
-            for k, slot in enumerate(slots)
-        ]
-    smoothing = getattr(one.terms[0], "label_smoothing", 0.0)
+    entries, numbers = [], []
+    for term in one.terms:
+        # the kernel reads the groups' scales if `direct`, and weights are those of the terms
+        slot = term.group if direct else one.slot(term)
+        weight, *others = numbers_of([term.term])
+        if slot >= 0 and not direct:
+            weight /= first[slot].term.weight
+        shares = slot >= 0 and _DENOMINATORS[term.term.denominator(weighted)] == int(OF_SHARES)
+        entries.append(terms.Entry(term.code, term.variant, slot, shares))
+        numbers.append((bits_of(weight), *map(bits_of, others)))
+    halo = int(gradient is not None and not direct)
+    space = _space_statistics(one, target, geometry, entries, halo)
     arguments = [
         geometry.student,
         geometry.teacher,
@@ -377,38 +359,22 @@ def _launch(
         unused if grad_totals is None else grad_totals,
         unused if maps is None else maps,
         partials,
-        shift,
-        weight,
+        unused if space is None else space,
         *geometry.positional,
         *((0, 0, 0, 0) if gradient is None or not direct else gradient.stride()),
         one.options.ignore_index,
         bits_of(one.temperature),
-        bits_of(1.0 if term is None else term.tau),
-        bits_of(kd.beta if isinstance(kd, KD) else 0.5),
-        bits_of(smoothing),
-        *map(bits_of, weights),
+        tuple(numbers),
     ]
     options = {
+        "TERMS": tuple(entries),
         "WHOLE": direct and target.shape[2] % geometry.tiles["S"] == 0,
         "SAME_TAPS": geometry.tiles["TEACHER"] == int(CORNERS)
         and geometry.student.stride()[2:] == geometry.teacher.stride()[2:],
-        "CE": one.asks(0),
-        "SMOOTHING": smoothing != 0.0,
-        "WEIGHTED": class_weight is not None,
-        "KD": ("forward", "reverse", "js").index(kd.divergence) + 1 if isinstance(kd, KD) else 0,
-        "HETERO": hetero,
-        "HETERO_TERM": one.asks(2),
-        "MIX_LOGITS": hetero == 1 and term is not None and term.mix == "logits",
-        "MIX_TEACHER": hetero > 0 and term is not None and term.mix == "teacher",
-        "EVALUATION": evaluation,
-        "FEATURE": one.asks(3),
+        "WEIGHTED": weighted,
         "MAPS": maps is not None,
         "POWER": power_of(one.temperature),
         "GRAD": gradient is not None,
-        "SLOT_CE": slots[0],
-        "SLOT_KD": slots[1],
-        "SLOT_HETERO": slots[2],
-        "SLOT_FEATURE": slots[3],
         "SLOTS": len(first),
         "PTX": has_ptx(one.logits),
         "PICK_LABEL": one.logits.shape[1] < config.MANY_CLASSES,
@@ -423,9 +389,13 @@ def _launch(
     return partials, programs
 
 
-def _numbered(name: str, values: Sequence[int]) -> dict[str, int]:
-    """Arguments NAME0, NAME1, ..."""
-    return {f"{name}{k}": value for k, value in enumerate(values)}
+#: What the kernels do for each `Term.denominator`.
+_DENOMINATORS: Final = {
+    "valid": int(OF_VALID),
+    "class_weight": int(OF_SHARES),
+    "discrepancy": int(OF_SHARES),
+    "images": int(OF_IMAGES),
+}
 
 
 def finish(
@@ -436,15 +406,12 @@ def finish(
     programs: int,
     images: int,
     classes: int,
-    places: Sequence[int],
-    groups: Sequence[int],
-    *,
+    asked: Sequence[PassTerm],
     weighted: bool,
-    hetero: HeteroAKD | None,
 ) -> None:
-    """Writes the sums of the terms ce, kd, hetero, feature where they belong."""
-    softmax_kl = hetero is not None and hetero.preset == "softmax-kl"
-    finish_sums[(10,)](
+    """Writes the sums of these terms where they belong."""
+    kinds = [one.term.denominator(weighted) for one in asked]
+    finish_sums[(int(FLAG),)](
         partials,
         numerators,
         denominators,
@@ -452,11 +419,11 @@ def finish(
         programs,
         images,
         classes,
-        **_numbered("PLACE", places),
-        **_numbered("GROUP", groups),
-        WEIGHTED=weighted,
-        KNOWLEDGE=softmax_kl,
-        PER_IMAGE=hetero is not None and not softmax_kl and hetero.over_space,
+        TERMS=tuple(
+            (one.code, one.place, one.group, _DENOMINATORS[kind])
+            for one, kind in zip(asked, kinds, strict=True)
+            if one.group >= 0
+        ),
         REPORT=report is not None,
         BLOCK=1024,
     )
@@ -465,16 +432,12 @@ def finish(
 def totals_of(numerators: Tensor, options: Options) -> Tensor:
     """Of each group the sum of weight * numerator, float64."""
     totals = numerators.new_empty(options.group_count)
-    groups = [group for group in options.groups if group >= 0]
-    weights = [bits_of(term.weight) for term in options.asked]
-    missing = 5 - len(groups)
     with device_of(numerators):
         group_totals[(1,)](
             numerators,
             totals,
-            *weights,
-            *[bits_of(0.0)] * missing,
-            **_numbered("GROUP", groups + [-1] * missing),
+            tuple(bits_of(term.weight) for term in options.asked),
+            GROUP_OF=tuple(group for group in options.groups if group >= 0),
             GROUPS=len(totals),
         )
     return totals
@@ -507,10 +470,8 @@ def forward(
             programs,
             target.shape[0],
             one.logits.shape[1],
-            one.places,
-            one.groups,
-            weighted=class_weight is not None,
-            hetero=one.hetero,
+            one.terms,
+            class_weight is not None,
         )
     return saved
 
@@ -534,7 +495,6 @@ def backward(
         block_c, block = (32, 32) if channels_last else (1, 512)
         blocks = -(-(h * w) // block)
         first = one.slots()
-        missing = 4 - len(first)
         combine_gradients[(blocks * batch, -(-classes // block_c))](
             saved,
             grad_totals,
@@ -545,10 +505,9 @@ def backward(
             w,
             saved.shape[3] * saved.shape[4],
             saved.stride(0),
-            *(bits_of(one.weight(k)) for k in first),
-            *[bits_of(0.0)] * missing,
+            tuple(bits_of(one.term.weight) for one in first),
             *out.stride(),
-            **_numbered("GROUP", [*(one.groups[k] for k in first), *[-1] * missing]),
+            GROUPS=tuple(one.group for one in first),
             TI=saved.shape[4] - 1,
             BLOCK_C=block_c,
             BLOCK=block,

@@ -63,18 +63,15 @@ from heteroakd_fast.projector import Projection
 from heteroakd_fast.spec import Options
 from heteroakd_fast.terms import HeteroAKD
 
-from .distillation import BAD, ROW, VALID, number
+from . import terms
+from .distillation import BAD, ROW, SHARES, VALID, number
 from .formulas import (
     LN_2,
     LOG2_E,
-    cross_entropy,
-    cross_entropy_gradient_numerator,
-    discrepancy,
-    fast_log2,
-    feature_gradient_scale,
     kl,
     log,
     log2,
+    log2_of_share,
     max_or_nan,
     mixed_target,
     negative_log_likelihood,
@@ -82,8 +79,7 @@ from .formulas import (
     reciprocal,
     reliability,
 )
-from .launch import bits_of, device_of, finish, has_ptx, interpreted, power_of
-from .statistics import _SMALLEST_NORMAL
+from .launch import bits_of, device_of, finish, has_ptx, interpreted, power_of, terms_of
 from .tiles import checked_labels
 
 __all__ = ["Gradients", "backward", "forward"]
@@ -198,22 +194,10 @@ def cross_entropy_sum(
     x, nll, total, valid, label_weight, w, smoothing, class_count, SMOOTHING: tl.constexpr
 ):
     """The sum over pixels, float64."""
-    weight_sum = 0.0
-    log_total = nll
-    weighted = nll
+    value = (1.0 - smoothing) * label_weight * nll
     if SMOOTHING:
-        weight_sum = tl.sum(w, 0)
-        log_total = log(total)
-        weighted = tl.sum(w[None, :] * x, 1)
-    value = cross_entropy(
-        (1.0 - smoothing) * label_weight,
-        smoothing / class_count,
-        weight_sum,
-        nll,
-        log_total,
-        weighted,
-        SMOOTHING,
-    )
+        behind = tl.sum(w, 0) * log(total) - tl.sum(w[None, :] * x, 1)
+        value += smoothing / class_count * behind
     return over_pixels(value, valid)
 
 
@@ -240,9 +224,8 @@ def cross_entropy_gradient(
 ):
     p = softmax(x, LOG2_E, log2(total))
     hard = scale * (1.0 - smoothing) * label_weight
-    g = hard[:, None] * cross_entropy_gradient_numerator(
-        is_label, p, (others * reciprocal(total, PTX))[:, None]
-    )
+    # p - 1 of a confident pixel keeps its relative precision in the sum of the others
+    g = hard[:, None] * tl.where(is_label, -(others * reciprocal(total, PTX))[:, None], p)
     if SMOOTHING:
         g += scale * (smoothing / class_count) * (tl.sum(w, 0) * p - w[None, :])
     return g
@@ -456,7 +439,7 @@ def projected_pass(
         r_t, r_s = reliability(teacher_nll, student_nll, inverse_tau, PTX)
         weight = tl.where(valid, 1.0, 0.0)
         if EVALUATION:
-            weight = discrepancy(kl_teacher_student)
+            weight = max_or_nan(kl_teacher_student, 0.0)
         if MIX_LOGITS:
             mixed_a = mixed_target(r_t[:, None], teacher_x * scale, r_s[:, None], student_x * scale)
             mixed_bound = tl.max(mixed_a, 1)
@@ -514,8 +497,7 @@ def projected_pass(
                     r_s[:, None],
                     tl.exp2(student_x * scale),
                 )
-                mixed_log2 = fast_log2(max_or_nan(mixed, _SMALLEST_NORMAL), PTX)
-                cross = tl.sum(mixed * (mixed_log2 - student_x * scale), 1)
+                cross = tl.sum(mixed * (log2_of_share(mixed, PTX) - student_x * scale), 1)
                 value = LN_2 * cross * tl.exp2(-student_log2)
             hetero_sum = over_pixels(weight * (temperature * temperature) * value, valid)
             hetero_weight = over_pixels(weight, valid)
@@ -570,7 +552,7 @@ def projected_pass(
                 g += push[:, None] * (p - softmax(teacher_x, scale, teacher_log2))
         if FEATURE >= 0:
             difference = (student_x - teacher_x) + (student_bound - teacher_bound)[:, None]
-            g += difference * (scale_of(scales, FEATURE) * feature_gradient_scale(class_count))
+            g += difference * (scale_of(scales, FEATURE) * 2.0 / class_count)
         write_gradient(student_gradient, g, valid, inside, image, pixels, pixel, c, classes, GC)
 
     # --- results -------------------------------------------------------------------------------
@@ -579,23 +561,19 @@ def projected_pass(
         bad = tl.sum((counts & (label < 0)).to(tl.int32), 0)
         count = tl.sum(valid.to(tl.int32), 0)
         row = partials + program * ROW
-        tl.store(row + 0, ce_sum)
-        tl.store(row + 1, kd_sum)
-        tl.store(row + 2, hetero_sum)
-        tl.store(row + 3, feature_sum)
-        tl.store(row + 4, weight_of_labels)
-        tl.store(row + 5, 0.0)
-        tl.store(row + 6, hetero_weight)
-        tl.store(row + 7, 0.0)
+        tl.store(row + terms.CE, ce_sum)
+        tl.store(row + terms.KD, kd_sum)
+        tl.store(row + terms.HETERO, hetero_sum)
+        tl.store(row + terms.FEATURE, feature_sum)
+        tl.store(row + SHARES + terms.CE, weight_of_labels)
+        tl.store(row + SHARES + terms.HETERO, hetero_weight)
         tl.store(row + VALID, count)
         tl.store(row + BAD, bad)
         if TEACHER_CE >= 0:
             row += tl.num_programs(0).to(tl.int64) * ROW
-            tl.store(row + 0, teacher_ce_sum)
-            for k in tl.static_range(1, 8):
-                tl.store(row + k, weight_of_labels if k == 4 else 0.0)
+            tl.store(row + terms.CE, teacher_ce_sum)
+            tl.store(row + SHARES + terms.CE, weight_of_labels)
             tl.store(row + VALID, count)
-            tl.store(row + BAD, bad)
 
 
 # --- gradients of the projection -----------------------------------------------------------------
@@ -978,7 +956,6 @@ def forward(call: Call, numerators: Tensor, denominators: Tensor, report: Tensor
     student, teacher = _sides(call)
     options = call.spec.options()
     places = {term.name: k for k, term in enumerate(options.asked)}
-    groups = {t.name: g for t, g in zip(options.terms, options.groups, strict=True)}
     with device_of(call.labels):
         partials = _run_pass(
             *_needed(student, teacher, places),
@@ -990,24 +967,19 @@ def forward(call: Call, numerators: Tensor, denominators: Tensor, report: Tensor
             None,
             None,
         )
-        own = ("ce", "kd", "hetero", "feature")
-        passes: list[tuple[tuple[str, ...], Tensor | None]] = [(own, report)]
-        if "teacher_ce" in places:
-            passes.append((("teacher_ce", "", "", ""), None))
-        for k, (names, counts) in enumerate(passes):
-            finish(
-                partials[k],
-                numerators,
-                denominators,
-                counts,
-                partials.shape[1],
-                1,
-                call.classes,
-                [places.get(name, -1) for name in names],
-                [groups.get(name, -1) for name in names],
-                weighted=call.class_weight is not None,
-                hetero=options.find("hetero"),
-            )
+        for k, asked in enumerate(terms_of(options)):
+            if k == 0 or asked:
+                finish(
+                    partials[k],
+                    numerators,
+                    denominators,
+                    None if k else report,
+                    partials.shape[1],
+                    1,
+                    call.classes,
+                    asked,
+                    call.class_weight is not None,
+                )
 
 
 def backward(call: Call, grad_totals: Tensor) -> list[Tensor | None]:

@@ -9,9 +9,10 @@ every logit the careful way.
 import triton
 import triton.language as tl
 
+from . import terms
 from .formulas import LOG2_E, max_or_nan
 from .interpolation import CORNERS, DIRECT, read_logits
-from .statistics import paper_class
+from .terms.term import Class
 from .tiles import offsets, on_label_grid, other_taps, own_columns, pixels_of_step, read_labels
 
 LOWEST = tl.constexpr(-1e30)
@@ -46,7 +47,7 @@ def collect(
     student,  # as in `distillation_pass`
     teacher,
     target,
-    found,  # [B, programs, C, 2] out: maximum and sum of exp(H_s + dH - maximum)
+    found,  # [softmaxes, B, programs, C, 2] out: at PLACE maximum and sum of exp(`first` - maximum)
     programs,
     classes,
     label_h,
@@ -72,8 +73,11 @@ def collect(
     ignore_index,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
+    TERM: tl.constexpr,
+    VARIANT: tl.constexpr,
+    FIRST: tl.constexpr,  # which of its numbers
+    PLACE: tl.constexpr,  # of its softmax
     HALO: tl.constexpr,
-    MIX_TEACHER: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     PTX: tl.constexpr,
     R: tl.constexpr,
@@ -166,8 +170,11 @@ def collect(
                 True,
                 FLOAT,
             )
-            strength, _, _, _ = paper_class(z_s, z_t, label == c, MIX_TEACHER, PTX)
-            strength = tl.where(valid, strength, LOWEST)
+            zero = z_s * 0.0
+            k = Class(z_s, z_t, zero, zero, zero, zero, label == c)
+            known = terms.begin(TERM, VARIANT, (), (), zero, PTX)
+            strength, _ = terms.first(TERM, VARIANT, known, k, PTX)
+            strength = tl.where(valid, strength[FIRST], LOWEST)
             above = tl.max(tl.max(strength, axis=0, keep_dims=True), axis=1, keep_dims=True)
             bound = tl.maximum(largest, above)
             e = tl.where(valid, tl.exp2((strength - bound) * LOG2_E), 0.0)
@@ -176,33 +183,36 @@ def collect(
             largest = bound
         bound = tl.max(tl.max(largest, axis=3, keep_dims=True), axis=2, keep_dims=True)
         total = total * tl.exp2((largest - bound) * LOG2_E)
-        place = found + ((image * programs + program) * classes + c) * 2
+        row = tl.cast(PLACE, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        place = found + (row * classes + c) * 2
         tl.store(place, tl.max(tl.max(tl.max(tl.max(bound, 3), 2), 1), 0))
         tl.store(place + 1, tl.sum(tl.sum(tl.sum(tl.sum(total, 3), 2), 1), 0))
 
 
 @triton.jit(do_not_specialize=["programs", "classes"])
 def reduce(
-    found,  # [B, programs, C, 2]
-    shift,  # [B, C] out
-    weight,  # [B, C] out: 1 / sum exp(H_s + dH - shift)
+    found,  # [softmaxes, B, programs, C, 2]
+    out,  # [softmaxes, 2, B, C] out: maximum, and 1 / sum exp(`first` - maximum)
     programs,
     classes,
     BLOCK: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
+    images = tl.num_programs(0).to(tl.int64)
+    which = tl.program_id(2)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < classes
     largest = tl.full([BLOCK], LOWEST, FLOAT)
     total = tl.zeros([BLOCK], tl.float64)  # over a million pixels
     for program in range(programs):
-        place = found + ((image * programs + program) * classes + c) * 2
+        place = found + (((which * images + image) * programs + program) * classes + c) * 2
         here = tl.load(place, mask=inside, other=LOWEST)
         part = tl.load(place + 1, mask=inside, other=0.0)
         bound = max_or_nan(largest, here)
         total = total * tl.exp2((largest - bound) * LOG2_E).to(tl.float64)
         total += (part * tl.exp2((here - bound) * LOG2_E)).to(tl.float64)
         largest = bound
-    tl.store(shift + image * classes + c, largest, mask=inside)
-    tl.store(weight + image * classes + c, (1.0 / total).to(FLOAT), mask=inside)
+    place = out + (2 * which * images + image) * classes + c
+    tl.store(place, largest, mask=inside)
+    tl.store(place + images * classes, (1.0 / total).to(FLOAT), mask=inside)

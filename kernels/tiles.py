@@ -184,16 +184,10 @@ def over_program(x):
 @triton.jit
 def add_to_corners(
     g,
-    fy,
-    fx,
+    fractions,
     top_row,
-    from_above,
-    from_left,
-    left_lane,
-    written,
-    row_stride,
+    lanes,
     SINGLE: tl.constexpr,
-    again,
 ):
     """The adjoint of bilinear interpolation for one class and term: g [R, S, N, L] to the logits.
 
@@ -202,6 +196,8 @@ def add_to_corners(
     left for its bottom (the same lane wrote it) to its top. SINGLE: a cell is one step; otherwise
     `again` says whether this is a later one, which adds to what the first wrote.
     """
+    fy, fx = fractions
+    from_above, from_left, left_lane, written, row_stride, again = lanes
     everything = tl.sum(g, axis=1, keep_dims=True)
     right = tl.sum(fx * g, axis=1, keep_dims=True)
     left = everything - right

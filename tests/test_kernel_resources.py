@@ -108,6 +108,19 @@ def test_triton_kernels_keep_their_ceilings() -> None:
 
 
 @triton
+def test_triton_compiles_nothing_for_another_number() -> None:
+    """Integers in tuples are looked at whatever a kernel says: whether 16 divides them, say."""
+    run_with_triton(
+        "one = partial(TRITON['ce + hetero'], 'ce', 'kd', 'hetero')\n"
+        "found = set()\n"
+        "for t, tau, weight in (1.7, 1, 1), (3, 0.5, 1e-30), (0.01, 0.02, 0.04):\n"
+        "    TRITON['one'] = partial(one, temperature=t, tau=tau, kd_weight=weight)\n"
+        "    found.add(tuple(kernel.hash for kernel, _ in compile_triton('one', 90)))\n"
+        "assert len(found) == 1, found"
+    )
+
+
+@triton
 def test_triton_compiles_for_other_variants_and_architectures() -> None:
     cases = [(case, 90) for case in [*kernels.TRITON][10:]]
     cases += [(case, arch) for case in ("ce + hetero", "labels: backward") for arch in (80, 100)]

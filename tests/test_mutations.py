@@ -242,9 +242,9 @@ TRITON = (
     ),
     Defect(
         "triton: textbook gradient of the label",
-        "heteroakd_fast.kernels.formulas:cross_entropy_gradient_numerator",
-        "-others",
-        "e",
+        "heteroakd_fast.kernels.terms.ce:pixel",
+        "-t.student_others",
+        "t.label_e",
         _values("test_every_term", "triton", "ce", F32),
     ),
     Defect(
@@ -277,10 +277,17 @@ TRITON = (
     ),
     Defect(
         "triton: log ratios without their pivot",
-        "heteroakd_fast.kernels.statistics:ratio_sums",
-        "(f - pivot)",
+        "heteroakd_fast.kernels.terms.kd:other",
+        "(f - known.pivot)",
         "f",
         _values("test_every_term", "triton", "kd-reverse", F32),
+    ),
+    Defect(
+        "triton: sums keep an old bound",
+        "heteroakd_fast.kernels.terms.paper:rescale",
+        "own.q * both",
+        "own.q",
+        _values("test_every_term", "triton", "hetero-paper", F32),
     ),
 )
 

@@ -1,0 +1,132 @@
+"""What a term is to the Triton kernels: the contract of the files beside this one, which is that of
+csrc/terms/term.h in another language, so that both files of a term can be read side by side.
+
+Every gradient has the shape
+
+    g_c = student x_c - other y_c,   of the labelled class, where the term says so, `label`,
+
+and a term answers, with no loop of its own, from sums over the classes of a pixel:
+
+    variant  the options that decide which code runs, as one integer; in Python, from its class
+    traits   what there must be for it, which loops it has, where x_c and y_c come from
+    numbers  what it makes of the other options, once per program
+    begin    what it knows of a pixel before its loop over classes (`Known`)
+    first    up to two numbers of a class, of which its loop needs the maxima (or, of terms over
+             space, the totals over the pixels of an image and class) before anything else
+    start    where the sums of its loop begin (`Own`)
+    other    y_c, if it is the term's own, and what is summed over classes for the value; of terms
+             over space it gets the shares that the pixel has of the softmaxes of `first`
+    rescale  brings those sums from old maxima to new ones: one loop instead of two
+    least    the sum that maxima which are not the exact ones can make too small
+    pixel    value, share of the denominator and coefficients of the gradient
+    factor   what the sum of the values over pixels has for a factor
+
+Nothing is written to: what `first` and `other` change they return. A file has those functions that
+its term needs. What the sum of the values is divided by says `Term.denominator` of terms.py.
+"""
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# Where x_c and y_c of the gradient come from.
+NONE = tl.constexpr(0)
+STUDENT_HARD = tl.constexpr(1)  # e of the student at T = 1
+STUDENT = tl.constexpr(2)  # e of the student at T
+TEACHER = tl.constexpr(3)
+STUDENT_Z = tl.constexpr(4)
+TEACHER_Z = tl.constexpr(5)
+CLASS_WEIGHT = tl.constexpr(6)  # w_c, 1 without class weights
+OWN = tl.constexpr(7)  # `other`
+
+
+# --- what a term asks for ------------------------------------------------------------------------
+
+
+class Needs(NamedTuple):
+    student_nll: bool = False  # at T = 1: totals, negative log likelihood of the label
+    teacher_nll: bool = False
+    student_total: bool = False  # at T
+    pair: bool = False  # at T: both totals and KL(p_t || p_s)
+    at_top: bool = False  # both a of the class where the student's is largest
+    weighted_z: bool = False
+    raw_logits: bool = False  # its loop reads z
+
+
+class Traits(NamedTuple):
+    needs: Needs
+    student: int = 0  # where x_c comes from
+    other: int = 0  # where y_c does
+    has_label: bool = False
+    # Whether the coefficients need `Own`, the sums of `other` over the classes; and whether the
+    # value alone does: it then is Coefficients.value times Own.sum, and the sums may come last.
+    has_loop: bool = False
+    has_value_loop: bool = False
+    firsts: int = 0  # how many numbers of `first` there are
+    # Of which `other` needs the maxima over classes, or the totals over space. A term that does not
+    # rescale has maxima that are at most 0, which stands for them where it is close enough.
+    bounds: int = 0
+    spaces: int = 0
+    rescales: bool = False
+    mapped: bool = False  # Known has `reliability` and `discrepancy`
+
+
+# --- what a term gets ----------------------------------------------------------------------------
+
+
+class PassNumbers(NamedTuple):
+    """Numbers of a pass that are not a term's."""
+
+    temperature: Any
+    inverse_temperature: Any
+    scale: Any  # a = (z - m) scale
+    classes: Any
+    weight_sum: Any  # sum_c w_c
+
+
+class Totals(NamedTuple):
+    """Sums over the classes of a pixel, and what follows from them; what nobody needs is 0."""
+
+    student_total: Any
+    teacher_total: Any
+    student_others: Any  # of e at T = 1, without the labelled class
+    student_at_top: Any
+    teacher_at_top: Any
+    weighted_z: Any  # sum_c w_c (z_c - m)
+    one: Any  # 0 of an invalid pixel, of which the other numbers are harmless
+    label_weight: Any  # w_y, 0 of an invalid pixel; `one` without class weights
+    label_e: Any  # e_y at T = 1
+    hard_total: Any
+    hard_inverse: Any
+    student_nll: Any
+    teacher_nll: Any
+    student_inverse: Any
+    student_log2: Any
+    teacher_inverse: Any
+    teacher_log2: Any
+    kl: Any
+
+
+class Class(NamedTuple):
+    """One class of a pixel."""
+
+    student_z: Any
+    teacher_z: Any
+    student_a: Any
+    teacher_a: Any
+    student_e: Any
+    teacher_e: Any
+    is_label: Any
+
+
+# --- what a term gives ---------------------------------------------------------------------------
+
+
+class Coefficients(NamedTuple):
+    """All 0 of an invalid pixel."""
+
+    value: Any  # of a value loop: what Own.sum is multiplied by
+    share: Any  # of the denominator
+    student: Any
+    other: Any
+    label: Any

@@ -9,7 +9,6 @@ strides of the logits; reads each of the K saved gradients and writes the result
 import triton
 import triton.language as tl
 
-from . import terms
 from .distillation import BAD, ROW, SHARES, VALID, number
 
 # What the sum of a term's values is divided by.
@@ -27,7 +26,7 @@ def finish_sums(
     programs,
     images,
     classes,
-    TERMS: tl.constexpr,  # of each term its index, place, group and kind of denominator
+    TERMS: tl.constexpr,  # of each its index, place, group, OF_ what, and `Traits.is_divergence`
     REPORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -41,7 +40,7 @@ def finish_sums(
     for k in tl.static_range(len(TERMS)):
         if column == TERMS[k][0]:
             numerator = total
-            if terms.is_divergence(TERMS[k][0]):
+            if TERMS[k][4]:
                 # never negative, though its rounding may be. A NaN comes through.
                 numerator = tl.where(total < 0.0, 0.0, total)
             tl.store(numerators + TERMS[k][1], numerator)

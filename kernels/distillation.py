@@ -493,9 +493,7 @@ def distillation_pass(
             for k in tl.static_range(len(TERMS)):
                 value = values[k]
                 if VALUES and terms.traits(TERMS[k][0], TERMS[k][1]).has_value_loop:
-                    late = Coefficients(*coefficients[k]).value * terms.late_sum(
-                        TERMS[k][0], owns[k]
-                    )
+                    late = Coefficients(*coefficients[k]).value * owns[k][0]
                     value += over_pixels(tl.where(valid, late, 0.0))
                 if MAPS and terms.maps_late(TERMS[k]):
                     write_maps(maps, maps_plane, maps_place, knowns[k], valid, inside & own_lane)

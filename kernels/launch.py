@@ -20,7 +20,7 @@ from torch import Tensor
 
 from heteroakd_fast.backends import Call
 from heteroakd_fast.spec import Options, numbers_of
-from heteroakd_fast.terms import HeteroAKD, TeacherCrossEntropy, Term
+from heteroakd_fast.terms import TeacherCrossEntropy, Term
 
 from . import config, terms
 from .combine import OF_IMAGES, OF_SHARES, OF_VALID, combine_gradients, finish_sums, group_totals
@@ -59,6 +59,16 @@ class PassTerm(NamedTuple):
     group: int
     """of its denominator among the call's"""
 
+    @property
+    def traits(self) -> terms.Traits:
+        found: terms.Traits = terms.traits(self.code, self.variant)
+        return found
+
+    @property
+    def gradient(self) -> tuple[int, int]:
+        """Terms of one group share a gradient, but those that have their own."""
+        return self.group, self.code if self.traits.own_gradient else -1
+
 
 class Pass(NamedTuple):
     """The terms over one model's logits, as `PassTerms` of csrc/spec.h."""
@@ -85,19 +95,13 @@ class Pass(NamedTuple):
         found: dict[tuple[int, int], PassTerm] = {}
         for one in self.terms:
             if one.group >= 0:
-                found.setdefault(_slot_key(one), one)
+                found.setdefault(one.gradient, one)
         return list(found.values())
 
     def slot(self, one: PassTerm) -> int:
         """To which of them a term adds; -1 where it is not asked for."""
-        keys = [_slot_key(first) for first in self.slots()]
-        return keys.index(_slot_key(one)) if one.group >= 0 else -1
-
-
-def _slot_key(one: PassTerm) -> tuple[int, int]:
-    """Terms of one group share a gradient, but that hetero, whose value comes with the factor of
-    its gradient, has its own."""
-    return one.group, one.code if isinstance(one.term, HeteroAKD) else -1
+        gradients = [first.gradient for first in self.slots()]
+        return gradients.index(one.gradient) if one.group >= 0 else -1
 
 
 def passes_of(call: Call) -> tuple[Pass | None, Pass | None]:
@@ -116,7 +120,8 @@ def terms_of(options: Options) -> tuple[tuple[PassTerm, ...], tuple[PassTerm, ..
     """Of the student's pass and of the teacher's."""
     student: list[PassTerm] = []
     teacher: list[PassTerm] = []
-    for place, (term, group) in enumerate(zip(options.terms, options.groups, strict=True)):
+    for term, group in zip(options.terms, options.groups, strict=True):
+        place = len(student) + len(teacher)  # those for the maps alone are behind all others
         one = PassTerm(term, *terms.of(term), place if group >= 0 else -1, group)
         (teacher if isinstance(term, TeacherCrossEntropy) else student).append(one)
     student.sort(key=lambda one: one.code)
@@ -130,7 +135,7 @@ def interpreted() -> bool:
 
 def _heavy(one: Pass) -> bool:
     """Whether a thread keeps more per pixel than sixteen of them leave room for."""
-    traits = [terms.traits(term.code, term.variant) for term in one.terms]
+    traits = [term.traits for term in one.terms]
     return any(
         x.needs.raw_logits or x.bounds > 0 or (x.mapped and one.options.maps) for x in traits
     )
@@ -410,7 +415,6 @@ def finish(
     weighted: bool,
 ) -> None:
     """Writes the sums of these terms where they belong."""
-    kinds = [one.term.denominator(weighted) for one in asked]
     finish_sums[(int(FLAG),)](
         partials,
         numerators,
@@ -420,8 +424,14 @@ def finish(
         images,
         classes,
         TERMS=tuple(
-            (one.code, one.place, one.group, _DENOMINATORS[kind])
-            for one, kind in zip(asked, kinds, strict=True)
+            (
+                one.code,
+                one.place,
+                one.group,
+                _DENOMINATORS[one.term.denominator(weighted)],
+                one.traits.is_divergence,
+            )
+            for one in asked
             if one.group >= 0
         ),
         REPORT=report is not None,

@@ -313,7 +313,8 @@ def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, bound, at, HOW
 
 
 @triton.jit
-def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, at, HOW: tl.constexpr):
+def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, known, at, HOW: tl.constexpr):
+    """Of `first`, over the classes."""
     lowest = tl.zeros(at.valid.shape, HOW.FLOAT) + float("-inf")
     bound = (lowest, lowest)
     student_plane = at.student.plane
@@ -340,7 +341,7 @@ def own_sums(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, at, HOW: tl.co
     elif TRAITS.bounds > 0 and HOW.CAREFUL:
         own, _, _ = own_loop(TERM, VARIANT, p, known, bound, at, HOW)
         close = terms.least(TERM, own) > SMALLEST_TOTAL
-        exact = exact_maxima(TERM, VARIANT, p, known, at, HOW)
+        exact = exact_maxima(TERM, VARIANT, known, at, HOW)
         bound = (tl.where(close, zero, exact[0]), tl.where(close, zero, exact[1]))
     own, bound, known = own_loop(TERM, VARIANT, p, known, bound, at, HOW)
     if TRAITS.bounds > 0 and not TRAITS.rescales:

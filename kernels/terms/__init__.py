@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import ce, feature, hetero, kd, paper
 from .term import OWN, Needs
+from .term import Traits as Traits
 
 CE = tl.constexpr(0)
 KD = tl.constexpr(1)
@@ -77,12 +78,6 @@ def spaces(entry):
 def place_over_space(entries, k):
     """Where they are among those of all terms; of len(entries), how many there are."""
     return sum([spaces(entry) for entry in entries[:k]])
-
-
-@triton.constexpr_function
-def is_divergence(term):
-    """Whether the sum of its values is one that cannot be negative, though its rounding may be."""
-    return term not in (0, 4)
 
 
 @triton.constexpr_function
@@ -211,18 +206,6 @@ def rescale(TERM: tl.constexpr, VARIANT: tl.constexpr, p, own, drop):
 @triton.jit
 def least(TERM: tl.constexpr, own):
     return hetero.least(hetero.Own(*own))
-
-
-@triton.jit
-def late_sum(TERM: tl.constexpr, own):
-    """`Own.sum` of a term with a value loop."""
-    if TERM == HETERO:
-        found = hetero.Own(*own).sum
-    elif TERM == PAPER:
-        found = paper.Own(*own).sum
-    else:
-        found = feature.Own(*own).sum
-    return found
 
 
 @triton.jit

@@ -28,6 +28,7 @@ def traits(variant):
         student=STUDENT_HARD,
         other=CLASS_WEIGHT if variant == 1 else NONE,
         has_label=True,
+        is_divergence=False,
     )
 
 

@@ -18,7 +18,13 @@ def variant(term: Any) -> int:
 
 @triton.constexpr_function
 def traits(variant):
-    return Traits(Needs(raw_logits=True), student=STUDENT_Z, other=TEACHER_Z, has_value_loop=True)
+    return Traits(
+        Needs(raw_logits=True),
+        student=STUDENT_Z,
+        other=TEACHER_Z,
+        has_value_loop=True,
+        is_divergence=False,
+    )
 
 
 class Numbers(NamedTuple):

@@ -48,6 +48,7 @@ def traits(variant):
         firsts=int(mix == 1),
         bounds=int(mix == 1),
         mapped=True,
+        own_gradient=True,
     )
 
 

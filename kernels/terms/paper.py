@@ -53,6 +53,7 @@ def traits(variant):
         spaces=int(variant & 6 == 6),
         rescales=True,
         mapped=True,
+        own_gradient=True,
     )
 
 
@@ -83,11 +84,11 @@ def first(VARIANT: tl.constexpr, known, c, PTX: tl.constexpr):
 
 
 class Own(NamedTuple):
+    sum: Any  # over space
     weight_total: Any  # without the denominators of W and m
     mixed_total: Any
     q: Any
     q_a: Any  # sum q_c a_s,c
-    sum: Any  # over space
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def other(VARIANT: tl.constexpr, p, c, found, shares, own, PTX: tl.constexpr):
         if EVALUATES & VARIANT:
             value *= shares[0]
             y *= shares[0]
-        own = Own(own.weight_total, own.mixed_total, own.q, own.q_a, own.sum + value)
+        own = Own(own.sum + value, own.weight_total, own.mixed_total, own.q, own.q_a)
     else:
         y = tl.exp2(found[1] * p.scale)
         mixed_total = own.mixed_total + y
@@ -114,7 +115,7 @@ def other(VARIANT: tl.constexpr, p, c, found, shares, own, PTX: tl.constexpr):
             w = tl.exp2(found[0] * LOG2_E)
             weight_total += w
             y *= w
-        own = Own(weight_total, mixed_total, own.q + y, own.q_a + y * c.student_a, own.sum)
+        own = Own(own.sum, weight_total, mixed_total, own.q + y, own.q_a + y * c.student_a)
     return y, own
 
 
@@ -127,7 +128,7 @@ def rescale(VARIANT: tl.constexpr, p, own, drop):
         factor = tl.exp2(drop[0] * LOG2_E)
         weight_total *= factor
         both *= factor
-    return Own(weight_total, mixed_total, own.q * both, own.q_a * both, own.sum)
+    return Own(own.sum, weight_total, mixed_total, own.q * both, own.q_a * both)
 
 
 @triton.jit

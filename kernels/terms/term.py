@@ -59,7 +59,7 @@ class Traits(NamedTuple):
     other: int = 0  # where y_c does
     has_label: bool = False
     # Whether the coefficients need `Own`, the sums of `other` over the classes; and whether the
-    # value alone does: it then is Coefficients.value times Own.sum, and the sums may come last.
+    # value alone does: it then is Coefficients.value times the first of them, which may come last.
     has_loop: bool = False
     has_value_loop: bool = False
     firsts: int = 0  # how many numbers of `first` there are
@@ -68,7 +68,11 @@ class Traits(NamedTuple):
     bounds: int = 0
     spaces: int = 0
     rescales: bool = False
-    mapped: bool = False  # Known has `reliability` and `discrepancy`
+    mapped: bool = False  # Known begins with `reliability` and `discrepancy`
+    # Whether the sum of the values is one that cannot be negative, though its rounding may be.
+    is_divergence: bool = True
+    # Whether its gradient stands apart from those of the terms with the same denominator.
+    own_gradient: bool = False
 
 
 # --- what a term gets ----------------------------------------------------------------------------
@@ -125,7 +129,7 @@ class Class(NamedTuple):
 class Coefficients(NamedTuple):
     """All 0 of an invalid pixel."""
 
-    value: Any  # of a value loop: what Own.sum is multiplied by
+    value: Any  # of a value loop: what its sum is multiplied by
     share: Any  # of the denominator
     student: Any
     other: Any

@@ -9,7 +9,8 @@ strides of the logits; reads each of the K saved gradients and writes the result
 import triton
 import triton.language as tl
 
-from .distillation import BAD, ROW, SHARES, VALID, number
+from .distillation import BAD, ROW, SHARES, VALID
+from .formulas import number
 
 # What the sum of a term's values is divided by.
 OF_VALID = tl.constexpr(0)  # pixels

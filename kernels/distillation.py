@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from . import terms
-from .formulas import LOG2_E
+from .formulas import LOG2_E, number
 from .gradients import gradients
 from .interpolation import CORNERS, DIRECT, between, corner_bounds, pixel_bounds
 from .statistics import (
@@ -59,21 +59,11 @@ from .tiles import (
 
 # What a program leaves in its row of `partials`, [programs, ROW] float64: by the index of a term
 # its numerator, from SHARES on its denominator, and the following.
-ROW = tl.constexpr(16)
+ROW = tl.constexpr(2 * terms.COUNT.value + 3)
 SHARES = terms.COUNT
 VALID = tl.constexpr(2 * terms.COUNT.value)
 BAD = tl.constexpr(VALID.value + 1)
 FLAG = tl.constexpr(VALID.value + 2)
-
-BITS_MASK = tl.constexpr(0x5A5A5A5A5A5A5A5B)
-
-
-@triton.jit
-def number(bits, FLOAT: tl.constexpr):
-    """A float64 that came as its bits: arguments are float32, and a new value compiles nothing.
-    (`bits_of` in launch.py keeps them from being a 32-bit integer, or one that is divisible.)"""
-    bits = tl.cast(bits, tl.int64) ^ BITS_MASK
-    return tl.cast(bits, tl.float64, bitcast=True).to(FLOAT)
 
 
 @triton.jit
@@ -189,7 +179,7 @@ def distillation_pass(
     grad_totals,  # float64: scales of the groups, read if DIRECT
     maps,  # [2, B, H, W] out, written if MAPS
     partials,  # [B * programs, ROW] float64 out
-    space,  # [softmaxes over space, 2, B, C]: the maximum over an image's pixels, and 1 / total
+    space,  # [softmaxes over space, 3, B, C]: see `reduce` in space.py
     programs,  # per image
     classes,
     label_h,
@@ -411,7 +401,9 @@ def distillation_pass(
             bound = (zero, zero)
             own = terms.start(TERMS[k][0], zero)
             if terms.traits(TERMS[k][0], TERMS[k][1]).has_loop:
-                own, bound, known, its_least = own_sums(TERMS[k][0], TERMS[k][1], p, known, at, HOW)
+                own, bound, known, its_least = own_sums(
+                    TERMS[k][0], TERMS[k][1], term_numbers[k], p, known, at, HOW
+                )
                 least = tl.minimum(least, its_least)
             scale_of_term = gradient_scale(numbers[k][0], grad_totals, TERMS, k, GRAD, HOW)
             found = terms.pixel(
@@ -471,7 +463,7 @@ def distillation_pass(
                 place, _, _, _ = on_label_grid(y, x, gradient_y, gradient_x)
             owns, knowns = gradients(
                 p,
-                (knowns, bounds, owns, coefficients),
+                (term_numbers, knowns, bounds, owns, coefficients),
                 space + image * classes,
                 batch * classes,
                 gradient_plane,

@@ -19,10 +19,19 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 RELIABILITY_EPS = tl.constexpr(1e-6)
+BITS_MASK = tl.constexpr(0x5A5A5A5A5A5A5A5B)
 _SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 # --- elementary --------------------------------------------------------------------------------
+
+
+@triton.jit
+def number(bits, FLOAT: tl.constexpr):
+    """A float64 that came as its bits: arguments are float32, and a new value compiles nothing.
+    (`bits_of` in launch.py keeps them from being a 32-bit integer, or one that is divisible.)"""
+    bits = tl.cast(bits, tl.int64) ^ BITS_MASK
+    return tl.cast(bits, tl.float64, bitcast=True).to(FLOAT)
 
 
 @triton.jit

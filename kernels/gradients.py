@@ -40,14 +40,14 @@ def source(FROM: tl.constexpr, k, c, own, at, HOW: tl.constexpr):
 
 
 @triton.jit
-def gradient(TERM: tl.constexpr, VARIANT: tl.constexpr, a, k, c, own, at, HOW: tl.constexpr):
+def gradient(TERM: tl.constexpr, VARIANT: tl.constexpr, a, k, c, pair, at, HOW: tl.constexpr):
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)
     a = Coefficients(*a)
-    y = source(TRAITS.other, k, c, own, at, HOW)
+    y = source(TRAITS.other, k, c, pair[1], at, HOW)
     if TRAITS.student == NONE:
         g = -a.other * y
     else:
-        g = a.student * source(TRAITS.student, k, c, own, at, HOW)
+        g = a.student * source(TRAITS.student, k, c, pair[0], at, HOW)
         if TRAITS.other != NONE:
             g -= a.other * y
     if TRAITS.has_label:
@@ -73,14 +73,18 @@ def sum_of(g, TERMS: tl.constexpr, SLOT: tl.constexpr, FROM_ZERO: tl.constexpr):
 
 @triton.jit
 def shares_of(found, shift, step, SPACES: tl.constexpr):
-    """What a pixel has of the softmaxes over space of `first`. shift: pointer to the maximum of the
-    first one at this class; its inverse total is a step further, then the next one's maximum."""
+    """What a pixel has of the softmaxes over space of `first`, and the logarithms of what those
+    divided by. shift: pointer to the maximum of the first one at this class; steps further its
+    inverse total and its logarithm, then the next one's maximum."""
     share = tl.exp2((found[0] - tl.load(shift)) * LOG2_E) * tl.load(shift + step)
+    log = tl.load(shift + 2 * step)
     second = share
+    second_log = log
     if SPACES > 1:
-        shift += 2 * step
+        shift += 3 * step
         second = tl.exp2((found[1] - tl.load(shift)) * LOG2_E) * tl.load(shift + step)
-    return share, second
+        second_log = tl.load(shift + 2 * step)
+    return (share, second), (log, second_log)
 
 
 @triton.jit
@@ -95,25 +99,26 @@ def other(
     SPACES: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """y_c of a term, its sums, and what it knows then."""
+    """x_c and y_c of a term, its sums, and what it knows then."""
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)
-    known, bound, own = state
+    n, known, bound, own = state
     found = bound
     shares = (0.0, 0.0)
+    logs = shares
     if TRAITS.firsts > 0:
-        found, known = terms.first(TERM, VARIANT, known, k, HOW.PTX)
+        found, known = terms.first(TERM, VARIANT, n, known, k, HOW.PTX)
         if SPACES > 0:
-            shares = shares_of(found, shift, step, SPACES)
+            shares, logs = shares_of(found, shift, step, SPACES)
         if TRAITS.bounds > 0:
             found = (found[0] - bound[0], found[1] - bound[1])
-    y, own = terms.other(TERM, VARIANT, p, known, k, found, shares, own, HOW.PTX)
-    return y, own, known
+    pair, own = terms.other(TERM, VARIANT, n, p, known, k, found, shares, logs, own, HOW.PTX)
+    return pair, own, known
 
 
 @triton.jit
 def gradients(
     p,
-    state,  # of each term what it knows, its maxima, its sums, its coefficients
+    state,  # of each term its numbers, what it knows, its maxima, its sums, its coefficients
     space,
     space_step,
     gradient_plane,
@@ -131,7 +136,7 @@ def gradients(
     HOW: tl.constexpr,
 ):
     """Adds to the gradient of every class; returns the terms' sums, and what they know then."""
-    knowns, bounds, owns, coefficients = state
+    numbers, knowns, bounds, owns, coefficients = state
     student_plane = at.student.plane
     teacher_plane = at.teacher.plane
     for c in range(at.classes):
@@ -141,15 +146,16 @@ def gradients(
         new_knowns = ()
         for i in tl.static_range(len(TERMS)):
             y = 0.0
+            pair = (y, y)
             own, known = owns[i], knowns[i]
             if terms.has_other(TERMS[i], MAPS):
-                y, own, known = other(
+                pair, own, known = other(
                     TERMS[i][0],
                     TERMS[i][1],
                     p,
-                    (known, bounds[i], own),
+                    (numbers[i], known, bounds[i], own),
                     k,
-                    space + c + 2 * terms.place_over_space(TERMS, i) * space_step,
+                    space + c + 3 * terms.place_over_space(TERMS, i) * space_step,
                     space_step,
                     terms.spaces(TERMS[i]),
                     HOW,
@@ -161,7 +167,7 @@ def gradients(
                 new_owns = new_owns + (owns[i],)
                 new_knowns = new_knowns + (knowns[i],)
             if GRAD and TERMS[i][2] >= 0:
-                y = gradient(TERMS[i][0], TERMS[i][1], coefficients[i], k, c, y, at, HOW)
+                y = gradient(TERMS[i][0], TERMS[i][1], coefficients[i], k, c, pair, at, HOW)
             g = g + (y,)
         owns = new_owns
         knowns = new_knowns

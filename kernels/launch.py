@@ -24,7 +24,8 @@ from heteroakd_fast.terms import TeacherCrossEntropy, Term
 
 from . import config, terms
 from .combine import OF_IMAGES, OF_SHARES, OF_VALID, combine_gradients, finish_sums, group_totals
-from .distillation import BITS_MASK, FLAG, ROW, distillation_pass
+from .distillation import FLAG, ROW, distillation_pass
+from .formulas import BITS_MASK
 from .interpolation import CORNERS, DIRECT, GATHER
 from .space import collect, reduce
 
@@ -87,7 +88,11 @@ class Pass(NamedTuple):
 
     @property
     def temperature(self) -> float:
-        found = (getattr(one.term, "temperature", None) for one in self.terms)
+        found = (
+            getattr(one.term, "temperature", None)
+            for one in self.terms
+            if one.term.shares_temperature
+        )
         return next((t for t in found if t is not None), 1.0)
 
     def slots(self) -> list[PassTerm]:
@@ -174,7 +179,7 @@ def _lanes(device: torch.device) -> int:
 
 
 def bits_of(value: float) -> int:
-    """As `number` in distillation.py takes it. Of an integer Triton looks at its size and at what
+    """As `number` in formulas.py takes it. Of an integer Triton looks at its size and at what
     divides it: this one is large and odd, at the cost of the last bit of 53."""
     bits: int = struct.unpack("q", struct.pack("d", value))[0]
     return (bits ^ int(BITS_MASK)) | 1
@@ -280,9 +285,14 @@ def _geometry(one: Pass, target: Tensor, gradients: bool) -> _Geometry:
 
 
 def _space_statistics(
-    one: Pass, target: Tensor, geometry: _Geometry, entries: Sequence[terms.Entry], halo: int
+    one: Pass,
+    target: Tensor,
+    geometry: _Geometry,
+    entries: Sequence[terms.Entry],
+    numbers: Sequence[tuple[int, ...]],
+    halo: int,
 ) -> Tensor | None:
-    """[softmaxes over space, 2, B, C]: maximum and inverse total; None without any."""
+    """[softmaxes over space, 3, B, C]: see `reduce`; None without any."""
     batch, classes = one.logits.shape[:2]
     count = terms.place_over_space(entries, len(entries))
     if count == 0:
@@ -290,7 +300,7 @@ def _space_statistics(
     dtype = torch.promote_types(one.logits.dtype, torch.float32)
     programs = geometry.programs
     found = one.logits.new_empty((count, batch, programs, classes, 2), dtype=dtype)
-    out = one.logits.new_empty((count, 2, batch, classes), dtype=dtype)
+    out = one.logits.new_empty((count, 3, batch, classes), dtype=dtype)
     block = 64
     for k, entry in enumerate(entries):
         for which in range(terms.spaces(entry)):
@@ -301,6 +311,7 @@ def _space_statistics(
                 found,
                 *geometry.positional,
                 one.options.ignore_index,
+                numbers[k],
                 TERM=entry.term,
                 VARIANT=entry.variant,
                 FIRST=which,
@@ -354,7 +365,7 @@ def _launch(
         entries.append(terms.Entry(term.code, term.variant, slot, shares))
         numbers.append((bits_of(weight), *map(bits_of, others)))
     halo = int(gradient is not None and not direct)
-    space = _space_statistics(one, target, geometry, entries, halo)
+    space = _space_statistics(one, target, geometry, entries, numbers, halo)
     arguments = [
         geometry.student,
         geometry.teacher,

@@ -64,7 +64,7 @@ from heteroakd_fast.spec import Options
 from heteroakd_fast.terms import HeteroAKD
 
 from . import terms
-from .distillation import BAD, ROW, SHARES, VALID, number
+from .distillation import BAD, ROW, SHARES, VALID
 from .formulas import (
     LN_2,
     LOG2_E,
@@ -75,6 +75,7 @@ from .formulas import (
     max_or_nan,
     mixed_target,
     negative_log_likelihood,
+    number,
     power,
     reciprocal,
     reliability,

@@ -1,4 +1,4 @@
-"""weight_axis = space: the softmax of H_s + dH over the valid pixels of each image and class.
+"""Terms over space: the softmaxes of `first` over the valid pixels of each image and class.
 
 `collect` walks over the tiles of `distillation.py` class by class and leaves each program's
 maximum and sum; `reduce` brings an image's programs together. Two further exponentials per pixel
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import terms
-from .formulas import LOG2_E, max_or_nan
+from .formulas import LOG2_E, max_or_nan, number
 from .interpolation import CORNERS, DIRECT, read_logits
 from .terms.term import Class
 from .tiles import offsets, on_label_grid, other_taps, own_columns, pixels_of_step, read_labels
@@ -71,6 +71,7 @@ def collect(
     target_y,
     target_x,
     ignore_index,
+    numbers,  # the bits of the term's numbers, its weight first
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
     TERM: tl.constexpr,
@@ -96,6 +97,10 @@ def collect(
     student += image * student_b
     teacher += image * teacher_b
     target += image * target_b
+    options = ()
+    for j in tl.static_range(1, len(numbers)):
+        options = options + (number(numbers[j], tl.float64),)
+    n = terms.numbers(TERM, options, tl.cast(classes, FLOAT), FLOAT)
     for c in range(classes):
         largest = tl.full([1, 1, N, L], LOWEST, FLOAT)
         total = tl.zeros([1, 1, N, L], FLOAT)
@@ -172,8 +177,8 @@ def collect(
             )
             zero = z_s * 0.0
             k = Class(z_s, z_t, zero, zero, zero, zero, label == c)
-            known = terms.begin(TERM, VARIANT, (), (), zero, PTX)
-            strength, _ = terms.first(TERM, VARIANT, known, k, PTX)
+            known = terms.begin(TERM, VARIANT, n, (), zero, PTX)
+            strength, _ = terms.first(TERM, VARIANT, n, known, k, PTX)
             strength = tl.where(valid, strength[FIRST], LOWEST)
             above = tl.max(tl.max(strength, axis=0, keep_dims=True), axis=1, keep_dims=True)
             bound = tl.maximum(largest, above)
@@ -192,7 +197,8 @@ def collect(
 @triton.jit(do_not_specialize=["programs", "classes"])
 def reduce(
     found,  # [softmaxes, B, programs, C, 2]
-    out,  # [softmaxes, 2, B, C] out: maximum, and 1 / sum exp(`first` - maximum)
+    out,  # [softmaxes, 3, B, C] out: maximum, 1 / sum exp(`first` - maximum), log of that sum plus
+    # the maximum
     programs,
     classes,
     BLOCK: tl.constexpr,
@@ -213,6 +219,8 @@ def reduce(
         total = total * tl.exp2((largest - bound) * LOG2_E).to(tl.float64)
         total += (part * tl.exp2((here - bound) * LOG2_E)).to(tl.float64)
         largest = bound
-    place = out + (2 * which * images + image) * classes + c
+    place = out + (3 * which * images + image) * classes + c
     tl.store(place, largest, mask=inside)
     tl.store(place + images * classes, (1.0 / total).to(FLOAT), mask=inside)
+    log = largest.to(tl.float64) + tl.log(total)
+    tl.store(place + 2 * images * classes, log.to(FLOAT), mask=inside)

@@ -289,7 +289,7 @@ def find_totals(at, NEEDS: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
-def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, bound, at, HOW: tl.constexpr):
+def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, bound, at, HOW: tl.constexpr):
     """The sums of a term that has a loop, its maxima, and what it knows then."""
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)
     own = terms.start(TERM, tl.zeros(at.valid.shape, HOW.FLOAT))
@@ -299,21 +299,21 @@ def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, bound, at, HOW
         k = read_class(at, c, student_plane, teacher_plane, True, HOW)
         above = bound
         if TRAITS.firsts > 0:
-            found, known = terms.first(TERM, VARIANT, known, k, HOW.PTX)
+            found, known = terms.first(TERM, VARIANT, n, known, k, HOW.PTX)
             if TRAITS.rescales:
                 new = (max_or_nan(bound[0], found[0]), max_or_nan(bound[1], found[1]))
                 drop = (bound[0] - new[0], bound[1] - new[1])
                 own = terms.rescale(TERM, VARIANT, p, own, drop)
                 bound = new
             above = (found[0] - bound[0], found[1] - bound[1])
-        _, own = terms.other(TERM, VARIANT, p, known, k, above, above, own, HOW.PTX)
+        _, own = terms.other(TERM, VARIANT, n, p, known, k, above, above, above, own, HOW.PTX)
         student_plane += at.student.class_stride
         teacher_plane += at.teacher.class_stride
     return own, bound, known
 
 
 @triton.jit
-def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, known, at, HOW: tl.constexpr):
+def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, n, known, at, HOW: tl.constexpr):
     """Of `first`, over the classes."""
     lowest = tl.zeros(at.valid.shape, HOW.FLOAT) + float("-inf")
     bound = (lowest, lowest)
@@ -321,7 +321,7 @@ def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, known, at, HOW: tl.c
     teacher_plane = at.teacher.plane
     for c in range(at.classes):
         k = read_class(at, c, student_plane, teacher_plane, True, HOW)
-        found, known = terms.first(TERM, VARIANT, known, k, HOW.PTX)
+        found, known = terms.first(TERM, VARIANT, n, known, k, HOW.PTX)
         bound = (max_or_nan(bound[0], found[0]), max_or_nan(bound[1], found[1]))
         student_plane += at.student.class_stride
         teacher_plane += at.teacher.class_stride
@@ -329,7 +329,7 @@ def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, known, at, HOW: tl.c
 
 
 @triton.jit
-def own_sums(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, at, HOW: tl.constexpr):
+def own_sums(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, at, HOW: tl.constexpr):
     """`own_loop`, and the smallest of the totals that a bound can make too small."""
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)
     zero = tl.zeros(at.valid.shape, HOW.FLOAT)
@@ -339,11 +339,11 @@ def own_sums(TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, at, HOW: tl.co
         lowest = -1e300 if HOW.FLOAT == tl.float64 else -2e38
         bound = (zero + lowest, zero + lowest)
     elif TRAITS.bounds > 0 and HOW.CAREFUL:
-        own, _, _ = own_loop(TERM, VARIANT, p, known, bound, at, HOW)
+        own, _, _ = own_loop(TERM, VARIANT, n, p, known, bound, at, HOW)
         close = terms.least(TERM, own) > SMALLEST_TOTAL
-        exact = exact_maxima(TERM, VARIANT, known, at, HOW)
+        exact = exact_maxima(TERM, VARIANT, n, known, at, HOW)
         bound = (tl.where(close, zero, exact[0]), tl.where(close, zero, exact[1]))
-    own, bound, known = own_loop(TERM, VARIANT, p, known, bound, at, HOW)
+    own, bound, known = own_loop(TERM, VARIANT, n, p, known, bound, at, HOW)
     if TRAITS.bounds > 0 and not TRAITS.rescales:
         least = tl.where(at.valid, terms.least(TERM, own), 1.0)
     return own, bound, known, least

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from . import ce, feature, hetero, kd, paper
+from . import ce, cwd, feature, hetero, kd, paper
 from .term import OWN, Needs
 from .term import Traits as Traits
 
@@ -19,7 +19,8 @@ KD = tl.constexpr(1)
 HETERO = tl.constexpr(2)
 PAPER = tl.constexpr(3)
 FEATURE = tl.constexpr(4)
-COUNT = tl.constexpr(5)
+CWD = tl.constexpr(5)
+COUNT = tl.constexpr(6)
 
 
 class Entry(NamedTuple):
@@ -36,11 +37,10 @@ class Entry(NamedTuple):
 
 def of(term: Any) -> tuple[int, int]:
     """Index and variant of a term of terms.py."""
-    names = {"ce": CE, "teacher_ce": CE, "kd": KD, "hetero": HETERO, "feature": FEATURE}
-    index = names[term.name].value
-    if getattr(term, "preset", None) == "paper":
-        index = PAPER.value
-    files: Any = (ce, kd, hetero, paper, feature)
+    names = ("ce", "kd", "hetero", "paper", "feature", "cwd")
+    name = "paper" if getattr(term, "preset", None) == "paper" else term.name
+    index = names.index(name.removeprefix("teacher_"))
+    files: Any = (ce, kd, hetero, paper, feature, cwd)
     return index, files[index].variant(term)
 
 
@@ -52,7 +52,9 @@ def traits(term, variant):
         return kd.traits(variant)
     if term == HETERO:
         return hetero.traits(variant)
-    return paper.traits(variant) if term == PAPER else feature.traits(variant)
+    if term == PAPER:
+        return paper.traits(variant)
+    return feature.traits(variant) if term == FEATURE else cwd.traits(variant)
 
 
 @triton.constexpr_function
@@ -136,6 +138,8 @@ def numbers(TERM: tl.constexpr, options, classes, FLOAT: tl.constexpr):
         found = hetero.numbers(options, classes, FLOAT)
     elif TERM == FEATURE:
         found = feature.numbers(options, classes, FLOAT)
+    elif TERM == CWD:
+        found = cwd.numbers(options, classes, FLOAT)
     else:
         found = ()
     return found
@@ -158,10 +162,12 @@ def begin(TERM: tl.constexpr, VARIANT: tl.constexpr, n, t, zero, PTX: tl.constex
 
 
 @triton.jit
-def first(TERM: tl.constexpr, VARIANT: tl.constexpr, known, c, PTX: tl.constexpr):
+def first(TERM: tl.constexpr, VARIANT: tl.constexpr, n, known, c, PTX: tl.constexpr):
     """Two numbers, and what is known now."""
     if TERM == PAPER:
         found, known = paper.first(VARIANT, paper.Known(*known), c, PTX)
+    elif TERM == CWD:
+        found = cwd.first(cwd.Numbers(*n), c)
     else:
         a = hetero.first(hetero.Known(*known), c)
         found = (a, a)
@@ -178,6 +184,8 @@ def start(TERM: tl.constexpr, zero):
         own = paper.start(zero)
     elif TERM == FEATURE:
         own = feature.start(zero)
+    elif TERM == CWD:
+        own = cwd.start(zero)
     else:
         own = ()
     return own
@@ -185,17 +193,32 @@ def start(TERM: tl.constexpr, zero):
 
 @triton.jit
 def other(
-    TERM: tl.constexpr, VARIANT: tl.constexpr, p, known, c, found, shares, own, PTX: tl.constexpr
+    TERM: tl.constexpr,
+    VARIANT: tl.constexpr,
+    n,
+    p,
+    known,
+    c,
+    found,
+    shares,
+    logs,
+    own,
+    PTX: tl.constexpr,
 ):
+    """x_c and y_c, as far as they are the term's own, and its sums."""
     if TERM == KD:
         y, own = kd.other(VARIANT, kd.Known(*known), c, kd.Own(*own), PTX)
     elif TERM == HETERO:
         y, own = hetero.other(VARIANT, hetero.Known(*known), c, found[0], hetero.Own(*own), PTX)
     elif TERM == PAPER:
         y, own = paper.other(VARIANT, p, c, found, shares, paper.Own(*own), PTX)
+    elif TERM == CWD:
+        pair, own = cwd.other(cwd.Numbers(*n), c, shares, logs, cwd.Own(*own))
     else:
         y, own = feature.other(c, feature.Own(*own))
-    return y, own
+    if TERM < CWD:
+        pair = (y, y)
+    return pair, own
 
 
 @triton.jit
@@ -218,6 +241,8 @@ def pixel(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, t, known, own, scale,
         found = hetero.pixel(VARIANT, p, t, hetero.Known(*known), hetero.Own(*own), scale, PTX)
     elif TERM == PAPER:
         found = paper.pixel(VARIANT, p, t, paper.Own(*own), scale, PTX)
+    elif TERM == CWD:
+        found = cwd.pixel(cwd.Numbers(*n), t, scale)
     else:
         found = feature.pixel(feature.Numbers(*n), t, scale)
     return found
@@ -233,6 +258,8 @@ def factor(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p):
         found = paper.factor(VARIANT, p)
     elif TERM == FEATURE:
         found = feature.factor(feature.Numbers(*n))
+    elif TERM == CWD:
+        found = cwd.factor(cwd.Numbers(*n))
     else:
         found = 1.0
     return found

@@ -14,8 +14,9 @@ and a term answers, with no loop of its own, from sums over the classes of a pix
     first    up to two numbers of a class, of which its loop needs the maxima (or, of terms over
              space, the totals over the pixels of an image and class) before anything else
     start    where the sums of its loop begin (`Own`)
-    other    y_c, if it is the term's own, and what is summed over classes for the value; of terms
-             over space it gets the shares that the pixel has of the softmaxes of `first`
+    other    x_c or y_c, if it is the term's own (both as a pair), and what is summed over classes
+             for the value; of terms over space it gets the shares that the pixel has of the
+             softmaxes of `first`, and the logarithms of what those divided by
     rescale  brings those sums from old maxima to new ones: one loop instead of two
     least    the sum that maxima which are not the exact ones can make too small
     pixel    value, share of the denominator and coefficients of the gradient

@@ -24,6 +24,7 @@ __all__ = ["BACKEND"]
 
 _OLDEST: Final = (3, 6)
 _MOST_PROJECTED_CLASSES: Final = 256
+_PROJECTED_TERMS: Final = {"ce", "teacher_ce", "kd", "hetero", "feature"}
 
 
 class TritonBackend:
@@ -40,6 +41,7 @@ class TritonBackend:
         return (
             classes <= _MOST_PROJECTED_CLASSES
             and not float64
+            and choices.keys() <= _PROJECTED_TERMS
             and choices.get("hetero", {}).get("preset") != "paper"
             and choices.get("kd", {}).get("divergence") in (None, "forward")
             and not structure[2]  # maps

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import Options
-from .terms import CWD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
+from .terms import CWD, DKD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
 
 __all__ = [
     "Knowledge",
@@ -31,6 +31,7 @@ __all__ = [
     "bernoulli_kl",
     "cross_entropy",
     "cwd",
+    "dkd",
     "empty_sums",
     "evaluate_knowledge",
     "feature",
@@ -304,6 +305,36 @@ def cwd(
     return total, _images_times_classes(student_z, valid)
 
 
+def dkd(
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Fraction:
+    """T^2 (alpha KL(b_t || b_s) + beta KL(q_t || q_s)): label against rest, and the rest alone.
+
+    Zhao et al., CVPR 2022, Eq. 7.
+    """
+    if student_z.shape[1] == 1:  # there is no rest
+        return _total(0 * student_z.sum(dim=1), valid), _valid_count(valid)
+    is_label = _one_hot(student_z, label)
+    of_label, log_q = [], []
+    for z in (student_z, teacher_z):
+        # Relative to the largest of the rest: the difference of two large logits is exact.
+        largest = z.masked_fill(is_label, -torch.inf).amax(dim=1, keepdim=True).detach()
+        x = (z - largest) / temperature
+        log_total = x.masked_fill(is_label, -torch.inf).exp().sum(dim=1, keepdim=True).log()
+        of_label.append(_at_label(x - log_total, label))
+        log_q.append((x - log_total).masked_fill(is_label, 0.0))
+    b_s, b_t = of_label
+    of_rest = log_q[1].exp() * (log_q[1] - log_q[0])  # 0 of the label
+    per_pixel = alpha * bernoulli_kl(b_t, b_s) + beta * of_rest.sum(dim=1)
+    return _total_divergence(temperature**2 * per_pixel, valid), _valid_count(valid)
+
+
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
 
 
@@ -532,6 +563,9 @@ def terms_on_grid(
             return hetero(student_z, knowledge, valid, term)
         if isinstance(term, CWD):
             return cwd(student_z, frozen_teacher_z, valid, term.temperature, shares)
+        if isinstance(term, DKD):
+            parts = (term.alpha, term.beta, term.temperature)
+            return dkd(student_z, frozen_teacher_z, label, valid, *parts)
         assert isinstance(term, Feature), term
         return feature(student_z, frozen_teacher_z, valid)
 

@@ -22,6 +22,7 @@ from ._checks import check_choice, check_number, check_temperature, check_weight
 
 __all__ = [
     "CWD",
+    "DKD",
     "FLAT",
     "FLAT_DEFAULTS",
     "FLAT_TERMS",
@@ -43,6 +44,13 @@ def _check_fraction(value: object, name: str) -> float:
     number = check_number(value, name)
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}: got {number}, expected [0, 1]")
+    return number
+
+
+def _check_part(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.0 <= number <= 1e6:
+        raise ValueError(f"{name}: got {number}, expected [0, 1e6]")
     return number
 
 
@@ -273,6 +281,28 @@ class CWD(Term):
         return True
 
 
+@dataclass(frozen=True)
+class DKD(Term):
+    """T^2 (alpha KL(b_t || b_s) + beta KL(q_t || q_s)): label against rest, and the rest alone.
+
+    b is the pair (p_y, 1 - p_y) of p = softmax_T(z), q the softmax_T over the classes that are not
+    the label's. Denominator: |V|. Source: Decoupled Knowledge Distillation (Zhao et al., CVPR
+    2022), Eq. 7. Published for CIFAR-100: alpha 1, beta 8, T 4.
+
+    Args:
+        weight: of the term in the loss.
+        alpha: weight of the first divergence, from 0 to 1e6.
+        beta: weight of the second, from 0 to 1e6.
+        temperature: T, from 1e-4 to 1e4.
+    """
+
+    alpha: float = _number(1.0, _check_part)
+    beta: float = _number(8.0, _check_part)
+    temperature: float = _number(4.0, check_temperature)
+
+    name: ClassVar[str] = "dkd"
+
+
 #: Every term, in the order in which the operators number them.
 TERMS: Final[tuple[type[Term], ...]] = (
     CrossEntropy,
@@ -281,6 +311,7 @@ TERMS: Final[tuple[type[Term], ...]] = (
     HeteroAKD,
     Feature,
     CWD,
+    DKD,
 )
 
 

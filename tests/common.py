@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heteroakd_fast import backends, functional
 from heteroakd_fast.spec import LossSpec, plan
-from heteroakd_fast.terms import CWD, FLAT, FLAT_DEFAULTS, Term, check_flat, from_flat
+from heteroakd_fast.terms import CWD, DKD, FLAT, FLAT_DEFAULTS, Term, check_flat, from_flat
 
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
@@ -60,6 +60,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
         for name, options in VARIANTS.items()
     },
     "cwd": {"ce_weight": 0.0, "terms": (CWD(1.3, temperature=2.5),)},
+    "dkd": {"ce_weight": 0.0, "terms": (DKD(0.6, alpha=0.7, beta=2.0, temperature=1.5),)},
     "all": {
         "ce_weight": 0.9,
         "teacher_ce_weight": 0.8,
@@ -70,7 +71,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     },
 }
 
-TERM_CASES["all+cwd"] = {**TERM_CASES["all"], "terms": (CWD(0.4),)}
+TERM_CASES["all+cwd"] = {**TERM_CASES["all"], "terms": (CWD(0.4), DKD(0.3, temperature=1.5))}
 
 #: What the CUDA kernels by cells and on the label grid compute; everything else goes by segments.
 FAST_CASES: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 
 #include "ce.h"
 #include "cwd.h"
+#include "dkd.h"
 #include "feature.h"
 #include "hetero.h"
 #include "kd.h"
@@ -19,10 +20,10 @@ struct TermTypes {
 // stand for several terms of the kernels (`takes` tells which) and `kTeacherCe` for cross entropy
 // in the pass over the teacher's logits.
 using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm,
-                           CwdTerm>;
+                           CwdTerm, DkdTerm>;
 constexpr int kTerms = AllTerms::kCount;
-constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5};
-constexpr int64_t kTeacherCe = 1, kPublicTerms = 6;
+constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6};
+constexpr int64_t kTeacherCe = 1, kPublicTerms = 7;
 constexpr int kMostGradients = kPublicTerms - 1;  // of the student's logits
 
 constexpr int kMostFirsts = 2;

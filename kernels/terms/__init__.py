@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from . import ce, cwd, feature, hetero, kd, paper
+from . import ce, cwd, dkd, feature, hetero, kd, paper
 from .term import OWN, Needs
 from .term import Traits as Traits
 
@@ -20,7 +20,8 @@ HETERO = tl.constexpr(2)
 PAPER = tl.constexpr(3)
 FEATURE = tl.constexpr(4)
 CWD = tl.constexpr(5)
-COUNT = tl.constexpr(6)
+DKD = tl.constexpr(6)
+COUNT = tl.constexpr(7)
 
 
 class Entry(NamedTuple):
@@ -37,10 +38,10 @@ class Entry(NamedTuple):
 
 def of(term: Any) -> tuple[int, int]:
     """Index and variant of a term of terms.py."""
-    names = ("ce", "kd", "hetero", "paper", "feature", "cwd")
+    names = ("ce", "kd", "hetero", "paper", "feature", "cwd", "dkd")
     name = "paper" if getattr(term, "preset", None) == "paper" else term.name
     index = names.index(name.removeprefix("teacher_"))
-    files: Any = (ce, kd, hetero, paper, feature, cwd)
+    files: Any = (ce, kd, hetero, paper, feature, cwd, dkd)
     return index, files[index].variant(term)
 
 
@@ -54,7 +55,9 @@ def traits(term, variant):
         return hetero.traits(variant)
     if term == PAPER:
         return paper.traits(variant)
-    return feature.traits(variant) if term == FEATURE else cwd.traits(variant)
+    if term == FEATURE:
+        return feature.traits(variant)
+    return cwd.traits(variant) if term == CWD else dkd.traits(variant)
 
 
 @triton.constexpr_function
@@ -140,6 +143,8 @@ def numbers(TERM: tl.constexpr, options, classes, FLOAT: tl.constexpr):
         found = feature.numbers(options, classes, FLOAT)
     elif TERM == CWD:
         found = cwd.numbers(options, classes, FLOAT)
+    elif TERM == DKD:
+        found = dkd.numbers(options, classes, FLOAT)
     else:
         found = ()
     return found
@@ -156,6 +161,8 @@ def begin(TERM: tl.constexpr, VARIANT: tl.constexpr, n, t, zero, PTX: tl.constex
         known = hetero.begin(VARIANT, hetero.Numbers(*n), t, PTX)
     elif TERM == PAPER:
         known = paper.begin(zero)
+    elif TERM == DKD:
+        known = dkd.begin(zero)
     else:
         known = ()
     return known
@@ -168,6 +175,8 @@ def first(TERM: tl.constexpr, VARIANT: tl.constexpr, n, known, c, PTX: tl.conste
         found, known = paper.first(VARIANT, paper.Known(*known), c, PTX)
     elif TERM == CWD:
         found = cwd.first(cwd.Numbers(*n), c)
+    elif TERM == DKD:
+        found, known = dkd.first(dkd.Known(*known), c)
     else:
         a = hetero.first(hetero.Known(*known), c)
         found = (a, a)
@@ -186,6 +195,8 @@ def start(TERM: tl.constexpr, zero):
         own = feature.start(zero)
     elif TERM == CWD:
         own = cwd.start(zero)
+    elif TERM == DKD:
+        own = dkd.start(zero)
     else:
         own = ()
     return own
@@ -214,6 +225,8 @@ def other(
         y, own = paper.other(VARIANT, p, c, found, shares, paper.Own(*own), PTX)
     elif TERM == CWD:
         pair, own = cwd.other(cwd.Numbers(*n), c, shares, logs, cwd.Own(*own))
+    elif TERM == DKD:
+        pair, own = dkd.other(c, found, dkd.Own(*own))
     else:
         y, own = feature.other(c, feature.Own(*own))
     if TERM < CWD:
@@ -223,7 +236,11 @@ def other(
 
 @triton.jit
 def rescale(TERM: tl.constexpr, VARIANT: tl.constexpr, p, own, drop):
-    return paper.rescale(VARIANT, p, paper.Own(*own), drop)
+    if TERM == PAPER:
+        own = paper.rescale(VARIANT, p, paper.Own(*own), drop)
+    else:
+        own = dkd.rescale(dkd.Own(*own), drop)
+    return own
 
 
 @triton.jit
@@ -243,6 +260,8 @@ def pixel(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, t, known, own, scale,
         found = paper.pixel(VARIANT, p, t, paper.Own(*own), scale, PTX)
     elif TERM == CWD:
         found = cwd.pixel(cwd.Numbers(*n), t, scale)
+    elif TERM == DKD:
+        found = dkd.pixel(dkd.Numbers(*n), p, t, dkd.Known(*known), dkd.Own(*own), scale, PTX)
     else:
         found = feature.pixel(feature.Numbers(*n), t, scale)
     return found
@@ -260,6 +279,8 @@ def factor(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p):
         found = feature.factor(feature.Numbers(*n))
     elif TERM == CWD:
         found = cwd.factor(cwd.Numbers(*n))
+    elif TERM == DKD:
+        found = dkd.factor(p)
     else:
         found = 1.0
     return found

@@ -25,7 +25,7 @@ class DistillationOutput(NamedTuple):
     """Sum of weight * term; float32 (float64 for float64 logits), differentiable once."""
     terms: dict[str, Tensor]
     """Each term that was computed, a detached scalar, a mean before its weight, by name: "ce",
-    "teacher_ce", "kd", "hetero", "feature", "cwd", a second one of a kind as "kd_2"; of
+    "teacher_ce", "kd", "hetero", "feature", "cwd", "dkd", a second one of a kind as "kd_2"; of
     `HeteroAKDLoss` with projectors "projector", the cross entropies of both projected logits."""
     valid: Tensor
     """Number of pixels that are not `ignore_index`, int64 scalar, of this process."""

@@ -3,16 +3,16 @@
 One program walks over a few thousand pixels (`tiles.py`), all classes of them, and per step:
 
     bounds      of each corner's logits, so that exponentials cannot overflow
-    statistics  what softmax, KL and reliability need to know of a pixel
-    pixel       reliability, mixed_target, discrepancy, values, and coefficients of the gradients
-    gradients   sum_c m_c log m_c, and each term's gradient, added to the logits' corners
+    totals      what the call's terms need to know of a pixel (`statistics.py`)
+    terms       what each makes of it: own sums, values, coefficients of the gradient (`terms/`)
+    gradients   added to the logits' corners, and the sums that only values need (`gradients.py`)
 
 Full-resolution logits, probabilities and gradients exist in registers only. Gradients leave without
 their scale, one tensor of the logits' resolution per group of terms that share a denominator
 (`combine.py` adds them up in backward); within it each term has its weight over that of the group's
-first term. Only hetero, whose value comes with the factor of its gradient, has its own. On the
-label grid, where those would be the largest tensors of the step, nothing is kept and backward runs
-the pass again with the scales at hand.
+first term. Only hetero, whose value comes with the factor of its gradient, has its own
+(`Traits.own_gradient`). On the label grid, where those would be the largest tensors of the step,
+nothing is kept and backward runs the pass again with the scales at hand.
 
 Cost per pixel and class for ce + hetero at T = 2, stride 4, 16 pixels per thread, in instructions
 (docs/triton.md has the counts read off the machine code): bounds 3, statistics 21 with 2

@@ -85,7 +85,7 @@ def test_wheel_with_the_extension(source: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "heteroakd_fast/_C.abi3.so" in names
     recipe = "train/recipes/landcover.toml"
-    for needed in ("py.typed", "kernels/__init__.py", recipe, "train/page.html"):
+    for needed in ("py.typed", "kernels/terms/__init__.py", recipe, "train/page.html"):
         assert f"heteroakd_fast/{needed}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "kernels"))]
     chosen, absent = use(wheel, tmp_path).splitlines()

@@ -88,6 +88,26 @@ def test_the_compiled_terms_have_the_options_of_pythons() -> None:
     assert choices(HeteroAKD, "weight_axis") == ["class", "space"]
 
 
+def test_a_term_is_one_file_per_language() -> None:
+    """csrc/terms and kernels/terms: the same files, list and functions in the same order."""
+    root = Path(__file__).parent.parent
+    compiled, triton = (
+        {file.stem: file.read_text() for file in sorted((root / folder).glob(f"*{suffix}"))}
+        for folder, suffix in (("csrc/terms", ".h"), ("kernels/terms", ".py"))
+    )
+    (types,) = re.findall(r"AllTerms = TermTypes<(.*?)>;", compiled.pop("list"))
+    names = types.lower().replace("term", "").replace("crossentropy", "ce").split(", ")
+    listed = re.findall(r"^(\w+) = tl.constexpr\((\d)\)", triton.pop("__init__"), re.M)
+    assert listed == [(name.upper(), str(k)) for k, name in enumerate([*names, "count"])]
+    assert compiled.keys() == triton.keys() == {*names, "term"}
+    for name in names:
+        functions = re.findall(r"HAKD_FN static [^(;{]*?(\w+)\(", compiled[name])
+        others = re.findall(r"^def (\w+)", triton[name], re.M)
+        assert {"pixel", "variant"} & {*functions} <= {*others}
+        shared = [x for x in functions if x in others and x != "student"]
+        assert shared == [x for x in others if x in shared]
+
+
 def operands(batch: Any, spec: LossSpec, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the operator `sums`."""
     tensors = (batch.student, None, None, None, None, None, batch.target, None)

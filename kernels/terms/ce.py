@@ -17,6 +17,16 @@ PLAIN = tl.constexpr(0)
 SMOOTHED = tl.constexpr(1)
 
 
+class Numbers(NamedTuple):
+    hard: Any  # 1 - s
+    soft: Any  # s / C
+
+
+@triton.jit
+def numbers(options, classes, FLOAT: tl.constexpr):
+    return Numbers((1.0 - options[0]).to(FLOAT), options[0].to(FLOAT) / classes)
+
+
 def variant(term: Any) -> int:
     return int(term.label_smoothing != 0.0)
 
@@ -30,16 +40,6 @@ def traits(variant):
         has_label=True,
         is_divergence=False,
     )
-
-
-class Numbers(NamedTuple):
-    hard: Any  # 1 - s
-    soft: Any  # s / C
-
-
-@triton.jit
-def numbers(options, classes, FLOAT: tl.constexpr):
-    return Numbers((1.0 - options[0]).to(FLOAT), options[0].to(FLOAT) / classes)
 
 
 @triton.jit

@@ -12,6 +12,15 @@ import triton.language as tl
 from .term import STUDENT_Z, TEACHER_Z, Coefficients, Needs, Traits
 
 
+class Numbers(NamedTuple):
+    mean: Any  # 1 / C
+
+
+@triton.jit
+def numbers(options, classes, FLOAT: tl.constexpr):
+    return Numbers(1.0 / classes)
+
+
 def variant(term: Any) -> int:
     return 0
 
@@ -25,15 +34,6 @@ def traits(variant):
         has_value_loop=True,
         is_divergence=False,
     )
-
-
-class Numbers(NamedTuple):
-    mean: Any  # 1 / C
-
-
-@triton.jit
-def numbers(options, classes, FLOAT: tl.constexpr):
-    return Numbers(1.0 / classes)
 
 
 class Own(NamedTuple):

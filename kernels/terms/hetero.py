@@ -31,6 +31,15 @@ TEACHER_ONLY = tl.constexpr(2)
 EVALUATES = tl.constexpr(4)  # a bit; csrc has it among the numbers
 
 
+class Numbers(NamedTuple):
+    inverse_tau: Any
+
+
+@triton.jit
+def numbers(options, classes, FLOAT: tl.constexpr):
+    return Numbers(1.0 / options[1].to(FLOAT))
+
+
 def variant(term: Any) -> int:
     mix = ("probs", "logits", "teacher").index(term.mix)
     return mix + 4 * int(term.evaluation == "discrepancy")
@@ -50,15 +59,6 @@ def traits(variant):
         mapped=True,
         own_gradient=True,
     )
-
-
-class Numbers(NamedTuple):
-    inverse_tau: Any
-
-
-@triton.jit
-def numbers(options, classes, FLOAT: tl.constexpr):
-    return Numbers(1.0 / options[1].to(FLOAT))
 
 
 class Known(NamedTuple):

@@ -29,6 +29,16 @@ REVERSE = tl.constexpr(1)
 JS = tl.constexpr(2)
 
 
+class Numbers(NamedTuple):
+    beta: Any
+    one_minus_beta: Any
+
+
+@triton.jit
+def numbers(options, classes, FLOAT: tl.constexpr):
+    return Numbers(options[1].to(FLOAT), (1.0 - options[1]).to(FLOAT))
+
+
 def variant(term: Any) -> int:
     return ("forward", "reverse", "js").index(term.divergence)
 
@@ -42,16 +52,6 @@ def traits(variant):
         other=TEACHER if forward else OWN,
         has_loop=not forward,
     )
-
-
-class Numbers(NamedTuple):
-    beta: Any
-    one_minus_beta: Any
-
-
-@triton.jit
-def numbers(options, classes, FLOAT: tl.constexpr):
-    return Numbers(options[1].to(FLOAT), (1.0 - options[1]).to(FLOAT))
 
 
 class Known(NamedTuple):

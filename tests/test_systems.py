@@ -95,8 +95,8 @@ def test_a_term_is_one_file_per_language() -> None:
         {file.stem: file.read_text() for file in sorted((root / folder).glob(f"*{suffix}"))}
         for folder, suffix in (("csrc/terms", ".h"), ("kernels/terms", ".py"))
     )
-    (types,) = re.findall(r"AllTerms = TermTypes<(.*?)>;", compiled.pop("list"))
-    names = types.lower().replace("term", "").replace("crossentropy", "ce").split(", ")
+    (types,) = re.findall(r"AllTerms = TermTypes<(.*?)>;", compiled.pop("list"), re.S)
+    names = re.split(r",\s+", types.lower().replace("term", "").replace("crossentropy", "ce"))
     listed = re.findall(r"^(\w+) = tl.constexpr\((\d)\)", triton.pop("__init__"), re.M)
     assert listed == [(name.upper(), str(k)) for k, name in enumerate([*names, "count"])]
     assert compiled.keys() == triton.keys() == {*names, "term"}

@@ -337,10 +337,7 @@ class CellPass {
         if (!__any_sync(kAllLanes, mask != 0)) continue;
         const Sums<float> more =
             hand_over(p, image_, cell_y, own_.cell, y_ + r, x_ + s, mask, own_.own, rows);
-#pragma unroll
-        for (int k = 0; k < kTerms; ++k) sums.of_term[k] += more.of_term[k];
-#pragma unroll
-        for (int k = 0; k < kShares; ++k) sums.share[k] += more.share[k];
+        sums.template add<Set>(more);
       }
     }
   }

@@ -197,6 +197,19 @@ struct Sums {
   F of_term[kTerms];
   F share[kShares];
   int32_t valid, bad;
+
+  // Of the set's terms; the counts stay.
+  template <class Set>
+  HAKD_DEVICE void add(const Sums& more) {
+    for_each([&](auto tag) {
+      using Term = typename decltype(tag)::type;
+      if (!Set::template may_have<Term>()) return;
+      of_term[index_of<Term>] += more.of_term[index_of<Term>];
+      if constexpr (Term::kHasShares) {
+        share[share_index_of<Term>] += more.share[share_index_of<Term>];
+      }
+    });
+  }
 };
 
 template <typename F>

@@ -22,7 +22,7 @@ from ._checks import check_call
 from .backends import Call
 from .labels import count_valid
 from .projector import Projection, project
-from .spec import LossSpec, groups_of, vector, who_learns
+from .spec import LossSpec, Options, groups_of, vector, who_learns
 
 __all__ = ["SumsResult", "sums", "valid_count"]
 
@@ -72,6 +72,26 @@ class SumsResult(NamedTuple):
     maps: Tensor
 
 
+def _empty_sums(
+    student_logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor | None,
+    class_weight: Tensor | None,
+    options: Options,
+) -> reference.PassSums:
+    """No pixel at all: zeros that are still connected to both logits, whatever their size."""
+    nothing = student_logits[:0].sum(dtype=torch.float64)
+    if teacher_logits is not None:
+        nothing = nothing + teacher_logits[:0].sum(dtype=torch.float64)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    terms, device = len(options.asked), student_logits.device
+    return reference.PassSums(
+        numerators=nothing.expand(terms),
+        denominators=torch.zeros(terms, dtype=torch.float64, device=device),
+        maps=torch.zeros((2, *target.shape) if options.maps else 0, dtype=dtype, device=device),
+    )
+
+
 def sums(
     student: Tensor | Projection,
     target: Tensor,
@@ -98,7 +118,7 @@ def sums(
     call = call._replace(wants=_wants(call))
     if empty or oracle:
         options = spec.options()
-        formulas = reference.empty_sums if empty else reference.sums
+        formulas = _empty_sums if empty else reference.sums
         numerators, denominators, maps = formulas(
             call.student, target, call.teacher, class_weight, options
         )

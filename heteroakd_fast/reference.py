@@ -32,7 +32,6 @@ __all__ = [
     "cross_entropy",
     "cwd",
     "dkd",
-    "empty_sums",
     "evaluate_knowledge",
     "feature",
     "group",
@@ -574,26 +573,6 @@ def terms_on_grid(
         return fractions, None
     pair = torch.stack((knowledge.reliability, knowledge.discrepancy))
     return fractions, torch.where(valid, pair, 0)
-
-
-def empty_sums(
-    student_logits: Tensor,
-    target: Tensor,
-    teacher_logits: Tensor | None,
-    class_weight: Tensor | None,
-    options: Options,
-) -> PassSums:
-    """No pixel at all: zeros that are still connected to both logits, whatever their size."""
-    nothing = student_logits[:0].sum(dtype=torch.float64)
-    if teacher_logits is not None:
-        nothing = nothing + teacher_logits[:0].sum(dtype=torch.float64)
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    terms, device = len(options.asked), student_logits.device
-    return PassSums(
-        numerators=nothing.expand(terms),
-        denominators=torch.zeros(terms, dtype=torch.float64, device=device),
-        maps=torch.zeros((2, *target.shape) if options.maps else 0, dtype=dtype, device=device),
-    )
 
 
 def group(numerators: Tensor, denominators: Tensor, options: Options) -> tuple[Tensor, Tensor]:

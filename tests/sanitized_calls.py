@@ -17,10 +17,10 @@ import cuda_shim
 import numpy as np
 import pytest
 import torch
-from common import TERM_CASES, Batch, evaluate, make_batch
+from common import TERM_CASES, Batch, evaluate, loss_of, make_batch
 from torch import Tensor
 
-from heteroakd_fast import _extension, functional
+from heteroakd_fast import _extension
 from heteroakd_fast.backends import compiled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -91,7 +91,7 @@ def run(batch: Batch, **options: Any) -> list[Tensor]:
     """Everything that a call leaves, with gradients and without."""
     result = evaluate(batch, backend="cpu", **options)
     with torch.no_grad():
-        loss = functional.distillation_loss(*batch.arguments, backend="cpu", **options).loss
+        loss = loss_of(*batch.arguments, backend="cpu", **options).loss
     gradients = [one for one in (result.student_grad, result.teacher_grad) if one is not None]
     terms = torch.tensor(list(result.terms.values()))
     return [result.loss, loss, terms, *gradients, *(result.maps or {}).values()]

@@ -48,7 +48,7 @@ class TritonBackend:
         )
 
     def sums(self, call: Call) -> Sums:
-        from heteroakd_fast.kernels import launch, projection
+        from heteroakd_fast.kernels import launch, projection_launch
 
         options, target = call.spec.options(), call.labels
         numerators = call.student.new_zeros(len(options.asked), dtype=torch.float64)
@@ -59,7 +59,7 @@ class TritonBackend:
         )
         saved = []
         if call.projected:
-            projection.forward(call, numerators, denominators, report)
+            projection_launch.forward(call, numerators, denominators, report)
         else:
             reports = iter((report, None))  # whichever pass is first counts the labels
             for one, wanted in zip(launch.passes_of(call), call.wants[::3], strict=True):
@@ -88,11 +88,11 @@ class TritonBackend:
         )
 
     def gradient(self, call: Call, grad_totals: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
-        from heteroakd_fast.kernels import launch, projection
+        from heteroakd_fast.kernels import launch, projection_launch
 
         grad_totals = grad_totals.contiguous()
         if call.projected:
-            projected: list[Tensor | None] = projection.backward(call, grad_totals)
+            projected: list[Tensor | None] = projection_launch.backward(call, grad_totals)
             return projected
         remaining = iter(saved)
         grads: list[Tensor | None] = [None] * 6

@@ -243,7 +243,8 @@ def _combine(
     inverse = denominators.reciprocal().nan_to_num(math.nan, 0.0, 0.0)
     totals = _joined([one.sums.totals for one in passes])
     dtype = torch.promote_types(tensor_of(passes[0].part.student).dtype, torch.float32)
-    loss = totals.dot(inverse).to(dtype)
+    # not `dot`, whose order of four and more addends depends on where they lie in memory
+    loss = (totals * inverse).sum().to(dtype)
     numerators = _joined([one.sums.numerators for one in passes])
     if len(kinds) > 1:
         scales = inverse.unbind()

@@ -71,7 +71,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     },
 }
 
-TERM_CASES["all+cwd"] = {**TERM_CASES["all"], "terms": (CWD(0.4), DKD(0.3, temperature=1.5))}
+TERM_CASES["all+cwd+dkd"] = {**TERM_CASES["all"], "terms": (CWD(0.4), DKD(0.3, temperature=1.5))}
 
 #: What the CUDA kernels by cells and on the label grid compute; everything else goes by segments.
 FAST_CASES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from torch import Tensor
 import heteroakd_fast as hf
 from heteroakd_fast import Projection, backends, functional, reference
 from heteroakd_fast.projector import PRECISIONS
-from heteroakd_fast.terms import TERMS
+from heteroakd_fast.terms import CWD, DKD, TERMS
 
 NO_KERNELS = backends.available()["triton"]
 DEVICE = "cpu" if INTERPRETED or NO_KERNELS is not None else "cuda"
@@ -118,7 +118,7 @@ def truth(case: Case, grad_output: float = -0.37, **options: Any) -> tuple[Any, 
         options["class_weight"] = options["class_weight"].double()
     z_s = reference.project(torch.where(valid, features, 0), weight, bias)
     z_t = reference.project(torch.where(valid, teacher, 0), teacher_weight, teacher_bias)
-    output = functional.distillation_loss(
+    output = loss_of(
         z_s,
         case.target,
         z_t if options.get("teacher_ce_weight") else z_t.detach(),
@@ -473,6 +473,7 @@ def test_normalizer() -> None:
         ({}, {"hetero_weight": 1.0, "preset": "paper"}),
         ({}, {"kd_weight": 1.0, "kd_divergence": "js"}),
         ({}, {"hetero_weight": 1.0, "return_maps": True}),
+        ({}, {"terms": (CWD(), DKD())}),
     ],
 )
 def test_what_no_kernel_projects_is_projected_first(

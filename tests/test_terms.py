@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import BACKENDS, TERM_CASES, make_batch, truth
+from common import BACKENDS, TERM_CASES, make_batch, terms_of, truth
 
 import heteroakd_fast as hf
 from heteroakd_fast import functional
@@ -24,7 +24,6 @@ from heteroakd_fast.terms import (
     Feature,
     HeteroAKD,
     TeacherCrossEntropy,
-    from_flat,
 )
 
 BATCH = make_batch(dtype=torch.float32)
@@ -75,18 +74,17 @@ def test_maps_need_no_term() -> None:
 @pytest.mark.parametrize("case", TERM_CASES)
 def test_every_spelling_gives_the_same_bits(case: str) -> None:
     options = {**FLAT_DEFAULTS, **TERM_CASES[case]}
-    if "terms" in options:
-        pytest.skip("its terms have no keywords")
-    terms = [term for term in from_flat(options) if term.weight]
+    terms = terms_of(options)
     student = BATCH.student.clone().requires_grad_()
     teacher = BATCH.teacher.clone().requires_grad_("teacher_ce_weight" in TERM_CASES[case])
     arguments = (student, BATCH.target, teacher)
     spellings = [
-        lambda: functional.distillation_loss(*arguments, **TERM_CASES[case]),
         lambda: functional.segmentation_loss(*arguments, terms=terms),
         lambda: hf.SegmentationLoss(*terms)(*arguments),
     ]
-    if "teacher_ce_weight" not in TERM_CASES[case]:
+    if "terms" not in options:
+        spellings.append(lambda: functional.distillation_loss(*arguments, **TERM_CASES[case]))
+    if not {"teacher_ce_weight", "terms"} & TERM_CASES[case].keys():
         flat = {name: value for name, value in options.items() if name != "teacher_ce_weight"}
         spellings.append(lambda: hf.HeteroAKDLoss(5, **flat)(*arguments))
     if case == "ce-smoothed":

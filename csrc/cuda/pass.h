@@ -87,7 +87,7 @@ struct Pass {
   void* maps_out;    // [2, B, H, W] of the arithmetic's type, or
   bool maps_are_float;
   int32_t gradient_of[kTerms];  // which saved gradient a term adds to, -1: none
-  int32_t leader[kTerms];       // the first term that adds to the same one; -1: none
+  int32_t leader[kTerms];  // the first term that adds to the same one; itself, if it adds to none
   void* saved;  // [gradients, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type
   // of a term's gradient: on the label grid weight[k] * grad_totals[group[k]], else weight[k]
   double weight[kTerms];

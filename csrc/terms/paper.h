@@ -43,7 +43,6 @@ struct PaperTerm : HeteroOptions {
   HAKD_FN static constexpr Denominator denominator(int32_t variant, bool) {
     return spaces(variant) > 0 ? Denominator::kImages : Denominator::kValid;
   }
-  HAKD_FN static constexpr bool is_divergence(int32_t) { return true; }
   static constexpr bool kOwnGradient = true;
   HAKD_FN static constexpr From student(int32_t variant) {
     return (variant & kSpace) != 0 ? From::kNone : From::kStudent;

@@ -10,6 +10,7 @@ import torch
 from common import Batch, assert_accurate, evaluate, every_backend, truth
 
 from heteroakd_fast.channelwise import channel_wise_distillation
+from heteroakd_fast.terms import CWD, DKD
 
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "kd": {"kd_weight": 1.0},
@@ -20,6 +21,8 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "mix-logits": {"hetero_weight": 1.0, "mix": "logits", "evaluation": "none"},
     "mix-teacher": {"hetero_weight": 1.0, "mix": "teacher", "evaluation": "none"},
     "paper-space": {"hetero_weight": 1.0, "preset": "paper", "weight_axis": "space"},
+    "dkd": {"terms": (DKD(beta=1.0, temperature=20.0),)},  # T^2 alone is in front of it
+    "cwd": {"terms": (CWD(temperature=20.0),)},
 }
 
 

@@ -35,23 +35,25 @@ std::string build_info() {
 
 HAKD_TORCH_LIBRARY(HAKD_LIBRARY, m) {
   m.def("build_info() -> str");
-  // [valid, out of range, flat index of the first out of range or -1]
-  m.def("label_report(Tensor target, int num_classes, int ignore_index) -> Tensor");
+  // int64 [6]: see heteroakd_fast/labels.py
+  m.def(
+      "label_report(Tensor target, Tensor? pixel_weight, int num_classes, int ignore_index, "
+      "int unlabelled_index) -> Tensor");
   // A call: the pass over the student's logits and that of teacher_ce over the teacher's (spec.h
   // decodes structure and numbers). numerators f64 [terms]; totals f64 [groups], the sum of weight *
-  // numerator; denominators f64 [groups]; labels int64 [3] on the CPU (a label_report), [2] on CUDA
-  // (valid, out of range); maps [2, B, H, W] or [0]; of each pass what `gradient` needs besides its
+  // numerator; denominators f64 [groups]; labels int64 [6] on the CPU (a label_report), [4] on CUDA
+  // (its first); maps [2, B, H, W] or [0]; of each pass what `gradient` needs besides its
   // inputs, if its gradient is asked for and its logits have a grid of their own, else [0].
   m.def(
       "sums(Tensor student_logits, Tensor? teacher_logits, Tensor target, Tensor? class_weight, "
-      "Tensor numbers, int[] structure, bool student_grad, bool teacher_grad) -> (Tensor numerators, "
-      "Tensor totals, Tensor denominators, Tensor labels, Tensor maps, Tensor student_saved, "
+      "Tensor? pixel_weight, Tensor numbers, int[] structure, bool student_grad, "
+      "bool teacher_grad) -> (Tensor numerators, Tensor totals, Tensor denominators, Tensor labels, Tensor maps, Tensor student_saved, "
       "Tensor teacher_saved)");
   // Of sum over groups of grad_totals * totals, in the form of the logits; [0] where not asked for.
   // Where a pass saved something, of its logits only the form is read, and no labels.
   m.def(
       "gradient(Tensor grad_totals, Tensor student_logits, Tensor? teacher_logits, Tensor? target, "
-      "Tensor? class_weight, Tensor numbers, Tensor? student_saved, Tensor? teacher_saved, "
+      "Tensor? class_weight, Tensor? pixel_weight, Tensor numbers, Tensor? student_saved, Tensor? teacher_saved, "
       "int[] structure, bool student_grad, bool teacher_grad) -> (Tensor student, Tensor teacher)");
   // The instruction set that the CPU kernels use here.
   m.def("cpu_isa() -> str");

@@ -115,12 +115,13 @@ Needs PassTerms::needs() const {
 }
 
 Spec decode_spec(const int64_t* structure, size_t integers, const double* numbers, size_t floats) {
-  STD_TORCH_CHECK(integers >= 3, "structure: got ", integers, " integers");
+  STD_TORCH_CHECK(integers >= 4, "structure: got ", integers, " integers");
   Spec spec;
   spec.ignore_index = structure[0];
   Reader read(structure + 1, integers - 1, numbers, floats);
   spec.align_corners = read.flag("align_corners");
   const bool maps = read.flag("maps");
+  spec.unlabelled_index = read.integer("unlabelled_index", INT64_MIN, INT64_MAX);
   bool temperature_known = false;
   bool seen[kPublicTerms] = {}, mapped = false;
   while (read.more()) {

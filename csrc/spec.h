@@ -38,7 +38,7 @@ struct PassTerms {
 };
 
 struct Spec {
-  int64_t ignore_index;
+  int64_t ignore_index, unlabelled_index;  // the same where no pixel is unlabelled
   bool align_corners;
   int32_t terms = 0, groups = 0;  // numerators and denominators of the call
   PassTerms student, teacher;

@@ -165,11 +165,34 @@ def check_ignored_class(ignore_index: int | None, num_classes: int, allowed: boo
         )
 
 
-def label_range(num_classes: int, ignore_index: int) -> str:
+def check_unlabelled_index(value: int | None, ignore_index: int, num_classes: int) -> int:
+    """The label of unlabelled pixels as the operators take it: `ignore_index` for none.
+
+    ignore_index: as `check_ignore_index` returns it.
+    """
+    if value is None:
+        return ignore_index
+    if value == ignore_index:
+        raise ValueError(
+            f"unlabelled_index: got {value}, which is also ignore_index; pixels of that label are "
+            "excluded from every term, so give another label to those that only the teacher labels"
+        )
+    if 0 <= value < num_classes:
+        raise ValueError(
+            f"unlabelled_index: got {value}, which is also one of the {num_classes} classes; give "
+            "a label that is no class, such as 254"
+        )
+    return value
+
+
+def label_range(num_classes: int, ignore_index: int, unlabelled_index: int) -> str:
     """Where a wrong label is not, for a message about it."""
-    if ignore_index == _NOTHING:
-        return f"not in [0, {num_classes})"
-    return f"neither in [0, {num_classes}) nor ignore_index={ignore_index}"
+    allowed = [f"in [0, {num_classes})"]
+    if ignore_index != _NOTHING:
+        allowed.append(f"ignore_index={ignore_index}")
+    if unlabelled_index != ignore_index:
+        allowed.append(f"unlabelled_index={unlabelled_index}")
+    return f"neither {' nor '.join(allowed)}" if len(allowed) > 1 else f"not {allowed[0]}"
 
 
 def suggest(name: str, known: Collection[str], renamed: Mapping[str, str]) -> str | None:
@@ -469,6 +492,21 @@ def check_class_weight(class_weight: Tensor, classes: int, logits: Tensor, calle
     check_device(class_weight, "class_weight", logits, called)
 
 
+def check_pixel_weight(pixel_weight: object, target: Tensor, logits: Tensor, called: str) -> None:
+    """Type, shape and device; the kernels check the values, as those of labels."""
+    hint = ""
+    if isinstance(pixel_weight, Tensor) and pixel_weight.dim() == 4 and pixel_weight.shape[1] == 1:
+        hint = "; drop the channel axis with pixel_weight.squeeze(1)"
+    tensor = check_tensor(pixel_weight, "pixel_weight", 3, "[B, H, W]", LOGITS_DTYPES, hint)
+    check_constant(tensor, "pixel_weight")
+    if tensor.shape != target.shape:
+        raise ValueError(
+            f"pixel_weight: got shape {tuple(tensor.shape)}, expected that of target, "
+            f"{tuple(target.shape)}"
+        )
+    check_device(tensor, "pixel_weight", logits, called)
+
+
 def _check_beside(tensor: Tensor, name: str, logits: Tensor, called: str) -> None:
     if tensor.shape[0] != logits.shape[0]:
         raise ValueError(
@@ -528,6 +566,8 @@ def check_call(call: Call) -> None:
             raise ValueError(f"target: got {tuple(target.shape)}, expected the features' grid")
     if call.class_weight is not None and call.class_weight.shape != (call.classes,):
         raise ValueError(f"class_weight: got shape {tuple(call.class_weight.shape)}, expected [C]")
+    if call.pixel_weight is not None:
+        check_pixel_weight(call.pixel_weight, target, student, "student")
     tensors = (*call[1:6], target, call.class_weight)
     if any(x is not None and x.device != student.device for x in tensors):
         raise ValueError(f"student: on {student.device}, other arguments are not")

@@ -24,9 +24,11 @@ from ._checks import (
     check_ignore_index,
     check_ignored_class,
     check_integer,
+    check_pixel_weight,
     check_scalar,
     check_sides,
     check_teacher,
+    check_unlabelled_index,
     classes_of,
     plain_side,
     plain_tensor,
@@ -58,6 +60,7 @@ class LossOptions(TypedDict, total=False):
 
     class_weight: Tensor | None
     ignore_index: int | None
+    unlabelled_index: int | None
     allow_ignored_class: bool
     align_corners: bool
     resolution: str
@@ -68,6 +71,7 @@ class LossOptions(TypedDict, total=False):
 DEFAULTS: Final[Mapping[str, Any]] = {
     "class_weight": None,
     "ignore_index": 255,
+    "unlabelled_index": None,
     "allow_ignored_class": False,
     "align_corners": False,
     "resolution": "label",
@@ -83,8 +87,12 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError, ValueError: names the option.
     """
     checked = {**DEFAULTS, **options}
-    if checked["ignore_index"] is not None:
-        checked["ignore_index"] = check_integer(checked["ignore_index"], "ignore_index")
+    for name in ("ignore_index", "unlabelled_index"):
+        if checked[name] is not None:
+            checked[name] = check_integer(checked[name], name)
+    check_unlabelled_index(
+        checked["unlabelled_index"], check_ignore_index(checked["ignore_index"]), 0
+    )
     check_flag(checked["allow_ignored_class"], "allow_ignored_class")
     check_flag(checked["align_corners"], "align_corners")
     check_choice(checked["resolution"], "resolution", RESOLUTIONS)
@@ -122,19 +130,21 @@ def evaluate(
     options: Mapping[str, Any],
     normalizer: Normalizer | None = None,
     return_maps: bool = False,
+    pixel_weight: Tensor | None = None,
 ) -> DistillationOutput:
     """Runs the passes of all parts and makes one loss of them; maps come from the last part."""
     check_flag(return_maps, "return_maps")
-    target = plain_tensor(target)
+    target, pixel_weight = plain_tensor(target), plain_tensor(pixel_weight)
     class_weight: Tensor | None = plain_tensor(options["class_weight"])
     apart = tuple(normalizer) if isinstance(normalizer, Mapping) else ()
     passes: list[_Pass] = []
     for k, part in enumerate(parts):
         maps = return_maps and k == len(parts) - 1
-        plans = plan(part.shape, class_weight is not None, maps, apart)
+        unlabelled = options["unlabelled_index"] is not None
+        plans = plan(part.shape, class_weight is not None, maps, apart, unlabelled)
         teacher = None if part.teacher is None else plain_side(part.teacher)
         part = part._replace(student=plain_side(part.student), teacher=teacher)
-        passes += _run(part, plans, target, class_weight, options, maps)
+        passes += _run(part, plans, target, class_weight, pixel_weight, options, maps)
     return _combine(passes, options, normalizer)
 
 
@@ -143,21 +153,25 @@ def _run(
     plans: list[PassPlan],
     target: Tensor,
     class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
     options: Mapping[str, Any],
     maps: bool,
 ) -> list[_Pass]:
     student, teacher = part.student, part.teacher
-    classes = _check_part(part, plans, target, class_weight, options, maps)
+    classes = _check_part(part, plans, target, class_weight, pixel_weight, options, maps)
     ignore_index = check_ignore_index(options["ignore_index"])
+    unlabelled_index = check_unlabelled_index(options["unlabelled_index"], ignore_index, classes)
     grid = tensor_of(student).shape[2:]
     if options["resolution"] == "logits" and target.shape[1:] != grid:
         if target.device.type == "cpu" or check_synchronously():
             # Those that resampling skips count too.
-            ops.valid_count(target, classes, ignore_index)
+            ops.count(target, pixel_weight, classes, ignore_index, unlabelled_index)
         target = nearest_labels(target, (grid[0], grid[1]))
+        if pixel_weight is not None:
+            pixel_weight = nearest_labels(pixel_weight, (grid[0], grid[1]))
     done = []
     for one in plans:
-        head = (ignore_index, int(options["align_corners"]), int(one.maps))
+        head = (ignore_index, int(options["align_corners"]), int(one.maps), unlabelled_index)
         spec = LossSpec((*head, *one.structure), _numbers_of(part, one))
         with nullcontext() if one.names else torch.no_grad():
             sums = ops.sums(
@@ -165,6 +179,7 @@ def _run(
                 target,
                 teacher if one.needs_teacher else None,
                 class_weight if one.weighted else None,
+                pixel_weight,
                 spec,
                 backends.select(options["backend"], spec.structure, tensor_of(student).device.type),
             )
@@ -180,6 +195,7 @@ def _check_part(
     plans: list[PassPlan],
     target: Tensor,
     class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
     options: Mapping[str, Any],
     maps: bool,
 ) -> int:
@@ -193,6 +209,8 @@ def _check_part(
     check_ignored_class(options["ignore_index"], classes, options["allow_ignored_class"])
     if class_weight is not None:
         check_class_weight(class_weight, classes, tensor_of(part.student), part.called)
+    if pixel_weight is not None:
+        check_pixel_weight(pixel_weight, target, tensor_of(part.student), part.called)
     return classes
 
 
@@ -255,12 +273,14 @@ def _combine(
     for name, mean in zip(names, means, strict=True):
         reported[name] = reported[name] + mean if name in reported else mean
     maps = next((one.sums.maps for one in passes if one.plan.maps), None)
+    valid, distilled = passes[0].sums.counts.unbind()
     return DistillationOutput(
         loss=loss,
         terms=reported,
-        valid=passes[0].sums.valid,
+        valid=valid,
         denominators=own,
         maps=None if maps is None else {"reliability": maps[0], "discrepancy": maps[1]},
+        distilled=distilled,
     )
 
 
@@ -272,11 +292,14 @@ def describe(
     class_weight = options["class_weight"]
     for k, part in enumerate(parts):
         maps = return_maps and k == len(parts) - 1
-        plans = plan(part.shape, class_weight is not None, maps, ())
-        _check_part(part, plans, target, class_weight, options, maps)
+        unlabelled = options["unlabelled_index"]
+        plans = plan(part.shape, class_weight is not None, maps, (), unlabelled is not None)
+        classes = _check_part(part, plans, target, class_weight, None, options, maps)
+        check_unlabelled_index(unlabelled, check_ignore_index(options["ignore_index"]), classes)
         device = tensor_of(part.student).device.type
         for one in plans:
-            structure = (255, int(options["align_corners"]), int(one.maps), *one.structure)
+            head = (255, int(options["align_corners"]), int(one.maps))
+            structure = (*head, 255 if unlabelled is None else 254, *one.structure)
             decoded = LossSpec(structure, _numbers_of(part, one)).options()
             groups: dict[str, list[str]] = {}
             for name, group in zip(one.names, one.groups, strict=True):
@@ -344,4 +367,10 @@ def check_normalizer(
             check_scalar(value, f"normalizer[{name!r}]")
         return {group: normalizer[name] for name, group in terms if name in normalizer}
     check_scalar(normalizer, "normalizer")
-    return {group: normalizer for group, kind in enumerate(kinds) if kind == "valid"}
+    if {"valid", "distilled"} <= set(kinds):
+        both = ", ".join(f'"{kind}": ...' for kind in dict.fromkeys(name for name, _ in terms))
+        raise ValueError(
+            "normalizer: got a scalar, but with unlabelled_index the terms have two denominators, "
+            f"labelled pixels and all distilled ones; give one of each term, {{{both}}}"
+        )
+    return {group: normalizer for group, kind in enumerate(kinds) if kind in ("valid", "distilled")}

@@ -49,9 +49,15 @@ class ChannelWiseLoss(AdjustableLoss):
         target: Tensor,
         teacher_logits: Tensor | Projection,
         *,
+        pixel_weight: Tensor | None = None,
         normalizer: Normalizer | None = None,
     ) -> DistillationOutput:
         options = {**self._settings(), "process_group": self.process_group}
         return channel_wise_distillation(
-            student_logits, target, teacher_logits, normalizer=normalizer, **options
+            student_logits,
+            target,
+            teacher_logits,
+            pixel_weight=pixel_weight,
+            normalizer=normalizer,
+            **options,
         )

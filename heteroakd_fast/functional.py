@@ -64,6 +64,7 @@ def segmentation_loss(
     teacher_logits: Tensor | Projection | None = None,
     *,
     terms: Sequence[Term],
+    pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
     return_maps: bool = False,
     **options: Unpack[LossOptions],
@@ -73,17 +74,27 @@ def segmentation_loss(
     Args:
         student_logits: [B, C, h, w], float32, bfloat16, float16 or float64, any strides, 1 <= C <=
             4096; or a `Projection` that makes them.
-        target: [B, H, W], int64, int32 or uint8; values in [0, C) or `ignore_index`.
+        target: [B, H, W], int64, int32 or uint8; values in [0, C), `ignore_index` or
+            `unlabelled_index`.
         teacher_logits: [B, C, h', w'], same dtype choices, h', w' free, or a `Projection`; None
             when no term needs it. Only `TeacherCrossEntropy` sends a gradient to it, so without
             that term it must not require one.
         terms: of `heteroakd_fast.terms`; those of weight 0 are not computed.
+        pixel_weight: [B, H, W], floating point, finite and >= 0, without gradient, or None for
+            ones: multiplies the pixel's share in every term, numerator and denominator; a pixel of
+            weight 0 is excluded as one of `ignore_index` is. In `CWD` and other terms over space it
+            multiplies the pixel's share in the softmax.
         normalizer: a scalar that replaces the number of valid pixels wherever that is the
-            denominator, or a mapping from terms' names to denominators.
+            denominator, or a mapping from terms' names to denominators, which is needed where
+            there are two such numbers (`unlabelled_index`).
         return_maps: fills `DistillationOutput.maps`, with the options of the first `HeteroAKD`.
         class_weight: [C] floating point, >= 0, of the cross entropies, or None (default) for ones.
         ignore_index: label of the pixels that are excluded from every term; any integer outside
             [0, C), 255 by default, or None if no pixel is ignored.
+        unlabelled_index: label of the pixels that only the teacher labels, an integer outside
+            [0, C) such as 254, or None (default): the terms that need a label (`CrossEntropy`,
+            `TeacherCrossEntropy`, `DKD`) leave them out, all others count them, and `HeteroAKD`
+            takes the teacher as reliable there (r_t = 1).
         allow_ignored_class: True lets `ignore_index` be one of the classes: its pixels are then
             excluded, and the class has no loss of its own.
         align_corners: as in `torch.nn.functional.interpolate`; False by default.
@@ -106,7 +117,8 @@ def segmentation_loss(
     checked = check_terms(terms)
     shape, numbers = encode(with_maps(checked) if return_maps else checked)
     part = Part(shape, numbers, student_logits, teacher_logits)
-    return evaluate([part], target, check_options(options), normalizer, return_maps)
+    checked_options = check_options(options)
+    return evaluate([part], target, checked_options, normalizer, return_maps, pixel_weight)
 
 
 #: mmrazor and others.
@@ -120,6 +132,7 @@ def channel_wise_distillation(
     teacher_logits: Tensor | Projection,
     *,
     temperature: float = 4.0,
+    pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
     **options: Unpack[LossOptions],
 ) -> DistillationOutput:
@@ -127,7 +140,7 @@ def channel_wise_distillation(
 
     Args:
         student_logits: [B, C, h, w], and `target`, `teacher_logits`: as there; of the labels only
-            matters which are ignored.
+            matters which are ignored; `pixel_weight` too.
         temperature: T, from 1e-4 to 1e4; 4 in the paper. mmrazor calls it tau.
         normalizer: replaces N C, images with a valid pixel times classes; a number, or
             {"cwd": number} as in `denominators`.
@@ -149,7 +162,7 @@ def channel_wise_distillation(
     if normalizer is not None and not isinstance(normalizer, Mapping):
         normalizer = {CWD.name: normalizer}
     part = Part(shape, numbers, student_logits, teacher_logits)
-    return evaluate([part], target, check_options(options), normalizer, False)
+    return evaluate([part], target, check_options(options), normalizer, False, pixel_weight)
 
 
 def distillation_loss(
@@ -157,6 +170,7 @@ def distillation_loss(
     target: Tensor,
     teacher_logits: Tensor | Projection | None = None,
     *,
+    pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
     return_maps: bool = False,
     **options: Unpack[DistillationOptions],
@@ -185,7 +199,8 @@ def distillation_loss(
     refuse_unknown(of_terms.keys() - FLAT.keys(), (*FLAT, *DEFAULTS), _RENAMED)
     shape, numbers = encode_flat(of_terms, return_maps)
     part = Part(shape, numbers, student_logits, teacher_logits, weights=FLAT_WEIGHTS)
-    return evaluate([part], target, check_options(of_loss), normalizer, return_maps)
+    checked = check_options(of_loss)
+    return evaluate([part], target, checked, normalizer, return_maps, pixel_weight)
 
 
 def cross_entropy(
@@ -193,6 +208,7 @@ def cross_entropy(
     target: Tensor,
     *,
     label_smoothing: float = 0.0,
+    pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
     **options: Unpack[LossOptions],
 ) -> DistillationOutput:
@@ -204,9 +220,9 @@ def cross_entropy(
     ignored; the compiled backends never store the upsampled logits.
 
     Args:
-        logits: [B, C, h, w], and `target`, `normalizer`, `options`: as in `segmentation_loss`. A
-            scalar `normalizer` replaces the number of valid pixels; with class weights, where the
-            denominator is their sum, only `{"ce": ...}` replaces it.
+        logits: [B, C, h, w], and `target`, `pixel_weight`, `normalizer`, `options`: as in
+            `segmentation_loss`. A scalar `normalizer` replaces the number of valid pixels; with
+            class weights, where the denominator is their sum, only `{"ce": ...}` replaces it.
         label_smoothing: in [0, 1].
 
     Returns:
@@ -220,7 +236,7 @@ def cross_entropy(
     refuse_unknown(options.keys() - DEFAULTS.keys(), known, _RENAMED)
     shape, numbers = encode_flat({"label_smoothing": label_smoothing}, False)
     part = Part(shape, numbers, logits, weights=FLAT_WEIGHTS, called="logits")
-    return evaluate([part], target, check_options(options), normalizer)
+    return evaluate([part], target, check_options(options), normalizer, pixel_weight=pixel_weight)
 
 
 # --- terms, encoded ------------------------------------------------------------------------------

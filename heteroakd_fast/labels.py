@@ -1,10 +1,14 @@
 """Counting and checking labels without reading them twice and without stopping a GPU.
 
-A report is int64[3]: valid pixels, labels out of range, and the flat index of the first of those
-(-1 when there is none). Kernels that read the labels anyway fill one on the way.
+A report is int64: labelled pixels, pixels that terms of distillation count (the labelled and the
+unlabelled ones), labels out of range, pixel weights out of range; on the CPU behind them the flat
+indices of the first label and of the first weight out of range (-1 when there is none). Kernels
+that read the labels anyway fill one on the way. A pixel of weight 0 is as one that is ignored.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,12 +18,16 @@ from ._checks import label_range
 from ._environment import flag
 
 __all__ = [
+    "REPORT",
     "check_label_report",
     "check_synchronously",
-    "count_valid",
+    "count_pixels",
     "label_report",
     "nearest_labels",
 ]
+
+#: The numbers that a report has on every device.
+REPORT: Final = 4
 
 
 def check_synchronously() -> bool:
@@ -27,61 +35,105 @@ def check_synchronously() -> bool:
     return flag("HETEROAKD_CHECK_LABELS")
 
 
-def count_valid(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The number of labels that are not `ignore_index`, int64 scalar, once they are checked.
+def count_pixels(
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    unlabelled_index: int,
+) -> Tensor:
+    """Labelled pixels and pixels that terms of distillation count, int64[2], once they are checked.
+
+    unlabelled_index: `ignore_index` where no pixel is unlabelled.
 
     Raises:
-        ValueError: a label is outside [0, num_classes); on a GPU only with
-            `HETEROAKD_CHECK_LABELS=1`, a device-side assertion without.
+        ValueError: a label is outside [0, num_classes), or a weight negative or not finite; on a
+            GPU only with `HETEROAKD_CHECK_LABELS=1`, a device-side assertion without.
     """
-    report = label_report(target, num_classes, ignore_index)
-    check_label_report(report, target, num_classes, ignore_index)
-    return report[0].clone()
+    options = (num_classes, ignore_index, unlabelled_index)
+    report = label_report(target, pixel_weight, *options)
+    check_label_report(report, target, pixel_weight, *options)
+    return report[:2].clone()
 
 
-def check_label_report(report: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raises on a report that found a label out of range; it may lack the place.
+def check_label_report(
+    report: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    unlabelled_index: int,
+) -> None:
+    """Raises on a report that found a label or a weight out of range; it may lack the place.
 
     Raises:
-        ValueError: names the label, where it is, and the range; see `count_valid` for GPUs.
+        ValueError: names the label, where it is, and the range; see `count_pixels` for GPUs.
     """
     if report.device.type != "cpu" and not check_synchronously():
         torch._assert_async(
-            report[1] == 0, "target: a label is outside [0, C) and is not ignore_index"
+            report[2] == 0, "target: a label is outside [0, C) and is not ignore_index"
         )
+        if pixel_weight is not None:
+            torch._assert_async(report[3] == 0, "pixel_weight: a weight is negative or not finite")
         return
-    _, count, *place = report.tolist()
-    if count == 0:
+    _, _, labels, weights, *places = report.tolist()
+    if labels == weights == 0:
         return
-    first = place[0] if place else int(label_report(target, num_classes, ignore_index)[2])
+    if not places:
+        options = (num_classes, ignore_index, unlabelled_index)
+        places = label_report(target, pixel_weight, *options)[REPORT:].tolist()
     _, height, width = target.shape
+    first = places[0] if labels else places[1]
     b, y, x = first // (height * width), first // width % height, first % width
-    label = int(target[b, y, x])
+    if labels:
+        label = int(target[b, y, x])
+        raise ValueError(
+            f"target: label {label} at (b={b}, y={y}, x={x}) is "
+            f"{label_range(num_classes, ignore_index, unlabelled_index)}; {labels} such pixels. "
+            f"Map the labels of your data set to class indices, or set ignore_index={label} if "
+            "such pixels are to be left out."
+        )
+    assert pixel_weight is not None
     raise ValueError(
-        f"target: label {label} at (b={b}, y={y}, x={x}) is "
-        f"{label_range(num_classes, ignore_index)}; {count} such pixels. "
-        f"Map the labels of your data set to class indices, or set ignore_index={label} if such "
-        "pixels are to be left out."
+        f"pixel_weight: got {float(pixel_weight[b, y, x])} at (b={b}, y={y}, x={x}), expected "
+        f"finite numbers >= 0; {weights} such pixels"
     )
 
 
-def label_report(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The report of `target` [B, H, W] (uint8, int32 or int64), int64[3] on its device."""
+def label_report(
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    unlabelled_index: int,
+) -> Tensor:
+    """The report of `target` [B, H, W] (uint8, int32 or int64), int64[6] on its device."""
     if target.numel() == 0:  # whatever its other sizes
-        return torch.tensor((0, 0, -1), device=target.device)
+        return torch.tensor((0, 0, 0, 0, -1, -1), device=target.device)
     if target.device.type == "cpu" and _extension.loaded():
-        report: Tensor = _extension.operators().label_report(target, num_classes, ignore_index)
+        report: Tensor = _extension.operators().label_report(
+            target, pixel_weight, num_classes, ignore_index, unlabelled_index
+        )
         return report
     labels = target.long().flatten()
-    valid = labels != ignore_index
-    bad = valid & ((labels < 0) | (labels >= num_classes))
-    count = bad.count_nonzero()
-    first = torch.where(count > 0, bad.to(torch.uint8).argmax(), -1)
-    return torch.stack((valid.count_nonzero() - count, count, first))
+    counted = labels != ignore_index
+    labelled = (labels >= 0) & (labels < num_classes) & counted
+    bad = [counted & ~labelled & (labels != unlabelled_index), torch.zeros_like(counted)]
+    counted = counted & ~bad[0]
+    if pixel_weight is not None:
+        weights = pixel_weight.flatten()
+        bad[1] = ~((weights >= 0) & (weights < torch.inf))
+        labelled, counted = labelled & (weights != 0), counted & (weights != 0)
+    counts = [mask.count_nonzero() for mask in (labelled, counted, *bad)]
+    first = [
+        torch.where(count > 0, mask.to(torch.uint8).argmax(), -1)
+        for mask, count in zip(bad, counts[2:], strict=True)
+    ]
+    return torch.stack((*counts, *first))
 
 
 def nearest_labels(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels at `size` by nearest neighbour: row i reads row floor(i * H / h), as
+    """Labels, or weights, at `size` by nearest neighbour: row i reads row floor(i * H / h), as
     `interpolate(mode="nearest")` means it, in exact integer arithmetic."""
     height, width = target.shape[-2:]
     if (height, width) == size or target.numel() == 0:

@@ -20,8 +20,10 @@ from ._checks import (
     check_choice,
     check_count,
     check_flag,
+    check_ignore_index,
     check_ignored_class,
     check_tensor,
+    check_unlabelled_index,
     check_weight,
     plain_tensor,
     refuse_forward_mode,
@@ -108,8 +110,9 @@ class SegmentationLoss(AdjustableLoss):
     Args:
         terms: of `heteroakd_fast.terms`.
         options: `class_weight` ([C] tensor or sequence, >= 0, copied into a buffer),
-            `ignore_index`, `allow_ignored_class`, `align_corners`, `resolution`, `process_group`
-            (copies of the module share it) and `backend`, as in `functional.segmentation_loss`.
+            `ignore_index`, `unlabelled_index`, `allow_ignored_class`, `align_corners`,
+            `resolution`, `process_group` (copies of the module share it) and `backend`, as in
+            `functional.segmentation_loss`.
 
     Raises:
         TypeError, ValueError: an option is wrong; names it and what was expected.
@@ -171,13 +174,14 @@ class SegmentationLoss(AdjustableLoss):
         target: Tensor,
         teacher_logits: Tensor | Projection | None = None,
         *,
+        pixel_weight: Tensor | None = None,
         normalizer: Normalizer | None = None,
         return_maps: bool = False,
     ) -> DistillationOutput:
         """The weighted sum of the terms; arguments as in `functional.segmentation_loss`."""
         parts = self._parts(student_logits, teacher_logits, return_maps)
         options = self._settings(*_COMMON, "process_group")
-        return evaluate(parts, target, options, normalizer, return_maps)
+        return evaluate(parts, target, options, normalizer, return_maps, pixel_weight)
 
     def plan(
         self,
@@ -334,6 +338,8 @@ class HeteroAKDLoss(AdjustableLoss):
         from_flat({**FLAT_DEFAULTS, **flat})  # of which some go together only
         common = check_options({k: v for k, v in settings.items() if k in DEFAULTS})
         check_ignored_class(common["ignore_index"], self.num_classes, common["allow_ignored_class"])
+        ignored = check_ignore_index(common["ignore_index"])
+        check_unlabelled_index(common["unlabelled_index"], ignored, self.num_classes)
         common["class_weight"] = self._own_class_weight(common["class_weight"], self.num_classes)
         weight = check_weight(settings["projector_weight"], "projector_weight")
         return {**flat, "projector_weight": weight, **common}
@@ -361,6 +367,7 @@ class HeteroAKDLoss(AdjustableLoss):
         *,
         student_features: Tensor | None = None,
         teacher_features: Tensor | None = None,
+        pixel_weight: Tensor | None = None,
         normalizer: Normalizer | None = None,
         return_maps: bool = False,
     ) -> DistillationOutput:
@@ -373,7 +380,7 @@ class HeteroAKDLoss(AdjustableLoss):
                 projectors by `hetero` and `feature`.
             student_features, teacher_features: [B, D_s, ., .] and [B, D_t, ., .]; needed with
                 projectors. The teacher's are detached.
-            normalizer: see `functional.segmentation_loss`; applies to every pass.
+            pixel_weight, normalizer: see `functional.segmentation_loss`; of every pass.
             return_maps: fills `maps` (reliability and discrepancy).
 
         Raises:
@@ -384,7 +391,7 @@ class HeteroAKDLoss(AdjustableLoss):
             student_logits, teacher_logits, student_features, teacher_features, return_maps
         )
         options = self._settings(*_COMMON, "process_group")
-        output = evaluate(parts, target, options, normalizer, return_maps)
+        output = evaluate(parts, target, options, normalizer, return_maps, pixel_weight)
         # On two grids "ce" has two denominators, and a name stands for one.
         apart = self.student_projector is not None and self.resolution == "logits"
         return output._replace(denominators=None) if apart else output

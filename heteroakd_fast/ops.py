@@ -20,11 +20,11 @@ from torch import Tensor
 from . import backends, reference
 from ._checks import check_call
 from .backends import Call
-from .labels import count_valid
+from .labels import count_pixels
 from .projector import Projection, project
 from .spec import LossSpec, Options, groups_of, vector, who_learns
 
-__all__ = ["SumsResult", "sums", "valid_count"]
+__all__ = ["SumsResult", "count", "sums"]
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library = torch.library.Library("heteroakd_fast", "DEF")
@@ -37,26 +37,30 @@ _SIDES = (
 # numbers, structure: a LossSpec. wants: which of the six tensors of the sides get a gradient.
 _OPTIONS = "Tensor numbers, *, int[] structure, bool[] wants, str precision, str backend"
 # numerators [terms] f64; totals [groups] f64, the differentiable ones; denominators [groups] f64;
-# valid i64 scalar; maps [2, B, H, W] or [0]; saved: the backend's own. The kernels count and check
-# the labels on the way, so valid comes from there.
+# counts i64 [2], the labelled pixels and those that terms of distillation count; maps
+# [2, B, H, W] or [0]; saved: the backend's own. The kernels count and check the labels on the way,
+# so counts come from there.
 _library.define(
-    f"sums({_SIDES}, Tensor target, Tensor? class_weight, {_OPTIONS}) -> (Tensor numerators, "
-    "Tensor totals, Tensor denominators, Tensor valid, Tensor maps, Tensor[] saved)",
+    f"sums({_SIDES}, Tensor target, Tensor? class_weight, Tensor? pixel_weight, {_OPTIONS}) -> "
+    "(Tensor numerators, Tensor totals, Tensor denominators, Tensor counts, Tensor maps, "
+    "Tensor[] saved)",
     tags=_TAGS,
 )
 # Gradients of what is wanted, in order. Where the backend does not read its inputs again, the sides
 # are mere models of shape, dtype and layout.
 _library.define(
-    f"gradient(Tensor grad_totals, {_SIDES}, Tensor? target, Tensor? class_weight, Tensor[] saved, "
-    f"{_OPTIONS}) -> Tensor[]",
+    f"gradient(Tensor grad_totals, {_SIDES}, Tensor? target, Tensor? class_weight, "
+    f"Tensor? pixel_weight, Tensor[] saved, {_OPTIONS}) -> Tensor[]",
     tags=_TAGS,
 )
-# Number of valid labels, int64 scalar; checks the range of the others.
+# The counts, and the checks, without a pass.
 _library.define(
-    "valid_count(Tensor target, int num_classes, int ignore_index) -> Tensor", tags=_TAGS
+    "count(Tensor target, Tensor? pixel_weight, int num_classes, int ignore_index, "
+    "int unlabelled_index) -> Tensor",
+    tags=_TAGS,
 )
 
-_TENSORS = 8  # of a Call: the two sides, target, class_weight
+_TENSORS = 9  # of a Call: the two sides, target, class_weight, pixel_weight
 
 
 class SumsResult(NamedTuple):
@@ -68,7 +72,8 @@ class SumsResult(NamedTuple):
     """[groups], float64, the sum of weight * numerator, differentiable once"""
     denominators: Tensor
     """[groups], float64"""
-    valid: Tensor
+    counts: Tensor
+    """int64[2], labelled pixels and pixels that terms of distillation count"""
     maps: Tensor
 
 
@@ -78,6 +83,7 @@ def _empty_sums(
     teacher_logits: Tensor | None,
     class_weight: Tensor | None,
     options: Options,
+    pixel_weight: Tensor | None,
 ) -> reference.PassSums:
     """No pixel at all: zeros that are still connected to both logits, whatever their size."""
     nothing = student_logits[:0].sum(dtype=torch.float64)
@@ -97,6 +103,7 @@ def sums(
     target: Tensor,
     teacher: Tensor | Projection | None,
     class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
     spec: LossSpec,
     backend: str,
 ) -> SumsResult:
@@ -107,7 +114,8 @@ def sums(
     """
     precision = student.precision if isinstance(student, Projection) else "ieee"
     sides = (*_tensors_of(student), *_tensors_of(teacher))
-    call = Call.of((*sides, target, _not_inference(class_weight)), spec, (), precision)
+    weights = (_not_inference(class_weight), _not_inference(pixel_weight))
+    call = Call.of((*sides, target, *weights), spec, (), precision)
     empty = target.numel() == 0  # no backend has to think of it, nor of sizes beside a 0
     plain = _is_plain_eager(*call.tensors)
     oracle = backend == "reference" and call.student.dtype == torch.float64 and plain
@@ -120,25 +128,26 @@ def sums(
         options = spec.options()
         formulas = _empty_sums if empty else reference.sums
         numerators, denominators, maps = formulas(
-            call.student, target, call.teacher, class_weight, options
+            call.student, target, call.teacher, class_weight, options, pixel_weight
         )
         totals, per_group = reference.group(numerators, denominators, options)
-        valid = denominators.new_zeros((), dtype=torch.int64)
+        counts = denominators.new_zeros(2, dtype=torch.int64)
         if not empty:
-            valid = valid_count(target, call.classes, options.ignore_index)
+            head = (options.ignore_index, options.unlabelled_index)
+            counts = count(target, pixel_weight, call.classes, *head)
         return SumsResult(
-            numerators.detach(), _once_differentiable(totals), per_group, valid, maps.detach()
+            numerators.detach(), _once_differentiable(totals), per_group, counts, maps.detach()
         )
     # Detached where no gradient is made: autograd would record a call that has none to give.
     tensors = [
         x if wanted or x is None or not x.requires_grad else x.detach()
-        for x, wanted in zip(call.tensors, (*call.wants, False, False), strict=True)
+        for x, wanted in zip(call.tensors, (*call.wants, False, False, False), strict=True)
     ]
     if plain and not any(call.wants):
         return SumsResult(*backends.get(backend).sums(call.with_tensors(tensors))[:5])
     if plain:
         return SumsResult(*_Sums.apply(*tensors, None, call, backend, None)[:5])
-    numerators, totals, denominators, valid, maps, _ = torch.ops.heteroakd_fast.sums(
+    numerators, totals, denominators, counts, maps, _ = torch.ops.heteroakd_fast.sums(
         *(_not_inference(x) for x in tensors),
         vector(spec.numbers) if isinstance(spec.numbers, tuple) else spec.numbers,
         structure=spec.structure,
@@ -146,17 +155,26 @@ def sums(
         precision=call.precision,
         backend=backend,
     )
-    return SumsResult(numerators, totals, denominators, valid, maps)
+    return SumsResult(numerators, totals, denominators, counts, maps)
 
 
-def valid_count(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Number of pixels that are not `ignore_index`, int64 scalar.
+def count(
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    unlabelled_index: int,
+) -> Tensor:
+    """Labelled pixels and pixels that terms of distillation count, int64[2].
 
-    A label outside [0, num_classes) raises ValueError on the CPU. On a GPU it is a device-side
-    assertion, which waits for nothing; `HETEROAKD_CHECK_LABELS=1` makes it the ValueError.
+    A label outside [0, num_classes) or a wrong weight raises ValueError on the CPU. On a GPU it is
+    a device-side assertion, which waits for nothing; `HETEROAKD_CHECK_LABELS=1` makes it the
+    ValueError.
     """
-    count: Tensor = torch.ops.heteroakd_fast.valid_count(target, num_classes, ignore_index)
-    return count
+    counts: Tensor = torch.ops.heteroakd_fast.count(
+        target, pixel_weight, num_classes, ignore_index, unlabelled_index
+    )
+    return counts
 
 
 # --- projections ---------------------------------------------------------------------------------
@@ -243,7 +261,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Any, ...]:
-        """Eight tensors, the numbers where the call is traced, the call, the backend, and the
+        """Nine tensors, the numbers where the call is traced, the call, the backend, and the
         dispatcher's keys where the call has come through it and is to go on."""
         *tensors, numbers, call, backend, keys = arguments
         call = call.with_tensors(tensors)
@@ -270,14 +288,14 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_order()
         grad_totals = grads[1]
-        unused = (None,) * 6
+        unused = (None,) * (_TENSORS - 6 + 4)
         if grad_totals is None:
             return (None,) * 6 + unused
         numbers, *saved = ctx.saved_tensors
         if ctx.reads_inputs:
             tensors, saved = saved[:_TENSORS], saved[_TENSORS:]
         else:
-            tensors = [*(_empty_like(x) for x in ctx.of_sides), None, None]
+            tensors = [*(_empty_like(x) for x in ctx.of_sides), None, None, None]
         call = ctx.call
         if not ctx.traced:
             call = call.with_tensors(tensors)
@@ -394,7 +412,7 @@ def _sums_fake(*arguments: Any, **options: Any) -> tuple[Any, ...]:
         new(len(asked), dtype=torch.float64),
         new(groups, dtype=torch.float64),
         new(groups, dtype=torch.float64),
-        new((), dtype=torch.int64),
+        new(2, dtype=torch.int64),
         new(maps, dtype=dtype),
         [new(shape, dtype=saved_dtype) for shape, saved_dtype in shapes],
     )
@@ -421,22 +439,18 @@ def _gradient_fake(grad_totals: Tensor, *arguments: Any, **options: Any) -> list
     ]
 
 
-def _valid_count_impl(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return count_valid(target, num_classes, ignore_index)
-
-
-def _valid_count_fake(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return target.new_empty((), dtype=torch.int64)
+def _count_fake(target: Tensor, *arguments: Any) -> Tensor:
+    return target.new_empty(2, dtype=torch.int64)
 
 
 _KEY = "CompositeExplicitAutograd"  # one implementation for every device; the backend chooses
 _library.impl("sums", _sums_impl, _KEY)
 _library.impl("sums", _sums_autograd, "Autograd", with_keyset=True)
 _library.impl("gradient", _gradient_impl, _KEY)
-_library.impl("valid_count", _valid_count_impl, _KEY)
+_library.impl("count", count_pixels, _KEY)
 for _name, _fake in (
     ("sums", _sums_fake),
     ("gradient", _gradient_fake),
-    ("valid_count", _valid_count_fake),
+    ("count", _count_fake),
 ):
     torch.library.register_fake(f"heteroakd_fast::{_name}", _fake, lib=_library)

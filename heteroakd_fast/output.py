@@ -28,7 +28,8 @@ class DistillationOutput(NamedTuple):
     "teacher_ce", "kd", "hetero", "feature", "cwd", "dkd", a second one of a kind as "kd_2"; of
     `HeteroAKDLoss` with projectors "projector", the cross entropies of both projected logits."""
     valid: Tensor
-    """Number of pixels that are not `ignore_index`, int64 scalar, of this process."""
+    """Number of labelled pixels, int64 scalar, of this process: those that are neither
+    `ignore_index` nor `unlabelled_index`, nor of weight 0."""
     denominators: dict[str, Tensor] | None = None
     """Each term's own denominator, float64 scalar, the mean over the ranks with `process_group=`.
     For exact gradient accumulation: the mean of them over the micro-batches, given back as
@@ -38,6 +39,9 @@ class DistillationOutput(NamedTuple):
     """With `return_maps=True`: "reliability" (of the teacher, r_t) and "discrepancy", each
     [B, H, W] on the label grid of the pass, 0 at ignored pixels. In the preset `paper`, where
     both are per class, those of the labelled class."""
+    distilled: Tensor | None = None
+    """Number of pixels that terms of distillation count, int64 scalar: `valid`, and those of
+    `unlabelled_index`."""
 
     def _refuse(self, *other: Any) -> NoReturn:
         raise TypeError(

@@ -9,7 +9,9 @@ and it is the ground truth of the tests. `sums` materialises full-resolution log
 gradients in both.
 
 Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C, H, W];
-`label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where not `valid`).
+`label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where there is none).
+`valid` are the pixels that a term counts: labelled ones for cross entropies and `dkd`, unlabelled
+ones too for the others; `pixel_weight` [B, H, W] or None multiplies their shares in every sum.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .terms import CWD, DKD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossE
 __all__ = [
     "Knowledge",
     "PassSums",
+    "Pixels",
     "bernoulli_kl",
     "cross_entropy",
     "cwd",
@@ -39,8 +42,8 @@ __all__ = [
     "join_over_space",
     "join_shares",
     "kd",
-    "labels_and_valid",
     "negative_log_likelihood",
+    "pixels_of",
     "project",
     "space_shares",
     "sums",
@@ -119,19 +122,26 @@ def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
 # --- section 3: terms --------------------------------------------------------------------------
 
 
-def _total(per_pixel: Tensor, valid: Tensor) -> Tensor:
+def _total(per_pixel: Tensor, valid: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
     """Sum over valid pixels in float64; `where`, not a product, so that ignored NaNs stay out."""
+    if pixel_weight is not None:
+        per_pixel = per_pixel * pixel_weight
     return torch.where(valid, per_pixel, 0).sum(dtype=torch.float64)
 
 
-def _total_divergence(per_pixel: Tensor, valid: Tensor) -> Tensor:
+def _total_divergence(
+    per_pixel: Tensor, valid: Tensor, pixel_weight: Tensor | None = None
+) -> Tensor:
     """`_total` of what is never negative, though its rounding may be; the gradient is the sum's."""
-    total = _total(per_pixel, valid)
+    total = _total(per_pixel, valid, pixel_weight)
     return total - total.detach().clamp(max=0.0)
 
 
-def _valid_count(valid: Tensor) -> Tensor:
-    return valid.sum(dtype=torch.float64)
+def _valid_count(valid: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+    """|V|, or the sum of the weights over V."""
+    if pixel_weight is None:
+        return valid.sum(dtype=torch.float64)
+    return torch.where(valid, pixel_weight, 0).sum(dtype=torch.float64)
 
 
 def _at_label(per_class: Tensor, label: Tensor) -> Tensor:
@@ -194,18 +204,19 @@ def cross_entropy(
     valid: Tensor,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """`torch.nn.functional.cross_entropy`, its weighted mean and its label smoothing included."""
     nll = negative_log_likelihood(z, label)
-    pixel_weight = torch.ones_like(nll) if class_weight is None else class_weight[label]
-    per_pixel = pixel_weight * nll
+    label_weight = torch.ones_like(nll) if class_weight is None else class_weight[label]
+    per_pixel = label_weight * nll
     if label_smoothing > 0.0:  # -log p_c = nll + z_label - z_c
         weight = torch.ones_like(z[0, :, 0, 0]) if class_weight is None else class_weight
         behind = z.gather(1, label[:, None]) - z
         behind = behind if class_weight is None else behind * weight[:, None, None]
         uniform = (nll * weight.sum() + behind.sum(dim=1)) / z.shape[1]
         per_pixel = (1.0 - label_smoothing) * per_pixel + label_smoothing * uniform
-    return _total(per_pixel, valid), _total(pixel_weight, valid)
+    return _total(per_pixel, valid, pixel_weight), _total(label_weight, valid, pixel_weight)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -220,6 +231,7 @@ def kd(
     temperature: float = 1.0,
     divergence: str = "forward",
     beta: float = 0.5,
+    pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """T^2 times the divergence of the softened distributions (Hinton et al., 2015).
 
@@ -235,25 +247,34 @@ def kd(
     else:
         log_m = torch.logaddexp(log_p_t + math.log(beta), log_p_s + math.log1p(-beta))
         per_pixel = beta * _kl(log_p_t, log_m) + (1.0 - beta) * _kl(log_p_s, log_m)
-    return _total_divergence(temperature**2 * per_pixel, valid), _valid_count(valid)
+    total = _total_divergence(temperature**2 * per_pixel, valid, pixel_weight)
+    return total, _valid_count(valid, pixel_weight)
 
 
-def feature(student_z: Tensor, teacher_z: Tensor, valid: Tensor) -> Fraction:
+def feature(
+    student_z: Tensor, teacher_z: Tensor, valid: Tensor, pixel_weight: Tensor | None = None
+) -> Fraction:
     """Mean over classes of the squared difference in the aligned logits space."""
-    return _total((student_z - teacher_z).square().mean(dim=1), valid), _valid_count(valid)
+    total = _total((student_z - teacher_z).square().mean(dim=1), valid, pixel_weight)
+    return total, _valid_count(valid, pixel_weight)
 
 
-#: Of a softmax over space, [B, C, 1, 1] each: the largest logit m and the sum of exp(x - m) over
-#: the valid pixels (0 where there is none).
+#: Of a softmax over space, [B, C, 1, 1] each: the largest logit m and the sum of w exp(x - m) over
+#: the valid pixels (0 where there is none), w = 1 without weights.
 Shares = tuple[Tensor, Tensor]
 
 
-def space_shares(x: Tensor, valid: Tensor) -> Shares:
+def space_shares(x: Tensor, valid: Tensor, pixel_weight: Tensor | None = None) -> Shares:
     """Of logits x [B, C, H, W] over the pixels of each image and class."""
     inside = valid[:, None]
     largest = x.masked_fill(~inside, torch.finfo(x.dtype).min).amax(dim=(2, 3), keepdim=True)
-    exp = torch.where(inside, (x - largest).exp(), 0)
-    return largest, exp.sum(dim=(2, 3), keepdim=True)
+    exp = _times((x - largest).exp(), pixel_weight)
+    return largest, torch.where(inside, exp, 0).sum(dim=(2, 3), keepdim=True)
+
+
+def _times(per_class: Tensor, pixel_weight: Tensor | None) -> Tensor:
+    """[B, C, H, W], of each pixel times its weight."""
+    return per_class if pixel_weight is None else per_class * pixel_weight[:, None]
 
 
 def join_shares(bands: Sequence[Shares]) -> Shares:
@@ -272,8 +293,11 @@ def cwd(
     valid: Tensor,
     temperature: float = 4.0,
     shares: tuple[Shares, Shares] | None = None,
+    pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """T^2 KL(p_t || p_s) of the softmaxes over the valid pixels of each image and class.
+
+    With weights p = w exp(x) / sum of w exp(x).
 
     Shu et al., ICCV 2021, Eq. 4.
 
@@ -285,6 +309,9 @@ def cwd(
         # An image without a valid pixel has no softmax: any numbers, which `_total` leaves out.
         counted = valid.flatten(1).any(dim=1)[:, None, None, None]
         nothing = torch.where(counted, -torch.inf, 0.0).to(x_s.dtype)
+        if pixel_weight is not None:
+            log_w = torch.where(valid, pixel_weight, 1).log()[:, None]
+            x_s, x_t = x_s + log_w, x_t + log_w
         log_p_s, log_p_t = (
             torch.where(inside, x, nothing).flatten(2).log_softmax(dim=2).view(x.shape)
             for x in (x_s, x_t)
@@ -296,7 +323,10 @@ def cwd(
             x.detach() - m - torch.where(total == 0, 1, total).log()
             for x, (m, total) in zip((x_s, x_t), shares, strict=True)
         )
-        p_s, p_t = (torch.where(inside, log_p.exp(), 0) for log_p in (log_p_s, log_p_t))
+        p_s, p_t = (
+            torch.where(inside, _times(log_p.exp(), pixel_weight), 0)
+            for log_p in (log_p_s, log_p_t)
+        )
         # The totals are of all rows and have no graph: the gradient p_s - p_t is given to autograd.
         per_class = torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0)
         per_class = per_class + torch.where(inside, (p_s - p_t) * (x_s - x_s.detach()), 0)
@@ -312,13 +342,14 @@ def dkd(
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
+    pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """T^2 (alpha KL(b_t || b_s) + beta KL(q_t || q_s)): label against rest, and the rest alone.
 
     Zhao et al., CVPR 2022, Eq. 7.
     """
     if student_z.shape[1] == 1:  # there is no rest
-        return _total(0 * student_z.sum(dim=1), valid), _valid_count(valid)
+        return _total(0 * student_z.sum(dim=1), valid), _valid_count(valid, pixel_weight)
     is_label = _one_hot(student_z, label)
     of_label, log_q = [], []
     for z in (student_z, teacher_z):
@@ -331,7 +362,8 @@ def dkd(
     b_s, b_t = of_label
     of_rest = log_q[1].exp() * (log_q[1] - log_q[0])  # 0 of the label
     per_pixel = alpha * bernoulli_kl(b_t, b_s) + beta * of_rest.sum(dim=1)
-    return _total_divergence(temperature**2 * per_pixel, valid), _valid_count(valid)
+    total = _total_divergence(temperature**2 * per_pixel, valid, pixel_weight)
+    return total, _valid_count(valid, pixel_weight)
 
 
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
@@ -344,21 +376,28 @@ def evaluate_knowledge(
     valid: Tensor,
     term: HeteroAKD,
     maps: bool = False,
+    labelled: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
 ) -> Knowledge:
     """Reliability, mixed target and discrepancy; everything returned is detached.
+
+    Where a valid pixel is not `labelled` (None: all are) the teacher alone can be asked: r_t = 1.
 
     maps: whether the discrepancy is wanted though the term does not evaluate.
     """
     student_z, teacher_z = student_z.detach(), teacher_z.detach()
+    labelled = valid if labelled is None else labelled
     if term.preset == "paper":
-        return _evaluate_paper(student_z, teacher_z, label, valid, term)
-    return _evaluate_softmax_kl(student_z, teacher_z, label, valid, term, maps)
+        pixels = (label, labelled, valid, pixel_weight)
+        return _evaluate_paper(student_z, teacher_z, *pixels, term)
+    return _evaluate_softmax_kl(student_z, teacher_z, label, labelled, valid, term, maps)
 
 
 def _evaluate_softmax_kl(
     student_z: Tensor,
     teacher_z: Tensor,
     label: Tensor,
+    labelled: Tensor,
     valid: Tensor,
     term: HeteroAKD,
     maps: bool,
@@ -370,8 +409,8 @@ def _evaluate_softmax_kl(
     # reliability: (r_t, r_s) = softmax(-e_t / tau, -e_s / tau)
     e_t = negative_log_likelihood(teacher_z, label)
     e_s = negative_log_likelihood(student_z, label)
-    log_r_t = F.logsigmoid((e_s - e_t) / term.tau)[:, None]
-    log_r_s = F.logsigmoid((e_t - e_s) / term.tau)[:, None]
+    gap = torch.where(labelled, e_s - e_t, torch.inf)[:, None]
+    log_r_t, log_r_s = F.logsigmoid(gap / term.tau), F.logsigmoid(-gap / term.tau)
 
     # mixed_target, as log m
     if term.mix == "probs":
@@ -398,7 +437,13 @@ def _evaluate_softmax_kl(
 
 
 def _evaluate_paper(
-    student_z: Tensor, teacher_z: Tensor, label: Tensor, valid: Tensor, term: HeteroAKD
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    labelled: Tensor,
+    valid: Tensor,
+    pixel_weight: Tensor | None,
+    term: HeteroAKD,
 ) -> Knowledge:
     # BCE(sigmoid(z), [c = label]) is -log sigmoid of z or, for the other classes, of -z
     sign = torch.full_like(student_z, -1.0).scatter_(1, label[:, None], 1.0)
@@ -409,29 +454,33 @@ def _evaluate_paper(
     # reliability, per class (Eq. 5 and 6)
     h_s, h_t = error(student_z), error(teacher_z)
     r_t = (h_s + RELIABILITY_EPS) / (h_t + h_s + 2.0 * RELIABILITY_EPS)
+    has_label = labelled[:, None]
+    r_t = torch.where(has_label, r_t, 1)
 
     # mixed_target (Eq. 7)
     z_h = teacher_z if term.mix == "teacher" else r_t * teacher_z + (1.0 - r_t) * student_z
 
     # discrepancy: the positive reliability gap (Eq. 8), and the class weights (Eq. 9)
     discrepancy = (h_s - error(z_h)).clamp(min=0.0)
+    # Without a label there are no errors, and no gap between them: W is uniform over the classes.
+    score = torch.where(has_label, h_s + discrepancy, 0)
     inside = valid[:, None]
     shares = None
     if term.evaluation == "none":
         weight = torch.ones_like(h_s)
     elif term.weight_axis == "class":
-        weight = (h_s + discrepancy).softmax(dim=1)
+        weight = score.softmax(dim=1)
     else:
-        x = h_s + discrepancy
-        shares = space_shares(x, valid)
-        weight = torch.where(inside, (x - shares[0]).exp(), 0) / shares[1]
+        shares = space_shares(score, valid, pixel_weight)
+        weight = _times((score - shares[0]).exp(), pixel_weight)
+        weight = torch.where(inside, weight, 0) / shares[1]
 
     softened = z_h / term.temperature
     return Knowledge(
         mixed_target=softened.log_softmax(dim=1) if term.weight_axis == "class" else softened,
         weight=torch.where(inside, weight, 0),
         reliability=_at_label(r_t, label),
-        discrepancy=_at_label(discrepancy, label),
+        discrepancy=torch.where(labelled, _at_label(discrepancy, label), 0),
         shares=shares,
     )
 
@@ -457,21 +506,29 @@ def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def hetero(student_z: Tensor, knowledge: Knowledge, valid: Tensor, term: HeteroAKD) -> Fraction:
+def hetero(
+    student_z: Tensor,
+    knowledge: Knowledge,
+    valid: Tensor,
+    term: HeteroAKD,
+    pixel_weight: Tensor | None = None,
+) -> Fraction:
     """The HeteroAKD term (Eq. 10, or the KL form of the preset `softmax-kl`)."""
     t = term.temperature
     weight = knowledge.weight
     if term.preset == "softmax-kl":
         log_m, log_p_s = knowledge.mixed_target, (student_z / t).log_softmax(dim=1)
         per_pixel = weight.squeeze(1) * (t**2 * _kl(log_m, log_p_s))
-        return _total_divergence(per_pixel, valid), _total(weight.squeeze(1), valid)
+        total = _total_divergence(per_pixel, valid, pixel_weight)
+        return total, _total(weight.squeeze(1), valid, pixel_weight)
     if term.weight_axis == "class":
         m, log_p_s = knowledge.mixed_target.exp(), (student_z / t).log_softmax(dim=1)
-        return _total(-(weight * m * log_p_s).sum(dim=1), valid), _valid_count(valid)
+        total = _total(-(weight * m * log_p_s).sum(dim=1), valid, pixel_weight)
+        return total, _valid_count(valid, pixel_weight)
     per_pixel = (weight * bernoulli_kl(knowledge.mixed_target, student_z / t)).sum(dim=1)
     if term.evaluation == "none":  # W = 1: a mean over pixels and classes, as the weights' own is
-        per_pixel = per_pixel / student_z.shape[1]
-        return _total_divergence(t**2 * per_pixel, valid), _valid_count(valid)
+        total = _total_divergence(t**2 * per_pixel / student_z.shape[1], valid, pixel_weight)
+        return total, _valid_count(valid, pixel_weight)
     return _total_divergence(t**2 * per_pixel, valid), _images_times_classes(student_z, valid)
 
 
@@ -484,29 +541,31 @@ def sums(
     teacher_logits: Tensor | None,
     class_weight: Tensor | None,
     options: Options,
+    pixel_weight: Tensor | None = None,
 ) -> PassSums:
     """All terms of a pass over one label grid.
 
     Args:
         student_logits: [B, C, h, w], any floating dtype; computed in float32 or wider.
-        target: [B, H, W] class indices or `ignore_index`; already checked.
+        target: [B, H, W] class indices, `ignore_index` or `unlabelled_index`; already checked.
         teacher_logits: [B, C, h', w'] or None when no term needs it.
         class_weight: [C] or None.
         options: what to compute.
+        pixel_weight: [B, H, W] or None.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     size = (target.shape[1], target.shape[2])
-    label, valid = labels_and_valid(target, student_logits.shape[1], options.ignore_index)
+    pixels = pixels_of(target, pixel_weight, student_logits.shape[1], options, dtype)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
 
     def on_label_grid(logits: Tensor) -> Tensor:
         z = upsample(logits.to(dtype), size, options.align_corners)
-        return torch.where(valid[:, None], z, 0)
+        return torch.where(pixels.valid[:, None], z, 0)
 
     student_z = on_label_grid(student_logits)
     teacher_z = student_z if teacher_logits is None else on_label_grid(teacher_logits)
-    fractions, maps = terms_on_grid(student_z, teacher_z, label, valid, class_weight, options)
+    fractions, maps = terms_on_grid(student_z, teacher_z, pixels, class_weight, options)
     return PassSums(
         numerators=torch.stack([numerator for numerator, _ in fractions]),
         denominators=torch.stack([denominator.detach() for _, denominator in fractions]),
@@ -514,20 +573,43 @@ def sums(
     )
 
 
-def labels_and_valid(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """A class index everywhere (0 where there is none), and where `target` is not ignored."""
+class Pixels(NamedTuple):
+    """What is known of the pixels of a label grid but for logits; [B, H, W] each."""
+
+    label: Tensor
+    """a class index everywhere, 0 where there is none"""
+    labelled: Tensor
+    valid: Tensor
+    """the labelled and the unlabelled ones; none whose weight is 0"""
+    weight: Tensor | None
+
+    def rows(self, rows: slice) -> Pixels:
+        return Pixels(*(None if x is None else x[:, rows] for x in self))  # type: ignore[arg-type]
+
+
+def pixels_of(
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    num_classes: int,
+    options: Options,
+    dtype: torch.dtype,
+) -> Pixels:
+    """Of [B, H, W] each; a weight or a label out of range is the caller's check to report."""
     target = target.long()
-    valid = target != ignore_index
-    # A label out of range is the caller's check to report; here it must only not be an index.
-    in_range = (target >= 0) & (target < num_classes)
-    return torch.where(valid & in_range, target, 0), valid
+    valid = target != options.ignore_index
+    if pixel_weight is not None:
+        pixel_weight = pixel_weight.to(dtype)
+        valid = valid & (pixel_weight != 0)
+    labelled = valid & (target >= 0) & (target < num_classes)
+    if options.unlabelled_index == options.ignore_index:  # a wrong label must only be no index
+        return Pixels(torch.where(labelled, target, 0), valid, valid, pixel_weight)
+    return Pixels(torch.where(labelled, target, 0), labelled, valid, pixel_weight)
 
 
 def terms_on_grid(
     student_z: Tensor,
     teacher_z: Tensor,
-    label: Tensor,
-    valid: Tensor,
+    pixels: Pixels,
     class_weight: Tensor | None,
     options: Options,
     knowledge: Knowledge | None = None,
@@ -536,37 +618,40 @@ def terms_on_grid(
     """The terms that are asked for, in their order, and the maps [2, B, H, W] if those are.
 
     Args:
-        student_z, teacher_z: [B, C, H, W], the same floating dtype, finite where not `valid`; one
+        student_z, teacher_z: [B, C, H, W], the same floating dtype, finite where not valid; one
             that no term reads may be the other.
-        label, valid: [B, H, W].
+        pixels: [B, H, W].
         class_weight: [C] in the dtype of `student_z`, or None.
         options: what to compute.
         knowledge: what `evaluate_knowledge` found, if it was called already.
         shares: of `cwd`, where the rows are not all of the images.
     """
+    label, labelled, valid, weight = pixels
     frozen_teacher_z = teacher_z.detach()
     mixing: HeteroAKD | None = options.find(HeteroAKD.name)
     if knowledge is None and mixing is not None:
-        knowledge = evaluate_knowledge(student_z, teacher_z, label, valid, mixing, options.maps)
+        knowledge = evaluate_knowledge(
+            student_z, teacher_z, label, valid, mixing, options.maps, labelled, weight
+        )
 
     def fraction(term: Term) -> Fraction:
-        if isinstance(term, CrossEntropy):
-            return cross_entropy(student_z, label, valid, class_weight, term.label_smoothing)
-        if isinstance(term, TeacherCrossEntropy):
-            return cross_entropy(teacher_z, label, valid, class_weight, term.label_smoothing)
+        if isinstance(term, (CrossEntropy, TeacherCrossEntropy)):
+            z = student_z if isinstance(term, CrossEntropy) else teacher_z
+            smoothing = term.label_smoothing
+            return cross_entropy(z, label, labelled, class_weight, smoothing, weight)
         if isinstance(term, KD):
             options_of_kd = (term.temperature, term.divergence, term.beta)
-            return kd(student_z, frozen_teacher_z, valid, *options_of_kd)
+            return kd(student_z, frozen_teacher_z, valid, *options_of_kd, weight)
         if isinstance(term, HeteroAKD):
             assert knowledge is not None
-            return hetero(student_z, knowledge, valid, term)
+            return hetero(student_z, knowledge, valid, term, weight)
         if isinstance(term, CWD):
-            return cwd(student_z, frozen_teacher_z, valid, term.temperature, shares)
+            return cwd(student_z, frozen_teacher_z, valid, term.temperature, shares, weight)
         if isinstance(term, DKD):
             parts = (term.alpha, term.beta, term.temperature)
-            return dkd(student_z, frozen_teacher_z, label, valid, *parts)
+            return dkd(student_z, frozen_teacher_z, label, labelled, *parts, weight)
         assert isinstance(term, Feature), term
-        return feature(student_z, frozen_teacher_z, valid)
+        return feature(student_z, frozen_teacher_z, valid, weight)
 
     fractions = [fraction(term) for term in options.asked]
     if not options.maps or knowledge is None:

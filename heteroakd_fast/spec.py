@@ -128,6 +128,8 @@ class Options(NamedTuple):
     ignore_index: int
     align_corners: bool
     maps: bool
+    unlabelled_index: int
+    """`ignore_index` where no pixel is unlabelled"""
 
     @property
     def asked(self) -> tuple[Term, ...]:
@@ -157,7 +159,8 @@ class LossSpec(NamedTuple):
     """
 
     structure: tuple[int, ...]
-    """ignore_index, align_corners, maps; of each term its index in `TERMS`, group and choices"""
+    """ignore_index, align_corners, maps, unlabelled_index (`ignore_index` where no pixel is
+    unlabelled); of each term its index in `TERMS`, group and choices"""
     numbers: Numbers
     """of each term its weight and other numbers"""
 
@@ -169,6 +172,7 @@ class LossSpec(NamedTuple):
         ignore_index: int = 255,
         align_corners: bool = False,
         maps: bool = False,
+        unlabelled_index: int | None = None,
     ) -> LossSpec:
         """A pass with these terms, each with a denominator of its own unless `groups` are given."""
         groups = range(len(terms)) if groups is None else groups
@@ -176,7 +180,8 @@ class LossSpec(NamedTuple):
             (shape[0], group, *shape[3:])
             for shape, group in zip(shape_of(terms), groups, strict=True)
         )
-        head = (ignore_index, int(align_corners), int(maps))
+        unlabelled_index = ignore_index if unlabelled_index is None else unlabelled_index
+        head = (ignore_index, int(align_corners), int(maps), unlabelled_index)
         return cls((*head, *(n for entry in entries for n in entry)), numbers_of(terms))
 
     def options(self) -> Options:
@@ -199,6 +204,10 @@ class LossSpec(NamedTuple):
     @property
     def maps(self) -> bool:
         return bool(self.structure[2])
+
+    @property
+    def unlabelled_index(self) -> int:
+        return self.structure[3]
 
 
 @constant_while_tracing
@@ -232,7 +241,7 @@ def _entries(structure: tuple[int, ...]) -> Iterator[tuple[type[Term], int, tupl
     Raises:
         ValueError: the structure is none.
     """
-    at = 3
+    at = 4
     while at < len(structure):
         index = structure[at]
         if not 0 <= index < len(TERMS):
@@ -261,11 +270,17 @@ def _decode(structure: tuple[int, ...], numbers: tuple[float, ...]) -> Options:
             options[option.name] = known[choice]
         terms.append(term(**options))
         groups.append(group)
-    check_pass(terms, groups, maps=bool(structure[2]))
+    ignore_index, align_corners, maps, unlabelled_index = structure[:4]
+    check_pass(terms, groups, maps=bool(maps))
     if next(values, None) is not None:
         raise ValueError(f"numbers: got {len(numbers)}, the terms have fewer")
     return Options(
-        tuple(terms), tuple(groups), structure[0], bool(structure[1]), bool(structure[2])
+        tuple(terms),
+        tuple(groups),
+        ignore_index,
+        bool(align_corners),
+        bool(maps),
+        unlabelled_index,
     )
 
 
@@ -307,7 +322,9 @@ class PassPlan(NamedTuple):
 
 
 @constant_while_tracing
-def plan(shape: Shape, weighted: bool, maps: bool, apart: tuple[str, ...]) -> list[PassPlan]:
+def plan(
+    shape: Shape, weighted: bool, maps: bool, apart: tuple[str, ...], unlabelled: bool = False
+) -> list[PassPlan]:
     """The fewest passes that compute these terms.
 
     A pass has each kind of term once and, beside the T = 1 of the cross entropies, one temperature.
@@ -318,8 +335,9 @@ def plan(shape: Shape, weighted: bool, maps: bool, apart: tuple[str, ...]) -> li
         maps: whether the maps are wanted: of the first term `hetero`, be its weight 0.
         apart: names of terms that need a group of their own, because a caller replaces their
             denominators.
+        unlabelled: whether there is a label for pixels that only terms of distillation count.
     """
-    return _plan(shape, weighted, maps, apart)
+    return _plan(shape, weighted, maps, apart, unlabelled)
 
 
 class _Pass:
@@ -339,7 +357,9 @@ class _Pass:
 
 
 @lru_cache(maxsize=256)
-def _plan(shape: Shape, weighted: bool, maps: bool, apart: tuple[str, ...]) -> list[PassPlan]:
+def _plan(
+    shape: Shape, weighted: bool, maps: bool, apart: tuple[str, ...], unlabelled: bool
+) -> list[PassPlan]:
     passes: list[_Pass] = []
     hetero = TERMS.index(HeteroAKD)
     of_hetero = [k for k, (kind, *_) in enumerate(shape) if kind == hetero]
@@ -356,7 +376,9 @@ def _plan(shape: Shape, weighted: bool, maps: bool, apart: tuple[str, ...]) -> l
         found.add(k, kind, temperature, k in asked)
     names = names_of(tuple(shape[k] for k in asked))
     by_position = dict(zip(asked, names, strict=True))
-    return [_pass_plan(one, shape, by_position, weighted, apart, mapped) for one in passes]
+    return [
+        _pass_plan(one, shape, by_position, weighted, apart, unlabelled, mapped) for one in passes
+    ]
 
 
 def _pass_plan(
@@ -365,6 +387,7 @@ def _pass_plan(
     names: dict[int, str],
     weighted: bool,
     apart: tuple[str, ...],
+    unlabelled: bool,
     mapped: int | None,
 ) -> PassPlan:
     keys: list[tuple[str, str]] = []
@@ -375,7 +398,7 @@ def _pass_plan(
         group = _MAPS_ONLY
         if asked:
             name = names[position]
-            denominator = _denominator(kind, tuple(choices), weighted)
+            denominator = _denominator(kind, tuple(choices), weighted, unlabelled)
             key = (denominator, name if name in apart or denominator == "discrepancy" else "")
             if key not in keys:
                 keys.append(key)
@@ -402,10 +425,13 @@ def _pass_plan(
     )
 
 
-def _denominator(kind: int, choices: tuple[int, ...], weighted: bool) -> str:
-    """`Term.denominator` does not depend on numbers."""
+def _denominator(kind: int, choices: tuple[int, ...], weighted: bool, unlabelled: bool) -> str:
+    """`Term.denominator` does not depend on numbers; where there are unlabelled pixels, "valid" of
+    a term that counts them is "distilled"."""
     options = {
         option.name: option.metadata["choices"][choice]
         for option, choice in zip(_CHOICES[TERMS[kind]], choices, strict=True)
     }
-    return TERMS[kind](**options).denominator(weighted)
+    found = TERMS[kind](**options).denominator(weighted)
+    counts_all = unlabelled and not TERMS[kind].needs_label
+    return "distilled" if counts_all and found == "valid" else found

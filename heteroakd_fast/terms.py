@@ -5,7 +5,10 @@
     loss_fn = SegmentationLoss(CrossEntropy(), KD(0.1), HeteroAKD(1.0, temperature=2.0))
 
 Notation: z_s, z_t [C] are the logits of student and teacher at a pixel of the label grid, y its
-label, V the pixels whose label is not `ignore_index`, softmax_T(z) = softmax(z / T).
+label, V the pixels that a term counts, softmax_T(z) = softmax(z / T). V are the pixels whose label
+is not `ignore_index` and, of the terms that need a label (the cross entropies and DKD), not
+`unlabelled_index` either. With `pixel_weight` a pixel's share in a sum over V, |V| included, is
+multiplied by its weight.
 
 The fields of these classes are the only list of options: the operators' encoding (`spec.py`), the
 keywords of `functional.distillation_loss` and `HeteroAKDLoss` (`FLAT`) and the driver's table are
@@ -94,6 +97,8 @@ class Term:
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
+    needs_label: ClassVar[bool] = False
+    """whether pixels of the label `unlabelled_index` are left out of it"""
     shares_temperature: ClassVar[bool] = True
     """whether its temperature is that of its pass, whose terms have the exponentials in common"""
 
@@ -133,6 +138,7 @@ class CrossEntropy(Term):
     label_smoothing: float = _number(0.0, _check_fraction)
 
     name: ClassVar[str] = "ce"
+    needs_label: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 
     def denominator(self, weighted: bool) -> str:
@@ -153,6 +159,7 @@ class TeacherCrossEntropy(Term):
     label_smoothing: float = _number(0.0, _check_fraction)
 
     name: ClassVar[str] = "teacher_ce"
+    needs_label: ClassVar[bool] = True
 
     def denominator(self, weighted: bool) -> str:
         return "class_weight" if weighted else "valid"
@@ -301,6 +308,7 @@ class DKD(Term):
     temperature: float = _number(4.0, check_temperature)
 
     name: ClassVar[str] = "dkd"
+    needs_label: ClassVar[bool] = True
 
 
 #: Every term, in the order in which the operators number them.

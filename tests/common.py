@@ -223,9 +223,12 @@ def spec_of(**options: Any) -> LossSpec:
     maps = bool(options.get("return_maps"))
     terms = tuple(terms_of(options))
     shape, numbers = functional.encode(functional.with_maps(terms) if maps else terms)
-    (one,) = plan(shape, options.get("class_weight") is not None, maps, ())
-    head = (options.get("ignore_index", 255), int(options.get("align_corners", False)), int(maps))
-    return LossSpec((*head, *one.structure), numbers)
+    unlabelled = options.get("unlabelled_index")
+    weighted = options.get("class_weight") is not None
+    (one,) = plan(shape, weighted, maps, (), unlabelled is not None)
+    ignored = options.get("ignore_index", 255)
+    head = (ignored, int(options.get("align_corners", False)), int(maps))
+    return LossSpec((*head, ignored if unlabelled is None else unlabelled, *one.structure), numbers)
 
 
 def require(backend: str, device: str = "cpu", **options: Any) -> None:

@@ -78,6 +78,7 @@ class Band {
     }
     label_row_ = arena.take<int32_t>(p.label_width);
     labels_ = arena.take<int32_t>(label_rows * p.vectors * N);
+    if (p.pixel_weight != nullptr) weights_ = arena.take<T>(label_rows * p.vectors * N);
     terms_.lay_out(arena);
     const int64_t gradients = p.gradients ? p.gradient_count : 0;
     if (p.identity) {
@@ -117,16 +118,28 @@ class Band {
     for (int64_t y = first_label_row_; y < end_label_row_; ++y) {
       int32_t* row = label_row_;
       if (!read_dense_labels(y, row, report)) p.read_labels(p.labels.reader, image_, y, row, report);
-      int32_t* out = labels_ + (y - first_label_row_) * p.vectors * N;
-      const int64_t block = p.apart * N;
-      int64_t x = 0;
-      for (; x + block <= p.label_width; x += block) {
-        for (int l = 0; l < N; ++l) {
-          for (int64_t v = 0; v < p.apart; ++v) out[x + v * N + l] = row[x + l * p.apart + v];
-        }
+      const int64_t first = (y - first_label_row_) * p.vectors * N;
+      if (p.pixel_weight != nullptr) {
+        const int64_t place = (image_ * p.label_height + y) * p.label_width;
+        const T* weights = p.pixel_weight + place;
+        p.weigh_row(weights, place, p.label_width, p.classes, row, report);
+        to_lanes(weights, T(0), weights_ + first);
       }
-      for (int64_t i = x; i < p.vectors * N; ++i) out[i] = p.pixel[i] < 0 ? -1 : row[p.pixel[i]];
+      to_lanes(row, kIgnored, labels_ + first);
     }
+  }
+
+  // A row of pixels by lanes; `none` where a lane has no pixel.
+  template <typename V>
+  void to_lanes(const V* row, V none, V* out) const {
+    const int64_t block = p.apart * N;
+    int64_t x = 0;
+    for (; x + block <= p.label_width; x += block) {
+      for (int l = 0; l < N; ++l) {
+        for (int64_t v = 0; v < p.apart; ++v) out[x + v * N + l] = row[x + l * p.apart + v];
+      }
+    }
+    for (int64_t i = x; i < p.vectors * N; ++i) out[i] = p.pixel[i] < 0 ? none : row[p.pixel[i]];
   }
 
   // A row that lies densely in memory and has no label out of range; false where that is not so.
@@ -134,37 +147,58 @@ class Band {
     const LabelsView& view = p.labels;
     if (view.stride[2] != 1 && p.label_width > 1) return false;
     const int64_t offset = image_ * view.stride[0] + y * view.stride[1];
-    int64_t valid = 0;
-    bool good;
     if (view.dtype == LabelDtype::kUint8) {
-      good = read_labels_as(reinterpret_cast<const uint8_t*>(view.data) + offset, out, valid);
-    } else if (view.dtype == LabelDtype::kInt32) {
-      good = read_labels_as(reinterpret_cast<const int32_t*>(view.data) + offset, out, valid);
-    } else {
-      good = read_labels_as(reinterpret_cast<const int64_t*>(view.data) + offset, out, valid);
+      return read_labels_as(reinterpret_cast<const uint8_t*>(view.data) + offset, out, report);
     }
-    if (good) report.valid += valid;
-    return good;
+    if (view.dtype == LabelDtype::kInt32) {
+      return read_labels_as(reinterpret_cast<const int32_t*>(view.data) + offset, out, report);
+    }
+    return read_labels_as(reinterpret_cast<const int64_t*>(view.data) + offset, out, report);
   }
 
   template <typename S>
-  bool read_labels_as(const S* in, int32_t* out, int64_t& valid) const {
+  bool read_labels_as(const S* in, int32_t* out, LabelReport& report) const {
     const int64_t classes = p.labels.num_classes;
     const int64_t ignore = p.labels.ignore_index;
-    int64_t bad = 0;
+    int64_t valid = 0, unlabelled = 0, bad = 0;
+    if (p.unlabelled) {
+      const int64_t without = p.labels.unlabelled_index;
+      for (int64_t x = 0; x < p.label_width; ++x) {
+        const int64_t label = static_cast<int64_t>(in[x]);
+        const bool in_range = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
+        const bool ignored = label == ignore, none = label == without;
+        out[x] = none ? static_cast<int32_t>(classes)
+                      : in_range && !ignored ? static_cast<int32_t>(label) : kIgnored;
+        valid += in_range && !ignored;
+        unlabelled += none;
+        bad += !in_range && !ignored && !none;
+      }
+      return count_row(valid, unlabelled, bad, report);
+    }
     for (int64_t x = 0; x < p.label_width; ++x) {
       const int64_t label = static_cast<int64_t>(in[x]);
       const bool in_range = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
       const bool ignored = label == ignore;
-      out[x] = in_range && !ignored ? static_cast<int32_t>(label) : -1;
+      out[x] = in_range && !ignored ? static_cast<int32_t>(label) : kIgnored;
       valid += in_range && !ignored;
       bad += !in_range && !ignored;
     }
-    return bad == 0;
+    return count_row(valid, unlabelled, bad, report);
   }
 
-  const int32_t* labels_of(int64_t y, int64_t vector) const {
-    return labels_ + ((y - first_label_row_) * p.vectors + vector) * N;
+  static bool count_row(int64_t valid, int64_t unlabelled, int64_t bad, LabelReport& report) {
+    if (bad > 0) return false;
+    report.labelled += valid;
+    report.distilled += valid + unlabelled;
+    return true;
+  }
+
+  int64_t place_of(int64_t y, int64_t vector) const {
+    return ((y - first_label_row_) * p.vectors + vector) * N;
+  }
+  const int32_t* labels_of(int64_t y, int64_t vector) const { return labels_ + place_of(y, vector); }
+  const T* weights_of(int64_t y, int64_t vector) const {
+    return p.pixel_weight == nullptr ? nullptr : weights_ + place_of(y, vector);
   }
 
   // --- logits on the label grid ------------------------------------------------------------------
@@ -224,8 +258,11 @@ class Band {
       load_identity<kVectors>(teacher_rows_ + x, valid, terms_.teacher_z, terms_.teacher_maximum,
                               p.teacher_logits, y, ahead);
     }
-    Group<T> group{y, vector, {}, student_careful_, teacher_careful_};
-    for (int r = 0; r < kVectors; ++r) group.labels[r] = labels_of(y, vector + r);
+    Group<T> group{y, vector, {}, {}, student_careful_, teacher_careful_};
+    for (int r = 0; r < kVectors; ++r) {
+      group.labels[r] = labels_of(y, vector + r);
+      group.weights[r] = weights_of(y, vector + r);
+    }
     const Sink<T> sink{row_gradients_ + x, nullptr, false, false, nullptr, kChunkStep, nullptr};
     terms_.template process<kVectors, false>(group, false, [&](int) { return sink; });
   }
@@ -318,8 +355,11 @@ class Band {
            teacher_careful_, vector);
     }
     if (p.gradients) move_gradient(p.student.row_lower[y], vector);
-    Group<T> group{y, vector, {}, student_careful_, teacher_careful_};
-    for (int r = 0; r < kRows; ++r) group.labels[r] = labels_of(y + r, vector);
+    Group<T> group{y, vector, {}, {}, student_careful_, teacher_careful_};
+    for (int r = 0; r < kRows; ++r) {
+      group.labels[r] = labels_of(y + r, vector);
+      group.weights[r] = weights_of(y + r, vector);
+    }
     const bool chained = kRows == kMaxRows && terms_.chain(group, student_, teacher_, valid);
     if (!chained) {
       const T huge = static_cast<T>(p.huge);
@@ -440,6 +480,7 @@ class Band {
   int64_t teacher_first_ = 0, gradient_row_ = -1;
   int32_t* label_row_ = nullptr;
   int32_t* labels_ = nullptr;
+  T* weights_ = nullptr;
   T *student_rows_ = nullptr, *teacher_rows_ = nullptr, *row_gradients_ = nullptr;
   Cell<T> student_, teacher_;
   T *gradient_sum_[kTerms] = {}, *gradient_upper_[kTerms] = {};

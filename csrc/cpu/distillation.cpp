@@ -69,11 +69,12 @@ Spec decode(const std::vector<int64_t>& structure, const Tensor& numbers) {
 
 // One pass; adds to the call's results.
 Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const Tensor& target,
-               const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms,
+               const std::optional<Tensor>& class_weight,
+               const std::optional<Tensor>& pixel_weight, const Spec& spec, const PassTerms& terms,
                bool compute_grad, double* numerators, double* denominators, Tensor& maps,
                LabelReport& labels) {
   const auto run = [&](auto zero) {
-    Runner<decltype(zero)> runner(logits, teacher, target, class_weight, spec, terms);
+    Runner<decltype(zero)> runner(logits, teacher, target, class_weight, pixel_weight, spec, terms);
     Tensor gradients = runner.forward(compute_grad, numerators, denominators, maps);
     labels = runner.counts();
     return gradients;
@@ -89,7 +90,8 @@ Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const
 }
 
 Sums sums(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
-          const Tensor& target, const std::optional<Tensor>& class_weight, const Tensor& numbers,
+          const Tensor& target, const std::optional<Tensor>& class_weight,
+          const std::optional<Tensor>& pixel_weight, const Tensor& numbers,
           std::vector<int64_t> structure, bool student_grad, bool teacher_grad) {
   const Spec spec = decode(structure, numbers);
   check(student_logits, teacher_logits, target, class_weight, spec);
@@ -110,24 +112,20 @@ Sums sums(const Tensor& student_logits, const std::optional<Tensor>& teacher_log
   LabelReport labels;
   if (spec.student.any) {
     student_saved = forward(student_logits, teacher_of(spec.student, teacher_logits), target,
-                            class_weight, spec, spec.student, student_grad, n, d, maps, labels);
+                            class_weight, pixel_weight, spec, spec.student, student_grad, n, d, maps, labels);
   }
   if (spec.teacher.any) {
     Tensor none = maps;
-    teacher_saved = forward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
-                            teacher_grad, n, d, none, labels);
+    teacher_saved = forward(*teacher_logits, std::nullopt, target, class_weight, pixel_weight, spec,
+                            spec.teacher, teacher_grad, n, d, none, labels);
   }
   for (const PassTerms* terms : {&spec.student, &spec.teacher}) {
     for (int k = 0; k < kTerms; ++k) {
       if (terms->asks(k)) t[terms->group[k]] += terms->weight[k] * n[terms->position[k]];
     }
   }
-  Tensor report = torch::stable::empty({3}, ScalarType::Long);
-  auto* l = static_cast<int64_t*>(report.mutable_data_ptr());
-  l[0] = labels.valid;
-  l[1] = labels.out_of_range;
-  l[2] = labels.first_out_of_range;
-  return {numerators, totals, denominators, report, maps, student_saved, teacher_saved};
+  return {numerators, totals,        denominators, report_tensor(labels),
+          maps,       student_saved, teacher_saved};
 }
 
 // sum over g of grad_totals[group] * gradient_weight * gradients[g], in the form of like
@@ -162,13 +160,15 @@ Tensor combine_gradients(const Tensor& gradients, const double* grad_totals, con
 // Of one pass's logits. saved: what `sums` kept, or nothing.
 Tensor backward(const Tensor& logits, const std::optional<Tensor>& teacher,
                 const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                const Spec& spec, const PassTerms& terms, const double* grad_totals,
+                const std::optional<Tensor>& pixel_weight, const Spec& spec, const PassTerms& terms,
+                const double* grad_totals,
                 const std::optional<Tensor>& saved) {
   if (saved.has_value()) return combine_gradients(*saved, grad_totals, terms, logits);
   STD_TORCH_CHECK(target.has_value() && identity(logits, teacher, *target),
                   "saved: got None for logits that are not on the label grid");
   const auto run = [&](auto zero) {
-    return Runner<decltype(zero)>(logits, teacher, *target, class_weight, spec, terms)
+    return Runner<decltype(zero)>(logits, teacher, *target, class_weight, pixel_weight,
+                                   spec, terms)
         .backward(logits, grad_totals);
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
@@ -176,7 +176,8 @@ Tensor backward(const Tensor& logits, const std::optional<Tensor>& teacher,
 
 Gradients gradient(const Tensor& grad_totals, const Tensor& student_logits,
                    const std::optional<Tensor>& teacher_logits, const std::optional<Tensor>& target,
-                   const std::optional<Tensor>& class_weight, const Tensor& numbers,
+                   const std::optional<Tensor>& class_weight,
+                   const std::optional<Tensor>& pixel_weight, const Tensor& numbers,
                    const std::optional<Tensor>& student_saved,
                    const std::optional<Tensor>& teacher_saved, std::vector<int64_t> structure,
                    bool student_grad, bool teacher_grad) {
@@ -190,12 +191,12 @@ Gradients gradient(const Tensor& grad_totals, const Tensor& student_logits,
   Tensor teacher = student;
   if (student_grad && spec.student.any) {
     student = backward(student_logits, teacher_of(spec.student, teacher_logits), target,
-                       class_weight, spec, spec.student, scales, student_saved);
+                       class_weight, pixel_weight, spec, spec.student, scales, student_saved);
   }
   if (teacher_grad && spec.teacher.any) {
     STD_TORCH_CHECK(teacher_logits.has_value(), "teacher_logits: got None");
-    teacher = backward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
-                       scales, teacher_saved);
+    teacher = backward(*teacher_logits, std::nullopt, target, class_weight, pixel_weight, spec,
+                       spec.teacher, scales, teacher_saved);
   }
   return {student, teacher};
 }

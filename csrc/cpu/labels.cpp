@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <exception>
+#include <optional>
 #include <vector>
 
 #include "strided.h"
@@ -15,18 +16,28 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor label_report(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
+Tensor label_report(const Tensor& target, const std::optional<Tensor>& pixel_weight,
+                    int64_t num_classes, int64_t ignore_index, int64_t unlabelled_index) {
   STD_TORCH_CHECK(target.dim() == 3, "label_report: expected target [B, H, W]");
-  const int64_t height = target.size(1);
+  const int64_t height = target.size(1), width = target.size(2);
   const int64_t rows = target.size(0) * height;
-  const StridedLabels labels(target, num_classes, ignore_index);
+  const StridedLabels labels(target, num_classes, ignore_index, unlabelled_index);
+  std::optional<Tensor> dense;
+  const double* weights = nullptr;
+  if (pixel_weight.has_value()) {
+    dense = dense_weights(*pixel_weight, target, ScalarType::Double);
+    weights = static_cast<const double*>(dense->const_data_ptr());
+  }
   std::vector<LabelReport> reports(static_cast<size_t>(rows));
   std::atomic<bool> failed{false};
   torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     try {
-      std::vector<int32_t> row(static_cast<size_t>(target.size(2)));
+      std::vector<int32_t> row(static_cast<size_t>(width));
       for (int64_t i = begin; i < end; ++i) {
-        labels.read_row(i / height, i % height, row.data(), reports[static_cast<size_t>(i)]);
+        LabelReport& report = reports[static_cast<size_t>(i)];
+        labels.read_row(i / height, i % height, row.data(), report);
+        if (weights == nullptr) continue;
+        weigh_row(weights + i * width, i * width, width, num_classes, row.data(), report);
       }
     } catch (const std::exception&) {
       failed = true;
@@ -35,12 +46,7 @@ Tensor label_report(const Tensor& target, int64_t num_classes, int64_t ignore_in
   STD_TORCH_CHECK(!failed, "label_report: out of memory for a row of labels");
   LabelReport total;
   for (const LabelReport& report : reports) merge(total, report);
-  Tensor out = torch::stable::empty({3}, ScalarType::Long);
-  auto* o = static_cast<int64_t*>(out.mutable_data_ptr());
-  o[0] = total.valid;
-  o[1] = total.out_of_range;
-  o[2] = total.first_out_of_range;
-  return out;
+  return report_tensor(total);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ struct LoopTiles {
   T *own_x, *own_y;       // for the gradient; may be first[0] and first[1]
   Lanes<T> student_m, teacher_m;
   const int32_t* labels;
+  const T* weights;       // of the pixels, or null
   const T* shift[kMostFirsts];    // [C], of terms over space
   const T* inverse[kMostFirsts];
   const T* log[kMostFirsts];
@@ -24,7 +25,7 @@ struct LoopTiles {
 // What a term reads of class c; the rest is compiled away. kHasA: the logits are still there.
 template <typename T, bool kHasA>
 HAKD_FN Class<Lanes<T>, Mask<T>> class_of(int64_t c, const LoopTiles<T>& tiles, T scale,
-                                          const Labels<T>& labels) {
+                                          const Labels<T>& labels, Mask<T> unlabelled) {
   using F = Lanes<T>;
   constexpr int N = F::N;
   Class<F, Mask<T>> k;
@@ -35,6 +36,7 @@ HAKD_FN Class<Lanes<T>, Mask<T>> class_of(int64_t c, const LoopTiles<T>& tiles, 
   k.student_e = F::load(tiles.student_e + c * N);
   k.teacher_e = F::load(tiles.teacher_e + c * N);
   k.is_label = is_class(labels, static_cast<int32_t>(c));
+  k.unlabelled = unlabelled;
   return k;
 }
 
@@ -49,9 +51,10 @@ First<Lanes<T>> find_first(const Pass<T>& p, const LoopTiles<T>& all,
   const PassNumbers<T> pass = p.numbers;
   auto known = known_out;
   const Labels<T> labels = load_labels<T>(tiles.labels);
+  const Mask<T> unlabelled = is_class(labels, static_cast<int32_t>(p.classes));
   First<F> maxima{{F(-kInfinity<T>), F(-kInfinity<T>)}};
   for (int64_t c = 0; c < p.classes; ++c) {
-    const auto k = class_of<T, true>(c, tiles, pass.scale, labels);
+    const auto k = class_of<T, true>(c, tiles, pass.scale, labels, unlabelled);
     const First<F> first = Term::first(kVariant, numbers, pass, known, k);
     for (int i = 0; i < Term::kFirsts; ++i) {
       first.v[i].store(tiles.first[i] + c * N);
@@ -79,9 +82,11 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
   typename Term::template Own<F> own{};
   Term::start(kVariant, known, totals, own);
   const Labels<T> labels = load_labels<T>(tiles.labels);
+  const Mask<T> unlabelled = is_class(labels, static_cast<int32_t>(p.classes));
   const First<F> bound = maxima;
+  const F weight = tiles.weights == nullptr ? F(T(1)) : F::load(tiles.weights);
   for (int64_t c = 0; c < p.classes; ++c) {
-    auto k = class_of<T, Term::needs(kVariant).logits>(c, tiles, pass.scale, labels);
+    auto k = class_of<T, Term::needs(kVariant).logits>(c, tiles, pass.scale, labels, unlabelled);
     First<F> first;
     if constexpr (kBounds) {
       for (int i = 0; i < Term::kFirsts; ++i) {
@@ -92,7 +97,7 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
     }
     for (int i = 0; i < kSpaces; ++i) {
       k.space[i] = exp2((first.v[i] - F(tiles.shift[i][c])) * F(T(kLog2E))) *
-                   F(tiles.inverse[i][c]);
+                   (weight * F(tiles.inverse[i][c]));
       k.space_log[i] = F(tiles.log[i][c]);
     }
     const Pair<F> pair = Term::other(kVariant, numbers, pass, known, k, first, own);
@@ -103,19 +108,21 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
   return own;
 }
 
-// Adds one vector of pixels to a class's maximum and sum of exp over space, lane by lane, with a
-// running maximum.
+// Adds one vector of pixels to a class's maximum and sum of exp, times the pixels' weights, over space,
+// lane by lane, with a running maximum.
 template <typename T>
-void collect_space(int64_t classes, const T* logits, Mask<T> valid, T* maximum, T* sum) {
+void collect_space(int64_t classes, const T* logits, Mask<T> valid, const T* weights, T* maximum,
+                   T* sum) {
   using F = Lanes<T>;
   constexpr int N = F::N;
+  const F weight = weights == nullptr ? F(T(1)) : F::load(weights);
   for (int64_t c = 0; c < classes; ++c) {
     const F v = select(valid, F::load(logits + c * N), F(T(-1e30)));
     const F before = F::load(maximum + c * N);
     const F now = max(v, before);
     // a NaN must show; max drops one in its first operand
     const F total = F::load(sum + c * N) * exp2((before - now) * F(T(kLog2E)));
-    const F more = select(valid, exp2((v - now) * F(T(kLog2E))), F(T(0)));
+    const F more = select(valid, weight * exp2((v - now) * F(T(kLog2E))), F(T(0)));
     now.store(maximum + c * N);
     (total + more).store(sum + c * N);
   }

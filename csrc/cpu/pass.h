@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../math/labels.h"
 #include "../spec.h"
 
 namespace heteroakd::cpu {
@@ -47,11 +48,12 @@ struct Geometry {
   int64_t max_rows;             // of logits, that one band can touch
 };
 
-// Counts over a set of labels.
+// Over a set of pixels; places are flat indices into [B, H, W], or -1.
 struct LabelReport {
-  int64_t valid = 0;
-  int64_t out_of_range = 0;
-  int64_t first_out_of_range = -1;  // flat index into [B, H, W]
+  int64_t labelled = 0, distilled = 0;  // distilled: the labelled and the unlabelled ones
+  int64_t bad_labels = 0, bad_weights = 0;
+  int64_t first_bad_label = -1, first_bad_weight = -1;
+  double labelled_weight = 0.0, distilled_weight = 0.0;  // of pixel_weight, where there is one
 };
 
 enum class LabelDtype : int32_t { kUint8, kInt32, kInt64 };
@@ -61,13 +63,20 @@ struct LabelsView {
   const char* data;
   LabelDtype dtype;
   int64_t stride[3];
-  int64_t num_classes, ignore_index;
+  int64_t num_classes, ignore_index, unlabelled_index;
   const void* reader;
 };
 
-// Reads one row of labels as class indices, -1 where ignored or out of range; any strides.
+// Reads one row of labels as the kernels have them (../math/labels.h), out of range as ignored; any
+// strides.
 using ReadLabels = void (*)(const void* reader, int64_t b, int64_t y, int32_t* out,
                             LabelReport& report);
+
+// Checks and adds up the weights of a row of labels, whose first pixel is `place`; a pixel of weight 0
+// becomes one that is ignored.
+template <typename T>
+using WeighRow = void (*)(const T* weights, int64_t place, int64_t count, int64_t num_classes,
+                          int32_t* labels, LabelReport& report);
 
 template <typename T>
 struct Pass {
@@ -83,6 +92,9 @@ struct Pass {
   LabelsView labels;
   ReadLabels read_labels;
   const T* class_weight;  // [C] or null
+  const T* pixel_weight;  // [B][H][W] or null
+  WeighRow<T> weigh_row;
+  bool unlabelled;        // whether there may be pixels without a label
 
   // what to compute; terms by their index in ../terms/list.h
   bool has[kTerms];       // also of one that is there for the maps alone

@@ -105,12 +105,13 @@ class Runner {
  public:
   // student: the logits that learn, those of the teacher for the pass `teacher_ce`.
   Runner(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& target,
-         const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms)
+         const std::optional<Tensor>& class_weight, const std::optional<Tensor>& pixel_weight,
+         const Spec& spec, const PassTerms& terms)
       : kernels_(choose_kernels<T>()),
         dtype_(sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float),
         terms_(terms),
         align_corners_(spec.align_corners),
-        labels_(target, student.size(1), spec.ignore_index),
+        labels_(target, student.size(1), spec.ignore_index, spec.unlabelled_index),
         height_(student.size(2)),
         width_(student.size(3)) {
     pass_.batch = student.size(0);
@@ -130,6 +131,13 @@ class Runner {
       pass_.class_weight = static_cast<const T*>(weight_->const_data_ptr());
       pass_.numbers.weight_sum = T(0);
       for (int64_t c = 0; c < pass_.classes; ++c) pass_.numbers.weight_sum += pass_.class_weight[c];
+    }
+    pass_.unlabelled = spec.unlabelled_index != spec.ignore_index;
+    pass_.pixel_weight = nullptr;
+    pass_.weigh_row = weigh_row<T>;
+    if (pixel_weight.has_value()) {
+      pixel_weight_ = dense_weights(*pixel_weight, target, dtype_);
+      pass_.pixel_weight = static_cast<const T*>(pixel_weight_->const_data_ptr());
     }
     set_terms();
     report_.resize(static_cast<size_t>(bands()));
@@ -180,7 +188,7 @@ class Runner {
       numerators[terms_.position[k]] = clamps ? 0.0 : s[k * 2];
       double denominator = 0.0;
       switch (Term::denominator(pass_.variant[k], pass_.class_weight != nullptr)) {
-        case Denominator::kValid: denominator = static_cast<double>(counts().valid); break;
+        case Denominator::kValid: denominator = pixels_of(Term::kNeedsLabel); break;
         case Denominator::kImages:
           denominator = static_cast<double>(images_with_pixels() * pass_.classes);
           break;
@@ -225,17 +233,26 @@ class Runner {
     return logits.size(2) == pass_.label_height && logits.size(3) == pass_.label_width;
   }
 
-  int64_t valid_in(int64_t image) const {
-    int64_t valid = 0;
-    for (int64_t k = 0; k < pass_.bands_per_image; ++k) {
-      valid += report_[static_cast<size_t>(image * pass_.bands_per_image + k)].valid;
+  // |V|, or the sum of the weights over V.
+  double pixels_of(bool labelled) const {
+    const LabelReport all = counts();
+    if (pass_.pixel_weight != nullptr) {
+      return labelled ? all.labelled_weight : all.distilled_weight;
     }
-    return valid;
+    return static_cast<double>(labelled ? all.labelled : all.distilled);
+  }
+
+  int64_t distilled_in(int64_t image) const {
+    int64_t found = 0;
+    for (int64_t k = 0; k < pass_.bands_per_image; ++k) {
+      found += report_[static_cast<size_t>(image * pass_.bands_per_image + k)].distilled;
+    }
+    return found;
   }
 
   int64_t images_with_pixels() const {
     int64_t images = 0;
-    for (int64_t b = 0; b < pass_.batch; ++b) images += valid_in(b) > 0;
+    for (int64_t b = 0; b < pass_.batch; ++b) images += distilled_in(b) > 0;
     return images;
   }
 
@@ -381,7 +398,7 @@ class Runner {
     space_inverse_[term].assign(count, T(0));
     space_log_[term].assign(count, T(0));
     for (int64_t b = 0; b < spaces * pass_.batch; ++b) {
-      if (valid_in(b % pass_.batch) == 0) continue;
+      if (distilled_in(b % pass_.batch) == 0) continue;
       for (int64_t c = 0; c < classes; ++c) {
         const int64_t first = b * pass_.bands_per_image * classes + c;
         T largest = maxima.get()[first];
@@ -415,7 +432,7 @@ class Runner {
   std::vector<int32_t> pixel_;
   std::vector<int64_t> first_label_row_;
   GridMap<T> student_map_, teacher_map_;
-  std::optional<Tensor> weight_;
+  std::optional<Tensor> weight_, pixel_weight_;
   std::vector<LabelReport> report_;
   std::vector<double> sums_;
   std::vector<T> space_shift_[kTerms], space_inverse_[kTerms], space_log_[kTerms];  // as in Pass

@@ -1,11 +1,14 @@
 // Reads labels of any dtype and strides, row by row.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "../math/labels.h"
 #include "pass.h"
@@ -19,22 +22,73 @@ inline const char* data_of(const torch::stable::Tensor& tensor, const char* name
   return static_cast<const char*>(data);
 }
 
-// Integers: the order of merging does not matter.
+inline void merge_first(int64_t& into, int64_t other) {
+  if (into < 0 || (other >= 0 && other < into)) into = other;
+}
+
+// In the order of the pixels: the weights are not integers.
 inline void merge(LabelReport& into, const LabelReport& other) {
-  into.valid += other.valid;
-  into.out_of_range += other.out_of_range;
-  if (into.first_out_of_range < 0 ||
-      (other.first_out_of_range >= 0 && other.first_out_of_range < into.first_out_of_range)) {
-    into.first_out_of_range = other.first_out_of_range;
+  into.labelled += other.labelled;
+  into.distilled += other.distilled;
+  into.bad_labels += other.bad_labels;
+  into.bad_weights += other.bad_weights;
+  merge_first(into.first_bad_label, other.first_bad_label);
+  merge_first(into.first_bad_weight, other.first_bad_weight);
+  into.labelled_weight += other.labelled_weight;
+  into.distilled_weight += other.distilled_weight;
+}
+
+// See WeighRow.
+template <typename T>
+void weigh_row(const T* weights, int64_t place, int64_t count, int64_t num_classes, int32_t* labels,
+               LabelReport& report) {
+  LabelReport row;
+  for (int64_t x = 0; x < count; ++x) {
+    const T weight = weights[x];
+    if (!(weight >= T(0) && weight <= std::numeric_limits<T>::max()) && row.bad_weights++ == 0) {
+      row.first_bad_weight = place + x;
+    }
+    if (labels[x] < 0) continue;
+    const bool labelled = labels[x] < num_classes;
+    if (weight == T(0)) {
+      labels[x] = kIgnored;
+      row.labelled -= labelled;
+      --row.distilled;
+      continue;
+    }
+    row.distilled_weight += static_cast<double>(weight);
+    if (labelled) row.labelled_weight += static_cast<double>(weight);
   }
+  merge(report, row);
+}
+
+// As heteroakd_fast/labels.py has it.
+inline torch::stable::Tensor report_tensor(const LabelReport& report) {
+  torch::stable::Tensor out =
+      torch::stable::empty({6}, torch::headeronly::ScalarType::Long);
+  const int64_t values[] = {report.labelled,    report.distilled,       report.bad_labels,
+                            report.bad_weights, report.first_bad_label, report.first_bad_weight};
+  std::copy_n(values, 6, static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// pixel_weight of these labels [B, H, W], without gaps and in the type of the arithmetic.
+inline torch::stable::Tensor dense_weights(const torch::stable::Tensor& pixel_weight,
+                                           const torch::stable::Tensor& target,
+                                           torch::headeronly::ScalarType dtype) {
+  STD_TORCH_CHECK(pixel_weight.dim() == 3 && pixel_weight.size(0) == target.size(0) &&
+                      pixel_weight.size(1) == target.size(1) &&
+                      pixel_weight.size(2) == target.size(2),
+                  "pixel_weight: expected [B, H, W], as target");
+  data_of(pixel_weight, "pixel_weight");
+  return torch::stable::contiguous(torch::stable::to(pixel_weight, dtype));
 }
 
 // Labels [B, H, W] with any strides.
 class StridedLabels {
  public:
-  static constexpr int32_t kIgnored = -1;
-
-  StridedLabels(const torch::stable::Tensor& target, int64_t num_classes, int64_t ignore_index)
+  StridedLabels(const torch::stable::Tensor& target, int64_t num_classes, int64_t ignore_index,
+                int64_t unlabelled_index)
       : data_(data_of(target, "target")),
         read_(reader(target.scalar_type())),
         dtype_(label_dtype(target.scalar_type())),
@@ -42,17 +96,20 @@ class StridedLabels {
         height_(target.size(1)),
         width_(target.size(2)),
         num_classes_(num_classes),
-        ignore_index_(ignore_index) {
+        ignore_index_(ignore_index),
+        unlabelled_index_(unlabelled_index) {
     for (int d = 0; d < 3; ++d) stride_[d] = target.stride(d);
   }
 
-  // out[x] = class index, or kIgnored where the label is ignored or out of range.
+  // out[x] = the label as the kernels have it, kIgnored where it is out of range.
   void read_row(int64_t b, int64_t y, int32_t* out, LabelReport& report) const {
     read_(*this, b, y, out, report);
   }
 
   LabelsView view() const {
-    return {data_, dtype_, {stride_[0], stride_[1], stride_[2]}, num_classes_, ignore_index_, this};
+    return {data_,        dtype_,        {stride_[0], stride_[1], stride_[2]},
+            num_classes_, ignore_index_, unlabelled_index_,
+            this};
   }
 
  private:
@@ -66,11 +123,15 @@ class StridedLabels {
     LabelReport row;
     for (int64_t x = 0; x < self.width_; ++x) {
       const int64_t label = static_cast<int64_t>(in[x * self.stride_[2]]);
-      const LabelKind kind = label_kind(label, self.num_classes_, self.ignore_index_);
-      out[x] = kind == LabelKind::kClass ? static_cast<int32_t>(label) : kIgnored;
-      row.valid += kind == LabelKind::kClass;
-      if (kind == LabelKind::kOutOfRange && row.out_of_range++ == 0) {
-        row.first_out_of_range = (b * self.height_ + y) * self.width_ + x;
+      const LabelKind kind =
+          label_kind(label, self.num_classes_, self.ignore_index_, self.unlabelled_index_);
+      out[x] = kind == LabelKind::kClass        ? static_cast<int32_t>(label)
+               : kind == LabelKind::kUnlabelled ? static_cast<int32_t>(self.num_classes_)
+                                                : kIgnored;
+      row.labelled += kind == LabelKind::kClass;
+      row.distilled += out[x] >= 0;
+      if (kind == LabelKind::kOutOfRange && row.bad_labels++ == 0) {
+        row.first_bad_label = (b * self.height_ + y) * self.width_ + x;
       }
     }
     merge(report, row);
@@ -101,7 +162,7 @@ class StridedLabels {
   int64_t height_;
   int64_t width_;
   int64_t num_classes_;
-  int64_t ignore_index_;
+  int64_t ignore_index_, unlabelled_index_;
   int64_t stride_[3];
 };
 

@@ -35,6 +35,7 @@ template <typename T>
 struct Group {
   int64_t y, vector;                // of the first
   const int32_t* labels[kMaxRows];  // [N] each
+  const T* weights[kMaxRows];       // of the pixels, or null
   bool student_careful, teacher_careful;  // huge, infinite or NaN logits are among them
 };
 
@@ -257,7 +258,7 @@ class Terms {
   // side by side hide its latency.
   template <int kRows, bool kUpsample>
   void totals(const Group<T>& group, bool chained) {
-    const int32_t common = common_label<kRows>(group.labels);
+    const int32_t common = common_label<kRows>(group.labels, p.classes);
     for (int r = 0; r < kRows; ++r) prepare<kUpsample>(group, r, common, chained);
     const int64_t tile = p.classes * N;
     for (int r = 0; r < kRows && !chained; ++r) {
@@ -304,6 +305,12 @@ class Terms {
   HAKD_FN void prepare(const Group<T>& group, int r, int32_t common, bool chained) {
     const int64_t tile = p.classes * N;
     const int32_t* labels = group.labels[r];
+    int32_t indices[N];
+    if (p.unlabelled) {
+      const auto classes = static_cast<int32_t>(p.classes);
+      for (int l = 0; l < N; ++l) indices[l] = labels[l] < classes ? labels[l] : kIgnored;
+      labels = indices;
+    }
     Totals<F>& t = totals_[r];
     if (needs_.student_nll) {
       const F z = kUpsample && chained
@@ -323,6 +330,12 @@ class Terms {
                       : at_label(teacher_z + r * tile, labels, common);
       t.teacher_label = z - F::load(teacher_maximum + r * N);
     }
+    if (p.unlabelled) {
+      // Nobody can be asked but the teacher: reliability becomes 1 by a student that is never right.
+      const Mask<T> unlabelled = is_unlabelled(group.labels[r]);
+      if (needs_.student_nll) t.student_label = select(unlabelled, F(T(-1e30)), t.student_label);
+      if (needs_.teacher_nll) t.teacher_label = select(unlabelled, F(T(0)), t.teacher_label);
+    }
     const T log2_of_e = static_cast<T>(kLog2E);
     const T largest_scale = scale_ > log2_of_e ? scale_ : log2_of_e;
     // after the labels: the loss of a label on a masked class is infinite, not merely large
@@ -337,9 +350,9 @@ class Terms {
   // The class that all of these pixels are labelled with, or -1: most of a real label map is one
   // class as far as a few vectors reach, and then nothing needs to be gathered.
   template <int kRows>
-  HAKD_FN static int32_t common_label(const int32_t* const* labels) {
+  HAKD_FN static int32_t common_label(const int32_t* const* labels, int64_t classes) {
     const int32_t first = labels[0][0];
-    bool same = first >= 0;
+    bool same = first >= 0 && first < classes;
     for (int r = 0; r < kRows; ++r) {
       same = same && all(is_class(load_labels<T>(labels[r]), first));
     }
@@ -348,6 +361,10 @@ class Terms {
 
   HAKD_FN static F at_label(const T* z, const int32_t* labels, int32_t common) {
     return common >= 0 ? F::load(z + static_cast<int64_t>(common) * N) : gather_tile(z, labels);
+  }
+
+  HAKD_FN Mask<T> is_unlabelled(const int32_t* labels) const {
+    return is_class(load_labels<T>(labels), static_cast<int32_t>(p.classes));
   }
 
   // The logit of the labelled class, interpolated as `interpolate` does it.
@@ -387,22 +404,35 @@ class Terms {
         }
       }
       if (!p.asked[k]) continue;
-      const Coefficients<F> c =
+      Coefficients<F> c =
           Term::pixel(v, numbers, p.numbers, totals_[r], known[r], own, p.scale[k]);
       F of_pixel = c.value;
       if constexpr (Term::kHasValueLoop) {
         if (Term::has_value_loop(v)) of_pixel = of_pixel * own.sum;
       }
-      value = value + select(valid, of_pixel, zero);
-      if (p.has_shares[k]) share = share + select(valid, c.share, zero);
+      if (group.weights[r] != nullptr && Term::spaces(v) == 0) {
+        const F weight = F::load(group.weights[r]);
+        of_pixel = of_pixel * weight;
+        c.share = c.share * weight;
+        c.student = c.student * weight;
+        c.other = c.other * weight;
+        c.label = c.label * weight;
+      }
+      const bool drops = Term::kNeedsLabel && p.unlabelled;
+      const auto counted = [&](F x) __attribute__((always_inline)) {
+        if (drops) x = select(is_unlabelled(group.labels[r]), zero, x);
+        return select(valid, x, zero);
+      };
+      value = value + counted(of_pixel);
+      if (p.has_shares[k]) share = share + counted(c.share);
       if (Term::student(v) != From::kNone) {
-        select(valid, c.student, zero).store(coefficient(k, kStudentCoefficient, r));
+        counted(c.student).store(coefficient(k, kStudentCoefficient, r));
       }
       if (Term::other_from(v) != From::kNone) {
-        select(valid, c.other, zero).store(coefficient(k, kOtherCoefficient, r));
+        counted(c.other).store(coefficient(k, kOtherCoefficient, r));
       }
       if (Term::has_label(v)) {
-        select(valid, c.label, zero).store(coefficient(k, kLabelCoefficient, r));
+        counted(c.label).store(coefficient(k, kLabelCoefficient, r));
       }
     }
     if (!p.values || !p.asked[k]) return;
@@ -426,6 +456,7 @@ class Terms {
     tiles.student_m = F::load(student_maximum + r * N);
     tiles.teacher_m = F::load(teacher_maximum + r * N);
     tiles.labels = group.labels[r];
+    tiles.weights = group.weights[r];
     // a tile of `first` that the gradient reads, too, there is for every row
     const bool own_x = Term::student(kVariant) == From::kOwn;
     const bool own_y = Term::other_from(kVariant) == From::kOwn;
@@ -447,7 +478,8 @@ class Terms {
     }
     for (int i = 0; i < Term::spaces(kVariant) && p.collected == k; ++i) {
       const int64_t plane = i * p.classes * N;
-      collect_space<T>(p.classes, tiles.first[i], valid, space_maximum_ + plane, space_sum_ + plane);
+      collect_space<T>(p.classes, tiles.first[i], valid, tiles.weights, space_maximum_ + plane,
+                       space_sum_ + plane);
     }
     if (!p.asked[k]) return {};
     return own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, totals_[r], known);

@@ -14,6 +14,7 @@ HAKD_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 HAKD_FN double select(bool mask, double a, double b) { return mask ? a : b; }
 HAKD_FN bool less(float a, float b) { return a < b; }
 HAKD_FN bool less(double a, double b) { return a < b; }
+HAKD_FN bool either(bool a, bool b) { return a || b; }
 HAKD_FN bool equal(float a, float b) { return a == b; }
 HAKD_FN bool equal(double a, double b) { return a == b; }
 

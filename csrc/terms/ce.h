@@ -37,7 +37,7 @@ struct CrossEntropyTerm : TermDefaults {
   HAKD_FN static constexpr Denominator denominator(int32_t, bool weighted) {
     return weighted ? Denominator::kClassWeight : Denominator::kValid;
   }
-  static constexpr bool kHasShares = true;
+  static constexpr bool kHasShares = true, kNeedsLabel = true;
   HAKD_FN static constexpr bool is_divergence(int32_t) { return false; }
   HAKD_FN static constexpr From student(int32_t) { return From::kStudentHard; }
   HAKD_FN static constexpr From other_from(int32_t variant) {

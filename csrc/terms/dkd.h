@@ -20,6 +20,7 @@ struct DkdTerm : TermDefaults {
       {"alpha", 0.0, 1e6}, {"beta", 0.0, 1e6}, kTemperatureRange};
   static constexpr ChoiceRange kChoices[] = {{"", 0}};
   static constexpr int kFirsts = 2;
+  static constexpr bool kNeedsLabel = true;
 
   template <typename S>
   struct Numbers {

@@ -6,6 +6,7 @@
 //     discrepancy  dH = max(0, H_s - H_h); W = softmax(H_s + dH) over classes, or over space
 //     value        -sum_c W_c m_c log p_s,c,  m = softmax_T(z_h)      q_c = W_c m_c,
 //                  g_c = (p_s,c sum_c q_c - q_c) / T                  divided by |V|
+//     no label     r_t = 1, and no errors: H_s + dH is 0 of every class
 //     over space   T^2 sum_c W_c KL(sigmoid(z_h / T) || sigmoid(z_s / T)), divided by images x C,
 //                  g_c = T W_c (sigmoid(z_s / T) - sigmoid(z_h / T)); without evaluation W = 1 / C
 //                  and it is divided by |V|
@@ -72,13 +73,15 @@ struct PaperTerm : HeteroOptions {
                                 Known<F>& k, const Class<F, M>& c) {
     const F h_s = binary_cross_entropy(c.student_z, c.is_label);
     const F h_t = binary_cross_entropy(c.teacher_z, c.is_label);
-    const F r_t = class_reliability(h_t, h_s);
+    const F r_t = select(c.unlabelled, F(1), class_reliability(h_t, h_s));
     F z_h = c.teacher_z;  // without a product by 0 that an infinite z_s would turn into NaN
-    if ((variant & kMixes) != 0) z_h = mixed_target(r_t, z_h, F(1) - r_t, c.student_z);
+    if ((variant & kMixes) != 0) {
+      z_h = select(c.unlabelled, z_h, mixed_target(r_t, z_h, F(1) - r_t, c.student_z));
+    }
     const F gap = class_discrepancy(h_s, binary_cross_entropy(z_h, c.is_label));
-    k.reliability = select(c.is_label, r_t, k.reliability);
+    k.reliability = select(either(c.is_label, c.unlabelled), r_t, k.reliability);
     k.discrepancy = select(c.is_label, gap, k.discrepancy);
-    return {h_s + gap, z_h};
+    return {select(c.unlabelled, F(0), h_s + gap), z_h};
   }
 
   template <typename F>

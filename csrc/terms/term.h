@@ -146,7 +146,7 @@ HAKD_FN void find_pair(Totals<F>& t) {
 template <typename F, typename M>
 struct Class {
   F student_z, teacher_z, student_a, teacher_a, student_e, teacher_e;
-  M is_label;
+  M is_label, unlabelled;  // unlabelled: no class of the pixel is
   // Of terms over space: the pixel's share of the softmax of first.v[k], and log of what that divided by.
   F space[2], space_log[2];
 };
@@ -181,6 +181,7 @@ struct TermDefaults {
   static constexpr int kFirsts = 0;         // how many numbers of `first` there are
   static constexpr int32_t kFirstBits = 0;  // of a variant, those that only `first` reads
   static constexpr int32_t kVariants = 1;
+  static constexpr bool kNeedsLabel = false;      // leaves out pixels without one
   static constexpr bool kOwnTemperature = false;  // not that of the pass
   static constexpr bool kMapped = false;  // Known has `reliability` and `discrepancy`
 

@@ -79,6 +79,8 @@ class Call(NamedTuple):
     """[B, H, W]; None in `gradient` where it reads no inputs"""
     class_weight: Tensor | None
     """[C]"""
+    pixel_weight: Tensor | None
+    """[B, H, W]"""
     spec: LossSpec
     wants: tuple[bool, ...]
     """which of the first six tensors get a gradient"""
@@ -92,7 +94,7 @@ class Call(NamedTuple):
         wants: Sequence[bool] = (),
         precision: str = "ieee",
     ) -> Call:
-        """With these eight tensors."""
+        """With these nine tensors."""
         return cls(*tensors, spec, tuple(wants), precision)  # type: ignore[call-arg, arg-type]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Call:
@@ -100,8 +102,8 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All eight."""
-        return self[:8]  # type: ignore[return-value]
+        """All nine."""
+        return self[:9]  # type: ignore[return-value]
 
     @property
     def labels(self) -> Tensor:
@@ -123,7 +125,7 @@ class Sums(NamedTuple):
     numerators: Tensor
     totals: Tensor
     denominators: Tensor
-    valid: Tensor
+    counts: Tensor
     maps: Tensor
     saved: list[Tensor]
 

@@ -56,19 +56,27 @@ class CompiledBackend:
         return False
 
     def sums(self, call: Call) -> Sums:
-        numerators, totals, denominators, labels, maps, *saved = self.operators().sums(
+        numerators, totals, denominators, report, maps, *saved = self.operators().sums(
             call.student,
             call.teacher,
             call.target,
             call.class_weight,
+            call.pixel_weight,
             call.spec.vector(),
             call.spec.structure,
             call.wants[0],
             call.wants[3],
         )
-        check_label_report(labels, call.labels, call.classes, call.spec.ignore_index)
+        check_label_report(
+            report,
+            call.labels,
+            call.pixel_weight,
+            call.classes,
+            call.spec.ignore_index,
+            call.spec.unlabelled_index,
+        )
         kept = [tensor for tensor, keeps in zip(saved, self._keeps(call), strict=True) if keeps]
-        return Sums(numerators, totals, denominators, labels[0], maps, kept)
+        return Sums(numerators, totals, denominators, report[:2], maps, kept)
 
     def reads_inputs(self, call: Call) -> bool:
         return any(
@@ -90,6 +98,7 @@ class CompiledBackend:
             call.teacher,
             call.target,
             call.class_weight,
+            call.pixel_weight,
             call.spec.vector(),
             *kept,
             call.spec.structure,

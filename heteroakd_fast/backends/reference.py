@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..labels import count_valid
+from ..labels import count_pixels
 from ..spec import groups_of
 from ..terms import CWD, HeteroAKD, TeacherCrossEntropy
 from . import Call, Sums
@@ -67,7 +67,9 @@ class ReferenceBackend:
         options, target, class_weight = call.spec.options(), call.labels, call.class_weight
         batch, classes = call.student.shape[:2]
         height, width = target.shape[1:]
-        valid_count = count_valid(target, classes, options.ignore_index)
+        counts = count_pixels(
+            target, call.pixel_weight, classes, options.ignore_index, options.unlabelled_index
+        )
         dtype = compute_dtype(call.student)
         if class_weight is not None:
             class_weight = class_weight.to(dtype)
@@ -106,9 +108,10 @@ class ReferenceBackend:
         rows = max(1, budget // (classes * width * images))
         for first in range(0, batch, images):
             chunk = slice(first, first + images)
-            label, valid = reference.labels_and_valid(target[chunk], classes, options.ignore_index)
+            weight = None if call.pixel_weight is None else call.pixel_weight[chunk]
+            pixels = reference.pixels_of(target[chunk], weight, classes, options, dtype)
             bands = [
-                _Band(slice(y, y + rows), label[:, y : y + rows], valid[:, y : y + rows])
+                _Band(slice(y, y + rows), pixels.rows(slice(y, y + rows)))
                 for y in range(0, height, rows)
             ]
             for side in sides:
@@ -126,7 +129,7 @@ class ReferenceBackend:
                     leaf.requires_grad_(bool(side.groups))
                 with torch.enable_grad():
                     fractions, band_maps = reference.terms_on_grid(
-                        z[0], z[-1], band.label, band.valid, class_weight, options, known, shares
+                        z[0], z[-1], band.pixels, class_weight, options, known, shares
                     )
                 for k, (numerator, denominator) in enumerate(fractions):
                     numerators[k] += numerator.detach()
@@ -143,12 +146,12 @@ class ReferenceBackend:
                     maps[:, chunk, band.rows] = band_maps
             for k, term in enumerate(options.asked):
                 if term.over_space:  # an image and class once, not in each of its bands
-                    denominators[k] += valid.flatten(1).any(dim=1).sum() * classes
+                    denominators[k] += pixels.valid.flatten(1).any(dim=1).sum() * classes
             for side in sides:
                 side.close()
         saved = [side.gradients for side in sides if side.groups]
         totals, per_group = reference.group(numerators, denominators, options)
-        return Sums(numerators, totals, per_group, valid_count, maps, saved)
+        return Sums(numerators, totals, per_group, counts, maps, saved)
 
     def gradient(self, call: Call, grad_totals: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
         remaining = iter(saved)
@@ -182,9 +185,7 @@ class _Band(NamedTuple):
     """Rows of the label grid, of some images."""
 
     rows: slice
-    label: Tensor
-    """[B, rows, W], as is `valid`"""
-    valid: Tensor
+    pixels: reference.Pixels
 
 
 def _knowledge_over_space(
@@ -195,7 +196,13 @@ def _knowledge_over_space(
     return reference.join_over_space(
         [
             reference.evaluate_knowledge(
-                student.on_grid(band), teacher.on_grid(band), band.label, band.valid, term
+                student.on_grid(band),
+                teacher.on_grid(band),
+                band.pixels.label,
+                band.pixels.valid,
+                term,
+                labelled=band.pixels.labelled,
+                pixel_weight=band.pixels.weight,
             )
             for band in bands
         ]
@@ -206,7 +213,9 @@ def _shares(side: _Side, bands: list[_Band], term: CWD) -> reference.Shares:
     """Of its softmax over all bands."""
     return reference.join_shares(
         [
-            reference.space_shares(side.on_grid(band) / term.temperature, band.valid)
+            reference.space_shares(
+                side.on_grid(band) / term.temperature, band.pixels.valid, band.pixels.weight
+            )
             for band in bands
         ]
     )
@@ -264,12 +273,12 @@ class _Side:
         """[images, C, rows, W] of the label grid, 0 at ignored pixels."""
         wide = self._wide.detach()
         if self._taps is None:
-            return _zero_where_ignored(wide[:, :, band.rows], band.valid)
+            return _zero_where_ignored(wide[:, :, band.rows], band.pixels.valid)
         lower, upper, fraction = (tap[band.rows] for tap in self._taps)
         # Two products, not a + (b - a) f: the difference of the dtype's largest would overflow.
         z = wide.index_select(2, lower).mul_(1 - fraction)
         z.addcmul_(wide.index_select(2, upper), fraction)
-        return _zero_where_ignored(z, band.valid)
+        return _zero_where_ignored(z, band.pixels.valid)
 
     def add(self, slot: int, gradient: Tensor, rows: slice) -> None:
         """Adds a group's gradient with respect to the logits of these rows."""

@@ -101,14 +101,14 @@ def distill(
     flat = {"ce_weight": 0.0, **weights, "temperature": temperature, **options}
     encoded, numbers = functional.encode_flat(flat, False)
     (one,) = plan(encoded, False, False, ())
-    spec = LossSpec((255, 0, 0, *one.structure), numbers)
+    spec = LossSpec((255, 0, 0, 255, *one.structure), numbers)
     student = torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout)
     other = torch.empty(*shape[:2], *(teacher or shape[2:]), dtype=dtype, device="cuda")
     target = torch.empty(shape[0], *labels, dtype=torch.int64, device="cuda")
-    call = Call.of((student, None, None, other, None, None, target, None), spec)
+    call = Call.of((student, None, None, other, None, None, target, None, None), spec)
     step = launch.passes_of(call)[0]
     sums = torch.empty(len(one.names), dtype=torch.float64, device="cuda")
-    report = torch.empty(2, dtype=torch.int64, device="cuda")
+    report = torch.empty(4, dtype=torch.int64, device="cuda")
     saved = launch.forward(step, target, None, sums, sums.clone(), report, None, grad)
     if grad:
         launch.backward(step, target, None, sums, saved)

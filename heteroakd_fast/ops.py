@@ -191,7 +191,10 @@ def _can_project(call: Call, backend: str) -> bool:
     on_grid = all(side.shape[2:] == call.labels.shape[1:] for side in sides)
     float64 = any(x is not None and x.dtype == torch.float64 for x in call.tensors[:6])
     return (
-        both and on_grid and backends.projects(backend, call.spec.structure, call.classes, float64)
+        both
+        and on_grid
+        and call.pixel_weight is None
+        and backends.projects(backend, call.spec.structure, call.classes, float64)
     )
 
 

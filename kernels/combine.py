@@ -9,13 +9,12 @@ strides of the logits; reads each of the K saved gradients and writes the result
 import triton
 import triton.language as tl
 
-from .distillation import BAD, ROW, SHARES, VALID
+from .distillation import BAD, BAD_WEIGHTS, LABELLED, ROW, SHARES, VALID
 from .formulas import number
 
-# What the sum of a term's values is divided by.
-OF_VALID = tl.constexpr(0)  # pixels
-OF_SHARES = tl.constexpr(1)  # the sum of its shares
-OF_IMAGES = tl.constexpr(2)  # images that have pixels, times classes
+# Instead of a column of `partials`, of which the sum of a term's values is divided by: images that
+# have pixels, times classes.
+OF_IMAGES = tl.constexpr(-1)
 
 
 @triton.jit(do_not_specialize=["programs", "images", "classes"])
@@ -23,11 +22,14 @@ def finish_sums(
     partials,  # [images * programs, ROW] float64
     numerators,  # [terms] float64 out
     denominators,  # [groups] float64 out
-    report,  # int64 [2] out: valid pixels and labels out of range; not if REPORT off
+    report,  # int64 [4] out: see labels.py; not if REPORT off
     programs,
     images,
     classes,
-    TERMS: tl.constexpr,  # of each its index, place, group, OF_ what, and `Traits.is_divergence`
+    TERMS: tl.constexpr,  # of each its index, place, group, the column of its denominator or
+    # OF_IMAGES, and `Traits.is_divergence`
+    UNLABELLED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     REPORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -45,11 +47,8 @@ def finish_sums(
                 # never negative, though its rounding may be. A NaN comes through.
                 numerator = tl.where(total < 0.0, 0.0, total)
             tl.store(numerators + TERMS[k][1], numerator)
-        if TERMS[k][3] == OF_SHARES:
-            if column == SHARES + TERMS[k][0]:
-                tl.store(denominators + TERMS[k][2], total)
-        elif TERMS[k][3] == OF_VALID:
-            if column == VALID:
+        if TERMS[k][3] != OF_IMAGES:
+            if column == TERMS[k][3]:
                 tl.store(denominators + TERMS[k][2], total)
         elif column == SHARES + TERMS[k][0]:
             filled = tl.full((), 0.0, tl.float64)
@@ -62,10 +61,15 @@ def finish_sums(
                     sums += tl.load(partials + row * ROW + VALID, mask=here, other=0.0)
                 filled += tl.where(tl.sum(sums, 0) > 0.0, 1.0, 0.0)
             tl.store(denominators + TERMS[k][2], filled * classes)
-    if column == VALID and REPORT:
-        tl.store(report, total.to(tl.int64))
-    if column == BAD and REPORT:
-        tl.store(report + 1, total.to(tl.int64))
+    if REPORT:
+        if column == (LABELLED if UNLABELLED else VALID):
+            tl.store(report, total.to(tl.int64))
+        if column == VALID:
+            tl.store(report + 1, total.to(tl.int64))
+        if column == BAD:
+            tl.store(report + 2, total.to(tl.int64))
+        if column == (BAD_WEIGHTS if WEIGHTS else BAD):
+            tl.store(report + 3, total.to(tl.int64) if WEIGHTS else 0)
 
 
 @triton.jit

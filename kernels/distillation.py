@@ -58,12 +58,17 @@ from .tiles import (
 )
 
 # What a program leaves in its row of `partials`, [programs, ROW] float64: by the index of a term
-# its numerator, from SHARES on its denominator, and the following.
-ROW = tl.constexpr(2 * terms.COUNT.value + 3)
+# its numerator, from SHARES on its denominator, and the following; what is behind FLAG only if the
+# call has unlabelled pixels or weights.
+ROW = tl.constexpr(2 * terms.COUNT.value + 7)
 SHARES = terms.COUNT
-VALID = tl.constexpr(2 * terms.COUNT.value)
+VALID = tl.constexpr(2 * terms.COUNT.value)  # pixels with or without a label
 BAD = tl.constexpr(VALID.value + 1)
 FLAG = tl.constexpr(VALID.value + 2)
+LABELLED = tl.constexpr(VALID.value + 3)
+VALID_WEIGHT = tl.constexpr(VALID.value + 4)
+LABELLED_WEIGHT = tl.constexpr(VALID.value + 5)
+BAD_WEIGHTS = tl.constexpr(VALID.value + 6)
 
 
 @triton.jit
@@ -144,6 +149,18 @@ def model_at(
 
 
 @triton.jit
+def times(found, weight):
+    """Of a pixel with a weight: its share in every sum."""
+    return Coefficients(
+        found.value * weight,
+        found.share * weight,
+        found.student * weight,
+        found.other * weight,
+        found.label * weight,
+    )
+
+
+@triton.jit
 def write_maps(maps, plane, place, known, valid, visible):
     """reliability and discrepancy"""
     tl.store(maps + place, tl.where(valid, known[0], 0.0), mask=visible)
@@ -167,6 +184,10 @@ def write_maps(maps, plane, place, known, valid, visible):
         "target_y",
         "target_x",
         "ignore_index",
+        "unlabelled_index",
+        "weight_b",
+        "weight_y",
+        "weight_x",
         "temperature_bits",
     ]
 )
@@ -207,6 +228,11 @@ def distillation_pass(
     gradient_y,
     gradient_x,
     ignore_index,
+    unlabelled_index,
+    pixel_weight,  # [B, H, W], read if WEIGHTS
+    weight_b,
+    weight_y,
+    weight_x,
     temperature_bits,
     numbers,  # of each term the bits of its weight (CORNERS: over that of its slot's first term)
     # and of its other numbers, in the order of its class in terms.py
@@ -216,6 +242,8 @@ def distillation_pass(
     WHOLE: tl.constexpr,  # DIRECT: rows of labels divide into cells, and loads are 16 bytes wide
     SAME_TAPS: tl.constexpr,  # both are CORNERS, and their rows and columns equally far apart
     WEIGHTED: tl.constexpr,
+    UNLABELLED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     MAPS: tl.constexpr,
     POWER: tl.constexpr,  # e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
     GRAD: tl.constexpr,
@@ -252,6 +280,8 @@ def distillation_pass(
         TEACHER,
         not NEEDS.raw_logits,
         WEIGHTED,
+        UNLABELLED,
+        WEIGHTS,
         POWER if SOFT else 1,
         PICK_LABEL,
         CAREFUL,
@@ -283,12 +313,15 @@ def distillation_pass(
     student += image * student_b
     teacher += image * teacher_b
     target += image * target_b
+    if WEIGHTS:
+        pixel_weight += image * weight_b
 
     nothing = tl.zeros([1, 1, N, L], FLOAT)
     values = (nothing,) * len(TERMS)
     shares = values
     valid_count = tl.zeros([1, 1, N, L], tl.int32)
-    label_count = valid_count
+    labelled_count, bad_count, bad_weight_count = valid_count, valid_count, valid_count
+    valid_weight, labelled_weight = nothing, nothing
     smallest = nothing + 1.0  # of all totals that a bound can make too small
 
     for step in range(TI * SUB_R * SUB_C):
@@ -314,11 +347,33 @@ def distillation_pass(
             INT,
             FLOAT,
         )
-        label, counts = read_labels(target, y, x, inside, target_y, target_x, classes, ignore_index)
+        label, weight, bad, bad_weight = read_labels(
+            target,
+            y,
+            x,
+            inside,
+            (target_y, target_x),
+            classes,
+            ignore_index,
+            unlabelled_index,
+            pixel_weight,
+            (weight_y, weight_x),
+            UNLABELLED,
+            WEIGHTS,
+            FLOAT,
+        )
         valid = label >= 0
         if not CAREFUL:
             valid_count += over_pixels(valid.to(tl.int32))
-            label_count += over_pixels(counts)
+            bad_count += over_pixels(bad)
+            labelled = valid
+            if UNLABELLED:
+                labelled = valid & (label < classes)
+                labelled_count += over_pixels(labelled.to(tl.int32))
+            if WEIGHTS:
+                bad_weight_count += over_pixels(bad_weight)
+                valid_weight += over_pixels(tl.where(valid, weight, 0.0))
+                labelled_weight += over_pixels(tl.where(labelled, weight, 0.0))
 
         maps_plane = batch * label_h * label_w
         maps_place = (image * label_h + y) * label_w + x
@@ -385,7 +440,15 @@ def distillation_pass(
         # --- pixel: totals, what each term knows, its sums and coefficients ----------------------
         # Of an invalid pixel there are harmless numbers, and `one` takes it out of gradients.
         at = Pixels(
-            student_model, teacher_model, classes, label, valid, scale, hard_exponent, class_weight
+            student_model,
+            teacher_model,
+            classes,
+            label,
+            valid,
+            scale,
+            hard_exponent,
+            class_weight,
+            weight,
         )
         totals, weight_sum, least = find_totals(at, NEEDS, HOW)
         p = PassNumbers(temperature, 1.0 / temperature, scale, class_count, weight_sum)
@@ -418,6 +481,8 @@ def distillation_pass(
                 PTX,
             )
             found = Coefficients(*found)
+            if WEIGHTS and terms.spaces(TERMS[k]) == 0:
+                found = times(found, weight)
             value = values[k]
             if VALUES and not terms.traits(TERMS[k][0], TERMS[k][1]).has_value_loop:
                 value += over_pixels(found.value)
@@ -507,6 +572,15 @@ def distillation_pass(
                 tl.store(partial + SHARES + TERMS[k][0], share)
     if not CAREFUL:
         tl.store(partial + VALID, over_program(tl.where(own_lane, valid_count, 0)))
-        tl.store(partial + BAD, over_program(tl.where(own_lane, label_count - valid_count, 0)))
+        tl.store(partial + BAD, over_program(tl.where(own_lane, bad_count, 0)))
+        if UNLABELLED:
+            tl.store(partial + LABELLED, over_program(tl.where(own_lane, labelled_count, 0)))
+        if WEIGHTS:
+            bad_weights = over_program(tl.where(own_lane, bad_weight_count, 0))
+            tl.store(partial + BAD_WEIGHTS, bad_weights)
+            sums = over_program(tl.where(own_lane, valid_weight, 0.0))
+            tl.store(partial + VALID_WEIGHT, sums)
+            sums = over_program(tl.where(own_lane, labelled_weight, 0.0))
+            tl.store(partial + LABELLED_WEIGHT, sums)
         found = tl.where(smallest > SMALLEST_TOTAL, 0.0, 1.0)
         tl.store(partial + FLAG, over_program(found))

@@ -72,17 +72,17 @@ def sum_of(g, TERMS: tl.constexpr, SLOT: tl.constexpr, FROM_ZERO: tl.constexpr):
 
 
 @triton.jit
-def shares_of(found, shift, step, SPACES: tl.constexpr):
+def shares_of(found, weight, shift, step, SPACES: tl.constexpr):
     """What a pixel has of the softmaxes over space of `first`, and the logarithms of what those
     divided by. shift: pointer to the maximum of the first one at this class; steps further its
     inverse total and its logarithm, then the next one's maximum."""
-    share = tl.exp2((found[0] - tl.load(shift)) * LOG2_E) * tl.load(shift + step)
+    share = tl.exp2((found[0] - tl.load(shift)) * LOG2_E) * (tl.load(shift + step) * weight)
     log = tl.load(shift + 2 * step)
     second = share
     second_log = log
     if SPACES > 1:
         shift += 3 * step
-        second = tl.exp2((found[1] - tl.load(shift)) * LOG2_E) * tl.load(shift + step)
+        second = tl.exp2((found[1] - tl.load(shift)) * LOG2_E) * (tl.load(shift + step) * weight)
         second_log = tl.load(shift + 2 * step)
     return (share, second), (log, second_log)
 
@@ -94,6 +94,7 @@ def other(
     p,
     state,
     k,
+    weight,
     shift,
     step,
     SPACES: tl.constexpr,
@@ -108,7 +109,7 @@ def other(
     if TRAITS.firsts > 0:
         found, known = terms.first(TERM, VARIANT, n, known, k, HOW.PTX)
         if SPACES > 0:
-            shares, logs = shares_of(found, shift, step, SPACES)
+            shares, logs = shares_of(found, weight, shift, step, SPACES)
         if TRAITS.bounds > 0:
             found = (found[0] - bound[0], found[1] - bound[1])
     pair, own = terms.other(TERM, VARIANT, n, p, known, k, found, shares, logs, own, HOW.PTX)
@@ -155,6 +156,7 @@ def gradients(
                     p,
                     (numbers[i], known, bounds[i], own),
                     k,
+                    at.weight,
                     space + c + 3 * terms.place_over_space(TERMS, i) * space_step,
                     space_step,
                     terms.spaces(TERMS[i]),

@@ -23,8 +23,17 @@ from heteroakd_fast.spec import Options, numbers_of
 from heteroakd_fast.terms import TeacherCrossEntropy, Term
 
 from . import config, terms
-from .combine import OF_IMAGES, OF_SHARES, OF_VALID, combine_gradients, finish_sums, group_totals
-from .distillation import FLAG, ROW, distillation_pass
+from .combine import OF_IMAGES, combine_gradients, finish_sums, group_totals
+from .distillation import (
+    FLAG,
+    LABELLED,
+    LABELLED_WEIGHT,
+    ROW,
+    SHARES,
+    VALID,
+    VALID_WEIGHT,
+    distillation_pass,
+)
 from .formulas import BITS_MASK
 from .interpolation import CORNERS, DIRECT, GATHER
 from .space import collect, reduce
@@ -81,6 +90,24 @@ class Pass(NamedTuple):
     terms: tuple[PassTerm, ...]
     """in the order of the kernels' indices"""
     options: Options
+    pixel_weight: Tensor | None = None
+    """[B, H, W]"""
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether there may be pixels without a label."""
+        return self.options.unlabelled_index != self.options.ignore_index
+
+    def of_pixels(self, unused: Tensor) -> list[Any]:
+        """What `read_labels` takes beside the labels."""
+        options, weights = self.options, self.pixel_weight
+        strides = (0, 0, 0) if weights is None else weights.stride()
+        return [
+            options.ignore_index,
+            options.unlabelled_index,
+            unused if weights is None else weights,
+            *strides,
+        ]
 
     @property
     def maps(self) -> bool:
@@ -114,11 +141,12 @@ def passes_of(call: Call) -> tuple[Pass | None, Pass | None]:
     options = call.spec.options()
     own, of_teacher = terms_of(options)
     needs_teacher = any(one.term.needs_teacher for one in own)
-    student = Pass(call.student, call.teacher if needs_teacher else None, own, options)
+    weight = call.pixel_weight
+    student = Pass(call.student, call.teacher if needs_teacher else None, own, options, weight)
     if not of_teacher:
         return student, None
     assert call.teacher is not None
-    return student if own else None, Pass(call.teacher, None, of_teacher, options)
+    return student if own else None, Pass(call.teacher, None, of_teacher, options, weight)
 
 
 def terms_of(options: Options) -> tuple[tuple[PassTerm, ...], tuple[PassTerm, ...]]:
@@ -310,12 +338,14 @@ def _space_statistics(
                 target,
                 found,
                 *geometry.positional,
-                one.options.ignore_index,
+                *one.of_pixels(found),
                 numbers[k],
                 TERM=entry.term,
                 VARIANT=entry.variant,
                 FIRST=which,
                 PLACE=terms.place_over_space(entries, k) + which,
+                UNLABELLED=one.unlabelled,
+                WEIGHTS=one.pixel_weight is not None,
                 HALO=halo,
                 PTX=has_ptx(one.logits),
                 **geometry.tiles,
@@ -361,7 +391,7 @@ def _launch(
         weight, *others = numbers_of([term.term])
         if slot >= 0 and not direct:
             weight /= first[slot].term.weight
-        shares = slot >= 0 and _DENOMINATORS[term.term.denominator(weighted)] == int(OF_SHARES)
+        shares = slot >= 0 and term.term.denominator(weighted) in _OF_SHARES
         entries.append(terms.Entry(term.code, term.variant, slot, shares))
         numbers.append((bits_of(weight), *map(bits_of, others)))
     halo = int(gradient is not None and not direct)
@@ -378,7 +408,7 @@ def _launch(
         unused if space is None else space,
         *geometry.positional,
         *((0, 0, 0, 0) if gradient is None or not direct else gradient.stride()),
-        one.options.ignore_index,
+        *one.of_pixels(unused),
         bits_of(one.temperature),
         tuple(numbers),
     ]
@@ -388,6 +418,8 @@ def _launch(
         "SAME_TAPS": geometry.tiles["TEACHER"] == int(CORNERS)
         and geometry.student.stride()[2:] == geometry.teacher.stride()[2:],
         "WEIGHTED": weighted,
+        "UNLABELLED": one.unlabelled,
+        "WEIGHTS": one.pixel_weight is not None,
         "MAPS": maps is not None,
         "POWER": power_of(one.temperature),
         "GRAD": gradient is not None,
@@ -405,13 +437,20 @@ def _launch(
     return partials, programs
 
 
-#: What the kernels do for each `Term.denominator`.
-_DENOMINATORS: Final = {
-    "valid": int(OF_VALID),
-    "class_weight": int(OF_SHARES),
-    "discrepancy": int(OF_SHARES),
-    "images": int(OF_IMAGES),
-}
+#: Values of `Term.denominator` that are sums of a term's own.
+_OF_SHARES: Final = ("class_weight", "discrepancy")
+
+
+def _column(one: PassTerm, weighted: bool, unlabelled: bool, weights: bool) -> int:
+    """Of `partials`, where a term's denominator is summed, or OF_IMAGES."""
+    denominator = one.term.denominator(weighted)
+    if denominator == "images":
+        return int(OF_IMAGES)
+    if denominator in _OF_SHARES:
+        return int(SHARES) + one.code
+    if unlabelled and one.term.needs_label:
+        return int(LABELLED_WEIGHT if weights else LABELLED)
+    return int(VALID_WEIGHT if weights else VALID)
 
 
 def finish(
@@ -424,9 +463,11 @@ def finish(
     classes: int,
     asked: Sequence[PassTerm],
     weighted: bool,
+    unlabelled: bool = False,
+    weights: bool = False,
 ) -> None:
-    """Writes the sums of these terms where they belong."""
-    finish_sums[(int(FLAG),)](
+    """Writes the sums of these terms where they belong; weighted: by classes."""
+    finish_sums[(int(ROW if unlabelled or weights else FLAG),)](
         partials,
         numerators,
         denominators,
@@ -439,12 +480,14 @@ def finish(
                 one.code,
                 one.place,
                 one.group,
-                _DENOMINATORS[one.term.denominator(weighted)],
+                _column(one, weighted, unlabelled, weights),
                 one.traits.is_divergence,
             )
             for one in asked
             if one.group >= 0
         ),
+        UNLABELLED=unlabelled,
+        WEIGHTS=weights,
         REPORT=report is not None,
         BLOCK=1024,
     )
@@ -474,7 +517,7 @@ def forward(
     maps: Tensor | None,
     compute_grad: bool,
 ) -> Tensor | None:
-    """Writes the pass's sums into float64 vectors, the label report (int64 [2]) and the maps
+    """Writes the pass's sums into float64 vectors, the label report (int64 [4]) and the maps
     ([2, B, H, W]); returns the gradients to save, where there are any."""
     saved = None
     with device_of(one.logits):
@@ -493,6 +536,8 @@ def forward(
             one.logits.shape[1],
             one.terms,
             class_weight is not None,
+            one.unlabelled,
+            one.pixel_weight is not None,
         )
     return saved
 

@@ -227,7 +227,7 @@ def _sides(call: Call) -> tuple[Projection, Projection | None]:
 
 
 def forward(call: Call, numerators: Tensor, denominators: Tensor, report: Tensor) -> None:
-    """Writes the terms' sums into float64 vectors, and valid and bad labels into int64 [2]."""
+    """Writes the terms' sums into float64 vectors, and the label report into int64 [4]."""
     student, teacher = _sides(call)
     options = call.spec.options()
     places = {term.name: k for k, term in enumerate(options.asked)}

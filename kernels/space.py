@@ -41,6 +41,10 @@ LOWEST = tl.constexpr(-1e30)
         "target_y",
         "target_x",
         "ignore_index",
+        "unlabelled_index",
+        "weight_b",
+        "weight_y",
+        "weight_x",
     ]
 )
 def collect(
@@ -71,6 +75,11 @@ def collect(
     target_y,
     target_x,
     ignore_index,
+    unlabelled_index,
+    pixel_weight,  # [B, H, W], read if WEIGHTS
+    weight_b,
+    weight_y,
+    weight_x,
     numbers,  # the bits of the term's numbers, its weight first
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -78,6 +87,8 @@ def collect(
     VARIANT: tl.constexpr,
     FIRST: tl.constexpr,  # which of its numbers
     PLACE: tl.constexpr,  # of its softmax
+    UNLABELLED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     HALO: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     PTX: tl.constexpr,
@@ -97,6 +108,8 @@ def collect(
     student += image * student_b
     teacher += image * teacher_b
     target += image * target_b
+    if WEIGHTS:
+        pixel_weight += image * weight_b
     options = ()
     for j in tl.static_range(1, len(numbers)):
         options = options + (number(numbers[j], tl.float64),)
@@ -126,7 +139,21 @@ def collect(
                 INT,
                 FLOAT,
             )
-            label, _ = read_labels(target, y, x, inside, target_y, target_x, classes, ignore_index)
+            label, weight, _, _ = read_labels(
+                target,
+                y,
+                x,
+                inside,
+                (target_y, target_x),
+                classes,
+                ignore_index,
+                unlabelled_index,
+                pixel_weight,
+                (weight_y, weight_x),
+                UNLABELLED,
+                WEIGHTS,
+                FLOAT,
+            )
             valid = (label >= 0) & own
             taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
             z_s = read_logits(
@@ -176,13 +203,13 @@ def collect(
                 FLOAT,
             )
             zero = z_s * 0.0
-            k = Class(z_s, z_t, zero, zero, zero, zero, label == c)
+            k = Class(z_s, z_t, zero, zero, zero, zero, label == c, label == classes)
             known = terms.begin(TERM, VARIANT, n, (), zero, PTX)
             strength, _ = terms.first(TERM, VARIANT, n, known, k, PTX)
             strength = tl.where(valid, strength[FIRST], LOWEST)
             above = tl.max(tl.max(strength, axis=0, keep_dims=True), axis=1, keep_dims=True)
             bound = tl.maximum(largest, above)
-            e = tl.where(valid, tl.exp2((strength - bound) * LOG2_E), 0.0)
+            e = tl.where(valid, tl.exp2((strength - bound) * LOG2_E) * weight, 0.0)
             e = tl.sum(tl.sum(e, axis=0, keep_dims=True), axis=1, keep_dims=True)
             total = total * tl.exp2((largest - bound) * LOG2_E) + e
             largest = bound

@@ -41,6 +41,7 @@ class Pixels(NamedTuple):
     scale: Any  # a = (z - m) scale
     hard_exponent: Any  # e at T = 1 is e to this power
     class_weight: Any
+    weight: Any  # of the pixel, read if WEIGHTS
 
 
 class How(NamedTuple):
@@ -49,7 +50,9 @@ class How(NamedTuple):
     STUDENT: int  # as in `distillation_pass`
     TEACHER: int
     FOLDED: bool  # bounds are folded into the corners of cells; there is no z then, only a
-    WEIGHTED: bool
+    WEIGHTED: bool  # by classes
+    UNLABELLED: bool  # whether there may be pixels without a label, whose `label` is `classes`
+    WEIGHTS: bool  # of pixels
     POWER: int
     PICK_LABEL: bool
     CAREFUL: bool
@@ -152,7 +155,7 @@ def read_class(at, c, student_plane, teacher_plane, BOTH: tl.constexpr, HOW: tl.
             HOW.FLOAT,
         )
         e_t = tl.exp2(a_t)
-    return Class(z_s, z_t, a_s, a_t, e_s, e_t, at.label == c)
+    return Class(z_s, z_t, a_s, a_t, e_s, e_t, at.label == c, at.label == at.classes)
 
 
 @triton.jit
@@ -174,13 +177,22 @@ def weight_of(c, at, HOW: tl.constexpr):
 
 
 @triton.jit
+def class_or_0(at, HOW: tl.constexpr):
+    """The pixel's class, or any if it has none."""
+    label = tl.maximum(at.label, 0)
+    if HOW.UNLABELLED:
+        label = tl.where(label < at.classes, label, 0)
+    return label
+
+
+@triton.jit
 def label_logit(model, picked, at, SOURCE: tl.constexpr, HOW: tl.constexpr):
     """z_label - m of each pixel; PICK_LABEL: from its `a`, which a loop has found. CAREFUL: -inf
     stays -inf, because the loss of a label on a masked class is infinite."""
     to_logits = 1.0 / at.scale
     x = picked * to_logits
     if HOW.CAREFUL or not HOW.PICK_LABEL:
-        plane = model.plane + tl.maximum(at.label, 0).to(tl.int64) * model.class_stride
+        plane = model.plane + class_or_0(at, HOW).to(tl.int64) * model.class_stride
         z, a = read(model, plane, at.scale, at.valid, SOURCE, HOW.FOLDED, HOW.CAREFUL, HOW.FLOAT)
         if not HOW.PICK_LABEL:
             x = a * to_logits
@@ -233,12 +245,20 @@ def find_totals(at, NEEDS: tl.constexpr, HOW: tl.constexpr):
 
     one = tl.where(at.valid, 1.0, 0.0).to(HOW.FLOAT)
     least = one * 0.0 + 1.0
-    label_weight = one
+    unlabelled = at.label == at.classes
+    labelled = one
+    if HOW.UNLABELLED:
+        labelled = tl.where(unlabelled, 0.0, one)
+    label_weight = labelled
     label_e, hard_total, hard_inverse = zero, zero, zero
     student_nll, teacher_nll = zero, zero
     student_inverse, student_log2, teacher_inverse, teacher_log2, kl = zero, zero, zero, zero, zero
     if NEEDS.student_nll:
         x = label_logit(at.student, student_label, at, HOW.STUDENT, HOW)
+        if HOW.UNLABELLED:
+            # Nobody can be asked but the teacher: reliability becomes 1 by a student that is never
+            # right.
+            x = tl.where(unlabelled, -1e30, x)
         label_e = tl.exp2(max_or_nan(x, -1e30) * LOG2_E)
         hard_total = tl.where(at.valid, student_others + label_e, 1.0)
         hard_inverse = reciprocal(hard_total, HOW.PTX)
@@ -246,10 +266,13 @@ def find_totals(at, NEEDS: tl.constexpr, HOW: tl.constexpr):
         student_nll = tl.where(at.valid, nll, 0.0)
         least = tl.minimum(least, hard_total)
         if HOW.WEIGHTED:
-            label = tl.maximum(at.label, 0)
-            label_weight = tl.load(at.class_weight + label, mask=at.valid, other=0.0).to(HOW.FLOAT)
+            label_weight = tl.load(
+                at.class_weight + class_or_0(at, HOW), mask=labelled > 0.0, other=0.0
+            ).to(HOW.FLOAT)
     if NEEDS.teacher_nll:
         x = label_logit(at.teacher, teacher_label, at, HOW.TEACHER, HOW)
+        if HOW.UNLABELLED:
+            x = tl.where(unlabelled, 0.0, x)
         e = tl.exp2(max_or_nan(x, -1e30) * LOG2_E)
         nll = negative_log_likelihood(teacher_others, e, x, HOW.PTX)
         teacher_nll = tl.where(at.valid, nll, 0.0)
@@ -273,6 +296,7 @@ def find_totals(at, NEEDS: tl.constexpr, HOW: tl.constexpr):
         teacher_at_top,
         weighted * (1.0 / at.scale),
         one,
+        labelled,
         label_weight,
         label_e,
         hard_total,

@@ -153,7 +153,7 @@ def other_taps(
 
 @triton.jit
 def checked_labels(raw, inside, classes, ignore_index):
-    """int32 labels, -1 where there is nothing to learn; and where there is a label other than
+    """int32 labels, -1 of a pixel that counts nowhere; and where there is a label other than
     `ignore_index`: of these, the ones that are -1 are out of range. Of int64 of any shape."""
     counts = inside & (raw != ignore_index)
     in_range = raw.to(tl.uint64, bitcast=True) < tl.cast(classes, tl.uint64)
@@ -161,12 +161,37 @@ def checked_labels(raw, inside, classes, ignore_index):
 
 
 @triton.jit
-def read_labels(pointer, y, x, inside, stride_h, stride_w, classes, ignore_index):
-    """`checked_labels` [R, S, N, L], the second as 1 or 0."""
-    place = tl.max_contiguous(y * stride_h + x * stride_w, [1, 1, 2, 4])
+def read_labels(
+    pointer,
+    y,
+    x,
+    inside,
+    strides,
+    classes,
+    ignore_index,
+    unlabelled_index,
+    weights,
+    weight_strides,
+    UNLABELLED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """Labels [R, S, N, L] as `checked_labels` has them, `classes` of an unlabelled pixel; the
+    pixels' weights; and 1 or 0: where a label is out of range, where a weight is."""
+    place = tl.max_contiguous(y * strides[0] + x * strides[1], [1, 1, 2, 4])
     raw = tl.load(pointer + place, mask=inside, other=0).to(tl.int64)
     label, counts = checked_labels(raw, inside, classes, ignore_index)
-    return label, counts.to(tl.int32)
+    if UNLABELLED:
+        label = tl.where(counts & (raw == unlabelled_index), classes, label)
+    bad = (counts & (label < 0)).to(tl.int32)
+    weight = 1.0
+    bad_weight = bad
+    if WEIGHTS:
+        place = y * weight_strides[0] + x * weight_strides[1]
+        weight = tl.load(weights + place, mask=inside, other=0.0).to(FLOAT)
+        bad_weight = (inside & ~((weight >= 0.0) & (weight < float("inf")))).to(tl.int32)
+        label = tl.where(weight == 0.0, -1, label)
+    return label, weight, bad, bad_weight
 
 
 @triton.jit

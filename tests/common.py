@@ -206,6 +206,8 @@ def truth(batch: Batch, grad_output: float = 1.0, **options: Any) -> Result:
     double = Batch(batch.student.double(), batch.teacher.double(), batch.target)
     if options.get("class_weight") is not None:
         options["class_weight"] = options["class_weight"].double()
+    if options.get("pixel_weight") is not None:
+        options["pixel_weight"] = options["pixel_weight"].double()
     return evaluate(double, grad_output, **{**options, "backend": "reference"})
 
 

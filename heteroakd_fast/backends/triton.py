@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..labels import check_label_report
+from ..labels import REPORT, check_label_report
 from ..spec import choices_of
 from . import Call, Sums
 from .compiled import compute_dtype, slots_of_passes
@@ -45,6 +45,7 @@ class TritonBackend:
             and choices.get("hetero", {}).get("preset") != "paper"
             and choices.get("kd", {}).get("divergence") in (None, "forward")
             and not structure[2]  # maps
+            and structure[0] == structure[3]  # no unlabelled pixels
         )
 
     def sums(self, call: Call) -> Sums:
@@ -53,7 +54,7 @@ class TritonBackend:
         options, target = call.spec.options(), call.labels
         numerators = call.student.new_zeros(len(options.asked), dtype=torch.float64)
         denominators = numerators.new_zeros(options.group_count)
-        report = call.student.new_empty(2, dtype=torch.int64)
+        report = call.student.new_empty(REPORT, dtype=torch.int64)
         maps = call.student.new_empty(
             (2, *target.shape) if options.maps else 0, dtype=compute_dtype(call.student)
         )
@@ -75,9 +76,16 @@ class TritonBackend:
                         wanted,
                     )
                     saved += [] if gradients is None else [gradients]
-        check_label_report(report, target, call.classes, options.ignore_index)
+        check_label_report(
+            report,
+            target,
+            call.pixel_weight,
+            call.classes,
+            options.ignore_index,
+            options.unlabelled_index,
+        )
         totals = launch.totals_of(numerators, options)
-        return Sums(numerators, totals, denominators, report[0], maps, saved)
+        return Sums(numerators, totals, denominators, report[:2], maps, saved)
 
     def reads_inputs(self, call: Call) -> bool:
         return call.projected or any(

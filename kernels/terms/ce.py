@@ -54,7 +54,7 @@ def pixel(VARIANT: tl.constexpr, n, p, t, scale):
     # p - 1 of a confident pixel keeps its relative precision in the sum of the others
     label = -t.student_others * per_e
     if VARIANT == SMOOTHED:
-        soft = n.soft * t.one
+        soft = n.soft * t.labelled
         other = soft * scale
         value += soft * (p.weight_sum * log(t.hard_total) - t.weighted_z)
         student += other * p.weight_sum * t.hard_inverse

@@ -112,7 +112,7 @@ def pixel(n, p, t, known, own, scale, PTX: tl.constexpr):
     # p - 1 of a confident pixel keeps its relative precision in the sum of the others
     sign = tl.where(b_t > 0.0, -1.0, 1.0).to(b_t.dtype)
     d = sign * (sigmoid(sign * b_s, PTX) - sigmoid(sign * b_t, PTX))
-    valid = t.one > 0.0
+    valid = t.labelled > 0.0
     per_p = scale * p.temperature
     value = n.alpha * bernoulli_kl(b_t, b_s, PTX)
     value += n.beta * kl(own.difference, inverse_t, log2_t, log2_s)

@@ -6,6 +6,7 @@ target       z_h = r_t z_t + (1 - r_t) z_s, or z_t
 discrepancy  dH = max(0, H_s - H_h); W = softmax(H_s + dH) over classes, or over space
 value        -sum_c W_c m_c log p_s,c,  m = softmax_T(z_h)      q_c = W_c m_c,
              g_c = (p_s,c sum_c q_c - q_c) / T                  divided by |V|
+no label     r_t = 1, and no errors: H_s + dH is 0 of every class
 over space   T^2 sum_c W_c KL(sigmoid(z_h / T) || sigmoid(z_s / T)), divided by images x C,
              g_c = T W_c (sigmoid(z_s / T) - sigmoid(z_h / T)); without evaluation W = 1 / C
              and it is divided by |V|
@@ -72,15 +73,17 @@ def first(VARIANT: tl.constexpr, known, c, PTX: tl.constexpr):
     """H_s + dH and z_h."""
     h_s = binary_cross_entropy(c.student_z, c.is_label)
     h_t = binary_cross_entropy(c.teacher_z, c.is_label)
-    r_t = class_reliability(h_t, h_s, PTX)
+    r_t = tl.where(c.unlabelled, 1.0, class_reliability(h_t, h_s, PTX))
     z_h = c.teacher_z  # without a product by 0 that an infinite z_s would turn into NaN
     if MIXES & VARIANT:
         z_h = mixed_target(r_t, c.teacher_z, 1.0 - r_t, c.student_z)
+        z_h = tl.where(c.unlabelled, c.teacher_z, z_h)
     gap = class_discrepancy(h_s, binary_cross_entropy(z_h, c.is_label))
     known = Known(
-        tl.where(c.is_label, r_t, known.reliability), tl.where(c.is_label, gap, known.discrepancy)
+        tl.where(c.is_label | c.unlabelled, r_t, known.reliability),
+        tl.where(c.is_label, gap, known.discrepancy),
     )
-    return (h_s + gap, z_h), known
+    return (tl.where(c.unlabelled, 0.0, h_s + gap), z_h), known
 
 
 class Own(NamedTuple):

@@ -99,7 +99,8 @@ class Totals(NamedTuple):
     teacher_at_top: Any
     weighted_z: Any  # sum_c w_c (z_c - m)
     one: Any  # 0 of an invalid pixel, of which the other numbers are harmless
-    label_weight: Any  # w_y, 0 of an invalid pixel; `one` without class weights
+    labelled: Any  # 0 of an unlabelled pixel too: for terms that need a label
+    label_weight: Any  # w_y, 0 where `labelled` is; `labelled` without class weights
     label_e: Any  # e_y at T = 1
     hard_total: Any
     hard_inverse: Any
@@ -122,6 +123,7 @@ class Class(NamedTuple):
     student_e: Any
     teacher_e: Any
     is_label: Any
+    unlabelled: Any  # no class of the pixel is
 
 
 # --- what a term gives ---------------------------------------------------------------------------

@@ -146,13 +146,11 @@ def confusion_matrix(
     classes = logits.shape[1]
     target = plain_tensor(target)
     check_target(target, classes)
-    check_ignored_class(ignore_index, classes, allow_ignored_class)
     index = check_ignore_index(ignore_index)
+    check_ignored_class(ignore_index, classes, allow_ignored_class)
     check_flag(align_corners, "align_corners")
     if target.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"target: got batch {target.shape[0]}, logits has batch {logits.shape[0]}"
-        )
+        raise ValueError(f"target: got batch {target.shape[0]}, logits has batch {logits.shape[0]}")
     check_device(target, "target", logits, "logits")
     _check_grid(logits, (target.shape[1], target.shape[2]))
     if out is not None:

@@ -160,7 +160,9 @@ def predict_pass(
             tl.store(place, index.to(out.dtype.element_ty), mask=inside)
 
 
-def predict(logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype) -> Tensor:
+def predict(
+    logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype
+) -> Tensor:
     """`Backend.predict`."""
     out = logits.new_empty((logits.shape[0], *size), dtype=dtype)
     _launch(logits, size, align_corners, out, out, out, 0, False)

@@ -18,7 +18,9 @@ _BAND_ON_CPU = 2**19
 _BAND_ELSEWHERE = 2**24
 
 
-def predict(logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype) -> Tensor:
+def predict(
+    logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype
+) -> Tensor:
     """`Backend.predict`."""
     out = logits.new_empty((logits.shape[0], *size), dtype=dtype)
     for image, rows, winners in _bands(logits, size, align_corners):

@@ -94,8 +94,8 @@ def _share_of_others(expected: Tensor, found: Tensor) -> float:
 
 def errors_of(truth: Truth, loss: Tensor, inputs: Inputs) -> tuple[float, float]:
     """Relative error of the loss, and the largest gradient error over the largest gradient, of each
-    leaf; of a network over the largest of all, for some of its gradients are zero by symmetry. Of an
-    evaluation the share of pixels that differ, and 0."""
+    leaf; of a network over the largest of all, for some of its gradients are zero by symmetry.
+    Of an evaluation the share of pixels that differ, and 0."""
     if truth.counts is not None:
         return _share_of_others(truth.counts, loss), 0.0
     loss_error = abs(float(loss.detach()) - truth.loss) / max(abs(truth.loss), 1e-300)

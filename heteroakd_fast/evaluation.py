@@ -1,4 +1,4 @@
-"""Evaluation without full-resolution logits: `functional.predict` and `functional.confusion_matrix`.
+"""Evaluation without full-resolution logits: `functional.predict` and `confusion_matrix`.
 
 The operators `heteroakd_fast::predict` and `heteroakd_fast::confusion_matrix`, their fake kernels
 and the public functions; the backends compute (`Backend.predict`, `Backend.confusion_matrix`). What
@@ -241,8 +241,8 @@ def _confusion_matrix_impl(
 ) -> Tensor:
     if target.dim() != 3 or target.shape[0] != logits.shape[0] or target.device != logits.device:
         raise ValueError(
-            f"target: got shape {tuple(target.shape)} on {target.device}, expected [B, H, W] beside "
-            f"{tuple(logits.shape)} on {logits.device}"
+            f"target: got shape {tuple(target.shape)} on {target.device}, expected [B, H, W] "
+            f"beside {tuple(logits.shape)} on {logits.device}"
         )
     _check_operands(logits, (target.shape[1], target.shape[2]))
     classes = logits.shape[1]

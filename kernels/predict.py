@@ -1,15 +1,15 @@
 """Argmax of bilinearly upsampled logits without the upsampled logits, stored or counted.
 
-Pixels and cells as in `tiles.py`: a lane has a cell and R x S of its pixels at a time, and loads the
-four corners of a class once for all of them; what it keeps per pixel is the largest value so far
-and its class. Without candidates (csrc/cpu/predict_kernel.h): a test that all threads of a program
-agree about costs as much as it saves.
+Pixels and cells as in `tiles.py`: a lane has a cell and R x S of its pixels at a time, and loads
+the four corners of a class once for all of them; what it keeps per pixel is the largest value so
+far and its class. Without the candidates of csrc/cpu/predict_kernel.h: a test that all threads of a
+program agree about would cost about as much as it saves.
 
 Cost per pixel and class at stride 4, R S = 16: an interpolation in the column shared by 4 pixels
-and one in the row, a comparison, two selections: about 6 instructions, and a quarter of a load that
-finds its logit in a cache for 3 of 4 corners. Bytes: each logit once from memory for each row of
-cells that it borders, each prediction (1 or 8 bytes) once. At 150 classes and more than 8 pixels per
-logit it is bound by arithmetic.
+and one in the row, a comparison, two selections: about 6 instructions, and a quarter of a load,
+which finds three of four corners in a cache. Bytes: each logit once from memory for each row of
+cells that it borders, each prediction (1 or 8 bytes) once. It is bound by arithmetic where there
+are more than a few pixels per logit.
 
 Counts are integers: atomic additions in any order give the same table.
 """

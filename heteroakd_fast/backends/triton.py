@@ -133,14 +133,16 @@ class TritonBackend:
     ) -> Tensor:
         from heteroakd_fast.kernels import predict
 
-        return predict.predict(logits, size, align_corners, dtype)
+        prediction: Tensor = predict.predict(logits, size, align_corners, dtype)
+        return prediction
 
     def confusion_matrix(
         self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
     ) -> tuple[Tensor, Tensor]:
         from heteroakd_fast.kernels import predict
 
-        return predict.confusion_matrix(logits, target, ignore_index, align_corners)
+        matrix, report = predict.confusion_matrix(logits, target, ignore_index, align_corners)
+        return matrix, report
 
 
 def _keeps(call: Call) -> tuple[bool, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from common import (
-    BACKENDS,
     CPU_BACKENDS,
     F32,
     complete,
@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import heteroakd_fast as hf
+from benchmarks.cases import case
+from benchmarks.memory import peak_bytes, supported
 from heteroakd_fast import backends, functional
 from heteroakd_fast.projector import Projection
 
@@ -326,6 +328,36 @@ def test_a_projection_is_evaluated() -> None:
     )
 
 
+@complete
+@every_backend
+def test_evaluation_of_strides_beyond_2_31_elements(backend: str) -> None:
+    """Image 1 lies more than 2^31 elements behind image 0, in logits and in labels."""
+    if device_of(backend, make_batch()) == "cuda" and torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    torch.use_deterministic_algorithms(False)  # would fill the gap
+    far = 2**31 + 12345
+    logits = torch.empty(far + 200, dtype=torch.bfloat16).as_strided((2, 3, 4, 5), (far, 20, 5, 1))
+    target = torch.empty(far + 200, dtype=torch.uint8).as_strided((2, 8, 10), (far, 10, 1))
+    dense = make_batch(2, 3, (4, 5), None, (8, 10), torch.bfloat16, label_dtype=torch.uint8)
+    logits.copy_(dense.student)
+    target.copy_(dense.target)
+    found = predict(dense.student, (8, 10), backend)
+    assert torch.equal(predict(logits, (8, 10), backend), found)
+    assert torch.equal(count(logits, target, backend), matrix_of(found, dense.target, 3))
+
+
+@pytest.mark.skipif(
+    supported() is not None or "cpu" not in CPU_BACKENDS, reason="no kernels, or no clear_refs"
+)
+@pytest.mark.parametrize("objective", ["argmax of noise", "confusion of confident logits"])
+def test_memory_of_evaluation_does_not_grow_with_the_classes(objective: str) -> None:
+    one = case(objective, "ADE20K", 1, 4)
+    allowed = (4 << 20) + one.height * one.width
+    assert peak_bytes(one, "heteroakd[cpu]") <= allowed
+    small = replace(one, height=256, width=256)
+    assert peak_bytes(small, "eager") > 3 * allowed, "the measurement should see a stored grid"
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -449,6 +481,35 @@ def test_fullgraph_compile_of_evaluation(dynamic: bool, backend: str) -> None:
         found = evaluate(logits, target, out)
         assert torch.equal(found, functional.predict(logits, size, backend=backend))
         assert torch.equal(out, functional.confusion_matrix(logits, target, backend=backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_evaluation_in_a_cuda_graph(backend: str) -> None:
+    """With new values copied in; nothing waits for the GPU."""
+    batches = [make_batch(dtype=F32, seed=seed) for seed in (0, 1)]
+    logits, target = batches[0].student.cuda(), batches[0].target.cuda()
+    out = torch.zeros(5, 5, dtype=torch.int64, device="cuda")
+
+    def step() -> Tensor:
+        functional.confusion_matrix(logits, target, out=out, backend=backend)
+        return functional.predict(logits, (13, 17), backend=backend)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for batch in batches[::-1]:
+        logits.copy_(batch.student)
+        target.copy_(batch.target)
+        out.zero_()
+        graph.replay()
+        assert torch.equal(found.cpu(), predict(batch.student, (13, 17), backend))
+        assert torch.equal(out.cpu(), count(batch.student, batch.target, backend))
 
 
 def test_operators_of_evaluation_refuse_what_they_would_read_out_of_bounds() -> None:

@@ -196,6 +196,8 @@ def _check_grid(logits: Tensor, size: tuple[int, int]) -> None:
 
 def _check_out(out: object, logits: Tensor) -> None:
     classes = logits.shape[1]
+    if isinstance(out, Tensor) and out.dtype != torch.int64:
+        raise TypeError(f"out: got {out.dtype}, expected torch.int64")
     check_tensor(out, "out", 2, "[C, C]", (torch.int64,))
     assert isinstance(out, Tensor)
     if tuple(out.shape) != (classes, classes):

@@ -42,13 +42,14 @@ OLDEST_NVCC = (12, 0)
 MINUTES_CPP = 1.5
 MINUTES_CUDA = 1.5
 
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *_AVX2]
 #: Compiled for more than the baseline, and entered only on processors that have it.
 ISA_FLAGS = {
-    "pass_avx512.cpp": [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
-        *("-mavx2", "-mfma", "-mf16c"),
-    ],
-    "pass_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "pass_avx512.cpp": _AVX512,
+    "pass_avx2.cpp": _AVX2,
+    "predict_avx512.cpp": _AVX512,
+    "predict_avx2.cpp": _AVX2,
 }
 
 

@@ -23,6 +23,12 @@ class Objective:
     models: tuple[str, str] | None = None
     """Starts from images: student and teacher (`models.py`), whose forward and backward are part of
     it."""
+    evaluates: str = ""
+    """No loss, but this function of `functional`, with the labels' size or labels; no backward"""
+    noise: float = 2.0
+    """Standard deviation of the student's logits"""
+    favour: float = 6.0
+    """What is added to the logit of the label"""
 
 
 _HETERO: Final = {"hetero_weight": 1.0, "temperature": 2.0}
@@ -39,6 +45,12 @@ OBJECTIVES: Final[dict[str, Objective]] = {
     # without the optimizer's update, which is the same for all
     "training step": Objective(_HETERO, models=("SegFormer-B0", "UperNet128-ConvNeXt-T")),
     "tiny training step": Objective(_HETERO, models=("SegFormer-tiny", "UperNet-ConvNeXt-tiny")),
+    # of logits as a trained network has them, and of noise, where every class may win everywhere
+    **{
+        f"{name} of {kind}": Objective({}, False, evaluates=function, noise=noise, favour=favour)
+        for name, function in (("argmax", "predict"), ("confusion", "confusion_matrix"))
+        for kind, noise, favour in (("confident logits", 0.7, 8.0), ("noise", 2.0, 0.0))
+    },
 }
 
 # name: classes, label height, label width; crops as the usual recipes take them
@@ -189,7 +201,11 @@ def _headline_of_gpu() -> list[Case]:
 
 def _objectives(batch: int = 2) -> list[Case]:
     """Every objective on logits, on one shape."""
-    names = [name for name, one in OBJECTIVES.items() if not (one.from_features or one.models)]
+    names = [
+        name
+        for name, one in OBJECTIVES.items()
+        if not (one.from_features or one.models or one.evaluates)
+    ]
     return [case(name, "Cityscapes", batch, 4) for name in names]
 
 
@@ -242,6 +258,19 @@ def _projections(batch: int = 2) -> list[Case]:
     ]
 
 
+def _evaluations() -> list[Case]:
+    return [
+        case(objective, dataset, batch, stride, size=size)
+        for dataset, batch, stride, size in (
+            ("ADE20K", 1, 4, (512, 512)),
+            ("ADE20K", 1, 8, (1024, 1024)),
+            ("Cityscapes", 2, 8, (1024, 2048)),
+        )
+        for objective, one in OBJECTIVES.items()
+        if one.evaluates
+    ]
+
+
 Suite = dict[str, list[Case]]
 
 #: suite -> group -> cases. A case may be in several groups; it is measured once.
@@ -281,6 +310,8 @@ SUITES: Final[dict[str, Suite]] = {
         "classes": _classes("ce", 8, 512) + _classes("ce+hetero", 8, 512),
         "batches": _batches("ce+hetero", 512, 32),
     },
+    # Predictions and confusion matrices, on either device.
+    "evaluation": {"evaluation": _evaluations()},
     # A minute or two: does everything still run.
     "smoke": {
         "headline": [
@@ -290,7 +321,12 @@ SUITES: Final[dict[str, Suite]] = {
         "objectives": [
             case(name, "Cityscapes", 1, 4, size=(32, 64), channels=8 * one.from_features)
             for name, one in OBJECTIVES.items()
-            if not one.models
+            if not (one.models or one.evaluates)
+        ],
+        "evaluation": [
+            case(name, "Cityscapes", 1, 4, size=(32, 64))
+            for name, one in OBJECTIVES.items()
+            if one.evaluates
         ],
         "training": [
             case("tiny training step", "VOC", 1, 4, size=(64, 64)),

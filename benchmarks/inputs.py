@@ -23,7 +23,8 @@ class Inputs:
     target: Tensor
     """[B, H, W], int64; 5 % of it ignored, in patches"""
     student_logits: Tensor
-    """[B, C, h, w], a leaf; empty where the objective starts from features"""
+    """[B, C, h, w], a leaf (not of an evaluation); empty where the objective starts from
+    features"""
     teacher_logits: Tensor
     """[B, C, h', w'], no gradient; empty where there is no teacher"""
     student_features: Tensor
@@ -66,9 +67,9 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     target = patches.repeat_interleave(_PATCH, 1).repeat_interleave(_PATCH, 2)
     target = target[:, :height, :width].contiguous()
 
-    def logits(stride: int, confidence: float) -> Tensor:
+    def logits(stride: int, confidence: float, noise: float = 2.0) -> Tensor:
         h, w = case.grid(stride)
-        z = 2.0 * torch.randn(case.batch, case.classes, h, w, generator=generator)
+        z = noise * torch.randn(case.batch, case.classes, h, w, generator=generator)
         rows = (torch.arange(h) * height // h)[:, None]
         columns = torch.arange(w) * width // w
         label = target[:, rows, columns].clamp(max=case.classes - 1)
@@ -82,7 +83,10 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     if objective.models:
         models = make_models(case, device)
         return Inputs(target.to(device), nothing, nothing, nothing, nothing, scale, *models)
-    student = nothing if objective.from_features else logits(case.stride, 6.0).requires_grad_()
+    student = nothing
+    if not objective.from_features:
+        student = logits(case.stride, objective.favour, objective.noise)
+        student.requires_grad_(not objective.evaluates)
     teacher = logits(case.teacher_stride, 8.0) if objective.needs_teacher else nothing
     features = weight = nothing
     if objective.from_features:

@@ -114,6 +114,19 @@ def distill(
         launch.backward(step, target, None, sums, saved)
 
 
+def evaluate(
+    shape: tuple[int, int, int, int], labels: tuple[int, int], dtype: torch.dtype, counts: bool
+) -> None:
+    """Launches Triton's kernel of `predict` or, with counts, of `confusion_matrix`."""
+    predict = importlib.import_module("heteroakd_fast.kernels.predict")
+    logits = torch.empty(shape, dtype=dtype, device="cuda")
+    if counts:
+        target = torch.empty(shape[0], *labels, dtype=torch.uint8, device="cuda")
+        predict.confusion_matrix(logits, target, 255, True)
+    else:
+        predict.predict(logits, labels, False, torch.uint8)
+
+
 _S4: Final = partial(distill, (8, 19, 128, 256), (512, 1024))
 _C150: Final = partial(distill, (8, 150, 128, 128), (512, 512))
 _JS: Final = partial(_S4, "kd", kd_divergence="js")
@@ -134,6 +147,9 @@ TRITON: Final = {
     "T 1.7, teacher's grid": partial(_C150, teacher=(64, 64), temperature=1.7),
     "paper over space": partial(_S4, preset="paper", mix="logits", weight_axis="space"),
     "js, 16 bits": partial(_JS, dtype=torch.bfloat16, layout=torch.channels_last),
+    "predict": partial(evaluate, (8, 150, 128, 128), (512, 512), torch.float32, False),
+    "predict, labels": partial(evaluate, (8, 19, 512, 512), (512, 512), torch.bfloat16, False),
+    "confusion matrix": partial(evaluate, (8, 150, 128, 128), (512, 512), torch.float64, True),
 }
 NAMES: Final = (*(f"CUDA {x}" for x in CUDA), *(f"Triton {x}" for x in [*TRITON][:10]))
 

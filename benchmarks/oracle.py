@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,15 @@ from heteroakd_fast.output import DistillationOutput
 from .cases import Case
 from .inputs import IGNORE_INDEX, Inputs
 
-__all__ = ["Truth", "errors_of", "truth_of"]
+__all__ = ["Truth", "errors_of", "evaluation", "truth_of"]
 
 
 class Truth(NamedTuple):
     loss: float
     grads: list[Tensor]
     """Of each leaf, float64, in the leaf's shape"""
+    counts: Tensor | None = None
+    """Of an evaluation its result"""
 
 
 def truth_of(case: Case, inputs: Inputs) -> Truth:
@@ -30,6 +33,9 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     a second one takes each image's part of the loss and of the gradient by them.
     """
     objective = case.target
+    if objective.evaluates:
+        double = replace(inputs, student_logits=inputs.student_logits.double())
+        return Truth(0.0, [], evaluation(case, double, "reference"))
     if inputs.models:  # the networks stay in their own precision
         leaves = inputs.leaves
         logits, teacher_logits = inputs.models()
@@ -70,9 +76,28 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     return Truth(loss, list(torch.autograd.grad(logits, leaves, total.to(logits.dtype))))
 
 
+def evaluation(case: Case, inputs: Inputs, backend: str) -> Tensor:
+    """The function that the case evaluates, by a backend."""
+    options: dict[str, Any] = {"align_corners": case.align_corners, "backend": backend}
+    if case.target.evaluates == "predict":
+        return functional.predict(inputs.student_logits, case.label_size, **options)
+    return functional.confusion_matrix(
+        inputs.student_logits, inputs.target, ignore_index=IGNORE_INDEX, **options
+    )
+
+
+def _share_of_others(expected: Tensor, found: Tensor) -> float:
+    if expected.dim() == 2:  # a confusion matrix, where another prediction counts twice
+        return float((found - expected).abs().sum() / 2 / expected.sum())
+    return float((found.long() != expected.long()).double().mean())
+
+
 def errors_of(truth: Truth, loss: Tensor, inputs: Inputs) -> tuple[float, float]:
     """Relative error of the loss, and the largest gradient error over the largest gradient, of each
-    leaf; of a network over the largest of all, for some of its gradients are zero by symmetry."""
+    leaf; of a network over the largest of all, for some of its gradients are zero by symmetry.
+    Of an evaluation the share of pixels that differ, and 0."""
+    if truth.counts is not None:
+        return _share_of_others(truth.counts, loss), 0.0
     loss_error = abs(float(loss.detach()) - truth.loss) / max(abs(truth.loss), 1e-300)
     grad_error = 0.0
     largest = [float(grad.abs().amax()) for grad in truth.grads]

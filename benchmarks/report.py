@@ -22,6 +22,7 @@ TABLES = {
     "objectives": "Objectives",
     "dtypes": "Dtypes",
     "projections": "Projections",
+    "evaluation": "Evaluation (no backward)",
 }
 CURVES = ("pixels", "classes", "batches", "strides")
 #: Memory that a training step may take above networks and inputs
@@ -33,8 +34,9 @@ range in which another run is expected (10th against 90th percentile of the samp
 {RUN_TO_RUN:.0%} either way). Above 1: this package needs less. Rows below 1 are rows where it
 loses. *ours* is the fastest compiled backend, `reference` (plain PyTorch) where there is none.
 Errors are against float64: of the loss, relative; of the gradient, the largest over the largest
-gradient. The floor is the time of the arithmetic or bytes that the method itself asks for, at the
-ceilings above (`benchmarks/floor.py`). A dash: it cannot, or the run's time was over.
+gradient; of an evaluation, the share of pixels with another prediction. The floor is the time of
+the arithmetic or bytes that the method itself asks for, at the ceilings above
+(`benchmarks/floor.py`). A dash: it cannot, or the run's time was over.
 """
 
 

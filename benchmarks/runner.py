@@ -36,7 +36,7 @@ CURVES = ("strides", "pixels", "classes", "batches")
 #: On a CPU a graph with the interpolation inside is slower than one without: the weaker baseline.
 WEAK_ON_CPU = ("compile-whole",)
 #: Groups whose peaks of memory are measured
-PEAKS = ("headline", "training", "large", "objectives", "projections", "batches")
+PEAKS = ("headline", "training", "large", "objectives", "projections", "batches", "evaluation")
 #: What is measured, in this order, and the share of the time at which each ends: it leaves out its
 #: last cases for those after it.
 PHASES = {"times": 0.6, "memory": 0.9, "settings": 1.0}

@@ -182,6 +182,9 @@ def _clear(inputs: Inputs) -> None:
 
 
 def _backward(loss: Tensor, inputs: Inputs) -> None:
+    """Nothing of an evaluation, whose result is integers."""
+    if not loss.is_floating_point():
+        return
     loss.backward(torch.full_like(loss, inputs.loss_scale))  # type: ignore[no-untyped-call]
 
 

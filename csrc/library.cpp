@@ -55,6 +55,15 @@ HAKD_TORCH_LIBRARY(HAKD_LIBRARY, m) {
       "gradient(Tensor grad_totals, Tensor student_logits, Tensor? teacher_logits, Tensor? target, "
       "Tensor? class_weight, Tensor? pixel_weight, Tensor numbers, Tensor? student_saved, Tensor? teacher_saved, "
       "int[] structure, bool student_grad, bool teacher_grad) -> (Tensor student, Tensor teacher)");
+  // The class of the largest bilinearly upsampled logit at every pixel: [B, height, width], uint8 if
+  // `bytes`, else int64.
+  m.def(
+      "predict(Tensor logits, int height, int width, bool align_corners, bool bytes) -> Tensor");
+  // How often each label (row) was predicted as each class (column): int64 [C, C]; and the labels'
+  // report as of `sums`.
+  m.def(
+      "confusion_matrix(Tensor logits, Tensor target, int ignore_index, bool align_corners) -> "
+      "(Tensor matrix, Tensor labels)");
   // The instruction set that the CPU kernels use here.
   m.def("cpu_isa() -> str");
   // For tests: exp2, log, log2, log1p or log1p_unit of a float32 vector, by an instruction set.

@@ -1,4 +1,4 @@
-"""Losses as functions.
+"""Losses and evaluation as functions.
 
 The formulas are in `docs/method.md`, what every call promises in `docs/contract.md`.
 """
@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from ._checks import check_temperature, refuse_unknown
 from ._evaluate import DEFAULTS, LossOptions, Normalizer, Part, check_options, evaluate
+from .evaluation import confusion_matrix, predict
 from .output import DistillationOutput
 from .projector import Projection
 from .spec import Numbers, Shape, constant_while_tracing, numbers_of, shape_of, vector
@@ -36,8 +37,10 @@ __all__ = [
     "DistillationOptions",
     "Normalizer",
     "channel_wise_distillation",
+    "confusion_matrix",
     "cross_entropy",
     "distillation_loss",
+    "predict",
     "segmentation_loss",
 ]
 

@@ -157,8 +157,12 @@ def compiled_library(defects: tuple[Compiled, ...]) -> Library:
     ]
     shim = ["-DHAKD_CUDA_SHIM", "-DHAKD_CUDA_KEY=CPU", f"-I{cuda_shim.SHIM}", "-x", "c++"]
     isa = {
-        "pass_avx512.cpp": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2"],
-        "pass_avx2.cpp": ["-mavx2"],
+        f"{kernels}_{name}.cpp": flags
+        for kernels in ("pass", "predict")
+        for name, flags in (
+            ("avx512", ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2"]),
+            ("avx2", ["-mavx2"]),
+        )
     }
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "csrc"
@@ -183,7 +187,7 @@ def compiled_library(defects: tuple[Compiled, ...]) -> Library:
         compiler = cuda_shim.find_compiler()
 
         def compile_one(source: Path) -> Path:
-            target = Path(directory) / f"{source.stem}.o"
+            target = Path(directory) / f"{source.parent.name}_{source.stem}.o"
             own = isa.get(source.name, [])
             own = [*own, "-mfma", "-mf16c"] if own else own
             options = shim if source.suffix == ".cu" or source.name == "shim.cpp" else []

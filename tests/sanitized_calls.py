@@ -20,7 +20,7 @@ import torch
 from common import TERM_CASES, Batch, evaluate, loss_of, make_batch
 from torch import Tensor
 
-from heteroakd_fast import _extension
+from heteroakd_fast import _extension, functional
 from heteroakd_fast.backends import compiled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,7 +94,17 @@ def run(batch: Batch, **options: Any) -> list[Tensor]:
         loss = loss_of(*batch.arguments, backend="cpu", **options).loss
     gradients = [one for one in (result.student_grad, result.teacher_grad) if one is not None]
     terms = torch.tensor(list(result.terms.values()))
-    return [result.loss, loss, terms, *gradients, *(result.maps or {}).values()]
+    maps = (result.maps or {}).values()
+    return [result.loss, loss, terms, *gradients, *maps, *evaluations(batch, "cpu")]
+
+
+def evaluations(batch: Batch, backend: str) -> list[Tensor]:
+    size = (batch.target.shape[1], batch.target.shape[2])
+    return [
+        functional.predict(batch.student, size, backend=backend),
+        functional.confusion_matrix(batch.student, batch.target, backend=backend),
+        functional.predict(batch.teacher, size, align_corners=True, backend=backend),
+    ]
 
 
 def assert_reported(words: str, defect: Callable[..., object], *arguments: Any) -> None:
@@ -179,4 +189,5 @@ def check_cuda() -> None:
     assert_reported("heap-buffer-overflow", lambda: evaluate(short_logits, backend="cuda"))
     for case in cases(DTYPES):
         evaluate(case.batch, backend="cuda", **case.options)
+        evaluations(case.batch, "cuda")
     print("cuda: nothing was found")

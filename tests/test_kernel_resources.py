@@ -80,6 +80,17 @@ def test_cuda_compiles_for_other_architectures(
 
 
 @cuda
+@pytest.mark.parametrize("arch", ["80", "100"])
+def test_cuda_evaluation_compiles_for_other_architectures(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = ROOT / "csrc" / "cuda" / "predict.cu"
+    quick = ["-Ofc=max"] if "-Ofc" in kernels._output("nvcc", "--help") else []
+    assert b"predict_kernel" in kernels.compile_cuda(source, arch, *quick)
+
+
+@cuda
 def test_a_warning_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "careless.cu"
     source.write_text("__global__ void kernel(int* out) {\n  int nothing = 3;\n  out[0] = 1;\n}\n")

@@ -63,6 +63,10 @@ def _accuracy(name: str, *arguments: Any) -> partial[None]:
     return test_of("test_accuracy", name, *arguments)
 
 
+def _evaluation(name: str, *arguments: Any) -> partial[None]:
+    return test_of("test_evaluation", name, *arguments)
+
+
 COMPILED = (
     # formulas that CPU and CUDA share
     Compiled(
@@ -223,9 +227,52 @@ COMPILED = (
         "F(0)",
         _values("test_every_term", "cuda", "hetero-paper", F32),
     ),
+    # evaluation
+    Compiled(
+        "cpu: classes left out that can win",
+        "cpu/predict_kernel.h",
+        "min(min(F::load(a), F::load(a + 1)), min(F::load(b), F::load(b + 1)))",
+        "max(max(F::load(a), F::load(a + 1)), max(F::load(b), F::load(b + 1)))",
+        _evaluation("test_every_geometry_is_evaluated", "stride-4", False, "cpu"),
+    ),
+    Compiled(
+        "cpu: the last of equal classes wins",
+        "cpu/predict_kernel.h",
+        "less(best[r], here)",
+        "not_less(here, best[r])",
+        _evaluation("test_the_first_of_equal_classes_wins", (16, 24), "cpu"),
+    ),
+    Compiled(
+        "cpu: a confusion matrix lies on its side",
+        "cpu/predict_kernel.h",
+        "label * p.classes + line[x]",
+        "line[x] * p.classes + label",
+        _evaluation("test_ignored_labels_are_not_counted", 255, torch.int64, "cpu"),
+    ),
+    Compiled(
+        "cuda: classes left out that can win",
+        "cuda/predict.cu",
+        "most < bound",
+        "most < bound + F(1)",
+        _evaluation("test_every_geometry_is_evaluated", "stride-4", False, "cuda"),
+    ),
+    Compiled(
+        "cuda: a run of equal pixels is one pixel",
+        "cuda/predict.cu",
+        "static_cast<unsigned long long>(run_)",
+        "1ull",
+        _evaluation("test_ignored_labels_are_not_counted", 255, torch.int64, "cuda"),
+    ),
 )
 
 TRITON = (
+    Defect(
+        "triton: the last of equal classes wins",
+        "heteroakd_fast.kernels.predict:predict_pass",
+        "z > best",
+        "z >= best",
+        _evaluation("test_the_first_of_equal_classes_wins", (16, 24), "triton"),
+    ),
     Defect(
         "triton: divergence in other units",
         "heteroakd_fast.kernels.formulas:kl",
@@ -292,6 +339,13 @@ TRITON = (
 )
 
 PYTHON = (
+    Defect(
+        "reference: what is ignored counts as the first label",
+        "heteroakd_fast.backends.reference_evaluation:confusion_matrix",
+        "torch.where(counted, label, classes)",
+        "torch.where(counted, label, 0)",
+        _evaluation("test_ignored_labels_are_not_counted", 255, torch.int64, "reference"),
+    ),
     # the oracle
     Defect(
         "kd without T^2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from heteroakd_fast import backends, functional
 
 from ..cases import OBJECTIVES, Case
 from ..inputs import IGNORE_INDEX, Inputs
+from ..oracle import evaluation
 from . import Forward, Provider
 from .baselines import student_and_teacher
 
@@ -32,6 +33,8 @@ class Ours:
             "backend": self.backend,
             **case.target.options,
         }
+        if case.target.evaluates:
+            return partial(evaluation, case, inputs, self.backend)
 
         def forward() -> Tensor:
             student, teacher = student_and_teacher(case, inputs)

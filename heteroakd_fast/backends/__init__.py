@@ -160,6 +160,17 @@ class Backend(Protocol):
     def saved_shapes(self, call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each saved tensor, for tracing without data."""
 
+    def predict(
+        self, logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype
+    ) -> Tensor:
+        """Class of the largest upsampled logit, [B, *size], uint8 or int64; not empty."""
+
+    def confusion_matrix(
+        self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Counts of (label, prediction), int64 [C, C], and the labels' report (`labels.py`), of
+        which the place may be missing. The target is not empty."""
+
 
 # Modules are imported when first asked about: importing the package must not need any of them.
 _LOADERS: Final[dict[str, tuple[str, str]]] = {

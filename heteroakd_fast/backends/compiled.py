@@ -142,6 +142,22 @@ class CompiledBackend:
             call.wants[3] and teacher > 0 and not _on_label_grid(call, call.teacher),
         )
 
+    def predict(
+        self, logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype
+    ) -> Tensor:
+        prediction: Tensor = self.operators().predict(
+            logits, *size, align_corners, dtype == torch.uint8
+        )
+        return prediction
+
+    def confusion_matrix(
+        self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        matrix, report = self.operators().confusion_matrix(
+            logits, target, ignore_index, align_corners
+        )
+        return matrix, report
+
     def _saved_shape(self, call: Call, logits: Tensor) -> tuple[int, ...]:
         """On CUDA, of each group, image and class one row more than cells in every chunk of rows,
         because the last cell's bottom belongs to the next chunk's first logits."""

@@ -20,7 +20,7 @@ from .. import reference
 from ..labels import count_pixels
 from ..spec import groups_of
 from ..terms import CWD, HeteroAKD, TeacherCrossEntropy
-from . import Call, Sums
+from . import Call, Sums, reference_evaluation
 from .compiled import compute_dtype
 
 __all__ = ["BACKEND", "ReferenceBackend"]
@@ -163,6 +163,16 @@ class ReferenceBackend:
             if call.wants[at] and logits is not None:
                 grads[at] = _combine(next(remaining), [scales[group] for group in groups], logits)
         return grads
+
+    def predict(
+        self, logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype
+    ) -> Tensor:
+        return reference_evaluation.predict(logits, size, align_corners, dtype)
+
+    def confusion_matrix(
+        self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        return reference_evaluation.confusion_matrix(logits, target, ignore_index, align_corners)
 
 
 def _groups(call: Call) -> tuple[list[int], list[int]]:

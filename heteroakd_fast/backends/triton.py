@@ -136,6 +136,22 @@ class TritonBackend:
             if keeps and logits is not None
         ]
 
+    def predict(
+        self, logits: Tensor, size: tuple[int, int], align_corners: bool, dtype: torch.dtype
+    ) -> Tensor:
+        from heteroakd_fast.kernels import predict
+
+        prediction: Tensor = predict.predict(logits, size, align_corners, dtype)
+        return prediction
+
+    def confusion_matrix(
+        self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        from heteroakd_fast.kernels import predict
+
+        matrix, report = predict.confusion_matrix(logits, target, ignore_index, align_corners)
+        return matrix, report
+
 
 def _keeps(call: Call) -> tuple[bool, ...]:
     """Whether the student's pass and the teacher's keep gradients."""

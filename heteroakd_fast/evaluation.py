@@ -253,7 +253,7 @@ def _confusion_matrix_impl(
     matrix, report = backends.get(backend).confusion_matrix(
         logits, target, ignore_index, align_corners
     )
-    check_label_report(report, target, classes, ignore_index)
+    check_label_report(report, target, None, classes, ignore_index, ignore_index)
     return matrix
 
 

@@ -59,7 +59,7 @@ def predict_pass(
     logits,  # [B, C, h, w]
     target,  # [B, H, W], where it counts
     out,  # [B, H, W] out; or where it counts [C, C] of label and prediction, added to
-    report,  # int64 [2], added to where it counts: valid pixels, labels out of range
+    report,  # int64 [4], added to where it counts: see labels.py
     programs,  # per image
     classes,
     label_h,
@@ -154,7 +154,7 @@ def predict_pass(
             valid = tl.sum(tl.sum(tl.sum(tl.sum(valid, 3), 2), 1), 0)
             bad = tl.sum(tl.sum(tl.sum(tl.sum(bad, 3), 2), 1), 0)
             tl.atomic_add(report, valid, sem="relaxed")
-            tl.atomic_add(report + 1, bad, sem="relaxed")
+            tl.atomic_add(report + 2, bad, sem="relaxed")
         else:
             place = out + (image * label_h + y) * label_w + x
             tl.store(place, index.to(out.dtype.element_ty), mask=inside)
@@ -175,7 +175,7 @@ def confusion_matrix(
     """`Backend.confusion_matrix`; the report without a place."""
     classes = logits.shape[1]
     out = logits.new_zeros((classes, classes), dtype=torch.int64)
-    report = logits.new_zeros(2, dtype=torch.int64)
+    report = logits.new_zeros(4, dtype=torch.int64)
     size = (target.shape[1], target.shape[2])
     _launch(logits, size, align_corners, target, out, report, ignore_index, True)
     return out, report

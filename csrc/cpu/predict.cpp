@@ -72,7 +72,7 @@ class Evaluation {
   }
 
   LabelReport count(const Tensor& target, int64_t ignore_index, int64_t* table) {
-    const StridedLabels labels(target, job_.classes, ignore_index);
+    const StridedLabels labels(target, job_.classes, ignore_index, ignore_index);
     job_.labels = labels.view();
     job_.shared = job_.classes * job_.classes * 8 > kTableBytes;
     run(table);
@@ -241,12 +241,7 @@ std::tuple<Tensor, Tensor> confusion_matrix(const Tensor& logits, const Tensor& 
       labels = evaluation.count(target, ignore_index, table);
     });
   }
-  Tensor report = torch::stable::empty({3}, ScalarType::Long);
-  auto* const l = static_cast<int64_t*>(report.mutable_data_ptr());
-  l[0] = labels.valid;
-  l[1] = labels.out_of_range;
-  l[2] = labels.first_out_of_range;
-  return {out, report};
+  return {out, report_tensor(labels)};
 }
 
 }  // namespace

@@ -344,7 +344,7 @@ class Unit {
                         y * view.stride[1] + chunk_->first_pixel * view.stride[2];
     for (int64_t x = 0; x < chunk_->pixels; ++x) {
       const auto label = static_cast<int64_t>(in[x * view.stride[2]]);
-      const LabelKind kind = label_kind(label, view.num_classes, view.ignore_index);
+      const LabelKind kind = label_kind(label, view.num_classes, view.ignore_index, view.ignore_index);
       if (kind == LabelKind::kClass) {
         int64_t* const entry = table + label * p.classes + line[x];
         if (p.shared) {
@@ -352,12 +352,11 @@ class Unit {
         } else {
           ++*entry;
         }
-        ++report.valid;
+        ++report.labelled;
+        ++report.distilled;
       } else if (kind == LabelKind::kOutOfRange) {
         const int64_t at = (image_ * p.label_height + y) * p.label_width + chunk_->first_pixel + x;
-        if (report.out_of_range++ == 0 || at < report.first_out_of_range) {
-          report.first_out_of_range = at;
-        }
+        if (report.bad_labels++ == 0 || at < report.first_bad_label) report.first_bad_label = at;
       }
     }
   }

@@ -43,7 +43,7 @@ struct Prediction {
   bool bytes;             // of the predictions: uint8, else int64
   void* out;              // [B, H, W], dense; null: count
   unsigned long long* table;   // int64 [C, C] of label and prediction, added to
-  unsigned long long* report;  // int64 [2], added to: valid pixels, labels out of range
+  unsigned long long* report;  // int64 [4], added to: see heteroakd_fast/labels.py
   // how an image is cut: patches of pixels, each within one cell
   int32_t rows_per_cell, columns_per_cell;  // patches, at most
   int64_t patches;        // of an image
@@ -271,7 +271,7 @@ HAKD_DEVICE void count(const Prediction& p, int32_t image, const Patch<F, R, S>&
     for (int s = 0; s < S; ++s) {
       if (r >= patch.high || s >= patch.wide) continue;
       const int64_t label = label_at(p.target, at + s * p.target.column_stride);
-      const LabelKind kind = label_kind(label, p.classes, p.ignore_index);
+      const LabelKind kind = label_kind(label, p.classes, p.ignore_index, p.ignore_index);
       if (kind == LabelKind::kClass) {
         counter.add(label * p.classes + index[r][s]);
         valid += 1;
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kPredictThreads)
   const int32_t bad_of_warp = over_warp(bad);
   if (thread % kWarpSize == 0) {
     atomicAdd(p.report, static_cast<unsigned long long>(valid_of_warp));
-    atomicAdd(p.report + 1, static_cast<unsigned long long>(bad_of_warp));
+    atomicAdd(p.report + 2, static_cast<unsigned long long>(bad_of_warp));
   }
   if (shared == nullptr) return;
   __syncthreads();
@@ -409,7 +409,7 @@ std::tuple<Tensor, Tensor> confusion_matrix(const Tensor& logits, const Tensor& 
     return torch::stable::zero_(tensor);
   };
   Tensor out = zeros({logits.size(1), logits.size(1)});
-  Tensor report = zeros({2});
+  Tensor report = zeros({4});
   p.target = labels_of(target);
   p.ignore_index = ignore_index;
   p.table = static_cast<unsigned long long*>(out.mutable_data_ptr());

@@ -42,7 +42,7 @@ def confusion_matrix(
         entry = torch.where(counted, label, classes) * classes + winners
         table.index_put_((entry.flatten(),), one, accumulate=True)
     matrix = table[:-classes].view(classes, classes).clone()
-    return matrix, label_report(target, classes, ignore_index)
+    return matrix, label_report(target, None, classes, ignore_index, ignore_index)
 
 
 def _bands(

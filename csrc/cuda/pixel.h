@@ -24,6 +24,7 @@ template <class List>
 struct Any;
 template <class... Terms>
 struct Any<TermTypes<Terms...>> {
+  static constexpr bool kKnown = false;
   template <class Term>
   HAKD_DEVICE static bool has(const Pass& p) {
     return may_have<Term>() && p.has[index_of<Term>];
@@ -56,6 +57,7 @@ using UsualPaper = Any<TermTypes<CrossEntropyTerm, KdTerm, PaperTerm, FeatureTer
 // are not there. A call may have fewer of them, and terms without a gradient of their own have one together.
 template <int32_t... kVariants>
 struct Fixed {
+  static constexpr bool kKnown = true;
   template <class Term>
   HAKD_FN static constexpr int32_t fixed() {
     const int32_t variants[] = {kVariants...};
@@ -103,9 +105,35 @@ struct Fixed {
   }
   HAKD_DEVICE static constexpr Needs needs(const Pass&) { return needs_of(AllTerms()); }
   HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
-  HAKD_DEVICE static constexpr int32_t leader(const Pass&, int32_t term) {
+  // The first term whose gradient is made of the same two: where both go to one place, the
+  // coefficients add.
+  template <class Term>
+  HAKD_FN static constexpr int32_t twin() {
+    return twin_of<Term>(AllTerms());
+  }
+  template <class Term, class... Terms>
+  HAKD_FN static constexpr int32_t twin_of(TermTypes<Terms...>) {
+    const bool same[] = {std::is_same<Term, Terms>::value || alike<Term, Terms>()...};
+    int32_t k = 0;
+    while (!same[k]) ++k;
+    return k;
+  }
+  template <class A, class B>
+  HAKD_FN static constexpr bool alike() {
+    constexpr int32_t a = fixed<A>(), b = fixed<B>();
+    return a >= 0 && b >= 0 && !A::has_label(a) && !B::has_label(b) &&
+           A::student(a) == B::student(b) && A::student(a) != From::kOwn &&
+           A::other_from(a) == B::other_from(b) && A::other_from(a) != From::kOwn;
+  }
+  HAKD_FN static constexpr int32_t first() {
+    int32_t k = 0;
+    while (leader_of(k) == 15) ++k;
+    return k;
+  }
+  HAKD_FN static constexpr int32_t leader_of(int32_t term) {
     return static_cast<int32_t>(kLeaders >> 4 * term & 15);
   }
+  HAKD_DEVICE static constexpr int32_t leader(const Pass&, int32_t term) { return leader_of(term); }
   HAKD_DEVICE static constexpr bool leads(const Pass& p, int32_t term) {
     return leader(p, term) == term;
   }
@@ -244,28 +272,7 @@ struct ThreadSums {
   }
 };
 
-// --- a term at a pixel ---------------------------------------------------------------------------------
-
-// Adds its value (but for that of a value loop) and its share to the sums; the coefficients are 0
-// where the pixel is not valid.
-template <class Term, class Set, typename F>
-HAKD_DEVICE Coefficients<F> pixel_of(const Pass& p, const Numbers<F>& n, const PassNumbers<F>& pass,
-                                     const Totals<F>& t,
-                                     const typename Term::template Known<F>& known,
-                                     const typename Term::template Own<F>& own, bool valid,
-                                     Sums<F>& sums) {
-  constexpr int k = index_of<Term>;
-  const int32_t variant = Set::template variant<Term>(p);
-  Coefficients<F> c =
-      Term::pixel(variant, n.terms.template of<Term>(), pass, t, known, own, n.term_scale[k]);
-  c.value = valid ? c.value : F(0);
-  c.student = valid ? c.student : F(0);
-  c.other = valid ? c.other : F(0);
-  c.label = valid ? c.label : F(0);
-  if (!Term::has_value_loop(variant)) sums.of_term[k] += c.value;
-  if constexpr (Term::kHasShares) sums.share[share_index_of<Term>] += valid ? c.share : F(0);
-  return c;
-}
+// --- maps ----------------------------------------------------------------------------------------
 
 template <typename F>
 HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, bool valid,

@@ -131,7 +131,7 @@ class CellPass {
     for (int r = 0; r < R; ++r) {
 #pragma unroll
       for (int s = 0; s < S; ++s) {
-        terms.finish(r * S + s, label[r][s] >= 0, own_.own && inside(r, s), y_ + r, x_ + s, sums);
+        terms.finish(r * S + s, label[r][s] >= 0, sums);
       }
     }
     if (__any_sync(kAllLanes, left_over != 0)) finish(i, left_over, rows, sums);
@@ -195,6 +195,7 @@ class CellPass {
         }
         terms.begin(totals, r * S + c);
         terms.find_coefficients(totals, r * S + c, label[r][c] >= 0, sums);
+        terms.write(r * S + c, label[r][c] >= 0, own_.own && inside(r, c), y_ + r, x_ + c);
       }
     }
     return left_over;

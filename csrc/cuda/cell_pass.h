@@ -121,8 +121,8 @@ HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t beg
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         column.at[r].is_label = label[r][s] == c;
-        add_class<Set>(p, column.at[r], column.student_hard[r], column.teacher_hard[r],
-                       column.difference[r], 0.0f, sums[r][s]);
+        const auto hard = [&](int m) { return m == 0 ? column.student_hard[r] : column.teacher_hard[r]; };
+        add_class<Set>(p, column.at[r], hard, column.difference[r], 0.0f, sums[r][s]);
       }
     }
     corner += kModels * kPlane;

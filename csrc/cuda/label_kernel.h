@@ -80,6 +80,7 @@ class LabelPass {
                        label_[i]);
       terms_.begin(t[i], i);
       terms_.find_coefficients(t[i], i, label_[i] >= 0, sums);
+      if (!kGrad) terms_.write(i, label_[i] >= 0, i < wide_, y_, x_ + i);
     }
     if (kGrad) {
       switch (fixed_power<Set>(p)) {
@@ -91,9 +92,7 @@ class LabelPass {
     }
     if (terms_.values_late()) find_late();
 #pragma unroll
-    for (int i = 0; i < S; ++i) {
-      terms_.finish(i, label_[i] >= 0, i < wide_, y_, x_ + i, sums);
-    }
+    for (int i = 0; i < S; ++i) terms_.finish(i, label_[i] >= 0, sums);
   }
 
  private:
@@ -180,8 +179,11 @@ class LabelPass {
           k.teacher_a = max_or_nan(least, teacher.v[i] - teacher_m[i]) * n.pass.scale;
           k.teacher_e = exp2(k.teacher_a);
         }
-        add_class<Set>(p, k, hard<kPower>(k.student_a, k.student_e),
-                       hard<kPower>(k.teacher_a, k.teacher_e), k.teacher_a - k.student_a, 0.0f, s[i]);
+        const auto hard_of = [&](int m) {
+          return m == 0 ? hard<kPower>(k.student_a, k.student_e)
+                        : hard<kPower>(k.teacher_a, k.teacher_e);
+        };
+        add_class<Set>(p, k, hard_of, k.teacher_a - k.student_a, 0.0f, s[i]);
         // The general power is found anew from a.
         student.v[i] = kGrad && kPower != 0 ? k.student_e : k.student_a;
         teacher.v[i] = k.teacher_e;

@@ -23,19 +23,23 @@ HAKD_DEVICE F hard_exponential(int32_t power, F exponent, F a, F e) {
   return power == 2 ? e * e : (e * e) * (e * e);
 }
 
-// Adds a class to the sums of a pixel. Hard: e at T = 1; difference: a_t - a_s; weight: w_c.
-template <class Set, typename F>
-HAKD_DEVICE void add_class(const Pass& p, const Class<F, bool>& c, F student_hard, F teacher_hard,
-                           F difference, F weight, Totals<F>& t) {
+// Adds a class to the sums of a pixel. hard(m): e at T = 1 of model m; difference: a_t - a_s; weight: w_c.
+template <class Set, typename F, class Hard>
+HAKD_DEVICE void add_class(const Pass& p, const Class<F, bool>& c, const Hard& hard, F difference,
+                           F weight, Totals<F>& t) {
   const Needs needs = Set::needs(p);
   t.student_total += c.student_e;
-  if (!c.is_label) t.student_others += student_hard;
   if (needs.weighted_z) t.weighted_z = fma(weight, c.student_a, t.weighted_z);
+  if (needs.pair) {
+    t.teacher_total += c.teacher_e;
+    t.difference = fma(c.teacher_e, difference, t.difference);
+    if (needs.teacher_at_top && c.student_a == F(0)) t.teacher_at_top = c.teacher_a;
+  }
+  const F student = hard(0);
+  if (!c.is_label) t.student_others += student;
   if (!needs.pair) return;
-  t.teacher_total += c.teacher_e;
-  if (!c.is_label) t.teacher_others += teacher_hard;
-  t.difference = fma(c.teacher_e, difference, t.difference);
-  if (needs.teacher_at_top && c.student_a == F(0)) t.teacher_at_top = c.teacher_a;
+  const F teacher = hard(1);
+  if (!c.is_label) t.teacher_others += teacher;
 }
 
 // What a term knows of the pixels of a thread, from one loop over classes to the next.
@@ -155,6 +159,18 @@ class PixelTerms {
     });
   }
 
+  // The maps, as soon as they can be: what they show takes registers.
+  HAKD_DEVICE void write(int i, bool valid, bool inside, int32_t y, int32_t x) {
+    if (!p.maps || !inside) return;
+    for_each_here([&](auto tag) {
+      using Term = Of<decltype(tag)>;
+      if constexpr (Term::kMapped) {
+        const typename Term::template Known<F>& known = state<Term>().known[i];
+        write_maps(p, image_, y, x, valid, known.reliability, known.discrepancy);
+      }
+    });
+  }
+
   // Whether there are sums over classes that only values need.
   HAKD_DEVICE bool values_late() const {
     return some([&](auto tag) {
@@ -184,19 +200,14 @@ class PixelTerms {
     });
   }
 
-  // The values of value loops, which come last, and the maps.
-  HAKD_DEVICE void finish(int i, bool valid, bool inside, int32_t y, int32_t x, Sums<F>& sums) {
+  // The values of value loops, which come last.
+  HAKD_DEVICE void finish(int i, bool valid, Sums<F>& sums) {
     for_each_here([&](auto tag) {
       using Term = Of<decltype(tag)>;
-      TermState<Term, F, N>& k = state<Term>();
+      const TermState<Term, F, N>& k = state<Term>();
       if constexpr (Term::kHasValueLoop) {
         if (Term::has_value_loop(variant(tag))) {
           sums.of_term[index_of<Term>] += valid ? k.coefficients[i].value * k.own[i].sum : F(0);
-        }
-      }
-      if constexpr (Term::kMapped) {
-        if (p.maps && inside) {
-          write_maps(p, image_, y, x, valid, k.known[i].reliability, k.known[i].discrepancy);
         }
       }
     });

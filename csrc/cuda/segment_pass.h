@@ -72,12 +72,13 @@ class SegmentPass {
       });
     }
 #pragma unroll
-    for (int i = 0; i < S; ++i) terms_.find_coefficients(t[i], i, at.label[i] >= 0, sums);
+    for (int i = 0; i < S; ++i) {
+      terms_.find_coefficients(t[i], i, at.label[i] >= 0, sums);
+      terms_.write(i, at.label[i] >= 0, at.inside[i], at.y, at.x + i);
+    }
     if (p.gradients || terms_.values_late()) gradients(rows);
 #pragma unroll
-    for (int i = 0; i < S; ++i) {
-      terms_.finish(i, at.label[i] >= 0, at.inside[i], at.y, at.x + i, sums);
-    }
+    for (int i = 0; i < S; ++i) terms_.finish(i, at.label[i] >= 0, sums);
   }
 
  private:
@@ -261,8 +262,10 @@ class SegmentPass {
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         const Class<F, bool> k = class_of(c, z_s[i], z_t[i], i, needs.pair);
-        add_class<Set>(p, k, hard(k.student_a, k.student_e), hard(k.teacher_a, k.teacher_e),
-                       k.teacher_a - k.student_a, w, t[i]);
+        const auto hard_of = [&](int m) {
+          return m == 0 ? hard(k.student_a, k.student_e) : hard(k.teacher_a, k.teacher_e);
+        };
+        add_class<Set>(p, k, hard_of, k.teacher_a - k.student_a, w, t[i]);
       }
     }
     if (needs.weighted_z) {

@@ -321,23 +321,17 @@ __global__ void __launch_bounds__(kCellThreads) cell_kernel(const __grid_constan
   HAKD_SHARED_MEMORY(float4, shared_memory);
   static_assert(S % kHandedOver == 0, "pixels are handed over by whole rows");
   constexpr int kModels = Set::kTeacher ? 2 : 1;
-  constexpr int kWarps = kCellThreads / kWarpSize;
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const int32_t first = first_column(p, program, kWarps, warp);
-  const Column own = column_of(p, first + lane, p.halo && lane == 0);
+  const Thread thread = this_thread<kCellThreads>(p);
   const Numbers<float> n = numbers_of<Set, float>(p);
   auto* memory = reinterpret_cast<float*>(reinterpret_cast<char*>(shared_memory) +
-                                          static_cast<int64_t>(warp) * p.warp_bytes);
+                                          static_cast<int64_t>(thread.warp) * p.warp_bytes);
   const float largest_exponent = n.hard_exponent > 1.0f ? n.hard_exponent : 1.0f;
-  const Staging<kModels> staging = {Region<kModels>(memory), own,
-                                    column_of(p, first + kWarpSize, true), lane, n.pass.scale,
-                                    kLimit / largest_exponent};
+  const Staging<kModels> staging = {Region<kModels>(memory), thread.column,
+                                    column_of(p, thread.first + kWarpSize, true), thread.lane,
+                                    n.pass.scale, kLimit / largest_exponent};
   ThreadSums sums;
-  CellPass<Set, R, S>(p, image, staging, n).run(sums);
-  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, own.own, lane);
+  CellPass<Set, R, S>(p, thread.image, staging, n).run(sums);
+  write_sums<Set>(p, thread.row, sums, thread.column.own, thread.lane);
 }
 
 }  // namespace heteroakd::cuda

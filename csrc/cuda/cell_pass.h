@@ -76,7 +76,7 @@ HAKD_DEVICE void hard_exponentials(const Slope& slope, float exponent, const flo
 // One class at a column of pixels.
 template <class Set, int kPower, int R>
 struct CellColumn {
-  Class<float, bool> at[R];
+  BoundedClass<float, bool> at[R];
   float student_hard[R], teacher_hard[R], difference[R];  // e at T = 1; a_t - a_s
 
   HAKD_DEVICE CellColumn(const Sides& student, const Sides& teacher, float x, float hard_exponent) {

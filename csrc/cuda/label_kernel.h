@@ -263,12 +263,8 @@ class LabelPass {
 template <class Set, int S, bool kGrad>
 __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_constant__ Pass p) {
   HAKD_SHARED_MEMORY(float4, shared_memory);
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  constexpr int kWarps = kLabelThreads / kWarpSize;
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane, false);
+  const Thread thread = this_thread<kLabelThreads>(p);
+  const Column& column = thread.column;
   const Numbers<float> n = numbers_of<Set, float>(p);
   auto* memory = reinterpret_cast<Pixels<S>*>(shared_memory) + threadIdx.x;
   ThreadSums thread_sums;
@@ -279,10 +275,10 @@ __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_const
     const bool exists = column.exists && y < p.label_height;
     __syncwarp();  // what the row above left in shared memory has been written
     Sums<float> sums = no_sums<float>();
-    LabelPass<Set, S, kGrad>(p, n, image, y, x, exists, memory).run(sums);
+    LabelPass<Set, S, kGrad>(p, n, thread.image, y, x, exists, memory).run(sums);
     thread_sums.template add<Set>(sums);
   }
-  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
+  write_sums<Set>(p, thread.row, thread_sums, column.own, thread.lane);
 }
 
 }  // namespace heteroakd::cuda

@@ -105,25 +105,21 @@ struct Fixed {
   }
   HAKD_DEVICE static constexpr Needs needs(const Pass&) { return needs_of(AllTerms()); }
   HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
-  // The first term whose gradient is made of the same two: where both go to one place, the
+  // The first term whose gradient is made of the same x and y: where both go to one place, the
   // coefficients add.
-  template <class Term>
-  HAKD_FN static constexpr int32_t twin() {
-    return twin_of<Term>(AllTerms());
-  }
   template <class Term, class... Terms>
   HAKD_FN static constexpr int32_t twin_of(TermTypes<Terms...>) {
-    const bool same[] = {std::is_same<Term, Terms>::value || alike<Term, Terms>()...};
+    const int32_t shapes[] = {shape<Terms>()...};
     int32_t k = 0;
-    while (!same[k]) ++k;
+    while (shapes[k] != shape<Term>()) ++k;
     return k;
   }
-  template <class A, class B>
-  HAKD_FN static constexpr bool alike() {
-    constexpr int32_t a = fixed<A>(), b = fixed<B>();
-    return a >= 0 && b >= 0 && !A::has_label(a) && !B::has_label(b) &&
-           A::student(a) == B::student(b) && A::student(a) != From::kOwn &&
-           A::other_from(a) == B::other_from(b) && A::other_from(a) != From::kOwn;
+  template <class Term>
+  HAKD_FN static constexpr int32_t shape() {
+    constexpr int32_t v = fixed<Term>();
+    constexpr From x = Term::student(v), y = Term::other_from(v);
+    const bool alone = v < 0 || Term::has_label(v) || x == From::kOwn || y == From::kOwn;
+    return alone ? -1 - index_of<Term> : static_cast<int32_t>(x) * 16 + static_cast<int32_t>(y);
   }
   HAKD_FN static constexpr int32_t first() {
     int32_t k = 0;

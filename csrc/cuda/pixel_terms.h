@@ -60,8 +60,10 @@ struct TermStates<F, N, TermTypes<Terms...>> : TermState<Terms, F, N>... {};
 template <typename F, class Set, int N, bool kOne = false>
 class PixelTerms {
  public:
+  F weight_sum;  // sum_c w_c, where a term needs it
+
   HAKD_DEVICE PixelTerms(const Pass& pass, const Numbers<F>& numbers, int32_t image)
-      : p(pass), n(numbers), weight_sum(numbers.pass.weight_sum), image_(image) {}
+      : weight_sum(numbers.pass.weight_sum), p(pass), n(numbers), image_(image) {}
 
   template <class Term>
   HAKD_DEVICE TermState<Term, F, N>& state() {
@@ -150,10 +152,9 @@ class PixelTerms {
       if constexpr (Term::kHasShares) sums.share[share_index_of<Term>] += counts ? c.share : F(0);
       if constexpr (kOne) {
         for_each([&](auto other) {
-          if constexpr (joins<Term>() && index_of<Of<decltype(other)>> == Set::template twin<Term>()) {
-            state<Of<decltype(other)>>().coefficients[i].student += c.student;
-            state<Of<decltype(other)>>().coefficients[i].other += c.other;
-          }
+          if (!joins<Term>() || index_of<Of<decltype(other)>> != twin<Term>()) return;
+          state<Of<decltype(other)>>().coefficients[i].student += c.student;
+          state<Of<decltype(other)>>().coefficients[i].other += c.other;
         });
       }
     });
@@ -181,7 +182,8 @@ class PixelTerms {
 
   // The gradients of class c at pixel i, each added to that of the term that leads it (kOne: of the
   // first); sums of value loops. student_hard: e at T = 1.
-  HAKD_DEVICE void find_gradients(int32_t c, const Class<F, bool>& k, F student_hard, int i,
+  template <class AnyClass>
+  HAKD_DEVICE void find_gradients(int32_t c, const AnyClass& k, F student_hard, int i,
                                   bool valid, F (&g)[kTerms]) {
     for_each_here([&](auto tag) {
       using Term = Of<decltype(tag)>;
@@ -217,11 +219,15 @@ class PixelTerms {
   template <class Tag>
   using Of = typename Tag::type;
 
+  template <class Term>
+  HAKD_FN static constexpr int32_t twin() {
+    if constexpr (kOne) return Set::template twin_of<Term>(AllTerms());
+    return index_of<Term>;
+  }
   // Whether its coefficients were added to those of a term before it.
   template <class Term>
   HAKD_FN static constexpr bool joins() {
-    if constexpr (kOne) return Set::template twin<Term>() < index_of<Term>;
-    return false;
+    return twin<Term>() != index_of<Term>;
   }
 
   template <class Term>
@@ -266,15 +272,15 @@ class PixelTerms {
   }
 
   // What `before` becomes, where the term joins another's gradient.
-  template <class Term>
-  HAKD_DEVICE F gradient(int32_t c, const Class<F, bool>& known, F student_hard, int i, bool valid,
+  template <class Term, class AnyClass>
+  HAKD_DEVICE F gradient(int32_t c, const AnyClass& known, F student_hard, int i, bool valid,
                          bool joins, F before) {
     const int32_t v = variant(TermTag<Term>());
     TermState<Term, F, N>& s = state<Term>();
     const From from_x = Term::student(v), from_y = Term::other_from(v);
     const bool own = from_x == From::kOwn || from_y == From::kOwn;
     Pair<F> pair{F(0), F(0)};
-    Class<F, bool> k = known;
+    AnyClass k = known;
     if constexpr (Term::kFirsts > 0) find_shares<Term>(c, k, i);
     if (Term::has_value_loop(v)) {
       pair = add_other<Term>(k, i, s.known[i], s.own[i]);
@@ -312,11 +318,6 @@ class PixelTerms {
 
   const Pass& p;
   const Numbers<F>& n;
-
- public:
-  F weight_sum;  // sum_c w_c, where a term needs it
-
- private:
   int32_t image_;
   TermStates<F, N, AllTerms> states_;
 };

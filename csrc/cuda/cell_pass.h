@@ -121,7 +121,9 @@ HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t beg
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         column.at[r].is_label = label[r][s] == c;
-        const auto hard = [&](int m) { return m == 0 ? column.student_hard[r] : column.teacher_hard[r]; };
+        const auto hard = [&](int m) {
+          return m == 0 ? column.student_hard[r] : column.teacher_hard[r];
+        };
         add_class<Set>(p, column.at[r], hard, column.difference[r], 0.0f, sums[r][s]);
       }
     }
@@ -185,7 +187,8 @@ HAKD_DEVICE void cell_gradients(const Pass& p, const float* corner, int32_t begi
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         column.at[r].is_label = label[r][s] == c;
-        terms.find_gradients(c, column.at[r], column.student_hard[r], r * S + s, label[r][s] >= 0, g[r]);
+        terms.find_gradients(c, column.at[r], column.student_hard[r], r * S + s,
+                             label[r][s] >= 0, g[r]);
       }
 #pragma unroll
       for (int k = 0; k < kTerms; ++k) {

@@ -46,7 +46,13 @@ class LabelPass {
   // memory: [C][kModels][threads] of Pixels<S>, of which this thread's.
   HAKD_DEVICE LabelPass(const Pass& pass, const Numbers<float>& numbers, int32_t image, int32_t y,
                         int32_t x, bool exists, Pixels<S>* memory)
-      : p(pass), n(numbers), memory_(memory), image_(image), y_(y), x_(x), terms_(pass, numbers, image) {
+      : p(pass),
+        n(numbers),
+        memory_(memory),
+        image_(image),
+        y_(y),
+        x_(x),
+        terms_(pass, numbers, image) {
     wide_ = exists ? p.label_width - x : 0;
     wide_ = wide_ < S ? wide_ : S;
   }

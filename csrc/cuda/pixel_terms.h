@@ -23,7 +23,8 @@ HAKD_DEVICE F hard_exponential(int32_t power, F exponent, F a, F e) {
   return power == 2 ? e * e : (e * e) * (e * e);
 }
 
-// Adds a class to the sums of a pixel. hard(m): e at T = 1 of model m; difference: a_t - a_s; weight: w_c.
+// Adds a class to the sums of a pixel. hard(m): e at T = 1 of model m; difference: a_t - a_s;
+// weight: w_c.
 template <class Set, typename F, class Hard>
 HAKD_DEVICE void add_class(const Pass& p, const Class<F, bool>& c, const Hard& hard, F difference,
                            F weight, Totals<F>& t) {

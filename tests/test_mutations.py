@@ -171,9 +171,9 @@ COMPILED = (
     # the CUDA kernels
     Compiled(
         "cuda: ce lost where kd joins it",
-        "cuda/cell_pass.h",
-        "ce ? g[r] + own : own",
-        "own",
+        "cuda/pixel_terms.h",
+        "fma(a.student, x, g)",
+        "a.student * x",
         _cuda("test_usual_terms", "stride-4", "ce+kd+hetero"),
     ),
     Compiled(
@@ -222,7 +222,7 @@ COMPILED = (
     ),
     Compiled(
         "cuda: sums stay at their old bound",
-        "cuda/segment_pass.h",
+        "cuda/pixel_terms.h",
         "s.bound[i].v[j] - now",
         "F(0)",
         _values("test_every_term", "cuda", "hetero-paper", F32),

@@ -18,7 +18,8 @@ class Arena {
   template <typename T>
   T* take(int64_t count) {
     char* p = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;  // apart by a line
+    // apart by a line, which is as long as a vector of pixels
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
     return reinterpret_cast<T*>(p);
   }
   size_t used() const { return used_; }
@@ -258,7 +259,7 @@ class Terms {
   // side by side hide its latency.
   template <int kRows, bool kUpsample>
   void totals(const Group<T>& group, bool chained) {
-    const int32_t common = common_label<kRows>(group.labels, p.classes);
+    const int32_t common = common_label<kRows>(group.labels);
     for (int r = 0; r < kRows; ++r) prepare<kUpsample>(group, r, common, chained);
     const int64_t tile = p.classes * N;
     for (int r = 0; r < kRows && !chained; ++r) {
@@ -305,12 +306,6 @@ class Terms {
   HAKD_FN void prepare(const Group<T>& group, int r, int32_t common, bool chained) {
     const int64_t tile = p.classes * N;
     const int32_t* labels = group.labels[r];
-    int32_t indices[N];
-    if (p.unlabelled) {
-      const auto classes = static_cast<int32_t>(p.classes);
-      for (int l = 0; l < N; ++l) indices[l] = labels[l] < classes ? labels[l] : kIgnored;
-      labels = indices;
-    }
     Totals<F>& t = totals_[r];
     if (needs_.student_nll) {
       const F z = kUpsample && chained
@@ -320,7 +315,11 @@ class Terms {
       t.label_weight = F(T(1));
       if (p.class_weight != nullptr) {
         T weights[N];
-        for (int l = 0; l < N; ++l) weights[l] = labels[l] < 0 ? T(0) : p.class_weight[labels[l]];
+        const auto classes = static_cast<uint32_t>(p.classes);
+        for (int l = 0; l < N; ++l) {
+          const bool labelled = static_cast<uint32_t>(labels[l]) < classes;
+          weights[l] = labelled ? p.class_weight[labels[l]] : T(0);
+        }
         t.label_weight = F::load(weights);
       }
     }
@@ -349,16 +348,19 @@ class Terms {
 
   // The class that all of these pixels are labelled with, or -1: most of a real label map is one
   // class as far as a few vectors reach, and then nothing needs to be gathered.
+  // Of unlabelled pixels alone that is the number of classes.
   template <int kRows>
-  HAKD_FN static int32_t common_label(const int32_t* const* labels, int64_t classes) {
+  HAKD_FN static int32_t common_label(const int32_t* const* labels) {
     const int32_t first = labels[0][0];
-    bool same = first >= 0 && first < classes;
+    bool same = first >= 0;
     for (int r = 0; r < kRows; ++r) {
       same = same && all(is_class(load_labels<T>(labels[r]), first));
     }
     return same ? first : -1;
   }
 
+  // Of an unlabelled pixel what lies behind the last class: there is room for a class (Arena), and
+  // whatever is there is replaced.
   HAKD_FN static F at_label(const T* z, const int32_t* labels, int32_t common) {
     return common >= 0 ? F::load(z + static_cast<int64_t>(common) * N) : gather_tile(z, labels);
   }
@@ -410,34 +412,39 @@ class Terms {
       if constexpr (Term::kHasValueLoop) {
         if (Term::has_value_loop(v)) of_pixel = of_pixel * own.sum;
       }
-      if (group.weights[r] != nullptr && Term::spaces(v) == 0) {
-        const F weight = F::load(group.weights[r]);
-        of_pixel = of_pixel * weight;
-        c.share = c.share * weight;
-        c.student = c.student * weight;
-        c.other = c.other * weight;
-        c.label = c.label * weight;
+      if (p.unlabelled || p.pixel_weight != nullptr) {
+        c.value = of_pixel;
+        adjust(group, r, Term::kNeedsLabel, Term::spaces(v) == 0, c);
+        of_pixel = c.value;
       }
-      const bool drops = Term::kNeedsLabel && p.unlabelled;
-      const auto counted = [&](F x) __attribute__((always_inline)) {
-        if (drops) x = select(is_unlabelled(group.labels[r]), zero, x);
-        return select(valid, x, zero);
-      };
-      value = value + counted(of_pixel);
-      if (p.has_shares[k]) share = share + counted(c.share);
+      value = value + select(valid, of_pixel, zero);
+      if (p.has_shares[k]) share = share + select(valid, c.share, zero);
       if (Term::student(v) != From::kNone) {
-        counted(c.student).store(coefficient(k, kStudentCoefficient, r));
+        select(valid, c.student, zero).store(coefficient(k, kStudentCoefficient, r));
       }
       if (Term::other_from(v) != From::kNone) {
-        counted(c.other).store(coefficient(k, kOtherCoefficient, r));
+        select(valid, c.other, zero).store(coefficient(k, kOtherCoefficient, r));
       }
       if (Term::has_label(v)) {
-        counted(c.label).store(coefficient(k, kLabelCoefficient, r));
+        select(valid, c.label, zero).store(coefficient(k, kLabelCoefficient, r));
       }
     }
     if (!p.values || !p.asked[k]) return;
     add_to(lane_sums_ + k * 2 * N, value);
     if (p.has_shares[k]) add_to(lane_sums_ + (k * 2 + 1) * N, share);
+  }
+
+  // What pixels without a label and weights of pixels change; not inlined, because a call has neither as
+  // a rule. A term over space has the weights in its shares.
+  __attribute__((noinline)) void adjust(const Group<T>& group, int r, bool needs_label,
+                                        bool takes_weight, Coefficients<F>& c) const {
+    const Mask<T> without = is_unlabelled(group.labels[r]);
+    const bool weighted = takes_weight && group.weights[r] != nullptr;
+    const F weight = weighted ? F::load(group.weights[r]) : F(T(1));
+    for (F* x : {&c.value, &c.share, &c.student, &c.other, &c.label}) {
+      if (weighted) *x = *x * weight;
+      if (needs_label) *x = select(without, F(T(0)), *x);
+    }
   }
 
   // The loops over classes of one term and row.

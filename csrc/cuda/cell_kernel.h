@@ -124,30 +124,17 @@ class CellPass {
       at_.x[s] = fraction_in_cell<float>(axis_x, x_ + s, own_.cell);
     }
 
-    CellCoefficients<R, S> k;
-    const uint32_t left_over = pixels(t, label, k, sums);
-    if (p.gradients || values_late()) gradients(t, label, k, rows);
-    if (values_late()) {
-      const float factor = static_cast<float>(kLn2) * n.pass.temperature;
+    PixelTerms<float, Set, R * S> terms(p, n, image_);
+    const uint32_t left_over = pixels(t, label, terms, sums);
+    if (p.gradients || terms.values_late()) gradients(t, label, terms, rows);
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-          sums.of_term[kHetero] += k.hetero_other[r][s] * factor * k.late[r][s];
-        }
+      for (int s = 0; s < S; ++s) {
+        terms.finish(r * S + s, label[r][s] >= 0, sums);
       }
     }
     if (__any_sync(kAllLanes, left_over != 0)) finish(i, left_over, rows, sums);
-  }
-
-  static constexpr int kHetero = index_of<HeteroTerm>;
-
-  // Whether the value of hetero comes with the gradients.
-  HAKD_DEVICE bool values_late() const { return Set::template has<HeteroTerm>(p) && p.asked[kHetero]; }
-
-  HAKD_DEVICE int32_t power() const {
-    if (!soft<Set>(p)) return 1;
-    return p.power == 1 || p.power == 2 ? p.power : 0;
   }
 
   HAKD_DEVICE const float* corner(int32_t t) const {
@@ -170,7 +157,7 @@ class CellPass {
                               Totals<float> (&s)[R][S]) const {
     for_each_block(t, [&](const float* corner, int32_t begin, int32_t end) {
       const float exponent = n.hard_exponent;
-      switch (power()) {
+      switch (fixed_power<Set>(p)) {
         case 1: cell_statistics<Set, 1>(p, corner, begin, end, at_, exponent, label, s); break;
         case 2: cell_statistics<Set, 2>(p, corner, begin, end, at_, exponent, label, s); break;
         default: cell_statistics<Set, 0>(p, corner, begin, end, at_, exponent, label, s);
@@ -178,8 +165,9 @@ class CellPass {
     });
   }
 
-  // Statistics, values and coefficients; returns the pixels that are left over, a bit each.
-  HAKD_DEVICE uint32_t pixels(int32_t t, int32_t (&label)[R][S], CellCoefficients<R, S>& k,
+  // Statistics, values and coefficients; returns the pixels that are left over, a bit each, which
+  // from then on are invalid here.
+  HAKD_DEVICE uint32_t pixels(int32_t t, int32_t (&label)[R][S], PixelTerms<float, Set, R * S>& terms,
                               Sums<float>& sums) const {
     Totals<float> s[R][S];
 #pragma unroll
@@ -190,8 +178,6 @@ class CellPass {
     statistics(t, label, s);
     float student_label[R][S], teacher_label[R][S];
     constexpr Needs needs = Set::kNeeds;
-    // of hetero's gradient, which is not scaled here: T to a value of T^2 ln 2
-    const float per_value = 1.0f / (static_cast<float>(kLn2) * n.pass.temperature);
     if (needs.student_nll) label_logits(0, t, label, student_label);
     if (needs.teacher_nll) label_logits(1, t, label, teacher_label);
     const bool sound = !flagged(t);
@@ -200,39 +186,16 @@ class CellPass {
     for (int r = 0; r < R; ++r) {
 #pragma unroll
       for (int c = 0; c < S; ++c) {
-        const bool wanted = label[r][c] >= 0;
-        const bool valid = wanted && sound;
         Totals<float>& totals = s[r][c];
         find_totals<Set>(p, totals, needs.student_nll ? student_label[r][c] : 0.0f,
                          needs.teacher_nll ? teacher_label[r][c] : 0.0f, label[r][c]);
-        if (wanted && !valid) left_over |= 1u << (r * S + c);
-        if (Set::template has<CrossEntropyTerm>(p)) {
-          const Coefficients<float> ce =
-              pixel_of<CrossEntropyTerm, Set>(p, n, n.pass, totals, {}, {}, valid, sums);
-          k.ce_hard[r][c] = ce.student;
-          k.ce_label[r][c] = ce.label;
+        if (label[r][c] >= 0 && !sound) {
+          left_over |= 1u << (r * S + c);
+          label[r][c] = -1;
         }
-        if (Set::template has<KdTerm>(p)) {
-          const Coefficients<float> kd =
-              pixel_of<KdTerm, Set>(p, n, n.pass, totals, {}, {}, valid, sums);
-          k.kd_student[r][c] = kd.student;
-          k.kd_other[r][c] = kd.other;
-        }
-        if (Set::template has<HeteroTerm>(p)) {
-          const HeteroTerm::Known<float> known = HeteroTerm::begin(
-              HeteroTerm::kProbs, n.terms.template of<HeteroTerm>(), n.pass, totals);
-          const Coefficients<float> hetero =
-              pixel_of<HeteroTerm, Set>(p, n, n.pass, totals, known, {}, valid, sums);
-          k.hetero_student[r][c] = hetero.student;
-          // other y_c = hetero_other (teacher_weight e_t,c): the product is that of the mixed target
-          k.hetero_other[r][c] = hetero.value * per_value;
-          k.teacher_weight[r][c] = valid ? known.teacher : 0.0f;
-          k.student_weight[r][c] = valid ? known.student : 0.0f;
-          k.late[r][c] = 0.0f;
-          if (p.maps && own_.own && inside(r, c)) {
-            write_maps(p, image_, y_ + r, x_ + c, valid, known.reliability, known.discrepancy);
-          }
-        }
+        terms.begin(totals, r * S + c);
+        terms.find_coefficients(totals, r * S + c, label[r][c], y_ + r, x_ + c, sums);
+        terms.write(r * S + c, label[r][c] >= 0, own_.own && inside(r, c), y_ + r, x_ + c);
       }
     }
     return left_over;
@@ -255,7 +218,7 @@ class CellPass {
       for (int r = 0; r < R; ++r) {
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-          const int32_t c = label[r][s] < 0 ? 0 : label[r][s];
+          const int32_t c = class_or_0(p, label[r][s]);
           const float* at = corner(t) + (c * kModels + m) * kPlane;
           out[r][s] = between_corners(at[0], at[1], at[kPitch], at[kPitch + 1], r, s);
         }
@@ -283,7 +246,7 @@ class CellPass {
     for (int r = 0; r < R; ++r) {
 #pragma unroll
       for (int s = 0; s < S; ++s) {
-        const int64_t plane = (label[r][s] < 0 ? 0 : label[r][s]) * model.class_stride;
+        const int64_t plane = class_or_0(p, label[r][s]) * model.class_stride;
         float a[2][2];
 #pragma unroll
         for (int down = 0; down < 2; ++down) {
@@ -306,22 +269,23 @@ class CellPass {
     return fma(at_.x[s], right - left, left) * n.to_logits;
   }
 
-  HAKD_DEVICE void gradients(int32_t t, const int32_t (&label)[R][S], CellCoefficients<R, S>& k,
+  HAKD_DEVICE void gradients(int32_t t, const int32_t (&label)[R][S],
+                             PixelTerms<float, Set, R * S>& terms,
                              const RowWriter<float>& rows) const {
     for_each_block(t, [&](const float* corner, int32_t begin, int32_t end) {
       const float exponent = n.hard_exponent;
       if (!p.gradients) {
-        cell_gradients<Set, 1, false>(p, corner, begin, end, at_, exponent, label, k, rows);
+        cell_gradients<Set, 1, false>(p, corner, begin, end, at_, exponent, label, terms, rows);
         return;
       }
-      switch (power()) {
+      switch (fixed_power<Set>(p)) {
         case 1:
-          cell_gradients<Set, 1, true>(p, corner, begin, end, at_, exponent, label, k, rows);
+          cell_gradients<Set, 1, true>(p, corner, begin, end, at_, exponent, label, terms, rows);
           break;
         case 2:
-          cell_gradients<Set, 2, true>(p, corner, begin, end, at_, exponent, label, k, rows);
+          cell_gradients<Set, 2, true>(p, corner, begin, end, at_, exponent, label, terms, rows);
           break;
-        default: cell_gradients<Set, 0, true>(p, corner, begin, end, at_, exponent, label, k, rows);
+        default: cell_gradients<Set, 0, true>(p, corner, begin, end, at_, exponent, label, terms, rows);
       }
     });
   }
@@ -357,23 +321,17 @@ __global__ void __launch_bounds__(kCellThreads) cell_kernel(const __grid_constan
   HAKD_SHARED_MEMORY(float4, shared_memory);
   static_assert(S % kHandedOver == 0, "pixels are handed over by whole rows");
   constexpr int kModels = Set::kTeacher ? 2 : 1;
-  constexpr int kWarps = kCellThreads / kWarpSize;
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const int32_t first = first_column(p, program, kWarps, warp);
-  const Column own = column_of(p, first + lane, p.halo && lane == 0);
+  const Thread thread = this_thread<kCellThreads>(p);
   const Numbers<float> n = numbers_of<Set, float>(p);
   auto* memory = reinterpret_cast<float*>(reinterpret_cast<char*>(shared_memory) +
-                                          static_cast<int64_t>(warp) * p.warp_bytes);
+                                          static_cast<int64_t>(thread.warp) * p.warp_bytes);
   const float largest_exponent = n.hard_exponent > 1.0f ? n.hard_exponent : 1.0f;
-  const Staging<kModels> staging = {Region<kModels>(memory), own,
-                                    column_of(p, first + kWarpSize, true), lane, n.pass.scale,
-                                    kLimit / largest_exponent};
+  const Staging<kModels> staging = {Region<kModels>(memory), thread.column,
+                                    column_of(p, thread.first + kWarpSize, true), thread.lane,
+                                    n.pass.scale, kLimit / largest_exponent};
   ThreadSums sums;
-  CellPass<Set, R, S>(p, image, staging, n).run(sums);
-  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, sums, own.own, lane);
+  CellPass<Set, R, S>(p, thread.image, staging, n).run(sums);
+  write_sums<Set>(p, thread.row, sums, thread.column.own, thread.lane);
 }
 
 }  // namespace heteroakd::cuda

@@ -1,5 +1,5 @@
-// The loops over classes of the usual terms (ce, forward kd, hetero of the preset softmax-kl), for
-// R x S pixels of a cell per thread, from logits that lie in shared memory (staging.h).
+// The loops over classes by cells, for R x S pixels of a cell per thread, from logits that lie in
+// shared memory (staging.h). Of terms that read no z_c.
 //
 // Cost per pixel and class for ce + hetero at T = 2, R = S = 4, in instructions (docs/cuda.md has the
 // counts read off the machine code; the kinds of work in brackets are per thread and class):
@@ -15,7 +15,7 @@
 // cells are at least 3 pixels high, and a pixel is never worse than 4 roundings of the textbook way.
 #pragma once
 
-#include "pixel.h"
+#include "pixel_terms.h"
 #include "staging.h"
 
 namespace heteroakd::cuda {
@@ -73,12 +73,42 @@ HAKD_DEVICE void hard_exponentials(const Slope& slope, float exponent, const flo
   }
 }
 
+// One class at a column of pixels.
+template <class Set, int kPower, int R>
+struct CellColumn {
+  BoundedClass<float, bool> at[R];
+  float student_hard[R], teacher_hard[R], difference[R];  // e at T = 1; a_t - a_s
+
+  HAKD_DEVICE CellColumn(const Sides& student, const Sides& teacher, float x, float hard_exponent) {
+    const Slope student_a = slope_at(student, x);
+    float e[R], a = student_a.first;
+    exponentials(student_a, e);
+    hard_exponentials<kPower>(student_a, hard_exponent, e, student_hard);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      at[r].student_e = e[r];
+      at[r].student_a = a;
+      a += student_a.step;
+    }
+    if (!Set::kTeacher) return;
+    const Slope teacher_a = slope_at(teacher, x);
+    exponentials(teacher_a, e);
+    hard_exponentials<kPower>(teacher_a, hard_exponent, e, teacher_hard);
+    float gap = teacher_a.first - student_a.first;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      at[r].teacher_e = e[r];
+      difference[r] = gap;
+      gap += teacher_a.step - student_a.step;
+    }
+  }
+};
+
 // Sums over the classes [begin, end), whose logits are the first ones at `corner`.
 template <class Set, int kPower, int R, int S>
 HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t begin, int32_t end,
                                  const Fractions<R, S>& at, float hard_exponent,
-                                 const int32_t (&label)[R][S],
-                                 Totals<float> (&sums)[R][S]) {
+                                 const int32_t (&label)[R][S], Totals<float> (&sums)[R][S]) {
   constexpr int kModels = Set::kTeacher ? 2 : 1;
 #pragma unroll 1
   for (int32_t c = begin; c < end; ++c) {
@@ -87,60 +117,32 @@ HAKD_DEVICE void cell_statistics(const Pass& p, const float* corner, int32_t beg
     if (Set::kTeacher) teacher = sides_of(corner + kPlane, at.y[0], at.y_step);
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      const Slope student_a = slope_at(student, at.x[s]);
-      float student_e[R], teacher_e[R], student_h[R], teacher_h[R];
-      exponentials(student_a, student_e);
-      hard_exponentials<kPower>(student_a, hard_exponent, student_e, student_h);
-      float difference = 0.0f, difference_step = 0.0f;
-      if (Set::kTeacher) {
-        const Slope teacher_a = slope_at(teacher, at.x[s]);
-        exponentials(teacher_a, teacher_e);
-        hard_exponentials<kPower>(teacher_a, hard_exponent, teacher_e, teacher_h);
-        difference = teacher_a.first - student_a.first;
-        difference_step = teacher_a.step - student_a.step;
-      }
+      CellColumn<Set, kPower, R> column(student, teacher, at.x[s], hard_exponent);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        Totals<float>& sum = sums[r][s];
-        const bool is_label = label[r][s] == c;
-        if (soft<Set>(p)) sum.student_total += student_e[r];
-        if (Set::kTeacher) {
-          sum.teacher_total += teacher_e[r];
-          if (r > 0) difference += difference_step;
-          sum.difference = fma(teacher_e[r], difference, sum.difference);
-        }
-        if (!is_label) {
-          if (Set::kNeeds.student_nll) sum.student_others += student_h[r];
-          if (Set::kNeeds.teacher_nll) sum.teacher_others += teacher_h[r];
-        }
+        column.at[r].is_label = label[r][s] == c;
+        const auto hard = [&](int m) {
+          return m == 0 ? column.student_hard[r] : column.teacher_hard[r];
+        };
+        add_class<Set>(p, column.at[r], hard, column.difference[r], 0.0f, sums[r][s]);
       }
     }
     corner += kModels * kPlane;
   }
 }
 
-// What the gradients need to know of a pixel; 0 where not valid.
-template <int R, int S>
-struct CellCoefficients {
-  float ce_hard[R][S], ce_label[R][S];
-  float kd_student[R][S], kd_other[R][S];
-  float hetero_student[R][S], hetero_other[R][S];
-  float teacher_weight[R][S], student_weight[R][S];
-  float late[R][S];  // sum_c x_c (log2 x_c - a_s,c)
-};
-
 // Adds a column of pixels, which has the weight x on the right side.
 template <int R>
 struct Adjoint {
   float all = 0.0f, right = 0.0f, bottom = 0.0f, bottom_right = 0.0f;
 
-  HAKD_DEVICE void add(const float (&g)[R], const float (&y)[R], float x) {
-    float column = g[0];
-    float below = y[0] * g[0];
+  HAKD_DEVICE void add(int term, const float (&g)[R][kTerms], const float (&y)[R], float x) {
+    float column = g[0][term];
+    float below = y[0] * column;
 #pragma unroll
     for (int r = 1; r < R; ++r) {
-      column += g[r];
-      below = fma(y[r], g[r], below);
+      column += g[r][term];
+      below = fma(y[r], g[r][term], below);
     }
     all += column;
     bottom += below;
@@ -155,74 +157,48 @@ struct Adjoint {
   }
 };
 
-// m_c of two e that have underflowed, so that its logarithm is finite; it is lost in any sum.
-constexpr float kTiny = 1e-37f;
-
-// Gradients of the classes [begin, end), and what of hetero's value takes a logarithm per class.
-// All lanes of the warp take part.
+// Gradients of the classes [begin, end), and what of values takes a loop. All lanes of the warp take
+// part.
 template <class Set, int kPower, bool kGrad, int R, int S>
 HAKD_DEVICE void cell_gradients(const Pass& p, const float* corner, int32_t begin, int32_t end,
                                 const Fractions<R, S>& at, float hard_exponent,
-                                const int32_t (&label)[R][S], CellCoefficients<R, S>& k,
+                                const int32_t (&label)[R][S], PixelTerms<float, Set, R * S>& terms,
                                 const RowWriter<float>& rows) {
   constexpr int kModels = Set::kTeacher ? 2 : 1;
-  const bool ce = kGrad && Set::template has<CrossEntropyTerm>(p);
-  const bool kd = kGrad && Set::template has<KdTerm>(p);
-  const bool hetero = Set::template has<HeteroTerm>(p);
-  constexpr int kCe = index_of<CrossEntropyTerm>, kKd = index_of<KdTerm>;
-  // ce and kd have one gradient, where the call has both
-  RowCursor<float> hard_rows, hetero_rows;
-  if (ce || kd) hard_rows = {rows, p.gradient_of[kCe] >= 0 ? p.gradient_of[kCe] : p.gradient_of[kKd], begin};
-  if (kGrad && hetero) hetero_rows = {rows, p.gradient_of[index_of<HeteroTerm>], begin};
+  RowCursor<float> cursor[kTerms];  // of the terms that lead
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) {
+    if (kGrad && Set::leads(p, k)) cursor[k] = {rows, gradient_of<Set>(p, k), begin};
+  }
 #pragma unroll 1
   for (int32_t c = begin; c < end; ++c) {
-    if (ce || kd) hard_rows.begin();
-    if (kGrad && hetero) hetero_rows.begin();
-    Adjoint<R> of_hard, of_hetero;
-
+    Adjoint<R> adjoint[kTerms];
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) {
+      if (kGrad && Set::leads(p, k)) cursor[k].begin();
+    }
     const Sides student = sides_of(corner, at.y[0], at.y_step);
     Sides teacher = student;
     if (Set::kTeacher) teacher = sides_of(corner + kPlane, at.y[0], at.y_step);
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      const Slope student_a = slope_at(student, at.x[s]);
-      float student_e[R], teacher_e[R], g[R];
-      exponentials(student_a, student_e);
-      if (Set::kTeacher) exponentials(slope_at(teacher, at.x[s]), teacher_e);
-      if (ce) {
-        float h[R];
-        hard_exponentials<kPower == 0 ? 0 : 1>(student_a, hard_exponent, student_e, h);
+      CellColumn<Set, kPower, R> column(student, teacher, at.x[s], hard_exponent);
+      float g[R][kTerms];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const bool is_label = label[r][s] == c;
-          g[r] = k.ce_hard[r][s] * h[r];
-          if (kPower == 2) g[r] *= h[r];  // in this order: the coefficient may be 0
-          if (is_label) g[r] = k.ce_label[r][s];
-        }
+      for (int r = 0; r < R; ++r) {
+        column.at[r].is_label = label[r][s] == c;
+        terms.find_gradients(c, column.at[r], column.student_hard[r], r * S + s,
+                             label[r][s] >= 0, g[r]);
       }
-      if (kd) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const float own = k.kd_student[r][s] * student_e[r];
-          g[r] = fnma(k.kd_other[r][s], teacher_e[r], ce ? g[r] + own : own);
-        }
-      }
-      if (ce || kd) of_hard.add(g, at.y, at.x[s]);
-      if (hetero) {
-        float a = student_a.first;
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const float weighted = fma(k.teacher_weight[r][s], teacher_e[r], kTiny);
-          const float m = mixed_target(1.0f, weighted, k.student_weight[r][s], student_e[r]);
-          k.late[r][s] = fma(m, fast_log2(m) - a, k.late[r][s]);
-          a += student_a.step;
-          g[r] = fnma(k.hetero_other[r][s], weighted, k.hetero_student[r][s] * student_e[r]);
-        }
-        if (kGrad) of_hetero.add(g, at.y, at.x[s]);
+      for (int k = 0; k < kTerms; ++k) {
+        if (kGrad && Set::leads(p, k)) adjoint[k].add(k, g, at.y, at.x[s]);
       }
     }
-    if (ce || kd) hard_rows.add(of_hard.corners());
-    if (kGrad && hetero) hetero_rows.add(of_hetero.corners());
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) {
+      if (kGrad && Set::leads(p, k)) cursor[k].add(adjoint[k].corners());
+    }
     corner += kModels * kPlane;
   }
 }

@@ -117,10 +117,27 @@ HAKD_DEVICE Column column_of(const Pass& p, int32_t number, bool halo_lane) {
   return {chunk, number - chunk * p.per_row - 1, exists, exists && !halo_lane};
 }
 
-// The first column number of a warp; its lanes have those that follow.
-HAKD_DEVICE int32_t first_column(const Pass& p, int32_t program, int32_t warps, int32_t warp) {
+// Where a thread of a pass stands.
+struct Thread {
+  int32_t lane, warp, image;
+  int32_t first;  // number of the column of its warp's first lane
+  int64_t row;    // of `partials`
+  Column column;
+};
+
+template <int kThreads>
+HAKD_DEVICE Thread this_thread(const Pass& p) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  Thread t;
+  t.lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  t.warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
+  t.image = static_cast<int32_t>(blockIdx.x / p.programs);
+  t.row = static_cast<int64_t>(blockIdx.x) * kWarps + t.warp;
   const int32_t halo = p.halo ? 1 : 0;
-  return (program * warps + warp) * (kWarpSize - halo) - halo;
+  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
+  t.first = (program * kWarps + t.warp) * (kWarpSize - halo) - halo;
+  t.column = column_of(p, t.first + t.lane, p.halo && t.lane == 0);
+  return t;
 }
 
 }  // namespace heteroakd::cuda

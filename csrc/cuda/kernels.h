@@ -45,13 +45,21 @@ struct Finish {
   int32_t position[kTerms];  // of a term among numerators, -1: not asked for
   int32_t group[kTerms];     // of its denominator
   Denominator denominator[kTerms];
-  bool is_divergence[kTerms];
+  bool is_divergence[kTerms], needs_label[kTerms];
   int32_t share_of[kTerms];  // where its share stands in a row of partials, -1: it has none
   double* numerators;
   double* denominators;
-  int64_t* report;  // valid pixels and labels out of range, or null
+  const double* pixels;  // of `count_pixels`, or null
+  bool weighted;         // by pixel_weight
+  int64_t* report;       // [4], see heteroakd_fast/labels.py, or null
 };
 void launch_finish_sums(const Finish&, cudaStream_t);
+
+// Where there are unlabelled pixels or weights: labelled pixels, the sums of the weights of the labelled
+// and of all counted ones, and weights out of range; in counts[0 .. kPixelCounts), behind which there
+// is room for as many of each of kCountBlocks blocks.
+constexpr int32_t kPixelCounts = 4, kCountBlocks = 512;
+void launch_count_pixels(const Pass&, double* counts, cudaStream_t);
 
 // totals[g]: the sum of weight * numerator over the terms of group g.
 struct GroupTotals {

@@ -46,7 +46,13 @@ class LabelPass {
   // memory: [C][kModels][threads] of Pixels<S>, of which this thread's.
   HAKD_DEVICE LabelPass(const Pass& pass, const Numbers<float>& numbers, int32_t image, int32_t y,
                         int32_t x, bool exists, Pixels<S>* memory)
-      : p(pass), n(numbers), memory_(memory), image_(image), y_(y), x_(x) {
+      : p(pass),
+        n(numbers),
+        memory_(memory),
+        image_(image),
+        y_(y),
+        x_(x),
+        terms_(pass, numbers, image) {
     wide_ = exists ? p.label_width - x : 0;
     wide_ = wide_ < S ? wide_ : S;
   }
@@ -69,66 +75,33 @@ class LabelPass {
       label_logits(1, teacher_m, teacher_label);
     }
     Totals<float> t[S];
-    switch (power()) {
+    switch (fixed_power<Set>(p)) {
       case 1: statistics<1>(student_m, teacher_m, t); break;
       case 2: statistics<2>(student_m, teacher_m, t); break;
       default: statistics<0>(student_m, teacher_m, t);
     }
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      const bool valid = label_[i] >= 0;
       find_totals<Set>(p, t[i], student_label[i], Set::kNeeds.teacher_nll ? teacher_label[i] : 0.0f,
                        label_[i]);
-      const Coefficients<float> ce =
-          pixel_of<CrossEntropyTerm, Set>(p, n, n.pass, t[i], {}, {}, valid, sums);
-      ce_hard_[i] = ce.student;
-      ce_label_[i] = ce.label;
-      student_[i] = other_[i] = 0.0f;
-      if (Set::template has<KdTerm>(p)) {
-        const Coefficients<float> kd =
-            pixel_of<KdTerm, Set>(p, n, n.pass, t[i], {}, {}, valid, sums);
-        student_[i] = kd.student;
-        other_[i] = kd.other;
-      }
-      // Not asked for: nothing of it may come through, not even times 0.
-      if (!Set::template has<HeteroTerm>(p) || !p.has[kHetero]) continue;
-      const HeteroTerm::Known<float> known = HeteroTerm::begin(
-          HeteroTerm::kProbs, n.terms.template of<HeteroTerm>(), n.pass, t[i]);
-      const Coefficients<float> k =
-          pixel_of<HeteroTerm, Set>(p, n, n.pass, t[i], known, {}, valid, sums);
-      student_[i] += k.student;
-      other_[i] += k.other;
-      weight_[i] = k.value;
-      teacher_weight_[i] = valid ? known.teacher : 0.0f;
-      student_weight_[i] = valid ? known.student : 0.0f;
-      late_[i] = 0.0f;
-      if (!kGrad && p.maps && i < wide_) {
-        write_maps(p, image_, y_, x_ + i, valid, known.reliability, known.discrepancy);
-      }
+      terms_.begin(t[i], i);
+      terms_.find_coefficients(t[i], i, label_[i], y_, x_ + i, sums);
+      if (!kGrad) terms_.write(i, label_[i] >= 0, i < wide_, y_, x_ + i);
     }
     if (kGrad) {
-      switch (power()) {
+      switch (fixed_power<Set>(p)) {
         case 1: gradients<1>(); break;
         case 2: gradients<2>(); break;
         default: gradients<0>();
       }
-    } else if (Set::template has<HeteroTerm>(p) && p.asked[kHetero]) {
-      find_late();
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        sums.of_term[kHetero] += label_[i] >= 0 ? weight_[i] * late_[i] : 0.0f;
-      }
+      return;
     }
+    if (terms_.values_late()) find_late();
+#pragma unroll
+    for (int i = 0; i < S; ++i) terms_.finish(i, label_[i] >= 0, sums);
   }
 
  private:
-  static constexpr int kHetero = index_of<HeteroTerm>;
-
-  HAKD_DEVICE int32_t power() const {
-    if (!soft<Set>(p)) return 1;
-    return p.power == 1 || p.power == 2 ? p.power : 0;
-  }
-
   HAKD_DEVICE Pixels<S>& at(int32_t c, int m) const {
     return memory_[(c * kModels + m) * kLabelThreads];
   }
@@ -182,15 +155,13 @@ class LabelPass {
   HAKD_DEVICE void label_logits(int m, const float (&maximum)[S], float (&found)[S]) const {
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      found[i] = label_[i] < 0 ? 0.0f : at(label_[i], m).v[i] - maximum[i];
+      found[i] = label_[i] < 0 ? 0.0f : at(class_or_0(p, label_[i]), m).v[i] - maximum[i];
     }
   }
 
-  // e at T = 1 from a and e at T.
   template <int kPower>
   HAKD_DEVICE float hard(float a, float e) const {
-    if (kPower == 0) return exp2(a * n.hard_exponent);
-    return kPower == 2 ? e * e : e;
+    return hard_exponential(kPower, n.hard_exponent, a, e);
   }
 
   template <int kPower>
@@ -206,24 +177,22 @@ class LabelPass {
       if (Set::kTeacher) teacher = at(c, 1);
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        const bool is_label = label_[i] == c;
-        const float a_s = max_or_nan(least, student.v[i] - student_m[i]) * n.pass.scale;
-        const float e_s = exp2(a_s);
-        s[i].student_total += e_s;
-        const float h_s = hard<kPower>(a_s, e_s);
-        if (!is_label) s[i].student_others += h_s;
-        // The general power is found anew from a.
-        student.v[i] = kGrad && kPower != 0 ? e_s : a_s;
-        if (!Set::kTeacher) continue;
-        const float a_t = max_or_nan(least, teacher.v[i] - teacher_m[i]) * n.pass.scale;
-        const float e_t = exp2(a_t);
-        s[i].teacher_total += e_t;
-        s[i].difference = fma(e_t, a_t - a_s, s[i].difference);
-        if (Set::kNeeds.teacher_nll) {
-          const float h_t = hard<kPower>(a_t, e_t);
-          if (!is_label) s[i].teacher_others += h_t;
+        Class<float, bool> k{};
+        k.is_label = label_[i] == c;
+        k.student_a = max_or_nan(least, student.v[i] - student_m[i]) * n.pass.scale;
+        k.student_e = exp2(k.student_a);
+        if (Set::kTeacher) {
+          k.teacher_a = max_or_nan(least, teacher.v[i] - teacher_m[i]) * n.pass.scale;
+          k.teacher_e = exp2(k.teacher_a);
         }
-        teacher.v[i] = e_t;
+        const auto hard_of = [&](int m) {
+          return m == 0 ? hard<kPower>(k.student_a, k.student_e)
+                        : hard<kPower>(k.teacher_a, k.teacher_e);
+        };
+        add_class<Set>(p, k, hard_of, k.teacher_a - k.student_a, 0.0f, s[i]);
+        // The general power is found anew from a.
+        student.v[i] = kGrad && kPower != 0 ? k.student_e : k.student_a;
+        teacher.v[i] = k.teacher_e;
       }
       at(c, 0) = student;
       if (Set::kTeacher) at(c, 1) = teacher;
@@ -237,15 +206,18 @@ class LabelPass {
       const Pixels<S> teacher = at(c, 1);  // e_t
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        const float weighted = teacher_weight_[i] * teacher.v[i];
-        const float m = mixed_target(1.0f, weighted, student_weight_[i], exp2(student.v[i]));
-        late_[i] = fma(m, log2_of_share(m) - student.v[i], late_[i]);
+        Class<float, bool> k{};
+        k.student_a = student.v[i];
+        k.student_e = exp2(k.student_a);
+        k.teacher_e = teacher.v[i];
+        float unused[kTerms];
+        terms_.find_gradients(c, k, 0.0f, i, label_[i] >= 0, unused);
       }
     }
   }
 
   template <int kPower>
-  HAKD_DEVICE void gradients() const {
+  HAKD_DEVICE void gradients() {
     const Logits& out = p.gradient;
     int64_t place = image_ * out.batch_stride + y_ * out.row_stride + x_ * out.column_stride;
 #pragma unroll 2
@@ -256,11 +228,14 @@ class LabelPass {
       float g[S];
 #pragma unroll
       for (int i = 0; i < S; ++i) {
-        const float e_s = kPower == 0 ? exp2(student.v[i]) : student.v[i];
-        g[i] = label_[i] == c ? ce_label_[i] : ce_hard_[i] * hard<kPower>(student.v[i], e_s);
-        if (Set::kTeacher) {
-          g[i] += fnma(other_[i], teacher.v[i], student_[i] * e_s);
-        }
+        Class<float, bool> k{};
+        k.is_label = label_[i] == c;
+        k.student_a = student.v[i];
+        k.student_e = kPower == 0 ? exp2(student.v[i]) : student.v[i];
+        if (Set::kTeacher) k.teacher_e = teacher.v[i];
+        float sum[kTerms];
+        terms_.find_gradients(c, k, hard<kPower>(k.student_a, k.student_e), i, label_[i] >= 0, sum);
+        g[i] = sum[Set::first()];
         if (label_[i] < 0) g[i] = 0.0f;
       }
       store(place, g);
@@ -288,19 +263,14 @@ class LabelPass {
   Pixels<S>* memory_;
   int32_t image_, y_, x_, wide_;
   int32_t label_[S];
-  float ce_hard_[S], ce_label_[S], student_[S], other_[S];
-  float weight_[S], teacher_weight_[S], student_weight_[S], late_[S];
+  PixelTerms<float, Set, S, true> terms_;
 };
 
 template <class Set, int S, bool kGrad>
 __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_constant__ Pass p) {
   HAKD_SHARED_MEMORY(float4, shared_memory);
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  constexpr int kWarps = kLabelThreads / kWarpSize;
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane, false);
+  const Thread thread = this_thread<kLabelThreads>(p);
+  const Column& column = thread.column;
   const Numbers<float> n = numbers_of<Set, float>(p);
   auto* memory = reinterpret_cast<Pixels<S>*>(shared_memory) + threadIdx.x;
   ThreadSums thread_sums;
@@ -311,10 +281,10 @@ __global__ void __launch_bounds__(kLabelThreads) label_kernel(const __grid_const
     const bool exists = column.exists && y < p.label_height;
     __syncwarp();  // what the row above left in shared memory has been written
     Sums<float> sums = no_sums<float>();
-    LabelPass<Set, S, kGrad>(p, n, image, y, x, exists, memory).run(sums);
+    LabelPass<Set, S, kGrad>(p, n, thread.image, y, x, exists, memory).run(sums);
     thread_sums.template add<Set>(sums);
   }
-  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
+  write_sums<Set>(p, thread.row, thread_sums, column.own, thread.lane);
 }
 
 }  // namespace heteroakd::cuda

@@ -40,7 +40,8 @@ constexpr int64_t kMostFloatPixels = 4096;
 constexpr int64_t kMostSharedBytes = 99 * 1024;
 
 void check_tensors(const Tensor& student, const std::optional<Tensor>& teacher,
-                   const Tensor& target, const std::optional<Tensor>& class_weight) {
+                   const Tensor& target, const std::optional<Tensor>& class_weight,
+                   const std::optional<Tensor>& pixel_weight) {
   STD_TORCH_CHECK(student.dim() == 4 && target.dim() == 3 && student.size(0) == target.size(0),
                   "expected student_logits [B, C, h, w] and target [B, H, W]");
   STD_TORCH_CHECK(!teacher.has_value() ||
@@ -56,14 +57,20 @@ void check_tensors(const Tensor& student, const std::optional<Tensor>& teacher,
   STD_TORCH_CHECK(!class_weight.has_value() ||
                       (class_weight->dim() == 1 && class_weight->size(0) == student.size(1)),
                   "class_weight: expected [C]");
+  if (!pixel_weight.has_value()) return;
+  check_device(student, *pixel_weight, "pixel_weight");
+  STD_TORCH_CHECK(pixel_weight->dim() == 3 && pixel_weight->size(0) == target.size(0) &&
+                      pixel_weight->size(1) == target.size(1) &&
+                      pixel_weight->size(2) == target.size(2),
+                  "pixel_weight: expected [B, H, W], as target");
 }
 
 class Runner {
  public:
   // student: the logits that learn, those of the teacher for the pass `teacher_ce`.
   Runner(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& target,
-         const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms,
-         bool gradients)
+         const std::optional<Tensor>& class_weight, const std::optional<Tensor>& pixel_weight,
+         const Spec& spec, const PassTerms& terms, bool gradients)
       : student_(student), terms_(terms), wide_(student.scalar_type() == ScalarType::Double) {
     pass_.batch = narrow(student.size(0), "batch");
     pass_.classes = narrow(student.size(1), "classes");
@@ -71,6 +78,7 @@ class Runner {
     pass_.label_width = narrow(target.size(2), "width of the labels");
     pass_.align_corners = spec.align_corners;
     pass_.ignore_index = spec.ignore_index;
+    pass_.unlabelled_index = spec.unlabelled_index;
     pass_.target = labels_of(target);
     pass_.student = logits_of(student, "student_logits");
     pass_.student.source = on_label_grid(student) ? Source::kLabels : Source::kCells;
@@ -94,6 +102,11 @@ class Runner {
       weight_ = torch::stable::contiguous(torch::stable::to(*class_weight, dtype()));
       pass_.class_weight = data_of(*weight_, "class_weight");
     }
+    pass_.wide = wide_;
+    if (pixel_weight.has_value()) {
+      pixel_weight_ = torch::stable::contiguous(torch::stable::to(*pixel_weight, dtype()));
+      pass_.pixel_weight = data_of(*pixel_weight_, "pixel_weight");
+    }
     set_terms(gradients);
     choose();
   }
@@ -113,6 +126,16 @@ class Runner {
         dtype());
     pass_.saved = saved.mutable_data_ptr();
     return saved;
+  }
+
+  // See launch_count_pixels; null where there is nothing to count.
+  const double* count_pixels(cudaStream_t stream) {
+    if (pass_.pixel_weight == nullptr && pass_.unlabelled_index == pass_.ignore_index) return nullptr;
+    counts_ = torch::stable::new_empty(student_, {(kCountBlocks + 1) * kPixelCounts},
+                                       ScalarType::Double);
+    auto* counts = static_cast<double*>(counts_->mutable_data_ptr());
+    launch_count_pixels(pass_, counts, stream);
+    return counts;
   }
 
   // The pass; returns the rows of partial sums per image.
@@ -289,7 +312,7 @@ class Runner {
   const Kernel* kernel_ = nullptr;
   // What kernels read and write lives until they have been launched; the allocator then keeps it
   // for this stream.
-  std::optional<Tensor> weight_, partials_;
+  std::optional<Tensor> weight_, pixel_weight_, partials_, counts_;
   std::vector<Tensor> space_;
 };
 
@@ -317,9 +340,10 @@ struct Results {
 
 // One pass; adds to the call's results and returns what it keeps for `gradient`.
 Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const Tensor& target,
-               const std::optional<Tensor>& class_weight, const Spec& spec, const PassTerms& terms,
+               const std::optional<Tensor>& class_weight,
+               const std::optional<Tensor>& pixel_weight, const Spec& spec, const PassTerms& terms,
                bool compute_grad, bool report, Results& results, cudaStream_t stream) {
-  Runner run(logits, teacher, target, class_weight, spec, terms,
+  Runner run(logits, teacher, target, class_weight, pixel_weight, spec, terms,
              compute_grad && !lies_on(logits, target));
   Tensor saved = run.pass().gradients ? run.make_saved()
                                       : torch::stable::new_empty(logits, {0}, run.dtype());
@@ -339,10 +363,13 @@ Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const
     finish.group[k] = terms.group[k];
     finish.denominator[k] = Term::denominator(terms.variant[k], class_weight.has_value());
     finish.is_divergence[k] = Term::is_divergence(terms.variant[k]);
+    finish.needs_label[k] = Term::kNeedsLabel;
     finish.share_of[k] = Term::kHasShares ? kFirstShare + share_index_of<Term> : -1;
   });
   finish.numerators = static_cast<double*>(results.numerators.mutable_data_ptr());
   finish.denominators = static_cast<double*>(results.denominators.mutable_data_ptr());
+  finish.pixels = run.count_pixels(stream);
+  finish.weighted = pixel_weight.has_value();
   if (report) finish.report = static_cast<int64_t*>(results.labels.mutable_data_ptr());
   launch_finish_sums(finish, stream);
   const bool wide_logits = logits.scalar_type() == ScalarType::Double;
@@ -351,10 +378,10 @@ Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
     const Tensor& student_logits, const std::optional<Tensor>& teacher_logits, const Tensor& target,
-    const std::optional<Tensor>& class_weight, const Tensor& numbers,
-    std::vector<int64_t> structure, bool student_grad, bool teacher_grad) {
+    const std::optional<Tensor>& class_weight, const std::optional<Tensor>& pixel_weight,
+    const Tensor& numbers, std::vector<int64_t> structure, bool student_grad, bool teacher_grad) {
   const Spec spec = decode(structure, numbers);
-  check_tensors(student_logits, teacher_logits, target, class_weight);
+  check_tensors(student_logits, teacher_logits, target, class_weight, pixel_weight);
   STD_TORCH_CHECK(teacher_logits.has_value() || !(spec.student.needs().teacher || spec.teacher.any),
                   "teacher_logits: got None, these terms need them");
   const OnDevice device(student_logits.get_device_index());
@@ -364,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
     return torch::stable::new_empty(student_logits, sizes, dtype);
   };
   Results results{empty({spec.terms}, ScalarType::Double), empty({spec.groups}, ScalarType::Double),
-                  empty({spec.groups}, ScalarType::Double), empty({2}, ScalarType::Long),
+                  empty({spec.groups}, ScalarType::Double), empty({4}, ScalarType::Long),
                   empty({0}, wide ? ScalarType::Double : ScalarType::Float)};
   if (spec.student.maps) {
     results.maps = empty({2, target.size(0), target.size(1), target.size(2)},
@@ -374,11 +401,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
   Tensor teacher_saved = student_saved;
   if (spec.student.any) {
     student_saved = forward(student_logits, teacher_of(spec.student, teacher_logits), target,
-                            class_weight, spec, spec.student, student_grad, true, results, stream);
+                            class_weight, pixel_weight, spec, spec.student, student_grad, true, results, stream);
   }
   if (spec.teacher.any) {
-    teacher_saved = forward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
-                            teacher_grad, !spec.student.any, results, stream);
+    teacher_saved = forward(*teacher_logits, std::nullopt, target, class_weight, pixel_weight, spec,
+                            spec.teacher, teacher_grad, !spec.student.any, results, stream);
   }
   GroupTotals totals{};
   totals.terms = spec.terms;
@@ -432,13 +459,14 @@ Tensor combine_gradients(const Tensor& saved, const Tensor& grad_totals, const P
 // Of one pass's logits. saved: what `sums` kept, or nothing.
 Tensor backward(const Tensor& logits, const std::optional<Tensor>& teacher,
                 const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                const Spec& spec, const PassTerms& terms, const Tensor& grad_totals,
+                const std::optional<Tensor>& pixel_weight, const Spec& spec, const PassTerms& terms,
+                const Tensor& grad_totals,
                 const std::optional<Tensor>& saved, cudaStream_t stream) {
   if (saved.has_value()) return combine_gradients(*saved, grad_totals, terms, logits, stream);
   STD_TORCH_CHECK(target.has_value(), "saved, target: got None");
-  check_tensors(logits, teacher, *target, class_weight);
+  check_tensors(logits, teacher, *target, class_weight, pixel_weight);
   STD_TORCH_CHECK(lies_on(logits, *target), "saved: got None for logits off the label grid");
-  Runner run(logits, teacher, *target, class_weight, spec, terms, true);
+  Runner run(logits, teacher, *target, class_weight, pixel_weight, spec, terms, true);
   Tensor gradient = torch::stable::empty_like(logits);
   run.pass().gradient = logits_of(gradient, "gradient");
   run.pass().grad_totals = static_cast<const double*>(grad_totals.const_data_ptr());
@@ -450,6 +478,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& grad_totals, const Tensor& stu
                                     const std::optional<Tensor>& teacher_logits,
                                     const std::optional<Tensor>& target,
                                     const std::optional<Tensor>& class_weight,
+                                    const std::optional<Tensor>& pixel_weight,
                                     const Tensor& numbers,
                                     const std::optional<Tensor>& student_saved,
                                     const std::optional<Tensor>& teacher_saved,
@@ -466,12 +495,12 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& grad_totals, const Tensor& stu
   Tensor teacher = student;
   if (student_grad && spec.student.any) {
     student = backward(student_logits, teacher_of(spec.student, teacher_logits), target,
-                       class_weight, spec, spec.student, grad_totals, student_saved, stream);
+                       class_weight, pixel_weight, spec, spec.student, grad_totals, student_saved, stream);
   }
   if (teacher_grad && spec.teacher.any) {
     STD_TORCH_CHECK(teacher_logits.has_value(), "teacher_logits: got None");
-    teacher = backward(*teacher_logits, std::nullopt, target, class_weight, spec, spec.teacher,
-                       grad_totals, teacher_saved, stream);
+    teacher = backward(*teacher_logits, std::nullopt, target, class_weight, pixel_weight, spec,
+                       spec.teacher, grad_totals, teacher_saved, stream);
   }
   return {student, teacher};
 }

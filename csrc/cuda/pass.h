@@ -31,7 +31,7 @@ constexpr int kMostChunkRows = 2;
 constexpr int kWarpSize = 32;
 
 // A warp's row of `partials`, float64: numerators of the terms, then their shares of denominators of
-// their own (`share_index_of`), valid pixels and labels out of range.
+// their own (`share_index_of`), pixels with or without a label and labels out of range.
 enum Partial : int32_t { kFirstShare = kTerms, kValid = kTerms + kShares, kBad, kPartials };
 
 // Logits [B, C, height, width], strides in elements.
@@ -55,7 +55,8 @@ struct Pass {
   int32_t batch, classes, label_height, label_width;
   Logits student, teacher;
   Labels target;
-  int64_t ignore_index;
+  int64_t ignore_index, unlabelled_index;  // the same where no pixel is unlabelled
+  const void* pixel_weight;  // [B, H, W] of the arithmetic's type, or null
   bool align_corners;
 
   // How the cells of an image are cut: `columns` of cells, numbered through its chunks.
@@ -86,6 +87,7 @@ struct Pass {
   double* partials;  // [B * programs, kPartials]
   void* maps_out;    // [2, B, H, W] of the arithmetic's type, or
   bool maps_are_float;
+  bool wide;         // the arithmetic is in double
   int32_t gradient_of[kTerms];  // which saved gradient a term adds to, -1: none
   int32_t leader[kTerms];  // the first term that adds to the same one; itself, if it adds to none
   void* saved;  // [gradients, B, C, chunks, chunk_rows + 1, width] of the arithmetic's type

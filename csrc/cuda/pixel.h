@@ -24,6 +24,7 @@ template <class List>
 struct Any;
 template <class... Terms>
 struct Any<TermTypes<Terms...>> {
+  static constexpr bool kKnown = false;
   template <class Term>
   HAKD_DEVICE static bool has(const Pass& p) {
     return may_have<Term>() && p.has[index_of<Term>];
@@ -56,6 +57,7 @@ using UsualPaper = Any<TermTypes<CrossEntropyTerm, KdTerm, PaperTerm, FeatureTer
 // are not there. A call may have fewer of them, and terms without a gradient of their own have one together.
 template <int32_t... kVariants>
 struct Fixed {
+  static constexpr bool kKnown = true;
   template <class Term>
   HAKD_FN static constexpr int32_t fixed() {
     const int32_t variants[] = {kVariants...};
@@ -103,9 +105,31 @@ struct Fixed {
   }
   HAKD_DEVICE static constexpr Needs needs(const Pass&) { return needs_of(AllTerms()); }
   HAKD_DEVICE static constexpr bool teacher(const Pass&) { return kTeacher; }
-  HAKD_DEVICE static constexpr int32_t leader(const Pass&, int32_t term) {
+  // The first term whose gradient is made of the same x and y: where both go to one place, the
+  // coefficients add.
+  template <class Term, class... Terms>
+  HAKD_FN static constexpr int32_t twin_of(TermTypes<Terms...>) {
+    const int32_t shapes[] = {shape<Terms>()...};
+    int32_t k = 0;
+    while (shapes[k] != shape<Term>()) ++k;
+    return k;
+  }
+  template <class Term>
+  HAKD_FN static constexpr int32_t shape() {
+    constexpr int32_t v = fixed<Term>();
+    constexpr From x = Term::student(v), y = Term::other_from(v);
+    const bool alone = v < 0 || Term::has_label(v) || x == From::kOwn || y == From::kOwn;
+    return alone ? -1 - index_of<Term> : static_cast<int32_t>(x) * 16 + static_cast<int32_t>(y);
+  }
+  HAKD_FN static constexpr int32_t first() {
+    int32_t k = 0;
+    while (leader_of(k) == 15) ++k;
+    return k;
+  }
+  HAKD_FN static constexpr int32_t leader_of(int32_t term) {
     return static_cast<int32_t>(kLeaders >> 4 * term & 15);
   }
+  HAKD_DEVICE static constexpr int32_t leader(const Pass&, int32_t term) { return leader_of(term); }
   HAKD_DEVICE static constexpr bool leads(const Pass& p, int32_t term) {
     return leader(p, term) == term;
   }
@@ -165,6 +189,11 @@ HAKD_DEVICE F class_weight(const Pass& p, int32_t c) {
   return p.class_weight == nullptr ? F(1) : static_cast<const F*>(p.class_weight)[c];
 }
 
+// A class to read where the pixel has none.
+HAKD_DEVICE int32_t class_or_0(const Pass& p, int32_t label) {
+  return label < 0 || label >= p.classes ? 0 : label;
+}
+
 // --- sums --------------------------------------------------------------------------------------------
 
 template <typename F>
@@ -182,9 +211,11 @@ template <class Set, typename F>
 HAKD_DEVICE void find_totals(const Pass& p, Totals<F>& t, F student_label, F teacher_label,
                              int32_t label) {
   const Needs needs = Set::needs(p);
-  t.student_label = student_label;
-  t.teacher_label = teacher_label;
-  t.label_weight = class_weight<F>(p, label < 0 ? 0 : label);
+  // Nobody can be asked but the teacher: reliability becomes 1 by a student that is never right.
+  const bool unlabelled = label == p.classes;
+  t.student_label = unlabelled ? F(-1e30) : student_label;
+  t.teacher_label = unlabelled ? F(0) : teacher_label;
+  t.label_weight = class_weight<F>(p, class_or_0(p, label));
   if (needs.student_nll) find_student_nll(t);
   if (needs.teacher_nll) find_teacher_nll(t);
   if (soft<Set>(p)) find_student_total(t);
@@ -244,28 +275,7 @@ struct ThreadSums {
   }
 };
 
-// --- a term at a pixel ---------------------------------------------------------------------------------
-
-// Adds its value (but for that of a value loop) and its share to the sums; the coefficients are 0
-// where the pixel is not valid.
-template <class Term, class Set, typename F>
-HAKD_DEVICE Coefficients<F> pixel_of(const Pass& p, const Numbers<F>& n, const PassNumbers<F>& pass,
-                                     const Totals<F>& t,
-                                     const typename Term::template Known<F>& known,
-                                     const typename Term::template Own<F>& own, bool valid,
-                                     Sums<F>& sums) {
-  constexpr int k = index_of<Term>;
-  const int32_t variant = Set::template variant<Term>(p);
-  Coefficients<F> c =
-      Term::pixel(variant, n.terms.template of<Term>(), pass, t, known, own, n.term_scale[k]);
-  c.value = valid ? c.value : F(0);
-  c.student = valid ? c.student : F(0);
-  c.other = valid ? c.other : F(0);
-  c.label = valid ? c.label : F(0);
-  if (!Term::has_value_loop(variant)) sums.of_term[k] += c.value;
-  if constexpr (Term::kHasShares) sums.share[share_index_of<Term>] += valid ? c.share : F(0);
-  return c;
-}
+// --- maps ----------------------------------------------------------------------------------------
 
 template <typename F>
 HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, bool valid,

@@ -78,20 +78,15 @@ __global__ void __launch_bounds__(kSegmentThreads)
   Held<F, S>* held = p.warp_bytes == 0
                          ? nullptr
                          : reinterpret_cast<Held<F, S>*>(shared_memory) + threadIdx.x;
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  constexpr int kWarps = kSegmentThreads / kWarpSize;
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
-                                  p.halo && lane == 0);
+  const Thread thread = this_thread<kSegmentThreads>(p);
+  const Column& column = thread.column;
   const Numbers<F> n = numbers_of<Set, F>(p);
   ThreadSums thread_sums;
   for_each_segment<F, S>(
-      p, image, column,
+      p, thread.image, column,
       [&](Segment<F, S>& at, int32_t wide, int32_t i, int32_t j, const RowWriter<F>& rows) {
         Sums<F> sums = no_sums<F>();
-        read_labels(p, image, wide, at, sums);
+        read_labels(p, thread.image, wide, at, sums);
         if (!column.own) {  // of a halo: only the gradients are wanted
 #pragma unroll
           for (int s = 0; s < S; ++s) at.inside[s] = false;
@@ -99,12 +94,12 @@ __global__ void __launch_bounds__(kSegmentThreads)
         // Nothing to learn here: what must be written is zeros.
         const bool writes = p.maps || (p.gradients && !rows.again);
         if (writes || any_valid(at)) {
-          SegmentPass<F, Set, S, kHold>(p, n, image, at, i, j, held, kSegmentThreads)
+          SegmentPass<F, Set, S, kHold>(p, n, thread.image, at, i, j, held, kSegmentThreads)
               .run(rows, sums);
         }
         thread_sums.template add<Set>(sums);
       });
-  write_sums<Set>(p, static_cast<int64_t>(blockIdx.x) * kWarps + warp, thread_sums, column.own, lane);
+  write_sums<Set>(p, thread.row, thread_sums, column.own, thread.lane);
 }
 
 // Terms over space: the softmax of `first` over the valid pixels of each image and class. A warp leaves
@@ -122,8 +117,9 @@ HAKD_DEVICE void add_to_space(F& largest, F& total, F other, F other_total) {
 }
 
 template <class Term, typename F, int S>
-HAKD_DEVICE void collect_space(const Pass& p, const Column& column, int32_t image, int64_t row,
-                               int32_t lane) {
+HAKD_DEVICE void collect_space(const Pass& p, const Thread& thread) {
+  const int32_t image = thread.image;
+  const Column& column = thread.column;
   const Numbers<F> n = numbers_of<All, F>(p);
   const int32_t variant = p.variant[index_of<Term>];
   for (int32_t c = 0; c < p.classes; ++c) {
@@ -149,11 +145,16 @@ HAKD_DEVICE void collect_space(const Pass& p, const Column& column, int32_t imag
             k.student_z = z_s[s];
             k.teacher_z = z_t[s];
             k.is_label = at.label[s] == c;
+            k.unlabelled = at.label[s] == p.classes;
+            const F weight =
+                p.pixel_weight == nullptr
+                    ? F(1)
+                    : static_cast<F>(weight_at(p, place_of(p, image, at.y, at.x + s)));
             typename Term::template Known<F> known{};
             const First<F> found =
                 Term::first(variant, n.terms.template of<Term>(), n.pass, known, k);
             for (int v = 0; v < Term::kFirsts; ++v) {
-              add_to_space(largest[v], total[v], found.v[v], F(1));
+              add_to_space(largest[v], total[v], found.v[v], weight);
             }
           }
         });
@@ -165,9 +166,9 @@ HAKD_DEVICE void collect_space(const Pass& p, const Column& column, int32_t imag
         const F other_total = __shfl_down_sync(kAllLanes, total[v], offset);
         add_to_space(largest[v], total[v], other, other_total);
       }
-      if (lane == 0 && v < Term::spaces(variant)) {
+      if (thread.lane == 0 && v < Term::spaces(variant)) {
         const int64_t rows = static_cast<int64_t>(gridDim.x) * (kSegmentThreads / kWarpSize);
-        F* out = static_cast<F*>(p.space_found) + ((v * rows + row) * p.classes + c) * 2;
+        F* out = static_cast<F*>(p.space_found) + ((v * rows + thread.row) * p.classes + c) * 2;
         out[0] = largest[v];
         out[1] = total[v];
       }
@@ -178,18 +179,11 @@ HAKD_DEVICE void collect_space(const Pass& p, const Column& column, int32_t imag
 template <typename F, int S>
 __global__ void __launch_bounds__(kSegmentThreads)
     space_kernel(const __grid_constant__ Pass p) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const auto warp = static_cast<int32_t>(threadIdx.x / kWarpSize);
-  constexpr int kWarps = kSegmentThreads / kWarpSize;
-  const auto image = static_cast<int32_t>(blockIdx.x / p.programs);
-  const auto program = static_cast<int32_t>(blockIdx.x % p.programs);
-  const Column column = column_of(p, first_column(p, program, kWarps, warp) + lane,
-                                  p.halo && lane == 0);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const Thread thread = this_thread<kSegmentThreads>(p);
   for_each([&](auto tag) {
     using Term = typename decltype(tag)::type;
     if constexpr (Term::kOverSpace) {
-      if (p.collected == index_of<Term>) collect_space<Term, F, S>(p, column, image, row, lane);
+      if (p.collected == index_of<Term>) collect_space<Term, F, S>(p, thread);
     }
   });
 }

@@ -56,7 +56,11 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
     if (column == k) f.numerators[f.position[k]] = f.is_divergence[k] ? max_or_nan(0.0, total) : total;
     const Denominator kind = f.denominator[k];
     double* denominator = f.denominators + f.group[k];
-    if (kind == Denominator::kValid && column == kValid) *denominator = total;
+    if (kind == Denominator::kValid && column == kValid) {
+      *denominator = f.weighted         ? f.pixels[f.needs_label[k] ? 1 : 2]
+                     : f.pixels == nullptr || !f.needs_label[k] ? total
+                                                                : f.pixels[0];
+    }
     if (kind == Denominator::kImages && column == kValid) {
       *denominator = images_with_pixels * f.classes;
     }
@@ -65,8 +69,55 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
       *denominator = total;
     }
   }
-  if (column == kValid && f.report != nullptr) f.report[0] = static_cast<int64_t>(total);
-  if (column == kBad && f.report != nullptr) f.report[1] = static_cast<int64_t>(total);
+  if (f.report == nullptr) return;
+  if (column == kValid) {
+    f.report[0] = static_cast<int64_t>(f.pixels == nullptr ? total : f.pixels[0]);
+    f.report[1] = static_cast<int64_t>(total);
+    f.report[3] = f.pixels == nullptr ? 0 : static_cast<int64_t>(f.pixels[3]);
+  }
+  if (column == kBad) f.report[2] = static_cast<int64_t>(total);
+}
+
+// Each block its share of the pixels, always the same; then one block brings them together.
+__global__ void __launch_bounds__(kSumThreads)
+    count_pixels_kernel(const __grid_constant__ Pass p, double* counts) {
+  HAKD_SHARED_MEMORY(double, memory);
+  const int64_t plane = static_cast<int64_t>(p.label_height) * p.label_width;
+  const int64_t pixels = plane * p.batch;
+  double sum[kPixelCounts] = {};
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kSumThreads;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; at < pixels;
+       at += step) {
+    const int64_t image = divide(at, plane);
+    const int64_t y = divide(at - image * plane, p.label_width);
+    int32_t label[1][1], valid = 0, bad = 0;
+    load_labels(p, static_cast<int32_t>(image), static_cast<int32_t>(y),
+                static_cast<int32_t>(at - image * plane - y * p.label_width), 1, 1, label, valid,
+                bad);
+    const bool labelled = label[0][0] >= 0 && label[0][0] < p.classes;
+    sum[0] += labelled ? 1.0 : 0.0;
+    if (p.pixel_weight == nullptr) continue;
+    const double weight = weight_at(p, at);
+    sum[1] += labelled ? weight : 0.0;
+    sum[2] += label[0][0] >= 0 ? weight : 0.0;
+    sum[3] += weight >= 0.0 && weight <= 1.7976931348623157e308 ? 0.0 : 1.0;
+  }
+  for (int k = 0; k < kPixelCounts; ++k) {
+    const double total = over_block(sum[k], memory);
+    if (threadIdx.x == 0) counts[(blockIdx.x + 1) * kPixelCounts + k] = total;
+  }
+}
+
+__global__ void __launch_bounds__(kSumThreads) total_pixels_kernel(double* counts, int32_t blocks) {
+  HAKD_SHARED_MEMORY(double, memory);
+  for (int k = 0; k < kPixelCounts; ++k) {
+    double sum = 0.0;
+    for (int32_t block = static_cast<int32_t>(threadIdx.x); block < blocks; block += kSumThreads) {
+      sum += counts[(block + 1) * kPixelCounts + k];
+    }
+    sum = over_block(sum, memory);
+    if (threadIdx.x == 0) counts[k] = sum;
+  }
 }
 
 __global__ void __launch_bounds__(kWarpSize) group_totals_kernel(const __grid_constant__ GroupTotals t) {
@@ -158,6 +209,13 @@ __global__ void __launch_bounds__(kSpaceThreads)
 void launch_finish_sums(const Finish& f, cudaStream_t stream) {
   launch(finish_sums_kernel, dim3(kPartials), dim3(kSumThreads), kSumThreads * sizeof(double),
          stream, "finish_sums", f);
+}
+
+void launch_count_pixels(const Pass& p, double* counts, cudaStream_t stream) {
+  launch(count_pixels_kernel, dim3(kCountBlocks), dim3(kSumThreads), kSumThreads * sizeof(double),
+         stream, "count_pixels", p, counts);
+  launch(total_pixels_kernel, dim3(1), dim3(kSumThreads), kSumThreads * sizeof(double), stream,
+         "total_pixels", counts, kCountBlocks);
 }
 
 void launch_group_totals(const GroupTotals& t, cudaStream_t stream) {

@@ -94,11 +94,17 @@ struct HeteroTerm : HeteroOptions {
     if (mix != kProbs) return;
     own.sum = F(0) - mixed_target(k.teacher, t.teacher_cross, k.student, t.student_self);
   }
-  template <typename S, typename F, typename M>
+  template <typename S, typename F, class AnyClass>
   HAKD_FN static Pair<F> other(int32_t mix, const Numbers<S>&, const PassNumbers<S>&,
-                               const Known<F>& k, const Class<F, M>& c, const First<F>& first,
+                               const Known<F>& k, const AnyClass& c, const First<F>& first,
                                Own<F>& own) {
-    if (mix == kProbs) {
+    if constexpr (AnyClass::kBounded) {
+      if (mix == kProbs) {  // what keeps the logarithm finite is lost in any sum, and costs nothing
+        const F x = fma(k.teacher, c.teacher_e, fma(k.student, c.student_e, F(1e-37)));
+        own.sum = fma(x, fast_log2(x) - c.student_a, own.sum);
+        return {F(0), F(0)};
+      }
+    } else if (mix == kProbs) {
       const F x = mixed_target(k.teacher, c.teacher_e, k.student, c.student_e);
       own.sum = fma(x, log2_of_share(x) - c.student_a, own.sum);
       return {F(0), F(0)};

@@ -149,6 +149,12 @@ struct Class {
   M is_label, unlabelled;  // unlabelled: no class of the pixel is
   // Of terms over space: the pixel's share of the softmax of first.v[k], and log of what that divided by.
   F space[2], space_log[2];
+  static constexpr bool kBounded = false;
+};
+// One whose e is no smaller than about 1e-36, and a no larger in size than its logarithm.
+template <typename F, typename M>
+struct BoundedClass : Class<F, M> {
+  static constexpr bool kBounded = true;
 };
 
 // --- what a term gives ---------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_counts_and_denominators(backend: str) -> None:
     assert int(out.distilled) == int(counted.sum())
     of_labelled, of_all = (float(weight.double()[mask].sum()) for mask in (labelled, counted))
     for name in ("ce", "dkd"):
-        assert float(out.denominators[name]) == pytest.approx(of_labelled, rel=1e-12)
+        assert float(out.denominators[name]) == pytest.approx(of_labelled, rel=1e-6)
     for name in ("kd", "hetero"):
         assert float(out.denominators[name]) == pytest.approx(of_all, rel=1e-6)
     assert float(out.denominators["cwd"]) == 2 * 5

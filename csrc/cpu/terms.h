@@ -441,7 +441,8 @@ class Terms {
     const Mask<T> without = is_unlabelled(group.labels[r]);
     const bool weighted = takes_weight && group.weights[r] != nullptr;
     const F weight = weighted ? F::load(group.weights[r]) : F(T(1));
-    for (F* x : {&c.value, &c.share, &c.student, &c.other, &c.label}) {
+    F* const all[] = {&c.value, &c.share, &c.student, &c.other, &c.label};
+    for (F* x : all) {
       if (weighted) *x = *x * weight;
       if (needs_label) *x = select(without, F(T(0)), *x);
     }

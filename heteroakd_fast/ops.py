@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference_pass
 from ._checks import check_call
 from .backends import Call
 from .labels import count_pixels
@@ -84,14 +84,14 @@ def _empty_sums(
     class_weight: Tensor | None,
     options: Options,
     pixel_weight: Tensor | None,
-) -> reference.PassSums:
+) -> reference_pass.PassSums:
     """No pixel at all: zeros that are still connected to both logits, whatever their size."""
     nothing = student_logits[:0].sum(dtype=torch.float64)
     if teacher_logits is not None:
         nothing = nothing + teacher_logits[:0].sum(dtype=torch.float64)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     terms, device = len(options.asked), student_logits.device
-    return reference.PassSums(
+    return reference_pass.PassSums(
         numerators=nothing.expand(terms),
         denominators=torch.zeros(terms, dtype=torch.float64, device=device),
         maps=torch.zeros((2, *target.shape) if options.maps else 0, dtype=dtype, device=device),
@@ -126,11 +126,11 @@ def sums(
     call = call._replace(wants=_wants(call))
     if empty or oracle:
         options = spec.options()
-        formulas = _empty_sums if empty else reference.sums
+        formulas = _empty_sums if empty else reference_pass.sums
         numerators, denominators, maps = formulas(
             call.student, target, call.teacher, class_weight, options, pixel_weight
         )
-        totals, per_group = reference.group(numerators, denominators, options)
+        totals, per_group = reference_pass.group(numerators, denominators, options)
         counts = denominators.new_zeros(2, dtype=torch.int64)
         if not empty:
             head = (options.ignore_index, options.unlabelled_index)

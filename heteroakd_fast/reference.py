@@ -4,9 +4,7 @@ The formulas are those of `docs/method.md`, in its order and under its names; th
 kernels are laid out in the same order, so that the three can be read side by side.
 
 Every function works on the label grid, class axis 1, in the dtype it is given; run it in float64
-and it is the ground truth of the tests. `sums` materialises full-resolution logits; the backend
-`reference` runs the same formulas over bands of rows (`backends/reference.py`). Autograd does the
-gradients in both.
+and it is the ground truth of the tests. `reference_pass.py` makes a call's pass of them.
 
 Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C, H, W];
 `label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where there is none).
@@ -24,12 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import Options
 from .terms import CWD, DKD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
 
 __all__ = [
     "Knowledge",
-    "PassSums",
     "Pixels",
     "bernoulli_kl",
     "cross_entropy",
@@ -37,17 +33,14 @@ __all__ = [
     "dkd",
     "evaluate_knowledge",
     "feature",
-    "group",
+    "fraction",
     "hetero",
     "join_over_space",
     "join_shares",
     "kd",
     "negative_log_likelihood",
-    "pixels_of",
     "project",
     "space_shares",
-    "sums",
-    "terms_on_grid",
     "upsample",
 ]
 
@@ -56,17 +49,6 @@ RELIABILITY_EPS = 1e-6
 
 # A term before its mean is taken: (numerator, denominator), both scalars.
 Fraction = tuple[Tensor, Tensor]
-
-
-class PassSums(NamedTuple):
-    """Terms of one pass, in the order of `Options.asked`, before any mean is taken."""
-
-    numerators: Tensor
-    """[K], float64, differentiable"""
-    denominators: Tensor
-    """[K], float64"""
-    maps: Tensor
-    """[2, B, H, W] (reliability, discrepancy; 0 at ignored pixels) or [0]"""
 
 
 class Knowledge(NamedTuple):
@@ -532,45 +514,7 @@ def hetero(
     return _total_divergence(t**2 * per_pixel, valid), _images_times_classes(student_z, valid)
 
 
-# --- one pass ----------------------------------------------------------------------------------
-
-
-def sums(
-    student_logits: Tensor,
-    target: Tensor,
-    teacher_logits: Tensor | None,
-    class_weight: Tensor | None,
-    options: Options,
-    pixel_weight: Tensor | None = None,
-) -> PassSums:
-    """All terms of a pass over one label grid.
-
-    Args:
-        student_logits: [B, C, h, w], any floating dtype; computed in float32 or wider.
-        target: [B, H, W] class indices, `ignore_index` or `unlabelled_index`; already checked.
-        teacher_logits: [B, C, h', w'] or None when no term needs it.
-        class_weight: [C] or None.
-        options: what to compute.
-        pixel_weight: [B, H, W] or None.
-    """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    size = (target.shape[1], target.shape[2])
-    pixels = pixels_of(target, pixel_weight, student_logits.shape[1], options, dtype)
-    if class_weight is not None:
-        class_weight = class_weight.to(dtype)
-
-    def on_label_grid(logits: Tensor) -> Tensor:
-        z = upsample(logits.to(dtype), size, options.align_corners)
-        return torch.where(pixels.valid[:, None], z, 0)
-
-    student_z = on_label_grid(student_logits)
-    teacher_z = student_z if teacher_logits is None else on_label_grid(teacher_logits)
-    fractions, maps = terms_on_grid(student_z, teacher_z, pixels, class_weight, options)
-    return PassSums(
-        numerators=torch.stack([numerator for numerator, _ in fractions]),
-        denominators=torch.stack([denominator.detach() for _, denominator in fractions]),
-        maps=student_z.new_empty(0) if maps is None else maps,
-    )
+# --- a term of a pass --------------------------------------------------------------------------
 
 
 class Pixels(NamedTuple):
@@ -587,87 +531,31 @@ class Pixels(NamedTuple):
         return Pixels(*(None if x is None else x[:, rows] for x in self))  # type: ignore[arg-type]
 
 
-def pixels_of(
-    target: Tensor,
-    pixel_weight: Tensor | None,
-    num_classes: int,
-    options: Options,
-    dtype: torch.dtype,
-) -> Pixels:
-    """Of [B, H, W] each; a weight or a label out of range is the caller's check to report."""
-    target = target.long()
-    valid = target != options.ignore_index
-    if pixel_weight is not None:
-        pixel_weight = pixel_weight.to(dtype)
-        valid = valid & (pixel_weight != 0)
-    labelled = valid & (target >= 0) & (target < num_classes)
-    if options.unlabelled_index == options.ignore_index:  # a wrong label must only be no index
-        return Pixels(torch.where(labelled, target, 0), valid, valid, pixel_weight)
-    return Pixels(torch.where(labelled, target, 0), labelled, valid, pixel_weight)
-
-
-def terms_on_grid(
+def fraction(
+    term: Term,
     student_z: Tensor,
     teacher_z: Tensor,
     pixels: Pixels,
     class_weight: Tensor | None,
-    options: Options,
-    knowledge: Knowledge | None = None,
-    shares: tuple[Shares, Shares] | None = None,
-) -> tuple[list[Fraction], Tensor | None]:
-    """The terms that are asked for, in their order, and the maps [2, B, H, W] if those are.
-
-    Args:
-        student_z, teacher_z: [B, C, H, W], the same floating dtype, finite where not valid; one
-            that no term reads may be the other.
-        pixels: [B, H, W].
-        class_weight: [C] in the dtype of `student_z`, or None.
-        options: what to compute.
-        knowledge: what `evaluate_knowledge` found, if it was called already.
-        shares: of `cwd`, where the rows are not all of the images.
-    """
+    knowledge: Knowledge | None,
+    shares: tuple[Shares, Shares] | None,
+) -> Fraction:
+    """Numerator and denominator of one term; arguments as in `reference_pass.terms_on_grid`."""
     label, labelled, valid, weight = pixels
     frozen_teacher_z = teacher_z.detach()
-    mixing: HeteroAKD | None = options.find(HeteroAKD.name)
-    if knowledge is None and mixing is not None:
-        knowledge = evaluate_knowledge(
-            student_z, teacher_z, label, valid, mixing, options.maps, labelled, weight
-        )
-
-    def fraction(term: Term) -> Fraction:
-        if isinstance(term, (CrossEntropy, TeacherCrossEntropy)):
-            z = student_z if isinstance(term, CrossEntropy) else teacher_z
-            smoothing = term.label_smoothing
-            return cross_entropy(z, label, labelled, class_weight, smoothing, weight)
-        if isinstance(term, KD):
-            options_of_kd = (term.temperature, term.divergence, term.beta)
-            return kd(student_z, frozen_teacher_z, valid, *options_of_kd, weight)
-        if isinstance(term, HeteroAKD):
-            assert knowledge is not None
-            return hetero(student_z, knowledge, valid, term, weight)
-        if isinstance(term, CWD):
-            return cwd(student_z, frozen_teacher_z, valid, term.temperature, shares, weight)
-        if isinstance(term, DKD):
-            parts = (term.alpha, term.beta, term.temperature)
-            return dkd(student_z, frozen_teacher_z, label, labelled, *parts, weight)
-        assert isinstance(term, Feature), term
-        return feature(student_z, frozen_teacher_z, valid, weight)
-
-    fractions = [fraction(term) for term in options.asked]
-    if not options.maps or knowledge is None:
-        return fractions, None
-    pair = torch.stack((knowledge.reliability, knowledge.discrepancy))
-    return fractions, torch.where(valid, pair, 0)
-
-
-def group(numerators: Tensor, denominators: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Of each group the sum of weight * numerator, and the denominator; [groups] each."""
-    totals, of_group = [], []
-    for index in range(options.group_count):
-        members = [
-            k for k, group in enumerate(g for g in options.groups if g >= 0) if group == index
-        ]
-        parts = [options.asked[k].weight * numerators[k] for k in members]
-        totals.append(torch.stack(parts).sum())
-        of_group.append(denominators[members[0]])
-    return torch.stack(totals), torch.stack(of_group)
+    if isinstance(term, (CrossEntropy, TeacherCrossEntropy)):
+        z = student_z if isinstance(term, CrossEntropy) else teacher_z
+        return cross_entropy(z, label, labelled, class_weight, term.label_smoothing, weight)
+    if isinstance(term, KD):
+        options = (term.temperature, term.divergence, term.beta)
+        return kd(student_z, frozen_teacher_z, valid, *options, weight)
+    if isinstance(term, HeteroAKD):
+        assert knowledge is not None
+        return hetero(student_z, knowledge, valid, term, weight)
+    if isinstance(term, CWD):
+        return cwd(student_z, frozen_teacher_z, valid, term.temperature, shares, weight)
+    if isinstance(term, DKD):
+        parts = (term.alpha, term.beta, term.temperature)
+        return dkd(student_z, frozen_teacher_z, label, labelled, *parts, weight)
+    assert isinstance(term, Feature), term
+    return feature(student_z, frozen_teacher_z, valid, weight)

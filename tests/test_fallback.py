@@ -12,7 +12,7 @@ from common import TERM_CASES, Batch, eager_cross_entropy, evaluate, make_batch,
 from torch import Tensor
 
 import heteroakd_fast as hf
-from heteroakd_fast import _extension, backends, functional, reference
+from heteroakd_fast import _extension, backends, functional, reference_pass
 from heteroakd_fast.backends import reference as bands
 from heteroakd_fast.spec import LossSpec, groups_of
 from heteroakd_fast.terms import CrossEntropy
@@ -41,10 +41,10 @@ def by_bands(call: backends.Call, scales: Tensor) -> dict[str, Any]:
 
 def whole(call: backends.Call, scales: Tensor) -> dict[str, Any]:
     options = call.spec.options()
-    numerators, denominators, maps = reference.sums(
+    numerators, denominators, maps = reference_pass.sums(
         call.student, call.labels, call.teacher, call.class_weight, options
     )
-    totals, denominators = reference.group(numerators, denominators, options)
+    totals, denominators = reference_pass.group(numerators, denominators, options)
     sides = (call.student, call.teacher)
     grads = iter(torch.autograd.grad(totals, [x for x in sides if x.requires_grad], scales))
     return {

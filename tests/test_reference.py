@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from common import VARIANTS, make_batch
 from torch import Tensor
 
-from heteroakd_fast import reference
+from heteroakd_fast import reference, reference_pass
 from heteroakd_fast.labels import nearest_labels
 from heteroakd_fast.projector import Projector
 from heteroakd_fast.spec import LossSpec
@@ -360,11 +360,11 @@ def test_gradcheck_through_the_whole_pass(size: tuple[int, int], align_corners: 
     options = LossSpec.of(*terms, align_corners=align_corners).options()
 
     def student_terms(student: Tensor) -> Tensor:
-        sums = reference.sums(student, batch.target, batch.teacher, None, options)
+        sums = reference_pass.sums(student, batch.target, batch.teacher, None, options)
         return sums.numerators / sums.denominators
 
     def teacher_terms(teacher: Tensor) -> Tensor:
-        sums = reference.sums(batch.student, batch.target, teacher, None, options)
+        sums = reference_pass.sums(batch.student, batch.target, teacher, None, options)
         return (sums.numerators / sums.denominators)[1]
 
     gradcheck(student_terms, batch.student)
@@ -393,7 +393,7 @@ def test_hetero_in_the_pass_is_the_function(variant: str) -> None:
     term = term_of(variant)
     target = label.where(valid, 255)
     student = s.clone().requires_grad_()
-    sums = reference.sums(student, target, t, None, LossSpec.of(term).options())
+    sums = reference_pass.sums(student, target, t, None, LossSpec.of(term).options())
     (grad,) = torch.autograd.grad(sums.numerators[0] / sums.denominators[0], student)
     knowledge = reference.evaluate_knowledge(s, t, label, valid, term)
     other = s.clone().requires_grad_()

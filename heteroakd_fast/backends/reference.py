@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import reference, reference_pass
 from ..labels import count_pixels
 from ..spec import groups_of
 from ..terms import CWD, HeteroAKD, TeacherCrossEntropy
@@ -32,7 +32,7 @@ _BAND_ELSEWHERE: Final = 2**24
 
 
 class ReferenceBackend:
-    """Any terms on any device. Eager calls in float64 get `reference.sums` itself (`ops.py`)."""
+    """Any terms on any device. Eager calls in float64 get `reference_pass.sums` (`ops.py`)."""
 
     name = "reference"
 
@@ -109,7 +109,7 @@ class ReferenceBackend:
         for first in range(0, batch, images):
             chunk = slice(first, first + images)
             weight = None if call.pixel_weight is None else call.pixel_weight[chunk]
-            pixels = reference.pixels_of(target[chunk], weight, classes, options, dtype)
+            pixels = reference_pass.pixels_of(target[chunk], weight, classes, options, dtype)
             bands = [
                 _Band(slice(y, y + rows), pixels.rows(slice(y, y + rows)))
                 for y in range(0, height, rows)
@@ -128,7 +128,7 @@ class ReferenceBackend:
                 for leaf, side in zip(z, sides, strict=True):
                     leaf.requires_grad_(bool(side.groups))
                 with torch.enable_grad():
-                    fractions, band_maps = reference.terms_on_grid(
+                    fractions, band_maps = reference_pass.terms_on_grid(
                         z[0], z[-1], band.pixels, class_weight, options, known, shares
                     )
                 for k, (numerator, denominator) in enumerate(fractions):
@@ -150,7 +150,7 @@ class ReferenceBackend:
             for side in sides:
                 side.close()
         saved = [side.gradients for side in sides if side.groups]
-        totals, per_group = reference.group(numerators, denominators, options)
+        totals, per_group = reference_pass.group(numerators, denominators, options)
         return Sums(numerators, totals, per_group, counts, maps, saved)
 
     def gradient(self, call: Call, grad_totals: Tensor, saved: list[Tensor]) -> list[Tensor | None]:

@@ -4,15 +4,17 @@
 // Order of work. A unit has a strip of label rows and a chunk of columns. The label rows between the
 // same two rows of logits are taken together, up to kRows at a time. Of these two rows the chunk's
 // columns are packed (widened, dense, padded, [C][step]). In a cell, the pixels between four
-// neighbouring logits, no class can win whose largest corner is below the largest over the classes of
-// the smallest corner: what remains, the candidates, is found for blocks of as many cells as a vector
-// has lanes. Then, vector of columns by vector of columns, each candidate is interpolated
+// neighbouring logits, no class can win whose largest corner is below what the largest logit exceeds
+// everywhere: the largest over the classes of the smallest corner; or, where different classes win at
+// the corners, the smallest corner of their mean, for the largest of some numbers is no less than their
+// mean, and bilinear functions are smallest at a corner. What remains, the candidates, is found for
+// blocks of as many cells as a vector has lanes. Then, vector of columns by vector of columns, each candidate is interpolated
 // horizontally in both rows, and vertically in all label rows: a multiply-add, a comparison and two
 // selections per pixel and candidate.
 //
 // Cost per pixel and class at stride 4 in operations on a vector of pixels (a multiply-add is one): 6
 // where every class is a candidate (random logits); of confident logits one to three classes are, and
-// 0.04 per pixel and class finds them. Bytes: each logit read 9/8 times, each prediction written once.
+// 0.9 finds them. Bytes: each logit read 9/8 times, each prediction written once.
 //
 // Values are exact up to three roundings of each linear interpolation. Logits beyond 2^126 count as
 // 2^126: infinities then are numbers, a masked class (-inf) loses to all others, and no product is
@@ -36,6 +38,8 @@ class Unit {
   using F = Lanes<T>;
   static constexpr int N = F::N;
   static constexpr int kRows = N >= 16 ? 8 : 4;  // what registers hold
+  // more than the rounding of a mean of four, relative to the largest
+  static constexpr T kSlack = sizeof(T) == 4 ? T(0x1p-20) : T(0x1p-49);
 
  public:
   Unit(const Prediction<T>& job, void* workspace) : p(job) { lay_out(workspace); }
@@ -85,6 +89,9 @@ class Unit {
     const auto plane = static_cast<size_t>(p.classes * p.step);
     words_ = (p.classes + 63) / 64;
     for (T*& rows : packed_) rows = reinterpret_cast<T*>(take(plane * sizeof(T)));
+    for (int32_t*& row : winner_) {
+      row = reinterpret_cast<int32_t*>(take(static_cast<size_t>(p.step) * 4));
+    }
     line_ = reinterpret_cast<uint16_t*>(take(static_cast<size_t>(kRows * p.most_pixels) * 2));
     bits_ = reinterpret_cast<uint64_t*>(take(static_cast<size_t>(p.blocks * words_) * 8));
     list_ = reinterpret_cast<int32_t*>(take(static_cast<size_t>(p.classes) * 4));
@@ -106,6 +113,8 @@ class Unit {
     const int bottom = slot_of(upper, lower);
     top_ = packed_[top];
     bottom_ = packed_[bottom];
+    top_winner_ = winner_[top];
+    bottom_winner_ = winner_[bottom];
     nans_ = nan_in_[top] || nan_in_[bottom];
   }
 
@@ -143,6 +152,22 @@ class Unit {
       }
     }
     nan_in_[slot] = any(nans);
+    if (p.prunes) find_winners(slot);
+  }
+
+  // The class of the largest logit at each column of a row.
+  void find_winners(int slot) {
+    for (int64_t x = 0; x < p.step; x += N) {
+      F best(-kInfinity<T>), index(T(0));
+      for (int64_t c = 0; c < p.classes; ++c) {
+        const F z = F::load(packed_[slot] + c * p.step + x);
+        index = select(less(best, z), F(static_cast<T>(c)), index);
+        best = max(z, best);
+      }
+      T found[N];
+      index.store(found);
+      for (int l = 0; l < N; ++l) winner_[slot][x + l] = static_cast<int32_t>(found[l]);
+    }
   }
 
   // --- candidates --------------------------------------------------------------------------------
@@ -157,6 +182,11 @@ class Unit {
         const F least = min(min(F::load(a), F::load(a + 1)), min(F::load(b), F::load(b + 1)));
         bound = max(least, bound);
       }
+      if (!nans_) {
+        T means[N];
+        for (int l = 0; l < N; ++l) means[l] = mean_of_winners(x + l);
+        bound = max(F::load(means), bound);
+      }
       for (int64_t word = 0; word < words_; ++word) {
         uint64_t bits = 0;
         const int64_t first = word * 64;
@@ -170,6 +200,37 @@ class Unit {
         bits_[block * words_ + word] = bits;
       }
     }
+  }
+
+  // The smallest corner of the mean of the classes that win at the corners of a cell, less its
+  // rounding; nothing where one class wins at all of them.
+  T mean_of_winners(int64_t x) const {
+    const int32_t winners[4] = {top_winner_[x], top_winner_[x + 1], bottom_winner_[x],
+                                bottom_winner_[x + 1]};
+    int32_t distinct[4];
+    int count = 0;
+    for (const int32_t c : winners) {
+      bool known = false;
+      for (int k = 0; k < count; ++k) known = known || distinct[k] == c;
+      if (!known) distinct[count++] = c;
+    }
+    if (count == 1) return -kInfinity<T>;
+    const T weight = T(1) / static_cast<T>(count);
+    T mean[4] = {};
+    T largest(0);
+    for (int k = 0; k < count; ++k) {
+      const T* a = top_ + distinct[k] * p.step + x;
+      const T* b = bottom_ + distinct[k] * p.step + x;
+      const T corners[4] = {a[0], a[1], b[0], b[1]};
+      for (int i = 0; i < 4; ++i) {
+        mean[i] += weight * corners[i];
+        const T size = corners[i] < T(0) ? -corners[i] : corners[i];
+        largest = size > largest ? size : largest;
+      }
+    }
+    T least = mean[0];
+    for (const T m : mean) least = m < least ? m : least;
+    return least - largest * kSlack;
   }
 
   // The candidates of a group's cells as a list in ascending order; their number.
@@ -365,6 +426,7 @@ class Unit {
   size_t bytes_ = 0;
   int64_t words_ = 0;  // of a set of classes
   T* packed_[2];       // [C][step] of two rows of logits
+  int32_t* winner_[2];  // [step] their largest classes
   uint16_t* line_;     // [kRows][pixels] predictions
   uint64_t* bits_;     // [blocks][words] candidates
   int32_t* list_;      // [C] candidates in order; all classes where nothing is pruned
@@ -376,6 +438,8 @@ class Unit {
   int64_t found_ = -1;  // the cell row of the candidates
   const T* top_ = nullptr;
   const T* bottom_ = nullptr;
+  const int32_t* top_winner_ = nullptr;
+  const int32_t* bottom_winner_ = nullptr;
   bool single_ = false, nans_ = false;
 };
 

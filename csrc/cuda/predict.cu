@@ -1,15 +1,16 @@
 // Argmax of bilinearly upsampled logits without the upsampled logits, stored or counted.
 //
 // A thread has a patch of R x S pixels within a cell (the pixels between four neighbouring logits,
-// cells.h), and the cell's four corners of one class after the other in registers. No class can win
-// in a cell whose largest corner is below the largest over the classes of the smallest corner: a first
-// loop finds that bound, the second interpolates the classes that reach it, the candidates.
+// cells.h), and the cell's four corners of one class after the other in registers. No class can win in
+// a cell whose largest corner is below what the largest logit exceeds everywhere
+// (cpu/predict_kernel.h): a first loop finds that bound, the second interpolates the classes that
+// reach it, the candidates.
 //
-// Cost: in both loops 4 loads and 4 operations per class and patch; per pixel and candidate about 5
-// operations (a quarter of an interpolation in the column, one in the row, a comparison, two
-// selections). With R S = 16: 0.5 loads and 0.5 + 5 operations per pixel and class where all classes
-// are candidates (random logits), 0.5 + 0.5 where one to three of many are (confident ones). Of the
-// loads a half or less goes past the first cache. Bytes: each logit once from memory for each row of
+// Cost: in both loops 4 loads per class and patch, in the first 16 operations and in the second 4; per
+// pixel and candidate about 5 operations (a quarter of an interpolation in the column, one in the row,
+// a comparison, two selections). With R S = 16: 0.5 loads and 1.3 + 5 operations per pixel and class
+// where all classes are candidates (random logits), 1.3 where one to three of many are (confident
+// ones). Of the loads a half or less goes past the first cache. Bytes: each logit once from memory for each row of
 // cells that it borders, unless a cache keeps it; each prediction (1 or 8 bytes) once.
 //
 // Where cells are small (logits no coarser than half the labels) a patch is one pixel, and there is one
@@ -160,6 +161,50 @@ struct Patch {
   }
 };
 
+// What the largest logit exceeds everywhere in a cell: the smallest corner of one class, or, less its
+// rounding, of the mean of the classes that win at the corners.
+template <typename F>
+HAKD_DEVICE F bound_of(const Prediction& p, const Places& places) {
+  F bound = kBelowAll<F>;
+  F best[4] = {bound, bound, bound, bound};
+  int32_t winner[4] = {};
+  int64_t plane = 0;
+  for (int32_t c = 0; c < p.classes; ++c, plane += p.logits.class_stride) {
+    const Four<F> z = corners_of<F>(p, plane, places);
+    const F least = smallest(z);
+    bound = least > bound ? least : bound;
+    const F corners[4] = {z.z00, z.z01, z.z10, z.z11};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const bool better = corners[k] > best[k];
+      winner[k] = better ? c : winner[k];
+      best[k] = better ? corners[k] : best[k];
+    }
+  }
+  if (largest(Four<F>{best[0], best[1], best[2], best[3]}) == kInPlaceOfNan<F>) return bound;
+  F count = F(0), size = F(0);
+  F mean[4] = {F(0), F(0), F(0), F(0)};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    bool known = false;
+#pragma unroll
+    for (int j = 0; j < k; ++j) known |= winner[j] == winner[k];
+    if (known) continue;
+    const Four<F> z = corners_of<F>(p, winner[k] * p.logits.class_stride, places);
+    const F corners[4] = {z.z00, z.z01, z.z10, z.z11};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      mean[i] += F(0.25) * corners[i];  // of four the sum is finite
+      size = abs(corners[i]) > size ? abs(corners[i]) : size;
+    }
+    count += F(1);
+  }
+  if (count == F(1)) return bound;
+  constexpr F slack = sizeof(F) == 4 ? F(0x1p-20) : F(0x1p-49);
+  const F least = F(4) / count * smallest(Four<F>{mean[0], mean[1], mean[2], mean[3]}) - size * slack;
+  return least > bound ? least : bound;
+}
+
 template <typename F, int R, int S>
 HAKD_DEVICE void find(const Prediction& p, const Patch<F, R, S>& patch, int32_t (&index)[R][S]) {
   F best[R][S];
@@ -171,14 +216,7 @@ HAKD_DEVICE void find(const Prediction& p, const Patch<F, R, S>& patch, int32_t 
       index[r][s] = 0;
     }
   }
-  F bound = kBelowAll<F>;
-  if (R * S > 1) {
-    int64_t plane = 0;
-    for (int32_t c = 0; c < p.classes; ++c, plane += p.logits.class_stride) {
-      const F least = smallest(corners_of<F>(p, plane, patch.places));
-      bound = least > bound ? least : bound;
-    }
-  }
+  const F bound = R * S > 1 ? bound_of<F>(p, patch.places) : kBelowAll<F>;
   int64_t plane = 0;
   for (int32_t c = 0; c < p.classes; ++c, plane += p.logits.class_stride) {
     Four<F> z = corners_of<F>(p, plane, patch.places);

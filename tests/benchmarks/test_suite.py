@@ -369,7 +369,8 @@ def test_a_run_names_what_it_did_not_come_to(
     )
     found = runner.run(plan)
     assert found.interrupted
-    groups, settings = ("headline", "training", "objectives"), ["default-malloc", "1 thread"]
+    groups = ("headline", "training", "objectives", "evaluation")
+    settings = ["default-malloc", "1 thread"]
     peaks = [one.key for name in groups for one in SUITES["smoke"][name]]
     assert found.missed == {"times": keys[4:], "memory": peaks, "settings": settings}
     dead = found.of(SMOKE[3])

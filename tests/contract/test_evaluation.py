@@ -236,13 +236,13 @@ def test_nan_wins_around_its_logit(size: Size, backend: str) -> None:
     assert torch.equal(found[~touched], clean[~touched])
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
     st.tuples(*[st.integers(1, 40)] * 4),
     st.booleans(),
     st.sampled_from([1, 2, 3, 19, 70]),
     st.sampled_from(CPU_BACKENDS),
-    st.sampled_from(["noise", "smooth", "steps"]),
+    st.sampled_from(["noise", "smooth", "steps", "patches"]),
 )
 def test_any_size_is_predicted(
     sizes: tuple[int, int, int, int], align_corners: bool, classes: int, backend: str, kind: str
@@ -257,6 +257,10 @@ def test_any_size_is_predicted(
         logits = F.avg_pool2d(logits, 3, 1, 1) + 4 * logits.mean((2, 3), keepdim=True)
     elif kind == "steps":
         logits = (3 * logits).round()
+    elif kind == "patches":  # cells with one, two, three and four classes at their corners
+        label = torch.randint(classes, (1, 1, h // 3 + 1, w // 3 + 1), generator=generator)
+        label = label.repeat_interleave(3, 2).repeat_interleave(3, 3)[:, :, :h, :w]
+        logits.scatter_add_(1, label, torch.full(label.shape, 6.0))
     found = predict(logits, (size[0], size[1]), backend, align_corners=align_corners)
     assert_is_argmax(found, logits, (size[0], size[1]), align_corners)
 

@@ -127,7 +127,7 @@ CALLS = {
     "maps": Call({**HETERO, "return_maps": True}),
     "every term": Call(EVERY, **GATHER),
     "every term, bfloat16": Call(EVERY, **GATHER, dtype=BF16),
-    "further terms": Call({**EVERY, "terms": TERM_CASES["all+cwd+dkd"]["terms"]}, **GATHER),
+    "further terms": Call({**EVERY, "terms": TERM_CASES["all+objects"]["terms"]}, **GATHER),
     "float64": Call(EVERY, dtype=torch.float64),
     "float64, space": Call(SPACE, dtype=torch.float64),
 }

@@ -132,6 +132,18 @@ def test_triton_compiles_nothing_for_another_number() -> None:
 
 
 @triton
+def test_triton_compiles_a_changed_term_anew() -> None:
+    """It looks for functions where they are called by name, and terms are called by index."""
+    run_with_triton(
+        "from heteroakd_fast.kernels import terms\n"
+        "from triton.language import constexpr\n"
+        "before = terms.member.cache_key\n"
+        "terms.member.hash, terms.SOURCES = None, constexpr('other')\n"
+        "assert terms.member.cache_key != before"
+    )
+
+
+@triton
 def test_triton_compiles_for_other_variants_and_architectures() -> None:
     cases = [(case, 90) for case in [*kernels.TRITON][10:]]
     cases += [(case, arch) for case in ("ce + hetero", "labels: backward") for arch in (80, 100)]

@@ -188,7 +188,7 @@ class Terms {
     const T t = p.numbers.temperature;
     power_ = t == T(1) ? 1 : t == T(2) ? 2 : t == T(4) ? 4 : 0;
     // Double has no chain: it is the plain path.
-    keeps_z_ = needs_.logits;
+    keeps_z_ = needs_.keeps_logits();
     const bool chains = !p.identity && !keeps_z_ && sizeof(T) == 4;
     if (needs_.pair) {
       const int hard = needs_.teacher_nll ? 2 : needs_.student_nll ? 1 : 0;

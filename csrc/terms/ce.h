@@ -12,7 +12,6 @@ namespace heteroakd {
 struct CrossEntropyTerm : TermDefaults {
   static constexpr int kNumberCount = 1;
   static constexpr NumberRange kNumbers[] = {{"label_smoothing", 0.0, 1.0}};
-  static constexpr ChoiceRange kChoices[] = {{"", 0}};
   enum Variant : int32_t { kPlain, kSmoothed };
   static constexpr int32_t kVariants = 2;
 
@@ -31,7 +30,7 @@ struct CrossEntropyTerm : TermDefaults {
   HAKD_FN static constexpr Needs needs(int32_t variant) {
     Needs n;
     n.student_nll = true;
-    n.weighted_z = n.logits = variant == kSmoothed;
+    n.weighted_z = variant == kSmoothed;
     return n;
   }
   HAKD_FN static constexpr Denominator denominator(int32_t, bool weighted) {

@@ -17,7 +17,6 @@ namespace heteroakd {
 struct CwdTerm : TermDefaults {
   static constexpr int kNumberCount = 1;
   static constexpr NumberRange kNumbers[] = {kTemperatureRange};
-  static constexpr ChoiceRange kChoices[] = {{"", 0}};
   static constexpr bool kOwnTemperature = true;
   static constexpr int kFirsts = 2;
 

@@ -18,7 +18,6 @@ struct DkdTerm : TermDefaults {
   static constexpr int kNumberCount = 3;
   static constexpr NumberRange kNumbers[] = {
       {"alpha", 0.0, 1e6}, {"beta", 0.0, 1e6}, kTemperatureRange};
-  static constexpr ChoiceRange kChoices[] = {{"", 0}};
   static constexpr int kFirsts = 2;
   static constexpr bool kNeedsLabel = true;
 

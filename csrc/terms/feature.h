@@ -9,9 +9,6 @@
 namespace heteroakd {
 
 struct FeatureTerm : TermDefaults {
-  static constexpr NumberRange kNumbers[] = {{"", 0.0, 0.0}};
-  static constexpr ChoiceRange kChoices[] = {{"", 0}};
-
   template <typename S>
   struct Numbers {
     S mean;  // 1 / C

@@ -24,13 +24,6 @@ struct PaperTerm : HeteroOptions {
   static constexpr int32_t kVariants = 8, kFirstBits = kMixes;
   static constexpr int kFirsts = 2;
 
-  template <typename S>
-  struct Numbers {};
-  template <typename S>
-  HAKD_FN static Numbers<S> numbers(const Options&, S) {
-    return {};
-  }
-
   HAKD_FN static constexpr int32_t variant(const Options& o) {
     return (o.choice[kMix] == kLogits ? kMixes : 0) | (o.choice[kEvaluation] == 0 ? kEvaluates : 0) |
            (o.choice[kWeightAxis] == 1 ? kSpace : 0);

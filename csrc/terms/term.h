@@ -51,11 +51,18 @@ struct Needs {
   bool teacher_nll = false;
   bool student_total = false;  // at T
   bool pair = false;           // at T: both totals and KL(p_t || p_s)
-  bool mixture = false;        // sum e_t a_s and sum e_s a_s, where its loop has no a_s at hand
-  bool teacher_at_top = false;
-  bool weighted_z = false;
-  bool logits = false;         // its loop reads z - m
-  bool raw_logits = false;     // its loop reads z
+  // With `pair` and `teacher_nll`: sum e_t a_s and sum e_s a_s, of which the sums of its value loop
+  // begin, where that loop has no a_s (on the CPU, without `logits`). Elsewhere both are 0.
+  bool mixture = false;
+  bool teacher_at_top = false;  // with `pair`: a_t of the class where a_s is 0
+  bool weighted_z = false;      // with `student_nll`: sum_c w_c (z_c - m); w_c is 1 without class weights
+  bool logits = false;          // its loops read a; without it, a is 0 there
+  bool raw_logits = false;      // its loops or its gradient read z as it was: huge ones stay huge
+
+  // Whether logits are read after their exponentials are found, which else take their memory.
+  HAKD_FN constexpr bool keeps_logits() const {
+    return logits || raw_logits || teacher_at_top || weighted_z;
+  }
 
   HAKD_FN constexpr Needs operator|(const Needs& o) const {
     return {teacher || o.teacher,
@@ -178,12 +185,16 @@ struct Coefficients {
 
 // What a term has that does not say otherwise.
 struct TermDefaults {
+  template <typename S>
+  struct Numbers {};
   template <typename F>
   struct Known {};
   template <typename F>
   struct Own {};
 
   static constexpr int kNumberCount = 0, kChoiceCount = 0;
+  static constexpr NumberRange kNumbers[] = {{"", 0.0, 0.0}};
+  static constexpr ChoiceRange kChoices[] = {{"", 0}};
   static constexpr int kFirsts = 0;         // how many numbers of `first` there are
   static constexpr int32_t kFirstBits = 0;  // of a variant, those that only `first` reads
   static constexpr int32_t kVariants = 1;
@@ -212,6 +223,10 @@ struct TermDefaults {
   // Whether its gradient stands apart from those of the terms with the same denominator.
   static constexpr bool kOwnGradient = false;
 
+  template <typename S>
+  HAKD_FN static Numbers<S> numbers(const Options&, S) {
+    return {};
+  }
   template <typename N, typename S, typename F>
   HAKD_FN static Known<F> begin(int32_t, const N&, const PassNumbers<S>&, const Totals<F>&) {
     return {};

@@ -5,23 +5,30 @@ may stand for several terms of the kernels. A call's terms are a tuple of `Entry
 kernel is compiled: what is chosen here is chosen then.
 """
 
+import hashlib
+import inspect
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from .. import formulas
 from . import ce, cwd, dkd, feature, hetero, kd, paper
-from .term import OWN, Needs
+from . import term as defaults
+from .term import OWN, First, Needs
 from .term import Traits as Traits
 
-CE = tl.constexpr(0)
-KD = tl.constexpr(1)
-HETERO = tl.constexpr(2)
-PAPER = tl.constexpr(3)
-FEATURE = tl.constexpr(4)
-CWD = tl.constexpr(5)
-DKD = tl.constexpr(6)
-COUNT = tl.constexpr(7)
+FILES = (ce, kd, hetero, paper, feature, cwd, dkd)
+COUNT = tl.constexpr(len(FILES))
+CE, KD, HETERO, FEATURE = (tl.constexpr(FILES.index(file)) for file in (ce, kd, hetero, feature))
+
+# Triton keeps what it has compiled until the source of a function that is called changes, and does
+# not see those that `member` finds. A constant is part of the key.
+SOURCES = tl.constexpr(
+    hashlib.sha256(
+        "".join(inspect.getsource(file) for file in (formulas, defaults, *FILES)).encode()
+    ).hexdigest()
+)
 
 
 class Entry(NamedTuple):
@@ -38,26 +45,23 @@ class Entry(NamedTuple):
 
 def of(term: Any) -> tuple[int, int]:
     """Index and variant of a term of terms.py."""
-    names = ("ce", "kd", "hetero", "paper", "feature", "cwd", "dkd")
     name = "paper" if getattr(term, "preset", None) == "paper" else term.name
+    names = [file.__name__.rpartition(".")[2] for file in FILES]
     index = names.index(name.removeprefix("teacher_"))
-    files: Any = (ce, kd, hetero, paper, feature, cwd, dkd)
-    return index, files[index].variant(term)
+    return index, member(index, "variant")(term)
+
+
+# The tuple is a default of an argument: Triton would copy a global variable, which modules refuse.
+@triton.constexpr_function
+def member(term, name, files=FILES):
+    """A function or class of a term's file, or else term.py's."""
+    assert SOURCES
+    return getattr(files[term], name, None) or getattr(defaults, name)
 
 
 @triton.constexpr_function
 def traits(term, variant):
-    if term == CE:
-        return ce.traits(variant)
-    if term == KD:
-        return kd.traits(variant)
-    if term == HETERO:
-        return hetero.traits(variant)
-    if term == PAPER:
-        return paper.traits(variant)
-    if term == FEATURE:
-        return feature.traits(variant)
-    return cwd.traits(variant) if term == CWD else dkd.traits(variant)
+    return member(term, "traits")(variant)
 
 
 @triton.constexpr_function
@@ -131,75 +135,31 @@ def maps_late(entry):
     return traits(entry[0], entry[1]).mapped and not maps_early(entry)
 
 
-@triton.jit
-def numbers(TERM: tl.constexpr, options, classes, FLOAT: tl.constexpr):
-    if TERM == CE:
-        found = ce.numbers(options, classes, FLOAT)
-    elif TERM == KD:
-        found = kd.numbers(options, classes, FLOAT)
-    elif TERM == HETERO:
-        found = hetero.numbers(options, classes, FLOAT)
-    elif TERM == FEATURE:
-        found = feature.numbers(options, classes, FLOAT)
-    elif TERM == CWD:
-        found = cwd.numbers(options, classes, FLOAT)
-    elif TERM == DKD:
-        found = dkd.numbers(options, classes, FLOAT)
-    else:
-        found = ()
-    return found
-
-
 # Names of what is in tuples of terms are given again: the oldest Triton loses them.
 
 
 @triton.jit
+def numbers(TERM: tl.constexpr, options, classes, FLOAT: tl.constexpr):
+    return member(TERM, "numbers")(options, classes, FLOAT)
+
+
+@triton.jit
 def begin(TERM: tl.constexpr, VARIANT: tl.constexpr, n, t, zero, PTX: tl.constexpr):
-    if TERM == KD:
-        known = kd.begin(VARIANT, kd.Numbers(*n), t, PTX)
-    elif TERM == HETERO:
-        known = hetero.begin(VARIANT, hetero.Numbers(*n), t, PTX)
-    elif TERM == PAPER:
-        known = paper.begin(zero)
-    elif TERM == DKD:
-        known = dkd.begin(zero)
-    else:
-        known = ()
-    return known
+    n = member(TERM, "Numbers")(*n)
+    return member(TERM, "begin")(VARIANT, n, t, zero, PTX)
 
 
 @triton.jit
 def first(TERM: tl.constexpr, VARIANT: tl.constexpr, n, known, c, PTX: tl.constexpr):
     """Two numbers, and what is known now."""
-    if TERM == PAPER:
-        found, known = paper.first(VARIANT, paper.Known(*known), c, PTX)
-    elif TERM == CWD:
-        found = cwd.first(cwd.Numbers(*n), c)
-    elif TERM == DKD:
-        found, known = dkd.first(dkd.Known(*known), c)
-    else:
-        a = hetero.first(hetero.Known(*known), c)
-        found = (a, a)
-    return found, known
+    n = member(TERM, "Numbers")(*n)
+    known = member(TERM, "Known")(*known)
+    return member(TERM, "first")(VARIANT, n, known, c, PTX)
 
 
 @triton.jit
 def start(TERM: tl.constexpr, zero):
-    if TERM == KD:
-        own = kd.start(zero)
-    elif TERM == HETERO:
-        own = hetero.start(zero)
-    elif TERM == PAPER:
-        own = paper.start(zero)
-    elif TERM == FEATURE:
-        own = feature.start(zero)
-    elif TERM == CWD:
-        own = cwd.start(zero)
-    elif TERM == DKD:
-        own = dkd.start(zero)
-    else:
-        own = ()
-    return own
+    return member(TERM, "start")(zero)
 
 
 @triton.jit
@@ -210,77 +170,41 @@ def other(
     p,
     known,
     c,
-    found,
+    above,
     shares,
     logs,
     own,
     PTX: tl.constexpr,
 ):
     """x_c and y_c, as far as they are the term's own, and its sums."""
-    if TERM == KD:
-        y, own = kd.other(VARIANT, kd.Known(*known), c, kd.Own(*own), PTX)
-    elif TERM == HETERO:
-        y, own = hetero.other(VARIANT, hetero.Known(*known), c, found[0], hetero.Own(*own), PTX)
-    elif TERM == PAPER:
-        y, own = paper.other(VARIANT, p, c, found, shares, paper.Own(*own), PTX)
-    elif TERM == CWD:
-        pair, own = cwd.other(cwd.Numbers(*n), c, shares, logs, cwd.Own(*own))
-    elif TERM == DKD:
-        pair, own = dkd.other(c, found, dkd.Own(*own))
-    else:
-        y, own = feature.other(c, feature.Own(*own))
-    if TERM < CWD:
-        pair = (y, y)
-    return pair, own
+    n = member(TERM, "Numbers")(*n)
+    known = member(TERM, "Known")(*known)
+    own = member(TERM, "Own")(*own)
+    found = First(above, shares, logs)
+    return member(TERM, "other")(VARIANT, n, p, known, c, found, own, PTX)
 
 
 @triton.jit
 def rescale(TERM: tl.constexpr, VARIANT: tl.constexpr, p, own, drop):
-    if TERM == PAPER:
-        own = paper.rescale(VARIANT, p, paper.Own(*own), drop)
-    else:
-        own = dkd.rescale(dkd.Own(*own), drop)
-    return own
+    own = member(TERM, "Own")(*own)
+    return member(TERM, "rescale")(VARIANT, p, own, drop)
 
 
 @triton.jit
 def least(TERM: tl.constexpr, own):
-    return hetero.least(hetero.Own(*own))
+    own = member(TERM, "Own")(*own)
+    return member(TERM, "least")(own)
 
 
 @triton.jit
 def pixel(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
-    if TERM == CE:
-        found = ce.pixel(VARIANT, ce.Numbers(*n), p, t, scale)
-    elif TERM == KD:
-        found = kd.pixel(VARIANT, kd.Numbers(*n), p, t, kd.Known(*known), kd.Own(*own), scale)
-    elif TERM == HETERO:
-        found = hetero.pixel(VARIANT, p, t, hetero.Known(*known), hetero.Own(*own), scale, PTX)
-    elif TERM == PAPER:
-        found = paper.pixel(VARIANT, p, t, paper.Own(*own), scale, PTX)
-    elif TERM == CWD:
-        found = cwd.pixel(cwd.Numbers(*n), t, scale)
-    elif TERM == DKD:
-        found = dkd.pixel(dkd.Numbers(*n), p, t, dkd.Known(*known), dkd.Own(*own), scale, PTX)
-    else:
-        found = feature.pixel(feature.Numbers(*n), t, scale)
-    return found
+    n = member(TERM, "Numbers")(*n)
+    known = member(TERM, "Known")(*known)
+    own = member(TERM, "Own")(*own)
+    return member(TERM, "pixel")(VARIANT, n, p, t, known, own, scale, PTX)
 
 
 @triton.jit
 def factor(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p):
-    if TERM == KD:
-        found = kd.factor(VARIANT, p)
-    elif TERM == HETERO:
-        found = hetero.factor(VARIANT, p)
-    elif TERM == PAPER:
-        found = paper.factor(VARIANT, p)
-    elif TERM == FEATURE:
-        found = feature.factor(feature.Numbers(*n))
-    elif TERM == CWD:
-        found = cwd.factor(cwd.Numbers(*n))
-    elif TERM == DKD:
-        found = dkd.factor(p)
-    else:
-        found = 1.0
-    return found
+    n = member(TERM, "Numbers")(*n)
+    return member(TERM, "factor")(VARIANT, n, p)

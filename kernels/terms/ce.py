@@ -43,7 +43,7 @@ def traits(variant):
 
 
 @triton.jit
-def pixel(VARIANT: tl.constexpr, n, p, t, scale):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     hard = t.label_weight
     if VARIANT == SMOOTHED:
         hard *= n.hard

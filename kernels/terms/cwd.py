@@ -18,10 +18,6 @@ import triton.language as tl
 from .term import OWN, Coefficients, Needs, Traits
 
 
-def variant(term: Any) -> int:
-    return 0
-
-
 @triton.constexpr_function
 def traits(variant):
     return Traits(
@@ -45,9 +41,9 @@ def numbers(options, classes, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def first(n, c):
+def first(VARIANT: tl.constexpr, n, known, c, PTX: tl.constexpr):
     """z_s / T and z_t / T."""
-    return c.student_z * n.inverse, c.teacher_z * n.inverse
+    return (c.student_z * n.inverse, c.teacher_z * n.inverse), known
 
 
 class Own(NamedTuple):
@@ -60,9 +56,9 @@ def start(zero):
 
 
 @triton.jit
-def other(n, c, shares, logs, own):
-    p_s, p_t = shares
-    log_s, log_t = logs
+def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
+    p_s, p_t = first.shares
+    log_s, log_t = first.logs
     gap = (c.teacher_z - c.student_z) * n.inverse + (log_s - log_t)
     # l - 1 + e^-l where l is small, to a rounding of itself
     small = 0.5
@@ -81,11 +77,11 @@ def other(n, c, shares, logs, own):
 
 
 @triton.jit
-def pixel(n, t, scale):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     both = t.one * (scale * n.temperature)
     return Coefficients(t.one, 0.0, both, both, 0.0)
 
 
 @triton.jit
-def factor(n):
+def factor(VARIANT: tl.constexpr, n, p):
     return n.temperature * n.temperature

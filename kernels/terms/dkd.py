@@ -21,10 +21,6 @@ from .term import OWN, Coefficients, Needs, Traits
 LOWEST = tl.constexpr(-1e30)
 
 
-def variant(term: Any) -> int:
-    return 0
-
-
 @triton.constexpr_function
 def traits(variant):
     return Traits(
@@ -57,12 +53,12 @@ class Known(NamedTuple):
 
 
 @triton.jit
-def begin(zero):
+def begin(VARIANT: tl.constexpr, n, t, zero, PTX: tl.constexpr):
     return Known(zero, zero, zero + LOWEST, zero + LOWEST)
 
 
 @triton.jit
-def first(known, c):
+def first(VARIANT: tl.constexpr, n, known, c, PTX: tl.constexpr):
     student = tl.where(c.is_label, LOWEST, c.student_a)
     teacher = tl.where(c.is_label, LOWEST, c.teacher_a)
     known = Known(
@@ -86,22 +82,22 @@ def start(zero):
 
 
 @triton.jit
-def other(c, found, own):
-    e_s = tl.where(c.is_label, 0.0, tl.exp2(found[0]))
-    e_t = tl.where(c.is_label, 0.0, tl.exp2(found[1]))
-    own = Own(own.student + e_s, own.teacher + e_t, own.difference + e_t * (found[1] - found[0]))
-    return (e_s, e_t), own
+def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
+    e_s = tl.where(c.is_label, 0.0, tl.exp2(first.above[0]))
+    e_t = tl.where(c.is_label, 0.0, tl.exp2(first.above[1]))
+    gap = first.above[1] - first.above[0]
+    return (e_s, e_t), Own(own.student + e_s, own.teacher + e_t, own.difference + e_t * gap)
 
 
 @triton.jit
-def rescale(own, drop):
+def rescale(VARIANT: tl.constexpr, p, own, drop):
     teacher = tl.exp2(drop[1])
     moved = own.difference + own.teacher * (drop[1] - drop[0])
     return Own(own.student * tl.exp2(drop[0]), own.teacher * teacher, moved * teacher)
 
 
 @triton.jit
-def pixel(n, p, t, known, own, scale, PTX: tl.constexpr):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     # one class has no others
     total_s = max_or_nan(own.student, 1e-30)
     total_t = max_or_nan(own.teacher, 1e-30)
@@ -127,5 +123,5 @@ def pixel(n, p, t, known, own, scale, PTX: tl.constexpr):
 
 
 @triton.jit
-def factor(p):
+def factor(VARIANT: tl.constexpr, n, p):
     return p.temperature * p.temperature

@@ -21,10 +21,6 @@ def numbers(options, classes, FLOAT: tl.constexpr):
     return Numbers(1.0 / classes)
 
 
-def variant(term: Any) -> int:
-    return 0
-
-
 @triton.constexpr_function
 def traits(variant):
     return Traits(
@@ -46,17 +42,17 @@ def start(zero):
 
 
 @triton.jit
-def other(c, own):
+def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
     gap = c.student_z - c.teacher_z
-    return 0.0, Own(own.sum + gap * gap)
+    return (0.0, 0.0), Own(own.sum + gap * gap)
 
 
 @triton.jit
-def pixel(n, t, scale):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     both = t.one * (scale * 2.0 * n.mean)
     return Coefficients(t.one, 0.0, both, both, 0.0)
 
 
 @triton.jit
-def factor(n):
+def factor(VARIANT: tl.constexpr, n, p):
     return n.mean

@@ -71,7 +71,7 @@ class Known(NamedTuple):
 
 
 @triton.jit
-def begin(VARIANT: tl.constexpr, n, t, PTX: tl.constexpr):
+def begin(VARIANT: tl.constexpr, n, t, zero, PTX: tl.constexpr):
     r_t, r_s = reliability(t.teacher_nll, t.student_nll, n.inverse_tau, PTX)
     gap = max_or_nan(t.kl, 0.0)  # a KL is never negative, its rounding may be
     teacher = r_t
@@ -81,8 +81,9 @@ def begin(VARIANT: tl.constexpr, n, t, PTX: tl.constexpr):
 
 
 @triton.jit
-def first(known, c):
-    return mixed_target(known.teacher, c.teacher_a, known.student, c.student_a)
+def first(VARIANT: tl.constexpr, n, known, c, PTX: tl.constexpr):
+    a = mixed_target(known.teacher, c.teacher_a, known.student, c.student_a)
+    return (a, a), known
 
 
 class Own(NamedTuple):
@@ -97,15 +98,16 @@ def start(zero):
 
 
 @triton.jit
-def other(VARIANT: tl.constexpr, known, c, a, own, PTX: tl.constexpr):
+def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
     if VARIANT % 4 == PROBS:
         y = known.teacher * c.teacher_e  # total_s r_t p_t,c
         x = mixed_target(known.teacher, c.teacher_e, known.student, c.student_e)
         own = Own(own.sum + x * (log2_of_share(x, PTX) - c.student_a), own.total, own.difference)
     else:
+        a = first.above[0]
         y = tl.exp2(a)
         own = Own(own.sum, own.total + y, own.difference + y * (a - c.student_a))
-    return y, own
+    return (y, y), own
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def least(own):
 
 
 @triton.jit
-def pixel(VARIANT: tl.constexpr, p, t, known, own, scale, PTX: tl.constexpr):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     share = t.one
     if VARIANT >= EVALUATES:
         share *= known.discrepancy
@@ -138,7 +140,7 @@ def pixel(VARIANT: tl.constexpr, p, t, known, own, scale, PTX: tl.constexpr):
 
 
 @triton.jit
-def factor(VARIANT: tl.constexpr, p):
+def factor(VARIANT: tl.constexpr, n, p):
     if VARIANT % 4 == PROBS:
         found = p.temperature * LN_2
     else:

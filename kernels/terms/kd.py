@@ -61,7 +61,7 @@ class Known(NamedTuple):
 
 
 @triton.jit
-def begin(VARIANT: tl.constexpr, n, t, PTX: tl.constexpr):
+def begin(VARIANT: tl.constexpr, n, t, zero, PTX: tl.constexpr):
     pivot, teacher, student = 0.0, 0.0, 0.0
     if VARIANT == REVERSE:
         pivot = reverse_ratio(t.student_at_top, t.teacher_at_top)
@@ -84,7 +84,7 @@ def start(zero):
 
 
 @triton.jit
-def other(VARIANT: tl.constexpr, known, c, own, PTX: tl.constexpr):
+def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
     of_teacher = own.teacher
     if VARIANT == REVERSE:
         f = reverse_ratio(c.student_a, c.teacher_a)
@@ -94,11 +94,11 @@ def other(VARIANT: tl.constexpr, known, c, own, PTX: tl.constexpr):
         of_teacher += c.teacher_e * (c.teacher_a - log2_m)
         f = c.student_a - log2_m
     y = c.student_e * (f - known.pivot)
-    return y, Own(own.student + y, of_teacher)
+    return (y, y), Own(own.student + y, of_teacher)
 
 
 @triton.jit
-def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     per_p = t.one * (scale * p.temperature)
     if VARIANT == FORWARD:
         value = t.kl
@@ -119,7 +119,7 @@ def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale):
 
 
 @triton.jit
-def factor(VARIANT: tl.constexpr, p):
+def factor(VARIANT: tl.constexpr, n, p):
     square = p.temperature * p.temperature
     if VARIANT != FORWARD:  # values are in units of log2
         square *= LN_2

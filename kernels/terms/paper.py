@@ -64,12 +64,12 @@ class Known(NamedTuple):
 
 
 @triton.jit
-def begin(zero):
+def begin(VARIANT: tl.constexpr, n, t, zero, PTX: tl.constexpr):
     return Known(zero, zero)
 
 
 @triton.jit
-def first(VARIANT: tl.constexpr, known, c, PTX: tl.constexpr):
+def first(VARIANT: tl.constexpr, n, known, c, PTX: tl.constexpr):
     """H_s + dH and z_h."""
     h_s = binary_cross_entropy(c.student_z, c.is_label)
     h_t = binary_cross_entropy(c.teacher_z, c.is_label)
@@ -100,26 +100,26 @@ def start(zero):
 
 
 @triton.jit
-def other(VARIANT: tl.constexpr, p, c, found, shares, own, PTX: tl.constexpr):
+def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
     if SPACE & VARIANT:
-        a = found[1] * p.inverse_temperature
+        a = first.above[1] * p.inverse_temperature
         b = c.student_z * p.inverse_temperature
         value = bernoulli_kl(a, b, PTX)
         y = bernoulli_kl_gradient(a, b, PTX)
         if EVALUATES & VARIANT:
-            value *= shares[0]
-            y *= shares[0]
+            value *= first.shares[0]
+            y *= first.shares[0]
         own = Own(own.sum + value, own.weight_total, own.mixed_total, own.q, own.q_a)
     else:
-        y = tl.exp2(found[1] * p.scale)
+        y = tl.exp2(first.above[1] * p.scale)
         mixed_total = own.mixed_total + y
         weight_total = own.weight_total
         if EVALUATES & VARIANT:
-            w = tl.exp2(found[0] * LOG2_E)
+            w = tl.exp2(first.above[0] * LOG2_E)
             weight_total += w
             y *= w
         own = Own(own.sum, weight_total, mixed_total, own.q + y, own.q_a + y * c.student_a)
-    return y, own
+    return (y, y), own
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def rescale(VARIANT: tl.constexpr, p, own, drop):
 
 
 @triton.jit
-def pixel(VARIANT: tl.constexpr, p, t, own, scale, PTX: tl.constexpr):
+def pixel(VARIANT: tl.constexpr, n, p, t, known, own, scale, PTX: tl.constexpr):
     if SPACE & VARIANT:
         mean = 1.0
         if not EVALUATES & VARIANT:
@@ -155,7 +155,7 @@ def pixel(VARIANT: tl.constexpr, p, t, own, scale, PTX: tl.constexpr):
 
 
 @triton.jit
-def factor(VARIANT: tl.constexpr, p):
+def factor(VARIANT: tl.constexpr, n, p):
     if SPACE & VARIANT:
         found = p.temperature * p.temperature
     else:

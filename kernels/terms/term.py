@@ -14,20 +14,25 @@ and a term answers, with no loop of its own, from sums over the classes of a pix
     first    up to two numbers of a class, of which its loop needs the maxima (or, of terms over
              space, the totals over the pixels of an image and class) before anything else
     start    where the sums of its loop begin (`Own`)
-    other    x_c or y_c, if it is the term's own (both as a pair), and what is summed over classes
-             for the value; of terms over space it gets the shares that the pixel has of the
-             softmaxes of `first`, and the logarithms of what those divided by
+    other    x_c and y_c, as far as they are the term's own, and what is summed over classes for the
+             value
     rescale  brings those sums from old maxima to new ones: one loop instead of two
     least    the sum that maxima which are not the exact ones can make too small
     pixel    value, share of the denominator and coefficients of the gradient
     factor   what the sum of the values over pixels has for a factor
 
 Nothing is written to: what `first` and `other` change they return. A file has those functions that
-its term needs. What the sum of the values is divided by says `Term.denominator` of terms.py.
+its term needs, with the arguments of `__init__.py`; defaults are at the end of this one. What the
+sum of the values is divided by says `Term.denominator` of terms.py.
+
+Unlike in csrc, a = (z - m) scale may have a bound for m that is a little more than the maximum: the
+class at the top has exp2(t.student_at_top), not 1. Coefficients have a factor `t.one`, or are
+selected by it, and a factor of the value that all pixels share (T^2) is left to `factor`.
 """
 
 from typing import Any, NamedTuple
 
+import triton
 import triton.language as tl
 
 # Where x_c and y_c of the gradient come from.
@@ -49,8 +54,8 @@ class Needs(NamedTuple):
     teacher_nll: bool = False
     student_total: bool = False  # at T
     pair: bool = False  # at T: both totals and KL(p_t || p_s)
-    at_top: bool = False  # both a of the class where the student's is largest
-    weighted_z: bool = False
+    at_top: bool = False  # with `pair`: both a of the class where the student's is largest
+    weighted_z: bool = False  # with `student_nll`: sum_c w_c (z_c - m)
     raw_logits: bool = False  # its loop reads z
 
 
@@ -126,6 +131,14 @@ class Class(NamedTuple):
     unlabelled: Any  # no class of the pixel is
 
 
+class First(NamedTuple):
+    """What there is of `first` at a class, where there is one."""
+
+    above: Any  # the numbers, without their maxima where the term has bounds
+    shares: Any  # of terms over space: the pixel's of each softmax
+    logs: Any  # and the logarithm of what that divided by
+
+
 # --- what a term gives ---------------------------------------------------------------------------
 
 
@@ -137,3 +150,42 @@ class Coefficients(NamedTuple):
     student: Any
     other: Any
     label: Any
+
+
+# --- what a term has that does not say otherwise -------------------------------------------------
+
+
+class Numbers(NamedTuple):
+    pass
+
+
+class Known(NamedTuple):
+    pass
+
+
+class Own(NamedTuple):
+    pass
+
+
+def variant(term: Any) -> int:
+    return 0
+
+
+@triton.jit
+def numbers(options, classes, FLOAT: tl.constexpr):
+    return Numbers()
+
+
+@triton.jit
+def begin(VARIANT: tl.constexpr, n, t, zero, PTX: tl.constexpr):
+    return Known()
+
+
+@triton.jit
+def start(zero):
+    return Own()
+
+
+@triton.jit
+def factor(VARIANT: tl.constexpr, n, p):
+    return 1.0

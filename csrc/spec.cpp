@@ -111,6 +111,10 @@ Needs PassTerms::needs() const {
   for_each_term([&](auto tag, int k) {
     if (has[k]) all = all | decltype(tag)::type::needs(variant[k]);
   });
+  if (diagnostics) {
+    all.student_nll = all.logits = true;
+    all.teacher_at_top = all.teacher;
+  }
   return all;
 }
 
@@ -120,7 +124,8 @@ Spec decode_spec(const int64_t* structure, size_t integers, const double* number
   spec.ignore_index = structure[0];
   Reader read(structure + 1, integers - 1, numbers, floats);
   spec.align_corners = read.flag("align_corners");
-  const bool maps = read.flag("maps");
+  const int64_t written = read.integer("maps", 0, 4);
+  const bool maps = (written & 1) != 0;
   spec.unlabelled_index = read.integer("unlabelled_index", INT64_MIN, INT64_MAX);
   bool temperature_known = false;
   bool seen[kPublicTerms] = {}, mapped = false;
@@ -152,6 +157,8 @@ Spec decode_spec(const int64_t* structure, size_t integers, const double* number
                                                      "term");
   STD_TORCH_CHECK(!maps || mapped, "maps: need the term hetero");
   spec.student.maps = maps;
+  STD_TORCH_CHECK((written & 2) == 0 || spec.student.any, "diagnostics: need a term of the student");
+  spec.student.diagnostics = (written & 2) != 0;
   assign_gradients(spec.student);
   assign_gradients(spec.teacher);
   return spec;

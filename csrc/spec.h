@@ -27,7 +27,8 @@ struct PassTerms {
   double gradient_weight[kTerms] = {};
 
   double temperature = 1.0;
-  bool maps = false;
+  bool maps = false, diagnostics = false;  // what is written of each pixel
+  int32_t planes() const { return (maps ? 2 : 0) + (diagnostics ? 3 : 0); }
 
   PassTerms() {
     for (int k = 0; k < kTerms; ++k) position[k] = group[k] = gradient[k] = gradient_group[k] = -1;

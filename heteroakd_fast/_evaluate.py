@@ -37,8 +37,18 @@ from ._checks import (
 from .labels import check_synchronously, nearest_labels
 from .output import DistillationOutput
 from .projector import Projection
-from .spec import STAND_IN_NUMBERS, LossSpec, Numbers, PassPlan, Shape, plan, vector
-from .terms import TERM_WEIGHTS
+from .spec import (
+    DIAGNOSTICS,
+    MAPS,
+    STAND_IN_NUMBERS,
+    LossSpec,
+    Numbers,
+    PassPlan,
+    Shape,
+    plan,
+    vector,
+)
+from .terms import TERM_WEIGHTS, TERMS, HeteroAKD, TeacherCrossEntropy
 
 __all__ = [
     "DEFAULTS",
@@ -53,6 +63,9 @@ __all__ = [
 ]
 
 Normalizer = Tensor | float | Mapping[str, Tensor | float]
+
+
+_HETERO: Final = TERMS.index(HeteroAKD)
 
 
 class LossOptions(TypedDict, total=False):
@@ -122,6 +135,8 @@ class _Pass(NamedTuple):
     plan: PassPlan
     sums: ops.SumsResult
     part: Part
+    observed: Tensor | None
+    """the labels, C where there is none, of a pass that wrote diagnostics"""
 
 
 def evaluate(
@@ -131,21 +146,34 @@ def evaluate(
     normalizer: Normalizer | None = None,
     return_maps: bool = False,
     pixel_weight: Tensor | None = None,
+    diagnostics: bool = False,
 ) -> DistillationOutput:
-    """Runs the passes of all parts and makes one loss of them; maps come from the last part."""
+    """Runs the passes of all parts and makes one loss of them; maps come from the last part,
+    diagnostics from the first."""
     check_flag(return_maps, "return_maps")
+    check_flag(diagnostics, "diagnostics")
     target, pixel_weight = plain_tensor(target), plain_tensor(pixel_weight)
     class_weight: Tensor | None = plain_tensor(options["class_weight"])
     apart = tuple(normalizer) if isinstance(normalizer, Mapping) else ()
     passes: list[_Pass] = []
     for k, part in enumerate(parts):
-        maps = return_maps and k == len(parts) - 1
+        mapped = return_maps or (diagnostics and any(kind == _HETERO for kind, *_ in part.shape))
+        maps = mapped and k == len(parts) - 1
         unlabelled = options["unlabelled_index"] is not None
         plans = plan(part.shape, class_weight is not None, maps, apart, unlabelled)
         teacher = None if part.teacher is None else plain_side(part.teacher)
         part = part._replace(student=plain_side(part.student), teacher=teacher)
-        passes += _run(part, plans, target, class_weight, pixel_weight, options, maps)
-    return _combine(passes, options, normalizer)
+        observed = _observed(plans) if diagnostics and k == 0 else None
+        passes += _run(part, plans, target, class_weight, pixel_weight, options, maps, observed)
+    output = _combine(passes, options, normalizer)
+    return output if return_maps else output._replace(maps=None)
+
+
+def _observed(plans: Sequence[PassPlan]) -> int:
+    """The pass that writes the diagnostics: the first that reads both models, if there is one, else
+    the first over the student's logits."""
+    own = [k for k, one in enumerate(plans) if set(one.names) != {TeacherCrossEntropy.name}]
+    return next((k for k in own if plans[k].needs_teacher), own[0] if own else 0)
 
 
 def _run(
@@ -156,7 +184,9 @@ def _run(
     pixel_weight: Tensor | None,
     options: Mapping[str, Any],
     maps: bool,
+    observed: int | None,
 ) -> list[_Pass]:
+    """observed: the pass that writes the diagnostics."""
     student, teacher = part.student, part.teacher
     classes = _check_part(part, plans, target, class_weight, pixel_weight, options, maps)
     ignore_index = check_ignore_index(options["ignore_index"])
@@ -169,9 +199,16 @@ def _run(
         target = nearest_labels(target, (grid[0], grid[1]))
         if pixel_weight is not None:
             pixel_weight = nearest_labels(pixel_weight, (grid[0], grid[1]))
+    labels = None
+    if observed is not None:
+        known = (target >= 0) & (target < classes) & (target != ignore_index)
+        if pixel_weight is not None:
+            known = known & (pixel_weight != 0)
+        labels = torch.where(known, target, classes).long()
     done = []
-    for one in plans:
-        head = (ignore_index, int(options["align_corners"]), int(one.maps), unlabelled_index)
+    for k, one in enumerate(plans):
+        written = MAPS * one.maps + DIAGNOSTICS * (k == observed)
+        head = (ignore_index, int(options["align_corners"]), written, unlabelled_index)
         spec = LossSpec((*head, *one.structure), _numbers_of(part, one))
         with nullcontext() if one.names else torch.no_grad():
             sums = ops.sums(
@@ -186,7 +223,7 @@ def _run(
         if not one.names:
             numerators, totals, denominators = (x[:0] for x in sums[:3])
             sums = sums._replace(numerators=numerators, totals=totals, denominators=denominators)
-        done.append(_Pass(one, sums, part))
+        done.append(_Pass(one, sums, part, labels if k == observed else None))
     return done
 
 
@@ -281,7 +318,32 @@ def _combine(
         denominators=own,
         maps=None if maps is None else {"reliability": maps[0], "discrepancy": maps[1]},
         distilled=distilled,
+        diagnostics=_diagnostics(passes),
     )
+
+
+def _diagnostics(passes: Sequence[_Pass]) -> dict[str, Tensor] | None:
+    """Means over pixels, of what passes wrote of each."""
+    observed = next((one for one in passes if one.observed is not None), None)
+    if observed is None or observed.observed is None:
+        return None
+    classes, labels = classes_of(observed.part.student), observed.observed.flatten()
+    labelled, distilled = observed.sums.counts.unbind()
+    nll, right, agrees = observed.sums.maps[-3:]
+    of_class = nll.new_zeros((2, classes + 1), dtype=torch.float64)
+    of_class[0].index_add_(0, labels, nll.double().flatten())
+    of_class[1].index_add_(0, labels, torch.ones_like(of_class[0, :1]).expand(len(labels)))
+    found = {
+        "pixel_accuracy": right.sum(dtype=torch.float64) / labelled,
+        "class_loss": (of_class[0] / of_class[1])[:classes],
+    }
+    if observed.plan.needs_teacher:
+        found["agreement"] = agrees.sum(dtype=torch.float64) / distilled
+    mapped = next((one for one in passes if one.plan.maps), None)
+    if mapped is not None:
+        for name, values in zip(("reliability", "discrepancy"), mapped.sums.maps[:2], strict=True):
+            found[name] = values.sum(dtype=torch.float64) / mapped.sums.counts[1]
+    return {name: value.float() for name, value in found.items()}
 
 
 def describe(

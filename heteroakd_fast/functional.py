@@ -70,6 +70,7 @@ def segmentation_loss(
     pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
     return_maps: bool = False,
+    diagnostics: bool = False,
     **options: Unpack[LossOptions],
 ) -> DistillationOutput:
     """Weighted sum of terms over the label grid, in as few passes as possible.
@@ -91,6 +92,9 @@ def segmentation_loss(
             denominator, or a mapping from terms' names to denominators, which is needed where
             there are two such numbers (`unlabelled_index`).
         return_maps: fills `DistillationOutput.maps`, with the options of the first `HeteroAKD`.
+        diagnostics: fills `DistillationOutput.diagnostics` in the same pass, which then takes the
+            exact way over the classes and writes a few numbers of each pixel: for a step in a
+            hundred.
         class_weight: [C] floating point, >= 0, of the cross entropies, or None (default) for ones.
         ignore_index: label of the pixels that are excluded from every term; any integer outside
             [0, C), 255 by default, or None if no pixel is ignored.
@@ -120,8 +124,8 @@ def segmentation_loss(
     checked = check_terms(terms)
     shape, numbers = encode(with_maps(checked) if return_maps else checked)
     part = Part(shape, numbers, student_logits, teacher_logits)
-    checked_options = check_options(options)
-    return evaluate([part], target, checked_options, normalizer, return_maps, pixel_weight)
+    found = check_options(options)
+    return evaluate([part], target, found, normalizer, return_maps, pixel_weight, diagnostics)
 
 
 #: mmrazor and others.
@@ -176,12 +180,13 @@ def distillation_loss(
     pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
     return_maps: bool = False,
+    diagnostics: bool = False,
     **options: Unpack[DistillationOptions],
 ) -> DistillationOutput:
     """`segmentation_loss` with the options of all terms as keywords of one call.
 
     Args:
-        student_logits: [B, C, h, w], and the arguments up to `return_maps`: as there.
+        student_logits: [B, C, h, w], and the arguments up to `diagnostics`: as there.
         options: those of `segmentation_loss`, and `terms.FlatOptions`: `ce_weight` (1 by default),
             `teacher_ce_weight`, `kd_weight`, `hetero_weight`, `feature_weight` (0 by default),
             `label_smoothing` of both cross entropies, `temperature` of kd and hetero,
@@ -203,7 +208,7 @@ def distillation_loss(
     shape, numbers = encode_flat(of_terms, return_maps)
     part = Part(shape, numbers, student_logits, teacher_logits, weights=FLAT_WEIGHTS)
     checked = check_options(of_loss)
-    return evaluate([part], target, checked, normalizer, return_maps, pixel_weight)
+    return evaluate([part], target, checked, normalizer, return_maps, pixel_weight, diagnostics)
 
 
 def cross_entropy(

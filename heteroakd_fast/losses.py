@@ -177,11 +177,12 @@ class SegmentationLoss(AdjustableLoss):
         pixel_weight: Tensor | None = None,
         normalizer: Normalizer | None = None,
         return_maps: bool = False,
+        diagnostics: bool = False,
     ) -> DistillationOutput:
         """The weighted sum of the terms; arguments as in `functional.segmentation_loss`."""
         parts = self._parts(student_logits, teacher_logits, return_maps)
         options = self._settings(*_COMMON, "process_group")
-        return evaluate(parts, target, options, normalizer, return_maps, pixel_weight)
+        return evaluate(parts, target, options, normalizer, return_maps, pixel_weight, diagnostics)
 
     def plan(
         self,
@@ -370,6 +371,7 @@ class HeteroAKDLoss(AdjustableLoss):
         pixel_weight: Tensor | None = None,
         normalizer: Normalizer | None = None,
         return_maps: bool = False,
+        diagnostics: bool = False,
     ) -> DistillationOutput:
         """The weighted sum of the terms.
 
@@ -382,6 +384,7 @@ class HeteroAKDLoss(AdjustableLoss):
                 projectors. The teacher's are detached.
             pixel_weight, normalizer: see `functional.segmentation_loss`; of every pass.
             return_maps: fills `maps` (reliability and discrepancy).
+            diagnostics: fills `diagnostics`, of the final logits.
 
         Raises:
             TypeError, ValueError: an argument is missing, superfluous or has the wrong type,
@@ -391,7 +394,9 @@ class HeteroAKDLoss(AdjustableLoss):
             student_logits, teacher_logits, student_features, teacher_features, return_maps
         )
         options = self._settings(*_COMMON, "process_group")
-        output = evaluate(parts, target, options, normalizer, return_maps, pixel_weight)
+        output = evaluate(
+            parts, target, options, normalizer, return_maps, pixel_weight, diagnostics
+        )
         # On two grids "ce" has two denominators, and a name stands for one.
         apart = self.student_projector is not None and self.resolution == "logits"
         return output._replace(denominators=None) if apart else output

@@ -38,8 +38,8 @@ _SIDES = (
 _OPTIONS = "Tensor numbers, *, int[] structure, bool[] wants, str precision, str backend"
 # numerators [terms] f64; totals [groups] f64, the differentiable ones; denominators [groups] f64;
 # counts i64 [2], the labelled pixels and those that terms of distillation count; maps
-# [2, B, H, W] or [0]; saved: the backend's own. The kernels count and check the labels on the way,
-# so counts come from there.
+# [planes, B, H, W] (`LossSpec.planes`) or [0]; saved: of the backend. The kernels count and check
+# the labels on the way, so counts come from there.
 _library.define(
     f"sums({_SIDES}, Tensor target, Tensor? class_weight, Tensor? pixel_weight, {_OPTIONS}) -> "
     "(Tensor numerators, Tensor totals, Tensor denominators, Tensor counts, Tensor maps, "
@@ -91,10 +91,11 @@ def _empty_sums(
         nothing = nothing + teacher_logits[:0].sum(dtype=torch.float64)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     terms, device = len(options.asked), student_logits.device
+    planes = 2 * options.maps + 3 * options.diagnostics
     return reference_pass.PassSums(
         numerators=nothing.expand(terms),
         denominators=torch.zeros(terms, dtype=torch.float64, device=device),
-        maps=torch.zeros((2, *target.shape) if options.maps else 0, dtype=dtype, device=device),
+        maps=torch.zeros((planes, *target.shape) if planes else 0, dtype=dtype, device=device),
     )
 
 
@@ -408,7 +409,7 @@ def _sums_fake(*arguments: Any, **options: Any) -> tuple[Any, ...]:
     asked = groups_of(call.spec.structure)
     groups = len(set(asked.values()))
     shapes = backends.get(backend).saved_shapes(call)
-    maps = (2, *call.labels.shape) if call.spec.maps else 0
+    maps = (call.spec.planes, *call.labels.shape) if call.spec.planes else 0
     dtype = torch.promote_types(call.student.dtype, torch.float32)
     new = call.student.new_empty
     return (

@@ -42,6 +42,13 @@ class DistillationOutput(NamedTuple):
     distilled: Tensor | None = None
     """Number of pixels that terms of distillation count, int64 scalar: `valid`, and those of
     `unlabelled_index`."""
+    diagnostics: dict[str, Tensor] | None = None
+    """With `diagnostics=True`, on the grid of the loss, float32, detached: "pixel_accuracy" (share
+    of the labelled pixels whose label has the student's largest logit), "class_loss" ([C], mean
+    -log softmax(z_s)_y over the pixels of each label, NaN where there is none); where a pass reads
+    the teacher's logits "agreement" (share of the distilled pixels where both models' largest
+    logit is of one class); and of the first `HeteroAKD` the means "reliability" and "discrepancy"
+    over the distilled pixels. Of this process; NaN where nothing was counted."""
 
     def _refuse(self, *other: Any) -> NoReturn:
         raise TypeError(

@@ -30,6 +30,7 @@ __all__ = [
     "bernoulli_kl",
     "cross_entropy",
     "cwd",
+    "diagnostics",
     "dkd",
     "evaluate_knowledge",
     "feature",
@@ -529,6 +530,21 @@ class Pixels(NamedTuple):
 
     def rows(self, rows: slice) -> Pixels:
         return Pixels(*(None if x is None else x[:, rows] for x in self))  # type: ignore[arg-type]
+
+
+def diagnostics(student_z: Tensor, teacher_z: Tensor, pixels: Pixels) -> list[Tensor]:
+    """Of each pixel -log softmax(z_s)_y, whether z_s,y is the largest (1 or 0; both 0 without a
+    label), and whether z_t is largest where z_s is (of several the last class)."""
+    nll = negative_log_likelihood(student_z, pixels.label)
+    right = _at_label(student_z, pixels.label) == student_z.amax(dim=1)
+    top = student_z.shape[1] - 1 - student_z.flip(1).argmax(dim=1)
+    agrees = _at_label(teacher_z, top) == teacher_z.amax(dim=1)
+    zero = torch.zeros_like(nll)
+    return [
+        torch.where(pixels.labelled, nll, zero),
+        torch.where(pixels.labelled, right.to(nll.dtype), zero),
+        agrees.to(nll.dtype),
+    ]
 
 
 def fraction(

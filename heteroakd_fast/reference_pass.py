@@ -16,6 +16,7 @@ from .reference import (
     Knowledge,
     Pixels,
     Shares,
+    diagnostics,
     evaluate_knowledge,
     fraction,
     upsample,
@@ -34,7 +35,7 @@ class PassSums(NamedTuple):
     denominators: Tensor
     """[K], float64"""
     maps: Tensor
-    """[2, B, H, W] (reliability, discrepancy; 0 at ignored pixels) or [0]"""
+    """[planes, B, H, W] (`LossSpec.planes`; 0 at ignored pixels) or [0]"""
 
 
 def sums(
@@ -67,11 +68,11 @@ def sums(
 
     student_z = on_label_grid(student_logits)
     teacher_z = student_z if teacher_logits is None else on_label_grid(teacher_logits)
-    fractions, maps = terms_on_grid(student_z, teacher_z, pixels, class_weight, options)
+    fractions, planes = terms_on_grid(student_z, teacher_z, pixels, class_weight, options)
     return PassSums(
         numerators=torch.stack([numerator for numerator, _ in fractions]),
         denominators=torch.stack([denominator.detach() for _, denominator in fractions]),
-        maps=student_z.new_empty(0) if maps is None else maps,
+        maps=student_z.new_empty(0) if planes is None else planes,
     )
 
 
@@ -103,7 +104,7 @@ def terms_on_grid(
     knowledge: Knowledge | None = None,
     shares: tuple[Shares, Shares] | None = None,
 ) -> tuple[list[Fraction], Tensor | None]:
-    """The terms that are asked for, in their order, and the maps [2, B, H, W] if those are.
+    """The terms that are asked for, in their order, and what is written of each pixel, or None.
 
     Args:
         student_z, teacher_z: [B, C, H, W], the same floating dtype, finite where not valid; one
@@ -124,10 +125,12 @@ def terms_on_grid(
         fraction(term, student_z, teacher_z, pixels, class_weight, knowledge, shares)
         for term in options.asked
     ]
-    if not options.maps or knowledge is None:
-        return fractions, None
-    pair = torch.stack((knowledge.reliability, knowledge.discrepancy))
-    return fractions, torch.where(valid, pair, 0)
+    planes = []
+    if options.maps and knowledge is not None:
+        planes += [knowledge.reliability, knowledge.discrepancy]
+    if options.diagnostics:
+        planes += diagnostics(student_z.detach(), teacher_z.detach(), pixels)
+    return fractions, torch.where(valid, torch.stack(planes), 0) if planes else None
 
 
 def group(numerators: Tensor, denominators: Tensor, options: Options) -> tuple[Tensor, Tensor]:

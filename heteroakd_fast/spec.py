@@ -46,6 +46,10 @@ Shape = tuple[tuple[int, ...], ...]
 Numbers = tuple[float, ...] | Tensor
 
 _MAPS_ONLY: Final = -1
+#: What a pass writes of each pixel: (reliability, discrepancy), and (-log p_y; whether the
+#: student's largest logit is the label's; whether the teacher's is where the student's is).
+MAPS: Final = 1
+DIAGNOSTICS: Final = 2
 # No backend has a pass without a term: the cross entropy stands in, and what it gives is dropped.
 _STAND_IN: Final = (TERMS.index(CrossEntropy), 0)
 STAND_IN_NUMBERS: Final = (1.0, 0.0)
@@ -128,6 +132,7 @@ class Options(NamedTuple):
     ignore_index: int
     align_corners: bool
     maps: bool
+    diagnostics: bool
     unlabelled_index: int
     """`ignore_index` where no pixel is unlabelled"""
 
@@ -159,8 +164,8 @@ class LossSpec(NamedTuple):
     """
 
     structure: tuple[int, ...]
-    """ignore_index, align_corners, maps, unlabelled_index (`ignore_index` where no pixel is
-    unlabelled); of each term its index in `TERMS`, group and choices"""
+    """ignore_index, align_corners, MAPS and DIAGNOSTICS as bits, unlabelled_index (`ignore_index`
+    where no pixel is unlabelled); of each term its index in `TERMS`, group and choices"""
     numbers: Numbers
     """of each term its weight and other numbers"""
 
@@ -173,6 +178,7 @@ class LossSpec(NamedTuple):
         align_corners: bool = False,
         maps: bool = False,
         unlabelled_index: int | None = None,
+        diagnostics: bool = False,
     ) -> LossSpec:
         """A pass with these terms, each with a denominator of its own unless `groups` are given."""
         groups = range(len(terms)) if groups is None else groups
@@ -181,7 +187,8 @@ class LossSpec(NamedTuple):
             for shape, group in zip(shape_of(terms), groups, strict=True)
         )
         unlabelled_index = ignore_index if unlabelled_index is None else unlabelled_index
-        head = (ignore_index, int(align_corners), int(maps), unlabelled_index)
+        written = MAPS * maps + DIAGNOSTICS * diagnostics
+        head = (ignore_index, int(align_corners), written, unlabelled_index)
         return cls((*head, *(n for entry in entries for n in entry)), numbers_of(terms))
 
     def options(self) -> Options:
@@ -203,11 +210,24 @@ class LossSpec(NamedTuple):
 
     @property
     def maps(self) -> bool:
-        return bool(self.structure[2])
+        return bool(self.structure[2] & MAPS)
+
+    @property
+    def diagnostics(self) -> bool:
+        return bool(self.structure[2] & DIAGNOSTICS)
+
+    @property
+    def planes(self) -> int:
+        """How many [B, H, W] the pass writes: two maps, then three diagnostics."""
+        return planes_of(self.structure)
 
     @property
     def unlabelled_index(self) -> int:
         return self.structure[3]
+
+
+def planes_of(structure: tuple[int, ...]) -> int:
+    return 2 * bool(structure[2] & MAPS) + 3 * bool(structure[2] & DIAGNOSTICS)
 
 
 @constant_while_tracing
@@ -270,8 +290,8 @@ def _decode(structure: tuple[int, ...], numbers: tuple[float, ...]) -> Options:
             options[option.name] = known[choice]
         terms.append(term(**options))
         groups.append(group)
-    ignore_index, align_corners, maps, unlabelled_index = structure[:4]
-    check_pass(terms, groups, maps=bool(maps))
+    ignore_index, align_corners, written, unlabelled_index = structure[:4]
+    check_pass(terms, groups, maps=bool(written & MAPS))
     if next(values, None) is not None:
         raise ValueError(f"numbers: got {len(numbers)}, the terms have fewer")
     return Options(
@@ -279,7 +299,8 @@ def _decode(structure: tuple[int, ...], numbers: tuple[float, ...]) -> Options:
         tuple(groups),
         ignore_index,
         bool(align_corners),
-        bool(maps),
+        bool(written & MAPS),
+        bool(written & DIAGNOSTICS),
         unlabelled_index,
     )
 

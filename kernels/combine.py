@@ -9,8 +9,8 @@ strides of the logits; reads each of the K saved gradients and writes the result
 import triton
 import triton.language as tl
 
-from .distillation import BAD, BAD_WEIGHTS, LABELLED, ROW, SHARES, VALID
 from .formulas import number
+from .partials import BAD, BAD_WEIGHTS, LABELLED, ROW, SHARES, VALID
 
 # Instead of a column of `partials`, of which the sum of a term's values is divided by: images that
 # have pixels, times classes.

@@ -36,6 +36,7 @@ from . import terms
 from .formulas import LOG2_E, number
 from .gradients import gradients
 from .interpolation import CORNERS, DIRECT, between, corner_bounds, pixel_bounds
+from .partials import FLAG, ROW, store_counts, store_sums, with_pixels
 from .statistics import (
     SMALLEST_TOTAL,
     Model,
@@ -43,32 +44,20 @@ from .statistics import (
     find_totals,
     how,
     own_sums,
+    tops,
     usual_totals,
 )
 from .terms.term import Coefficients, PassNumbers
 from .tiles import (
     offsets,
     on_label_grid,
-    other_taps,
     over_pixels,
     over_program,
     own_columns,
     pixels_of_step,
     read_labels,
+    taps_under,
 )
-
-# What a program leaves in its row of `partials`, [programs, ROW] float64: by the index of a term
-# its numerator, from SHARES on its denominator, and the following; what is behind FLAG only if the
-# call has unlabelled pixels or weights.
-ROW = tl.constexpr(2 * terms.COUNT.value + 7)
-SHARES = terms.COUNT
-VALID = tl.constexpr(2 * terms.COUNT.value)  # pixels with or without a label
-BAD = tl.constexpr(VALID.value + 1)
-FLAG = tl.constexpr(VALID.value + 2)
-LABELLED = tl.constexpr(VALID.value + 3)
-VALID_WEIGHT = tl.constexpr(VALID.value + 4)
-LABELLED_WEIGHT = tl.constexpr(VALID.value + 5)
-BAD_WEIGHTS = tl.constexpr(VALID.value + 6)
 
 
 @triton.jit
@@ -167,6 +156,16 @@ def write_maps(maps, plane, place, known, valid, visible):
     tl.store(maps + plane + place, tl.where(valid, known[1], 0.0), mask=visible)
 
 
+@triton.jit
+def write_diagnostics(maps, plane, place, t, at, visible, HOW: tl.constexpr):
+    """Of labelled pixels the loss and whether the label is on top, of all whether both tops are
+    one."""
+    right, agrees = tops(at, HOW)
+    tl.store(maps + place, tl.where(t.labelled > 0.0, t.student_nll, 0.0), mask=visible)
+    tl.store(maps + plane + place, right * t.labelled, mask=visible)
+    tl.store(maps + 2 * plane + place, agrees * t.one, mask=visible)
+
+
 @triton.jit(
     do_not_specialize=[
         "programs",
@@ -198,7 +197,7 @@ def distillation_pass(
     class_weight,  # [C], read if WEIGHTED
     gradient,  # CORNERS: [slots, B, C, chunks * (TI + 1), w] out; DIRECT: [B, C, H, W] out
     grad_totals,  # float64: scales of the groups, read if DIRECT
-    maps,  # [2, B, H, W] out, written if MAPS
+    maps,  # [planes, B, H, W] out: two if MAPS, then three if DIAGNOSTICS
     partials,  # [B * programs, ROW] float64 out
     space,  # [softmaxes over space, 3, B, C]: see `reduce` in space.py
     programs,  # per image
@@ -245,6 +244,7 @@ def distillation_pass(
     UNLABELLED: tl.constexpr,
     WEIGHTS: tl.constexpr,
     MAPS: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr,
     POWER: tl.constexpr,  # e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
     GRAD: tl.constexpr,
     SLOTS: tl.constexpr,  # CORNERS: gradients to write
@@ -269,10 +269,9 @@ def distillation_pass(
     if CAREFUL:
         if tl.load(partial + FLAG) == 0.0:
             return
-
     # --- what this call needs ------------------------------------------------------------------
     HALO: tl.constexpr = 1 if GRAD and STUDENT == CORNERS else 0
-    NEEDS: tl.constexpr = terms.needs_of(TERMS)
+    NEEDS: tl.constexpr = terms.needs_of(TERMS, DIAGNOSTICS)
     SOFT: tl.constexpr = NEEDS.pair or NEEDS.student_total
     VALUES: tl.constexpr = not (GRAD and STUDENT == DIRECT)
     HOW: tl.constexpr = how(
@@ -290,17 +289,14 @@ def distillation_pass(
     )
     temperature = number(temperature_bits, FLOAT)
     scale = LOG2_E / temperature if SOFT else temperature * 0.0 + LOG2_E
-    # e at T = 1 is e to this power
-    hard_exponent = temperature if SOFT else temperature * 0.0 + 1.0
+    hard_exponent = (
+        temperature if SOFT else temperature * 0.0 + 1.0
+    )  # e at T = 1 is e to this power
     class_count = tl.cast(classes, FLOAT)
     gradient_width = tl.cast(student_w, INT)
     term_numbers = ()
     for k in tl.static_range(len(TERMS)):
-        options = ()
-        for j in tl.static_range(1, len(numbers[k])):
-            options = options + (number(numbers[k][j], tl.float64),)
-        term_numbers = term_numbers + (terms.numbers(TERMS[k][0], options, class_count, FLOAT),)
-
+        term_numbers = term_numbers + (terms.numbers(TERMS[k][0], numbers[k], class_count, FLOAT),)
     chunk, column, exists, own_lane = own_columns(program, columns, per_row, HALO, N, L, INT)
     lane = tl.arange(0, L)[None, None, None, :] + tl.zeros([1, 1, N, L], tl.int32)
     left_lane = tl.maximum(lane - 1, 0)
@@ -309,19 +305,19 @@ def distillation_pass(
     patch_plane = (chunks * (TI + 1)).to(tl.int64) * student_w
     batch = (tl.num_programs(0) // programs).to(tl.int64)
     slot_stride = batch * classes * patch_plane
-
     student += image * student_b
     teacher += image * teacher_b
     target += image * target_b
     if WEIGHTS:
         pixel_weight += image * weight_b
 
+    labels = (target, target_y, target_x, ignore_index, unlabelled_index)
+    weights = (pixel_weight, weight_y, weight_x)
     nothing = tl.zeros([1, 1, N, L], FLOAT)
     values = (nothing,) * len(TERMS)
     shares = values
-    valid_count = tl.zeros([1, 1, N, L], tl.int32)
-    labelled_count, bad_count, bad_weight_count = valid_count, valid_count, valid_count
-    valid_weight, labelled_weight = nothing, nothing
+    none = tl.zeros([1, 1, N, L], tl.int32)
+    counts = (none, none, none, none, nothing, nothing)
     smallest = nothing + 1.0  # of all totals that a bound can make too small
 
     for step in range(TI * SUB_R * SUB_C):
@@ -348,32 +344,12 @@ def distillation_pass(
             FLOAT,
         )
         label, weight, bad, bad_weight = read_labels(
-            target,
-            y,
-            x,
-            inside,
-            (target_y, target_x),
-            classes,
-            ignore_index,
-            unlabelled_index,
-            pixel_weight,
-            (weight_y, weight_x),
-            UNLABELLED,
-            WEIGHTS,
-            FLOAT,
+            labels, weights, y, x, inside, classes, UNLABELLED, WEIGHTS, FLOAT
         )
         valid = label >= 0
         if not CAREFUL:
-            valid_count += over_pixels(valid.to(tl.int32))
-            bad_count += over_pixels(bad)
-            labelled = valid
-            if UNLABELLED:
-                labelled = valid & (label < classes)
-                labelled_count += over_pixels(labelled.to(tl.int32))
-            if WEIGHTS:
-                bad_weight_count += over_pixels(bad_weight)
-                valid_weight += over_pixels(tl.where(valid, weight, 0.0))
-                labelled_weight += over_pixels(tl.where(labelled, weight, 0.0))
+            found = (label, weight, bad, bad_weight)
+            counts = with_pixels(counts, found, classes, UNLABELLED, WEIGHTS)
 
         maps_plane = batch * label_h * label_w
         maps_place = (image * label_h + y) * label_w + x
@@ -400,23 +376,17 @@ def distillation_pass(
         smallest = tl.minimum(smallest, finite)
         teacher_model = student_model
         if TEACHER >= 0:
-            teacher_fractions = (fy, fx)
-            if SAME_TAPS:
-                teacher_taps = student_taps
-            elif TEACHER == CORNERS:
-                teacher_taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
-            elif TEACHER == DIRECT:
-                teacher_taps = on_label_grid(y, x, teacher_y, teacher_x)
-            else:
-                teacher_taps, teacher_fractions = other_taps(
+            teacher_taps, teacher_fractions = student_taps, (fy, fx)
+            if not SAME_TAPS:
+                teacher_taps, teacher_fractions = taps_under(
                     y,
                     x,
-                    label_h,
-                    label_w,
-                    teacher_h,
-                    teacher_w,
-                    teacher_y,
-                    teacher_x,
+                    (top_i, bottom_i, left_j, right_j),
+                    (fy, fx),
+                    (label_h, label_w),
+                    (teacher_h, teacher_w),
+                    (teacher_y, teacher_x),
+                    TEACHER,
                     ALIGN_CORNERS,
                     INT,
                     FLOAT,
@@ -453,6 +423,9 @@ def distillation_pass(
         totals, weight_sum, least = find_totals(at, NEEDS, HOW)
         p = PassNumbers(temperature, 1.0 / temperature, scale, class_count, weight_sum)
         zero = totals.one * 0.0
+        if DIAGNOSTICS:
+            first = maps + (2 if MAPS else 0) * maps_plane
+            write_diagnostics(first, maps_plane, maps_place, totals, at, inside & own_lane, HOW)
         knowns = ()
         bounds = ()
         owns = ()
@@ -562,25 +535,9 @@ def distillation_pass(
 
     # --- sums ------------------------------------------------------------------------------------
     if VALUES:
-        for k in tl.static_range(len(TERMS)):
-            p = PassNumbers(temperature, 1.0 / temperature, scale, class_count, class_count)
-            factor = terms.factor(TERMS[k][0], TERMS[k][1], term_numbers[k], p)
-            value = over_program(tl.where(own_lane, values[k] * factor, 0.0))
-            tl.store(partial + TERMS[k][0], value)
-            if TERMS[k][3]:
-                share = over_program(tl.where(own_lane, shares[k], 0.0))
-                tl.store(partial + SHARES + TERMS[k][0], share)
+        p = PassNumbers(temperature, 1.0 / temperature, scale, class_count, class_count)
+        store_sums(partial, values, shares, term_numbers, p, own_lane, TERMS)
     if not CAREFUL:
-        tl.store(partial + VALID, over_program(tl.where(own_lane, valid_count, 0)))
-        tl.store(partial + BAD, over_program(tl.where(own_lane, bad_count, 0)))
-        if UNLABELLED:
-            tl.store(partial + LABELLED, over_program(tl.where(own_lane, labelled_count, 0)))
-        if WEIGHTS:
-            bad_weights = over_program(tl.where(own_lane, bad_weight_count, 0))
-            tl.store(partial + BAD_WEIGHTS, bad_weights)
-            sums = over_program(tl.where(own_lane, valid_weight, 0.0))
-            tl.store(partial + VALID_WEIGHT, sums)
-            sums = over_program(tl.where(own_lane, labelled_weight, 0.0))
-            tl.store(partial + LABELLED_WEIGHT, sums)
+        store_counts(partial, counts, own_lane, UNLABELLED, WEIGHTS)
         found = tl.where(smallest > SMALLEST_TOTAL, 0.0, 1.0)
         tl.store(partial + FLAG, over_program(found))

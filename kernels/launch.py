@@ -24,18 +24,10 @@ from heteroakd_fast.terms import TeacherCrossEntropy, Term
 
 from . import config, terms
 from .combine import OF_IMAGES, combine_gradients, finish_sums, group_totals
-from .distillation import (
-    FLAG,
-    LABELLED,
-    LABELLED_WEIGHT,
-    ROW,
-    SHARES,
-    VALID,
-    VALID_WEIGHT,
-    distillation_pass,
-)
+from .distillation import distillation_pass
 from .formulas import BITS_MASK
 from .interpolation import CORNERS, DIRECT, GATHER
+from .partials import FLAG, LABELLED, LABELLED_WEIGHT, ROW, SHARES, VALID, VALID_WEIGHT
 from .space import collect, reduce
 
 __all__ = [
@@ -92,6 +84,7 @@ class Pass(NamedTuple):
     options: Options
     pixel_weight: Tensor | None = None
     """[B, H, W]"""
+    of_teacher: bool = False
 
     @property
     def unlabelled(self) -> bool:
@@ -112,6 +105,16 @@ class Pass(NamedTuple):
     @property
     def maps(self) -> bool:
         return self.options.maps and self.teacher is not None
+
+    @property
+    def diagnostics(self) -> bool:
+        """Not of a pass over the teacher's logits."""
+        return self.options.diagnostics and not self.of_teacher
+
+    @property
+    def written(self) -> bool:
+        """Whether it writes something of each pixel."""
+        return self.maps or self.diagnostics
 
     @property
     def temperature(self) -> float:
@@ -146,7 +149,7 @@ def passes_of(call: Call) -> tuple[Pass | None, Pass | None]:
     if not of_teacher:
         return student, None
     assert call.teacher is not None
-    return student if own else None, Pass(call.teacher, None, of_teacher, options, weight)
+    return student if own else None, Pass(call.teacher, None, of_teacher, options, weight, True)
 
 
 def terms_of(options: Options) -> tuple[tuple[PassTerm, ...], tuple[PassTerm, ...]]:
@@ -420,7 +423,8 @@ def _launch(
         "WEIGHTED": weighted,
         "UNLABELLED": one.unlabelled,
         "WEIGHTS": one.pixel_weight is not None,
-        "MAPS": maps is not None,
+        "MAPS": maps is not None and one.maps,
+        "DIAGNOSTICS": maps is not None and one.diagnostics,
         "POWER": power_of(one.temperature),
         "GRAD": gradient is not None,
         "SLOTS": len(first),

@@ -53,7 +53,6 @@ import triton
 import triton.language as tl
 
 from . import terms
-from .distillation import BAD, ROW, SHARES, VALID
 from .formulas import (
     LN_2,
     LOG2_E,
@@ -69,6 +68,7 @@ from .formulas import (
     reciprocal,
     reliability,
 )
+from .partials import BAD, ROW, SHARES, VALID
 from .tiles import checked_labels
 
 # What z - max is in columns that are no class. Times log2(e) / T it stays in float32's range.

@@ -13,8 +13,8 @@ from heteroakd_fast.projector import Projection
 from heteroakd_fast.spec import Options
 from heteroakd_fast.terms import HeteroAKD
 
-from .distillation import ROW
 from .launch import bits_of, device_of, finish, has_ptx, interpreted, power_of, terms_of
+from .partials import ROW
 from .projection import projected_pass
 from .projection_gradients import add_splits, features_gradient, weight_gradient
 

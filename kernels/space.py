@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from . import terms
-from .formulas import LOG2_E, max_or_nan, number
-from .interpolation import CORNERS, DIRECT, read_logits
+from .formulas import LOG2_E, max_or_nan
+from .interpolation import read_logits
 from .terms.term import Class
-from .tiles import offsets, on_label_grid, other_taps, own_columns, pixels_of_step, read_labels
+from .tiles import offsets, own_columns, pixels_of_step, read_labels, taps_under
 
 LOWEST = tl.constexpr(-1e30)
 
@@ -110,10 +110,9 @@ def collect(
     target += image * target_b
     if WEIGHTS:
         pixel_weight += image * weight_b
-    options = ()
-    for j in tl.static_range(1, len(numbers)):
-        options = options + (number(numbers[j], tl.float64),)
-    n = terms.numbers(TERM, options, tl.cast(classes, FLOAT), FLOAT)
+    labels = (target, target_y, target_x, ignore_index, unlabelled_index)
+    weights = (pixel_weight, weight_y, weight_x)
+    n = terms.numbers(TERM, numbers, tl.cast(classes, FLOAT), FLOAT)
     for c in range(classes):
         largest = tl.full([1, 1, N, L], LOWEST, FLOAT)
         total = tl.zeros([1, 1, N, L], FLOAT)
@@ -140,19 +139,7 @@ def collect(
                 FLOAT,
             )
             label, weight, _, _ = read_labels(
-                target,
-                y,
-                x,
-                inside,
-                (target_y, target_x),
-                classes,
-                ignore_index,
-                unlabelled_index,
-                pixel_weight,
-                (weight_y, weight_x),
-                UNLABELLED,
-                WEIGHTS,
-                FLOAT,
+                labels, weights, y, x, inside, classes, UNLABELLED, WEIGHTS, FLOAT
             )
             valid = (label >= 0) & own
             taps = offsets(top_i, bottom_i, left_j, right_j, student_y, student_x)
@@ -169,26 +156,19 @@ def collect(
                 True,
                 FLOAT,
             )
-            if TEACHER == CORNERS:
-                taps = offsets(top_i, bottom_i, left_j, right_j, teacher_y, teacher_x)
-                fractions = (fy, fx)
-            elif TEACHER == DIRECT:
-                taps = on_label_grid(y, x, teacher_y, teacher_x)
-                fractions = (fy, fx)
-            else:
-                taps, fractions = other_taps(
-                    y,
-                    x,
-                    label_h,
-                    label_w,
-                    teacher_h,
-                    teacher_w,
-                    teacher_y,
-                    teacher_x,
-                    ALIGN_CORNERS,
-                    INT,
-                    FLOAT,
-                )
+            taps, fractions = taps_under(
+                y,
+                x,
+                (top_i, bottom_i, left_j, right_j),
+                (fy, fx),
+                (label_h, label_w),
+                (teacher_h, teacher_w),
+                (teacher_y, teacher_x),
+                TEACHER,
+                ALIGN_CORNERS,
+                INT,
+                FLOAT,
+            )
             z_t = read_logits(
                 teacher + tl.cast(c, tl.int64) * teacher_c,
                 taps,

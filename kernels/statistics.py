@@ -313,6 +313,26 @@ def find_totals(at, NEEDS: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
+def tops(at, HOW: tl.constexpr):
+    """1 or 0: whether the label's logit is the student's largest, and whether the teacher's largest
+    is where the student's is (of several the last)."""
+    lowest = tl.zeros(at.valid.shape, HOW.FLOAT) + float("-inf")
+    label, student_top, teacher_there, teacher_top = lowest, lowest, lowest, lowest
+    student_plane = at.student.plane
+    teacher_plane = at.teacher.plane
+    for c in range(at.classes):
+        k = read_class(at, c, student_plane, teacher_plane, HOW.TEACHER >= 0, HOW)
+        label = tl.where(k.is_label, k.student_a, label)
+        teacher_there = tl.where(k.student_a >= student_top, k.teacher_a, teacher_there)
+        student_top = tl.maximum(student_top, k.student_a)
+        teacher_top = tl.maximum(teacher_top, k.teacher_a)
+        student_plane += at.student.class_stride
+        teacher_plane += at.teacher.class_stride
+    right = tl.where(label == student_top, 1.0, 0.0)
+    return right, tl.where(teacher_there == teacher_top, 1.0, 0.0)
+
+
+@triton.jit
 def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, bound, at, HOW: tl.constexpr):
     """The sums of a term that has a loop, its maxima, and what it knows then."""
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .interpolation import (
+    CORNERS,
     DIRECT,
     axis,
     cell_start,
@@ -152,6 +153,42 @@ def other_taps(
 
 
 @triton.jit
+def taps_under(
+    y,
+    x,
+    cell,  # the student's taps: top, bottom, left, right
+    fractions,
+    label_size,
+    size,
+    strides,
+    SOURCE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    INT: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """Taps and fractions of the pixels in the teacher's logits, whatever their grid."""
+    if SOURCE == CORNERS:
+        taps = offsets(cell[0], cell[1], cell[2], cell[3], strides[0], strides[1])
+    elif SOURCE == DIRECT:
+        taps = on_label_grid(y, x, strides[0], strides[1])
+    else:
+        taps, fractions = other_taps(
+            y,
+            x,
+            label_size[0],
+            label_size[1],
+            size[0],
+            size[1],
+            strides[0],
+            strides[1],
+            ALIGN_CORNERS,
+            INT,
+            FLOAT,
+        )
+    return taps, fractions
+
+
+@triton.jit
 def checked_labels(raw, inside, classes, ignore_index):
     """int32 labels, -1 of a pixel that counts nowhere; and where there is a label other than
     `ignore_index`: of these, the ones that are -1 are out of range. Of int64 of any shape."""
@@ -162,23 +199,20 @@ def checked_labels(raw, inside, classes, ignore_index):
 
 @triton.jit
 def read_labels(
-    pointer,
+    labels,  # pointer, row and column stride, ignore_index, unlabelled_index
+    weights,  # pointer, row and column stride
     y,
     x,
     inside,
-    strides,
     classes,
-    ignore_index,
-    unlabelled_index,
-    weights,
-    weight_strides,
     UNLABELLED: tl.constexpr,
     WEIGHTS: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
     """Labels [R, S, N, L] as `checked_labels` has them, `classes` of an unlabelled pixel; the
     pixels' weights; and 1 or 0: where a label is out of range, where a weight is."""
-    place = tl.max_contiguous(y * strides[0] + x * strides[1], [1, 1, 2, 4])
+    pointer, stride_h, stride_w, ignore_index, unlabelled_index = labels
+    place = tl.max_contiguous(y * stride_h + x * stride_w, [1, 1, 2, 4])
     raw = tl.load(pointer + place, mask=inside, other=0).to(tl.int64)
     label, counts = checked_labels(raw, inside, classes, ignore_index)
     if UNLABELLED:
@@ -187,8 +221,8 @@ def read_labels(
     weight = 1.0
     bad_weight = bad
     if WEIGHTS:
-        place = y * weight_strides[0] + x * weight_strides[1]
-        weight = tl.load(weights + place, mask=inside, other=0.0).to(FLOAT)
+        pointer, stride_h, stride_w = weights
+        weight = tl.load(pointer + (y * stride_h + x * stride_w), mask=inside, other=0.0).to(FLOAT)
         bad_weight = (inside & ~((weight >= 0.0) & (weight < float("inf")))).to(tl.int32)
         label = tl.where(weight == 0.0, -1, label)
     return label, weight, bad, bad_weight

@@ -47,8 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evaluation": "none",
     },
 }
-# Every term alone, and some together. Terms that have no keywords are objects. A line here is enough
-# for the whole contract: tests that are not for every term name those that they leave out.
+# Every term alone, and some together. Terms that have no keywords are objects. A line here is
+# enough for the whole contract: tests that are not for every term name those that they leave out.
 TERM_CASES: dict[str, dict[str, Any]] = {
     "ce": {},
     "ce-smoothed": {"label_smoothing": 0.1},

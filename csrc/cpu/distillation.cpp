@@ -112,7 +112,8 @@ Sums sums(const Tensor& student_logits, const std::optional<Tensor>& teacher_log
   LabelReport labels;
   if (spec.student.any) {
     student_saved = forward(student_logits, teacher_of(spec.student, teacher_logits), target,
-                            class_weight, pixel_weight, spec, spec.student, student_grad, n, d, maps, labels);
+                            class_weight, pixel_weight, spec, spec.student, student_grad, n, d, maps,
+                            labels);
   }
   if (spec.teacher.any) {
     Tensor none = maps;

@@ -104,7 +104,7 @@ struct Pass {
   TermNumbers<T> term_numbers;
   PassNumbers<T> numbers;
   Needs needs;
-  bool maps, values, gradients;
+  bool maps, diagnostics, values, gradients;
   double huge;     // logits beyond this take the overflow-safe way
 
   // Bands of student rows: the units of work. Unless identity: bands * band_rows rows.
@@ -122,7 +122,7 @@ struct Pass {
   bool streams;           // identity: the gradient is too large to stay in a cache
   LogitsView out;         // identity: the gradient itself, written through const_cast
   double* sums;           // [B * bands][kTerms][2]: numerator, denominator
-  T* map_values;          // [2][B][H][W]
+  T* map_values;          // [planes][B][H][W]: two maps, three diagnostics
 
   // Terms over space: maximum and sum of exp over the valid pixels of an image and class, by band
   // while they are collected (of the term `collected`, or -1), then of the whole image.

@@ -150,8 +150,9 @@ class Runner {
   Tensor forward(bool compute_grad, double* numerators, double* denominators, Tensor& maps) {
     pass_.values = true;
     pass_.gradients = compute_grad && !pass_.identity;
-    if (terms_.maps) {
-      maps = torch::stable::empty({2, pass_.batch, pass_.label_height, pass_.label_width}, dtype_);
+    if (terms_.planes() > 0) {
+      maps = torch::stable::empty(
+          {terms_.planes(), pass_.batch, pass_.label_height, pass_.label_width}, dtype_);
       pass_.map_values = static_cast<T*>(maps.mutable_data_ptr());
       std::fill_n(pass_.map_values, maps.numel(), T(0));
     }
@@ -206,7 +207,7 @@ class Runner {
     pass_.streams = gradient.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
     pass_.values = false;
     pass_.gradients = true;
-    pass_.maps = false;
+    pass_.maps = pass_.diagnostics = false;
     pass_.gradient_count = 1;
     for (int k = 0; k < kTerms; ++k) {
       pass_.gradient_of[k] = terms_.asks(k) ? 0 : -1;
@@ -308,6 +309,7 @@ class Runner {
 
   void set_terms() {
     pass_.maps = terms_.maps;
+    pass_.diagnostics = terms_.diagnostics;
     pass_.huge = sizeof(T) == 4 ? 1e30 : 1e290;
     pass_.collected = -1;
     pass_.needs = terms_.needs();
@@ -385,7 +387,7 @@ class Runner {
     pass_.needs = needs;
     pass_.space_maximum = maxima.get();
     pass_.space_sum = partial.get();
-    pass_.values = pass_.gradients = pass_.maps = false;
+    pass_.values = pass_.gradients = pass_.maps = pass_.diagnostics = false;
     for (int k = 0; k < kTerms; ++k) {
       pass_.has[k] = k == term;
       pass_.asked[k] = false;

@@ -5,29 +5,12 @@
 // ../terms.
 #pragma once
 
+#include "arena.h"
 #include "chain.h"
 #include "gradients.h"
 #include "own_loop.h"
 
 namespace heteroakd::cpu::HAKD_ISA {
-
-// Cuts a block of memory into arrays; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    char* p = base_ == nullptr ? nullptr : base_ + used_;
-    // apart by a line, which is as long as a vector of pixels
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    return reinterpret_cast<T*>(p);
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 constexpr int kMaxRows = 4;  // label rows at a time
 
@@ -162,6 +145,7 @@ class Terms {
   template <int kRows, bool kUpsample, typename Sinks>
   void process(const Group<T>& group, bool chained, const Sinks& sink) {
     totals<kRows, kUpsample>(group, chained);
+    if (p.diagnostics) diagnose<kRows, kUpsample>(group);
     for_each_term([&](auto tag, int k) __attribute__((always_inline)) {
       using Term = typename decltype(tag)::type;
       if (!p.has[k]) return;
@@ -401,8 +385,8 @@ class Terms {
       });
       if constexpr (Term::kMapped) {
         if (p.maps) {
-          write_maps(kUpsample ? group.y + r : group.y, kUpsample ? group.vector : group.vector + r,
-                     valid, known[r].reliability, known[r].discrepancy);
+          write_plane<kUpsample>(group, r, 0, valid, known[r].reliability);
+          write_plane<kUpsample>(group, r, 1, valid, known[r].discrepancy);
         }
       }
       if (!p.asked[k]) continue;
@@ -528,17 +512,35 @@ class Terms {
     });
   }
 
-  void write_maps(int64_t y, int64_t vector, Mask<T> valid, F reliable, F discrepant) {
-    T values[2][N];
-    select(valid, reliable, F(T(0))).store(values[0]);
-    select(valid, discrepant, F(T(0))).store(values[1]);
-    const int64_t plane = p.label_height * p.label_width;
-    for (int k = 0; k < 2; ++k) {
-      T* out = p.map_values + (k * p.batch + image_) * plane + y * p.label_width;
-      for (int l = 0; l < N; ++l) {
-        const int32_t x = p.pixel[vector * N + l];
-        if (x >= 0) out[x] = values[k][l];
-      }
+  // Of labelled pixels the loss and whether the label is on top, of all whether the teacher's top is there.
+  template <int kRows, bool kUpsample>
+  void diagnose(const Group<T>& group) {
+    const F zero(T(0)), one(T(1));
+    const int plane = p.maps ? 2 : 0;
+    for (int r = 0; r < kRows; ++r) {
+      const Labels<T> labels = load_labels<T>(group.labels[r]);
+      const Mask<T> valid = is_valid(labels), without = is_unlabelled(group.labels[r]);
+      const Totals<F>& t = totals_[r];
+      const auto labelled = [&](F x) { return select(without, zero, x); };
+      write_plane<kUpsample>(group, r, plane, valid, labelled(t.student_nll));
+      write_plane<kUpsample>(group, r, plane + 1, valid,
+                             labelled(select(equal(t.student_label, zero), one, zero)));
+      const F agrees = needs_.teacher_at_top ? select(equal(t.teacher_at_top, zero), one, zero) : zero;
+      write_plane<kUpsample>(group, r, plane + 2, valid, agrees);
+    }
+  }
+
+  template <bool kUpsample>
+  void write_plane(const Group<T>& group, int r, int plane, Mask<T> valid, F x) {
+    T values[N];
+    select(valid, x, F(T(0))).store(values);
+    const int64_t y = kUpsample ? group.y + r : group.y;
+    const int64_t vector = kUpsample ? group.vector : group.vector + r;
+    T* out = p.map_values +
+             ((plane * p.batch + image_) * p.label_height + y) * p.label_width;
+    for (int l = 0; l < N; ++l) {
+      const int32_t place = p.pixel[vector * N + l];
+      if (place >= 0) out[place] = values[l];
     }
   }
 

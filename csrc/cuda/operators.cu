@@ -171,6 +171,7 @@ class Runner {
   void set_terms(bool gradients) {
     pass_.needs = terms_.needs();
     pass_.maps = terms_.maps && !gradients_of_labels(gradients);
+    pass_.diagnostics = terms_.diagnostics && !gradients_of_labels(gradients);
     pass_.gradients = gradients;
     pass_.temperature = terms_.temperature;
     const double t = terms_.temperature;
@@ -243,14 +244,14 @@ class Runner {
     const int64_t bytes = kWarpSize * pass_.classes * models * kernel_->pixels * (wide_ ? 8 : 4);
     if (bytes * (kernel_->threads / kWarpSize) > kMostSharedBytes) return;
     pass_.warp_bytes = static_cast<int32_t>(bytes);
-    if (wide_ || !together()) return;
+    if (wide_ || !together() || pass_.diagnostics) return;
     const Kernel* fixed = segments_fixed(pass_);
     if (fixed != nullptr) kernel_ = fixed;
   }
 
   // ce, forward kd, and hetero of the preset softmax-kl, in float.
   bool usual() const {
-    bool all = !wide_ && pass_.teacher.dtype != Dtype::kDouble;
+    bool all = !wide_ && pass_.teacher.dtype != Dtype::kDouble && !pass_.diagnostics;
     for (int k = 0; k < kTerms; ++k) {
       const bool known = k == kCe || k == kKd || k == kHetero;
       all = all && (!pass_.has[k] || (known && pass_.variant[k] == 0));
@@ -347,7 +348,7 @@ Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const
              compute_grad && !lies_on(logits, target));
   Tensor saved = run.pass().gradients ? run.make_saved()
                                       : torch::stable::new_empty(logits, {0}, run.dtype());
-  if (terms.maps) {
+  if (terms.planes() > 0) {
     run.pass().maps_out = results.maps.mutable_data_ptr();
     run.pass().maps_are_float = results.maps.scalar_type() == ScalarType::Float;
   }
@@ -393,8 +394,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sums(
   Results results{empty({spec.terms}, ScalarType::Double), empty({spec.groups}, ScalarType::Double),
                   empty({spec.groups}, ScalarType::Double), empty({4}, ScalarType::Long),
                   empty({0}, wide ? ScalarType::Double : ScalarType::Float)};
-  if (spec.student.maps) {
-    results.maps = empty({2, target.size(0), target.size(1), target.size(2)},
+  if (spec.student.planes() > 0) {
+    results.maps = empty({spec.student.planes(), target.size(0), target.size(1), target.size(2)},
                          wide ? ScalarType::Double : ScalarType::Float);
   }
   Tensor student_saved = empty({0}, ScalarType::Float);

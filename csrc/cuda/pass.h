@@ -74,7 +74,7 @@ struct Pass {
   int32_t variant[kTerms];
   Options options[kTerms];
   Needs needs;
-  bool maps, gradients;
+  bool maps, diagnostics, gradients;
   int32_t power;  // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
   double temperature;
   const void* class_weight;  // [C] of the arithmetic's type, or null
@@ -85,7 +85,7 @@ struct Pass {
 
   // results
   double* partials;  // [B * programs, kPartials]
-  void* maps_out;    // [2, B, H, W] of the arithmetic's type, or
+  void* maps_out;    // [planes, B, H, W] (two maps, three diagnostics) of the arithmetic's type, or
   bool maps_are_float;
   bool wide;         // the arithmetic is in double
   int32_t gradient_of[kTerms];  // which saved gradient a term adds to, -1: none

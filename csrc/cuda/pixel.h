@@ -278,18 +278,16 @@ struct ThreadSums {
 // --- maps ----------------------------------------------------------------------------------------
 
 template <typename F>
-HAKD_DEVICE void write_maps(const Pass& p, int32_t image, int32_t y, int32_t x, bool valid,
-                            F reliability, F discrepancy) {
+HAKD_DEVICE void write_plane(const Pass& p, int32_t which, int32_t image, int32_t y, int32_t x,
+                             bool valid, F value) {
   const int64_t plane = static_cast<int64_t>(p.label_height) * p.label_width;
-  F* out = static_cast<F*>(p.maps_out) + image * plane + static_cast<int64_t>(y) * p.label_width + x;
+  const int64_t at = (which * static_cast<int64_t>(p.batch) + image) * plane +
+                     static_cast<int64_t>(y) * p.label_width + x;
   if (sizeof(F) == 8 && p.maps_are_float) {
-    float* narrow = static_cast<float*>(p.maps_out) + (out - static_cast<F*>(p.maps_out));
-    narrow[0] = valid ? static_cast<float>(reliability) : 0.0f;
-    narrow[p.batch * plane] = valid ? static_cast<float>(discrepancy) : 0.0f;
-    return;
+    static_cast<float*>(p.maps_out)[at] = valid ? static_cast<float>(value) : 0.0f;
+  } else {
+    static_cast<F*>(p.maps_out)[at] = valid ? value : F(0);
   }
-  out[0] = valid ? reliability : F(0);
-  out[p.batch * plane] = valid ? discrepancy : F(0);
 }
 
 }  // namespace heteroakd::cuda

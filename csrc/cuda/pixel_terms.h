@@ -182,7 +182,8 @@ class PixelTerms {
       using Term = Of<decltype(tag)>;
       if constexpr (Term::kMapped) {
         const typename Term::template Known<F>& known = state<Term>().known[i];
-        write_maps(p, image_, y, x, valid, known.reliability, known.discrepancy);
+        write_plane(p, 0, image_, y, x, valid, known.reliability);
+        write_plane(p, 1, image_, y, x, valid, known.discrepancy);
       }
     });
   }

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
           for (int s = 0; s < S; ++s) at.inside[s] = false;
         }
         // Nothing to learn here: what must be written is zeros.
-        const bool writes = p.maps || (p.gradients && !rows.again);
+        const bool writes = p.maps || p.diagnostics || (p.gradients && !rows.again);
         if (writes || any_valid(at)) {
           SegmentPass<F, Set, S, kHold>(p, n, thread.image, at, i, j, held, kSegmentThreads)
               .run(rows, sums);

@@ -59,6 +59,7 @@ class SegmentPass {
           Set::needs(p).student_nll ? label_logit(p.student, student_, student_m_, i) : F(0),
           Set::needs(p).teacher_nll ? label_logit(p.teacher, teacher_, teacher_m_, i) : F(0),
           at.label[i]);
+      if (p.diagnostics && at.inside[i]) write_diagnostics(t[i], i);
       terms_.begin(t[i], i);
     }
     if (terms_.some([&](auto tag) { return bounds_apart<decltype(tag)>(); })) {
@@ -295,6 +296,16 @@ class SegmentPass {
     k.is_label = at.label[i] == c;
     k.unlabelled = at.label[i] == p.classes;
     return k;
+  }
+
+  // Of labelled pixels the loss and whether the label is on top, of all whether the teacher's top is there.
+  HAKD_DEVICE void write_diagnostics(const Totals<F>& t, int i) const {
+    const bool valid = at.label[i] >= 0, labelled = valid && at.label[i] < p.classes;
+    const int32_t plane = p.maps ? 2 : 0, x = at.x + i;
+    write_plane(p, plane, image_, at.y, x, labelled, t.student_nll);
+    write_plane(p, plane + 1, image_, at.y, x, labelled, t.student_label == F(0) ? F(1) : F(0));
+    const bool agrees = Set::needs(p).teacher_at_top && t.teacher_at_top == F(0);
+    write_plane(p, plane + 2, image_, at.y, x, valid, agrees ? F(1) : F(0));
   }
 
   // f(tag, class, i) for every class, pixel and term.

@@ -75,7 +75,8 @@ class ReferenceBackend:
             class_weight = class_weight.to(dtype)
         numerators = call.student.new_zeros(len(options.asked), dtype=torch.float64)
         denominators = torch.zeros_like(numerators)
-        maps = call.student.new_empty((2, *target.shape) if options.maps else 0, dtype=dtype)
+        planes = call.spec.planes
+        maps = call.student.new_empty((planes, *target.shape) if planes else 0, dtype=dtype)
         positions: dict[bool, list[int]] = {False: [], True: []}  # of the terms, by who learns
         for k, term in enumerate(options.asked):
             positions[isinstance(term, TeacherCrossEntropy)].append(k)
@@ -95,7 +96,7 @@ class ReferenceBackend:
             )
             for logits, terms, learns in (
                 (
-                    call.student if positions[False] or options.maps else None,
+                    call.student if positions[False] or planes else None,
                     positions[False],
                     call.wants[0],
                 ),

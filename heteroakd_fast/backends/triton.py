@@ -56,7 +56,8 @@ class TritonBackend:
         denominators = numerators.new_zeros(options.group_count)
         report = call.student.new_empty(REPORT, dtype=torch.int64)
         maps = call.student.new_empty(
-            (2, *target.shape) if options.maps else 0, dtype=compute_dtype(call.student)
+            (call.spec.planes, *target.shape) if call.spec.planes else 0,
+            dtype=compute_dtype(call.student),
         )
         saved = []
         if call.projected:
@@ -72,7 +73,7 @@ class TritonBackend:
                         numerators,
                         denominators,
                         next(reports),
-                        maps if one.maps else None,
+                        maps if one.written else None,
                         wanted,
                     )
                     saved += [] if gradients is None else [gradients]

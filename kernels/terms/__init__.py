@@ -65,9 +65,10 @@ def traits(term, variant):
 
 
 @triton.constexpr_function
-def needs_of(entries):
-    """What one of these terms needs."""
+def needs_of(entries, diagnostics):
+    """What one of these terms needs, or the diagnostics."""
     found = [traits(entry[0], entry[1]).needs for entry in entries]
+    found += [Needs(student_nll=True)] if diagnostics else []
     return Needs(*[True in column for column in zip(*found, strict=True)])
 
 
@@ -139,7 +140,11 @@ def maps_late(entry):
 
 
 @triton.jit
-def numbers(TERM: tl.constexpr, options, classes, FLOAT: tl.constexpr):
+def numbers(TERM: tl.constexpr, bits, classes, FLOAT: tl.constexpr):
+    """bits: of the weight and the other numbers of its class."""
+    options = ()
+    for j in tl.static_range(1, len(bits)):
+        options = options + (formulas.number(bits[j], tl.float64),)
     return member(TERM, "numbers")(options, classes, FLOAT)
 
 

@@ -81,10 +81,10 @@ def test_other_dtypes_and_classes(backend: str, classes: int, dtype: torch.dtype
     grid, _teacher_grid, size = GRIDS["cells"]
     batch, options = pixels(make_batch(2, classes, grid, None, size, dtype=dtype), "both")
     options["pixel_weight"] = options["pixel_weight"].to(dtype)
-    check(batch, backend=backend, **options, **TERM_CASES["all+cwd+dkd"])
+    check(batch, backend=backend, **options, **TERM_CASES["all+objects"])
 
 
-@pytest.mark.parametrize("case", ["all+cwd+dkd", "hetero-paper", "hetero-mix-logits"])
+@pytest.mark.parametrize("case", ["all+objects", "hetero-paper", "hetero-mix-logits"])
 @every_backend
 def test_confident_logits_and_other_layouts(backend: str, case: str) -> None:
     grid, teacher_grid, size = GRIDS["apart"]
@@ -146,7 +146,7 @@ def test_a_pixel_of_weight_0_is_one_that_is_ignored(backend: str) -> None:
     weight = torch.ones(batch.target.shape)
     weight[:, 3:9] = 0
     ignored = batch._replace(target=batch.target.masked_fill(weight == 0, 255))
-    case = TERM_CASES["all+cwd+dkd"]
+    case = TERM_CASES["all+objects"]
     ours = evaluate(batch, 2.5, backend=backend, pixel_weight=weight, **case)
     theirs = evaluate(ignored, 2.5, backend=backend, **case)
     assert ours.terms == pytest.approx(theirs.terms, rel=1e-6)
@@ -165,7 +165,7 @@ def test_a_pixel_of_weight_0_is_one_that_is_ignored(backend: str) -> None:
 @every_backend
 def test_weights_have_no_scale_and_ones_change_nothing(backend: str) -> None:
     batch = make_batch(dtype=F32)
-    case = TERM_CASES["all+cwd+dkd"]
+    case = TERM_CASES["all+objects"]
     plain = evaluate(batch, backend=backend, **case)
     for scale in (1.0, 0.125, 4.0):
         weight = torch.full(batch.target.shape, scale)
@@ -180,7 +180,7 @@ def test_weights_have_no_scale_and_ones_change_nothing(backend: str) -> None:
 def test_without_any_label(backend: str, everything: int) -> None:
     batch = make_batch(dtype=F32)
     batch.target[:] = everything
-    case = TERM_CASES["all+cwd+dkd"]
+    case = TERM_CASES["all+objects"]
     got = check(batch, backend=backend, unlabelled_index=254, **case)
     assert got.terms["ce"] == got.terms["teacher_ce"] == got.terms["dkd"] == 0
     distils = got.terms["kd"] > 0 and got.terms["hetero"] > 0 and got.terms["cwd"] > 0
@@ -277,7 +277,7 @@ def test_wrong_arguments() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_normalizers_make_micro_batches_exact(backend: str, kind: str) -> None:
     batch, options = pixels(make_batch(4, 5, dtype=torch.float64), kind)
-    case = TERM_CASES["all+cwd+dkd"]
+    case = TERM_CASES["all+objects"]
     whole = evaluate(batch, backend=backend, **options, **case)
     parts = []
     for k in range(4):

@@ -26,7 +26,7 @@ if backends.available()["triton"] is not None:
 
 import triton
 import triton.language as tl
-from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics
+from heteroakd_fast.kernels import config, distillation, formulas, launch, partials, statistics
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HETERO: dict[str, Any] = {"hetero_weight": 1.0, "temperature": 2.0}
@@ -104,7 +104,7 @@ def careful_programs(batch: Batch, monkeypatch: pytest.MonkeyPatch, **options: A
 
     def spy(*arguments: Any) -> Any:
         result = original(*arguments)
-        flags.extend((result[0][:, int(distillation.FLAG)] != 0).tolist())
+        flags.extend((result[0][:, int(partials.FLAG)] != 0).tolist())
         return result
 
     monkeypatch.setattr(launch, "_launch", spy)

@@ -113,7 +113,7 @@ Needs PassTerms::needs() const {
   });
   if (diagnostics) {
     all.student_nll = all.logits = true;
-    all.teacher_at_top = all.teacher;
+    all.pair = all.teacher_at_top = all.teacher;
   }
   return all;
 }

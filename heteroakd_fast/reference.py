@@ -437,7 +437,8 @@ def _evaluate_paper(
     # reliability, per class (Eq. 5 and 6)
     h_s, h_t = error(student_z), error(teacher_z)
     r_t = (h_s + RELIABILITY_EPS) / (h_t + h_s + 2.0 * RELIABILITY_EPS)
-    has_label = labelled[:, None]
+    without = valid & ~labelled
+    has_label = ~without[:, None]
     r_t = torch.where(has_label, r_t, 1)
 
     # mixed_target (Eq. 7)
@@ -463,7 +464,7 @@ def _evaluate_paper(
         mixed_target=softened.log_softmax(dim=1) if term.weight_axis == "class" else softened,
         weight=torch.where(inside, weight, 0),
         reliability=_at_label(r_t, label),
-        discrepancy=torch.where(labelled, _at_label(discrepancy, label), 0),
+        discrepancy=torch.where(without, 0, _at_label(discrepancy, label)),
         shares=shares,
     )
 

@@ -57,6 +57,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kd_divergence": ("reverse", {}),
     "kd_beta": (0.25, {"kd_divergence": "js"}),
     "ignore_index": (np.int64(0), {"allow_ignored_class": True}),
+    "unlabelled_index": (254, {}),
     "allow_ignored_class": (True, {}),
     "align_corners": (True, {}),
     "label_smoothing": (0.25, {}),
@@ -71,6 +72,8 @@ WITHOUT_EFFECT = {"backend", "allow_ignored_class"}
 def call(loss: HeteroAKDLoss) -> list[Tensor]:
     """The loss and the gradients that its parameters get."""
     target = Y.where(Y != 255, 1) if loss.ignore_index == 0 else Y
+    if loss.unlabelled_index is not None:
+        target = target.where(target != 2, loss.unlabelled_index)
     output = loss(S, target, teacher_logits=T, **FEATURES)
     parameters = [loss.student_projector.conv.weight, loss.teacher_projector.conv.weight]
     return [output.loss.detach(), *torch.autograd.grad(output.loss, parameters, allow_unused=True)]

@@ -27,14 +27,18 @@ def call_of(batch: Batch, weight: Tensor | None, spec: LossSpec) -> backends.Cal
     teacher = batch.teacher.clone().requires_grad_(wants[1])
     sides = (student, None, None, teacher, None, None)
     flags = (wants[0], False, False, wants[1], False, False)
-    return backends.Call(*sides, batch.target, weight, spec, flags)
+    return backends.Call(*sides, batch.target, weight, None, spec, flags)
 
 
 def by_bands(call: backends.Call, scales: Tensor) -> dict[str, Any]:
     with torch.no_grad():
         found = bands.BACKEND.sums(call)
         grads = bands.BACKEND.gradient(call._replace(target=None), scales, found.saved)
-    results = {**found._asdict(), "valid": int(found.valid), "gradients": (grads[0], grads[3])}
+    results = {
+        **found._asdict(),
+        "counts": found.counts.tolist(),
+        "gradients": (grads[0], grads[3]),
+    }
     del results["saved"]
     return results
 
@@ -51,7 +55,7 @@ def whole(call: backends.Call, scales: Tensor) -> dict[str, Any]:
         "numerators": numerators.detach(),
         "totals": totals.detach(),
         "denominators": denominators,
-        "valid": int((call.labels != options.ignore_index).sum()),
+        "counts": [int((call.labels != options.ignore_index).sum())] * 2,
         "maps": maps,
         "gradients": tuple(next(grads) if x.requires_grad else None for x in sides),
     }

@@ -407,7 +407,7 @@ def operator_arguments(case: Case, **options: Any) -> tuple[tuple[Any, ...], dic
     spec = spec_of(**options)
     wants = [True, True, True, False, True, True]
     keywords = {"structure": spec.structure, "wants": wants, "precision": "ieee"}
-    return (*case, None, spec.vector()), {**keywords, "backend": "triton"}
+    return (*case, None, None, spec.vector()), {**keywords, "backend": "triton"}
 
 
 @kernels
@@ -421,7 +421,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.heteroakd_fast.sums, arguments, options)
     plain = [None if x is None else x.detach() for x in arguments]
     totals = torch.ops.heteroakd_fast.sums(*plain, **options)[1]
-    plain.insert(8, [])
+    plain.insert(9, [])
     torch.library.opcheck(torch.ops.heteroakd_fast.gradient, (totals, *plain), options)
 
 

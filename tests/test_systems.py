@@ -33,7 +33,10 @@ PURE = os.environ.get("HETEROAKD_BUILD_EXTENSION") == "0"
 def test_a_spec_decodes_to_its_terms() -> None:
     terms = (KD(0.3, temperature=3.0, divergence="js", beta=0.2), CrossEntropy(2.0, 0.1))
     spec = LossSpec.of(*terms, groups=(0, 0), ignore_index=-1, align_corners=True)
-    assert spec.options() == (terms, (0, 0), -1, True, False)
+    assert spec.options() == (terms, (0, 0), -1, True, False, False, -1)
+    spec = LossSpec.of(*terms, groups=(0, 0), unlabelled_index=7, maps=False, diagnostics=True)
+    assert spec.options() == (terms, (0, 0), 255, False, False, True, 7)
+    assert spec.planes == 3
     paper = HeteroAKD(0.0, preset="paper", weight_axis="space", temperature=2.0, tau=0.7)
     both = LossSpec.of(TeacherCrossEntropy(), paper, groups=(0, -1), maps=True).options()
     assert both.asked == (TeacherCrossEntropy(),)
@@ -109,7 +112,7 @@ def test_a_term_is_one_file_per_language() -> None:
 
 def operands(batch: Any, spec: LossSpec, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the operator `sums`."""
-    tensors = (batch.student, None, None, None, None, None, batch.target, None)
+    tensors = (batch.student, None, None, None, None, None, batch.target, None, None)
     keywords = {"structure": spec.structure, "wants": [False] * 6, "precision": "ieee"}
     return (*tensors, spec.vector()), {**keywords, **options}
 
@@ -130,11 +133,12 @@ def test_opcheck(backend: str, grad: bool, layout: str, weighted: bool, dtype: t
     batch = batch._replace(student=student.detach().requires_grad_(grad))
     spec = LossSpec.of(CrossEntropy(2.0, label_smoothing=0.1))
     arguments, options = operands(batch, spec, backend=backend, wants=[grad, *[False] * 5])
-    arguments = (*arguments[:7], torch.rand(5) if weighted else None, spec.vector())
+    weights = (torch.rand(5), torch.rand(batch.target.shape)) if weighted else (None, None)
+    arguments = (*arguments[:7], *weights, spec.vector())
     torch.library.opcheck(torch.ops.heteroakd_fast.sums, arguments, options)
     plain = [None if x is None else x.detach() for x in arguments]
     _, totals, *_, saved = torch.ops.heteroakd_fast.sums(*plain, **options)
-    plain.insert(8, saved)
+    plain.insert(9, saved)
     torch.library.opcheck(torch.ops.heteroakd_fast.gradient, (totals, *plain), options)
 
 
@@ -151,10 +155,10 @@ def test_opcheck_of_every_term(backend: str) -> None:
     torch.library.opcheck(torch.ops.heteroakd_fast.sums, (*sides, *arguments[4:]), options)
 
 
-def test_opcheck_valid_count() -> None:
+def test_opcheck_count() -> None:
     target = make_batch().target
-    torch.library.opcheck(torch.ops.heteroakd_fast.valid_count, (target, 5, 255))
-    assert int(ops.valid_count(target, 5, 255)) == int((target != 255).sum())
+    torch.library.opcheck(torch.ops.heteroakd_fast.count, (target, None, 5, 255, 255))
+    assert ops.count(target, None, 5, 255, 255).tolist() == [int((target != 255).sum())] * 2
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -327,18 +331,18 @@ def test_a_block_is_of_its_thread() -> None:
     ("structure", "numbers"),
     [
         ((255, 0, 0), ()),
-        ((255, 0, 0, 0, 0, 0, 0), (1, 0, 1, 0)),  # ce twice
-        ((255, 0, 0, 9, 0), (1, 0)),  # no such term
-        ((255, 0, 0, 0, 7), (1, 0)),  # no such group
-        ((255, 0, 0, 2, 0, 3), (1, 1, 0.5)),  # no such divergence
-        ((255, 0, 0, 2, 0), (1, 1, 0.5)),  # no divergence
-        ((255, 0, 1, 0, 0), (1, 0)),  # maps of no term
-        ((255, 0, 0, 0, 0), (1, 2.0)),  # smoothing
-        ((255, 0, 0, 0, 0), (1,)),
-        ((255, 0, 0, 0, 0), (1, 0, 0)),
-        ((255, 0, 0, 0, 0), (0, 0)),  # weight
-        ((255, 0, 0, 2, 0, 0), (1, 0, 0.5)),  # temperature
-        ((255, 0, 0, 2, 0, 0), (1, 1, 0.5)),  # without a teacher
+        ((255, 0, 0, 255, 0, 0, 0, 0), (1, 0, 1, 0)),  # ce twice
+        ((255, 0, 0, 255, 9, 0), (1, 0)),  # no such term
+        ((255, 0, 0, 255, 0, 7), (1, 0)),  # no such group
+        ((255, 0, 0, 255, 2, 0, 3), (1, 1, 0.5)),  # no such divergence
+        ((255, 0, 0, 255, 2, 0), (1, 1, 0.5)),  # no divergence
+        ((255, 0, 1, 255, 0, 0), (1, 0)),  # maps of no term
+        ((255, 0, 0, 255, 0, 0), (1, 2.0)),  # smoothing
+        ((255, 0, 0, 255, 0, 0), (1,)),
+        ((255, 0, 0, 255, 0, 0), (1, 0, 0)),
+        ((255, 0, 0, 255, 0, 0), (0, 0)),  # weight
+        ((255, 0, 0, 255, 2, 0, 0), (1, 0, 0.5)),  # temperature
+        ((255, 0, 0, 255, 2, 0, 0), (1, 1, 0.5)),  # without a teacher
     ],
 )
 def test_operators_refuse_what_they_do_not_compute(
@@ -354,7 +358,15 @@ def test_operators_refuse_what_they_do_not_compute(
         operators = compiled.CPU.operators() if backend == "cpu" else compiled.CUDA.operators()
         with pytest.raises(RuntimeError):
             operators.sums(
-                batch.student, None, batch.target, None, spec.vector(), structure, False, False
+                batch.student,
+                None,
+                batch.target,
+                None,
+                None,
+                spec.vector(),
+                structure,
+                False,
+                False,
             )
 
 

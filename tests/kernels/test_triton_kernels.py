@@ -208,13 +208,14 @@ def test_other_launches_compute_the_same(
         ({"teacher": None}, "teacher: got None"),
         ({"target": (1, 6, 6)}, "target: got shape"),
         ({"weight": (4,)}, "class_weight: got shape"),
+        ({"pixels": (2, 6, 5)}, "pixel_weight: got shape"),
     ],
 )
 def test_operator_refuses_what_would_be_read_out_of_bounds(
     changed: dict[str, Any], message: str
 ) -> None:
     shapes: dict[str, Any] = {"teacher": (2, 3, 3, 3), "target": (2, 6, 6), "weight": (3,)}
-    shapes |= changed
+    shapes = {**shapes, "pixels": shapes["target"], **changed}
     teacher = None if shapes["teacher"] is None else torch.zeros(shapes["teacher"], device=DEVICE)
     spec = LossSpec.of(CrossEntropy(), KD())
     with pytest.raises(ValueError, match=message):
@@ -222,6 +223,7 @@ def test_operator_refuses_what_would_be_read_out_of_bounds(
             *(torch.zeros(2, 3, 3, 3, device=DEVICE), None, None, teacher, None, None),
             torch.zeros(shapes["target"], dtype=torch.int64, device=DEVICE),
             torch.ones(shapes["weight"], device=DEVICE),
+            torch.ones(shapes["pixels"], device=DEVICE),
             spec.vector(),
             structure=spec.structure,
             wants=[False] * 6,

@@ -160,36 +160,22 @@ class Band {
   bool read_labels_as(const S* in, int32_t* out, LabelReport& report) const {
     const int64_t classes = p.labels.num_classes;
     const int64_t ignore = p.labels.ignore_index;
-    int64_t valid = 0, unlabelled = 0, bad = 0;
-    if (p.unlabelled) {
-      const int64_t without = p.labels.unlabelled_index;
-      for (int64_t x = 0; x < p.label_width; ++x) {
-        const int64_t label = static_cast<int64_t>(in[x]);
-        const bool in_range = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
-        const bool ignored = label == ignore, none = label == without;
-        out[x] = none ? static_cast<int32_t>(classes)
-                      : in_range && !ignored ? static_cast<int32_t>(label) : kIgnored;
-        valid += in_range && !ignored;
-        unlabelled += none;
-        bad += !in_range && !ignored && !none;
-      }
-      return count_row(valid, unlabelled, bad, report);
-    }
+    const int64_t without = p.labels.unlabelled_index;  // ignore where no pixel is unlabelled
+    int64_t labelled = 0, unlabelled = 0, bad = 0;
     for (int64_t x = 0; x < p.label_width; ++x) {
       const int64_t label = static_cast<int64_t>(in[x]);
       const bool in_range = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
       const bool ignored = label == ignore;
-      out[x] = in_range && !ignored ? static_cast<int32_t>(label) : kIgnored;
-      valid += in_range && !ignored;
-      bad += !in_range && !ignored;
+      const bool none = label == without && !ignored;
+      const bool valid = in_range && !ignored;
+      out[x] = none ? static_cast<int32_t>(classes) : valid ? static_cast<int32_t>(label) : kIgnored;
+      labelled += valid;
+      unlabelled += none;
+      bad += !in_range && !ignored && !none;
     }
-    return count_row(valid, unlabelled, bad, report);
-  }
-
-  static bool count_row(int64_t valid, int64_t unlabelled, int64_t bad, LabelReport& report) {
     if (bad > 0) return false;
-    report.labelled += valid;
-    report.distilled += valid + unlabelled;
+    report.labelled += labelled;
+    report.distilled += labelled + unlabelled;
     return true;
   }
 

@@ -360,8 +360,8 @@ def test_unlabelled_pixels(avg_non_ignore: bool, sampled: bool) -> None:
     alone = build(fcn(other_loss, sampler=sampler)).eval()
     alone.load_state_dict(model.state_dict())
     expected = alone.loss(images, ignored)
-    name = "decode.loss_ce" if sampled else "decode.loss_dice"
-    for name in (name, "decode.acc_seg", "aux.loss_ce"):
+    own = "decode.loss_ce" if sampled else "decode.loss_dice"
+    for name in (own, "decode.acc_seg", "aux.loss_ce"):
         torch.testing.assert_close(got[name], expected[name])
     # the accuracy without other losses
     options["decode_head"]["loss_decode"] = mine

@@ -26,7 +26,6 @@ if backends.available()["triton"] is not None:
 
 import triton
 import triton.language as tl
-
 from heteroakd_fast.kernels import config, distillation, formulas, launch, statistics
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -71,7 +71,7 @@ def accuracy(net: nn.Module, inputs: Tensor, target: Tensor) -> float:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(arguments)
 
     generator = torch.Generator().manual_seed(0)

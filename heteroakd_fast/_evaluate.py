@@ -57,9 +57,11 @@ __all__ = [
     "Part",
     "check_normalizer",
     "check_options",
+    "count_pixels",
     "describe",
     "evaluate",
     "mean_over_ranks",
+    "normalizer_of_counts",
 ]
 
 Normalizer = Tensor | float | Mapping[str, Tensor | float]
@@ -407,6 +409,45 @@ def mean_over_ranks(denominators: Tensor, process_group: Any) -> Tensor:
     total = denominators.clone()
     dist.all_reduce(total, group=process_group)
     return total / dist.get_world_size(process_group)
+
+
+def count_pixels(
+    target: Tensor, options: Mapping[str, Any], pixel_weight: Tensor | None = None
+) -> Tensor:
+    """What terms with labels and terms of distillation divide by on this grid: the numbers of
+    labelled and of distilled pixels, or the sums of their weights. float64 [2], on the device of
+    the labels; waits for nothing.
+
+    For callers that know the labels before the loss does, such as those that accumulate batches.
+    """
+    kept = torch.ones_like(target, dtype=torch.bool)
+    if options["ignore_index"] is not None:
+        kept = target != options["ignore_index"]
+    labelled = kept
+    if options["unlabelled_index"] is not None:
+        labelled = kept & (target != options["unlabelled_index"])
+    if pixel_weight is None:
+        return torch.stack([labelled.sum(dtype=torch.float64), kept.sum(dtype=torch.float64)])
+    weight = pixel_weight.detach().double()
+    return torch.stack([weight.where(one, 0.0).sum() for one in (labelled, kept)])
+
+
+def normalizer_of_counts(
+    shapes: Sequence[Shape], options: Mapping[str, Any], counts: Tensor | Sequence[float]
+) -> Normalizer:
+    """The `normalizer` that makes `counts`, labelled and distilled pixels, the denominators of all
+    terms of these shapes that divide by a number of pixels; the others keep their own."""
+    labelled, distilled = counts
+    if options["unlabelled_index"] is None:
+        return labelled
+    of_kind = {"valid": labelled, "distilled": distilled}
+    weighted = options["class_weight"] is not None
+    found: dict[str, Tensor | float] = {}
+    for shape in shapes:
+        for one in plan(shape, weighted, False, (), True):
+            kinds = zip(one.names, (one.denominators[k] for k in one.groups), strict=True)
+            found |= {name: of_kind[kind] for name, kind in kinds if kind in of_kind}
+    return found
 
 
 def check_normalizer(

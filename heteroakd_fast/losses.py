@@ -35,8 +35,10 @@ from ._evaluate import (
     Normalizer,
     Part,
     check_options,
+    count_pixels,
     describe,
     evaluate,
+    normalizer_of_counts,
 )
 from .functional import OF_TERMS, check_terms, with_maps
 from .modules import AdjustableLoss
@@ -416,6 +418,36 @@ class HeteroAKDLoss(AdjustableLoss):
             student_logits, teacher_logits, student_features, teacher_features, return_maps
         )
         return describe(parts, target, self._settings(*_COMMON), return_maps)
+
+    def count_pixels(self, target: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+        """Return the numbers of labelled and of distilled pixels, or the sums of their weights.
+
+        float64 [2], on the device of the labels: what `out.valid` and `out.distilled` will be
+        (without weights). For `normalizer_of`, where batches are accumulated.
+        """
+        return count_pixels(target, self._settings(*_COMMON), pixel_weight)
+
+    def normalizer_of(
+        self, counts: Tensor | Sequence[float], *, with_teacher: bool = True
+    ) -> Normalizer:
+        """Return the `normalizer` that makes these counts the denominators.
+
+        Of every term that divides by the number of labelled or of distilled pixels; the others
+        keep their own. A scalar without `unlabelled_index`, otherwise a mapping of terms.
+
+        Args:
+            counts: labelled and distilled pixels, such as the mean of `count_pixels` over
+                accumulated batches and ranks.
+            with_teacher: False for a call in `eval()` that has no teacher and computes ce alone.
+        """
+        if not with_teacher:
+            encoded = [self._cross_entropy]
+        elif self.student_projector is None:
+            encoded = [self._on_logits]
+        else:
+            encoded = [self._on_final, self._on_projected]
+        shapes = [without.shape for without, _ in encoded]
+        return normalizer_of_counts(shapes, self._settings(*_COMMON), counts)
 
     def _parts(
         self,

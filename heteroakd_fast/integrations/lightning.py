@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import DistillationOutput, HeteroAKDLoss
-from .._checks import check_ignore_index
+from .. import DistillationOutput, HeteroAKDLoss, functional
 from ..modules import SharesGroup
-from .metrics import ConfusionMatrix, predict_classes
+from .metrics import ConfusionMatrix
 from .resolution import low_resolution, warn_of_full_resolution
 from .taps import Feature
 from .teacher import FeatureTap, FrozenTeacher, check_features, freeze, logits_of, world
@@ -66,6 +66,7 @@ class DistillationModule(SharesGroup, LightningModule):
             leaves each rank its own.
         batch_keys: keys of images [B, 3, H, W] and labels [B, H, W] where a batch is a mapping,
             e.g. ("pixel_values", "labels") for data made for transformers; otherwise it is a pair.
+            An entry `pixel_weight` [B, H, W] of a mapping is passed on to the loss.
         logits: finds the logits in what both networks return.
 
     Raises:
@@ -130,6 +131,10 @@ class DistillationModule(SharesGroup, LightningModule):
             )
         return batch[0], batch[1]
 
+    def pixel_weight(self, batch: Any) -> Tensor | None:
+        """Weights [B, H, W] of the pixels of a batch, or None; override it for other batches."""
+        return batch.get("pixel_weight") if isinstance(batch, Mapping) else None
+
     def _item(self, batch: Mapping[str, Any], key: str) -> Tensor:
         if key not in batch:
             raise ValueError(
@@ -140,11 +145,15 @@ class DistillationModule(SharesGroup, LightningModule):
         found: Tensor = batch[key]
         return found
 
-    def distill(self, images: Tensor, target: Tensor) -> DistillationOutput:
+    def distill(
+        self, images: Tensor, target: Tensor, pixel_weight: Tensor | None = None
+    ) -> DistillationOutput:
         """Both networks and the loss; what a step of your own would call."""
-        return self._distill(images, target)[0]
+        return self._distill(images, target, pixel_weight)[0]
 
-    def _distill(self, images: Tensor, target: Tensor) -> tuple[DistillationOutput, Tensor]:
+    def _distill(
+        self, images: Tensor, target: Tensor, pixel_weight: Tensor | None
+    ) -> tuple[DistillationOutput, Tensor]:
         # Ranks may have different numbers of validation batches: no collective there.
         self.loss.process_group = world(self.process_group) if self.training else None
         listening = contextlib.nullcontext() if self._tap is None else self._tap.listening()
@@ -153,12 +162,14 @@ class DistillationModule(SharesGroup, LightningModule):
             found = self.teacher(images)
             if self._tap is not None:
                 found["student_features"] = self._tap.take()
-        output: DistillationOutput = self.loss(student_logits, target, **found)
+        output: DistillationOutput = self.loss(
+            student_logits, target, pixel_weight=pixel_weight, **found
+        )
         return output, student_logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, target = self.unpack(batch)
-        output = self.distill(images, target)
+        output = self.distill(images, target, self.pixel_weight(batch))
         self._log(output, "train", len(images))
         return output.loss
 
@@ -178,7 +189,9 @@ class DistillationModule(SharesGroup, LightningModule):
             images = self._item(batch, self.batch_keys[0])
         else:
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return self._classes(self(images), images)
+        return functional.predict(
+            self(images), images.shape[-2:], align_corners=self.align_corners, dtype=torch.int64
+        )
 
     def on_validation_epoch_start(self) -> None:
         self._matrices.clear()
@@ -202,17 +215,15 @@ class DistillationModule(SharesGroup, LightningModule):
 
     def _evaluation_step(self, batch: Any, stage: str, loader: int) -> Tensor:
         images, target = self.unpack(batch)
-        output, logits = self._distill(images, target)
+        output, logits = self._distill(images, target, self.pixel_weight(batch))
         self._log(output, stage, len(images), sync_dist=True)
         if loader not in self._matrices:
-            ignored = check_ignore_index(self.loss.ignore_index)
-            self._matrices[loader] = ConfusionMatrix(self.loss.num_classes, ignored)
-        self._matrices[loader].update(self._classes(logits, target), target)
+            loss = self.loss
+            self._matrices[loader] = ConfusionMatrix(
+                loss.num_classes, loss.ignore_index, loss.unlabelled_index, self.align_corners
+            )
+        self._matrices[loader].update(logits, target)
         return output.loss
-
-    def _classes(self, logits: Tensor, like: Tensor) -> Tensor:
-        height, width = like.shape[-2:]
-        return predict_classes(logits, (height, width), self.align_corners)
 
     def _log_miou(self, stage: str) -> None:
         for loader, matrix in self._matrices.items():

@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ConfusionMatrix", "Scores", "predict_classes"]
+from .. import functional
 
-
-def predict_classes(logits: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """Class ids [B, H, W], int64, of logits [B, C, h, w] upsampled to `size`, one image a time."""
-    classes = [
-        F.interpolate(one[None].float(), size, mode="bilinear", align_corners=align_corners).argmax(
-            1
-        )
-        for one in logits
-    ]
-    return torch.cat(classes) if classes else logits.new_zeros((0, *size), dtype=torch.int64)
+__all__ = ["ConfusionMatrix", "Scores"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +22,46 @@ class Scores:
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pairs; rows are labels."""
+    """Counts of (label, prediction) pairs at the size of the labels; rows are labels.
 
-    def __init__(self, num_classes: int, ignore_index: int) -> None:
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+    Args:
+        num_classes: C.
+        ignore_index, unlabelled_index: labels of the pixels that are not counted, None for none.
+        align_corners: how logits are upsampled to the labels.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int | None,
+        unlabelled_index: int | None = None,
+        align_corners: bool = False,
+    ) -> None:
+        self.num_classes, self.align_corners = num_classes, align_corners
+        self.ignore_index, self.unlabelled_index = ignore_index, unlabelled_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        valid = target != self.ignore_index
-        pairs = target[valid].long() * self.num_classes + prediction[valid].long()
-        counted = torch.bincount(pairs, minlength=self.num_classes**2)
-        self.counts += counted.view(self.num_classes, self.num_classes).cpu()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Adds the pixels of a batch, on the device of the logits, where the counts stay.
+
+        Args:
+            logits: [B, C, h, w], at any resolution.
+            target: [B, H, W].
+        """
+        ignored = self.ignore_index
+        if self.unlabelled_index is not None:
+            if ignored is None:
+                ignored = self.unlabelled_index
+            else:
+                target = target.long().masked_fill(target == self.unlabelled_index, ignored)
+        self.counts = functional.confusion_matrix(
+            logits,
+            target,
+            ignore_index=ignored,
+            allow_ignored_class=True,
+            align_corners=self.align_corners,
+            out=self.counts.to(logits.device),
+        )
 
     def scores(self) -> Scores:
         counts = self.counts.double()

@@ -14,6 +14,7 @@ segmentor). The module does not need mmcv's compiled operators.
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import DistillationOutput
+from .. import DistillationOutput, functional
 from .. import HeteroAKDLoss as PlainLoss
+from .._evaluate import Normalizer, mean_over_ranks
+from ..labels import nearest_labels
 from ..modules import AdjustableLoss
 from .taps import Kept
 from .teacher import FrozenTeacher, projects, world
@@ -63,8 +66,9 @@ class HeteroAKDLoss(AdjustableLoss):
         loss_weight: weight of the whole.
         loss_name: key in the dict of losses; must begin with "loss" to be part of the sum.
         avg_non_ignore: True divides by the pixels that are not ignored, False (mmseg's default)
-            by all, wherever the number of pixels is the denominator. It changes no class-weighted
-            cross entropy, which divides by the sum of the valid labels' weights.
+            by all, wherever the number of pixels is the denominator, be they weighted or not. It
+            changes no class-weighted cross entropy, which divides by the sum of the weights of the
+            valid labels (times those of their pixels).
         class_weight: list, or a file that holds one.
         use_sigmoid, use_mask: only False; accepted for configs of `CrossEntropyLoss`.
         process_group: "auto" makes the denominators global over all ranks in training; None
@@ -176,27 +180,52 @@ class HeteroAKDLoss(AdjustableLoss):
         Args:
             seg_logits: [B, C, h, w], the student's logits at any resolution.
             seg_label: [B, H, W].
-            weight: must be None; there are no weights of single pixels.
+            weight: [B, H, W] or [B, 1, H, W], of the pixels, such as a sampler's: what other losses
+                call `pixel_weight`. Without class weights they change numerators only, as in
+                mmseg: the number of pixels stays the denominator.
             avg_factor: replaces the number of pixels.
             reduction_override: None or "mean".
             **inputs: `teacher_logits`, `student_features`, `teacher_features`.
         """
-        if weight is not None:
-            raise ValueError(
-                f"weight: got a {type(weight).__name__}, expected None: the loss has no weights "
-                "of single pixels; build the decode head with sampler=None"
-            )
         if reduction_override not in (None, "mean"):
             raise ValueError(f"reduction_override: got {reduction_override!r}, expected 'mean'")
         loss = self.bind(seg_logits.shape[1], ignore_index, align_corners)
         loss.to(seg_logits.device)
         loss.process_group = world(self.process_group) if self.training else None
-        if avg_factor is None and not self.avg_non_ignore:
-            grid = seg_logits if loss.resolution == "logits" else seg_label
-            avg_factor = float(len(seg_label) * grid.shape[-2] * grid.shape[-1])
-        output: DistillationOutput = loss(seg_logits, seg_label, normalizer=avg_factor, **inputs)
+        if weight is not None and weight.dim() == 4 and weight.shape[1] == 1:
+            weight = weight.squeeze(1)
+        counts = self._counts(loss, seg_logits, seg_label, weight is not None, avg_factor)
+        normalizer: Normalizer | None = None
+        if counts is not None:
+            taught = loss.training or any(value is not None for value in inputs.values())
+            normalizer = loss.normalizer_of(counts, with_teacher=taught)
+        output: DistillationOutput = loss(
+            seg_logits, seg_label, pixel_weight=weight, normalizer=normalizer, **inputs
+        )
         self.terms = output._replace(loss=output.loss.detach())
         return self.loss_weight * output.loss
+
+    def _counts(
+        self,
+        loss: PlainLoss,
+        seg_logits: Tensor,
+        seg_label: Tensor,
+        weighted: bool,
+        avg_factor: float | Tensor | None,
+    ) -> Any:
+        """What takes the place of the numbers of labelled and of distilled pixels, or None."""
+        grid = (seg_logits if loss.resolution == "logits" else seg_label).shape[-2:]
+        if avg_factor is None and not self.avg_non_ignore:
+            avg_factor = float(len(seg_label) * grid[0] * grid[1])
+        if avg_factor is not None:
+            return avg_factor, avg_factor
+        if not weighted:
+            return None
+        if seg_label.shape[1:] != grid:
+            seg_label = nearest_labels(seg_label, (grid[0], grid[1]))
+        counts = loss.count_pixels(seg_label)
+        group = loss.process_group
+        return counts if group is None else mean_over_ranks(counts, group)
 
 
 class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
@@ -215,7 +244,7 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             mmengine writes while training do. That may run code of the file: only for your own.
         feature_index: (index in the student's features, in the teacher's) as backbone or neck
             give them, for a loss with projectors.
-        log_accuracy: logs `decode.acc_seg` as mmseg does; upsamples one image at a time.
+        log_accuracy: logs `decode.acc_seg` as mmseg does.
         **student: of `EncoderDecoder`.
 
     Raises:
@@ -254,9 +283,11 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
                 "decode_head.loss_decode: has no dict(type='HeteroAKDLoss', ...); "
                 f"found {', '.join(type(one).__name__ for one in losses)}"
             )
-        if getattr(head, "sampler", None) is not None:
+        sampler = getattr(head, "sampler", None)
+        if sampler is not None and getattr(sampler, "thresh", 0.0) is None:
             raise ValueError(
-                "decode_head.sampler: expected None, the loss has no weights of single pixels"
+                f"decode_head.sampler: got {type(sampler).__name__} without thresh, which asks for "
+                "the loss of every pixel; give it a thresh, as in thresh=0.7"
             )
         if head.out_channels != head.num_classes:
             raise ValueError(
@@ -280,8 +311,45 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             for name, value in self._distill(inputs, features, data_samples).items()
         }
         if self.with_auxiliary_head:
-            losses.update(self._auxiliary_head_forward_train(features, data_samples))
+            others = self._without_unlabelled(data_samples)
+            losses.update(self._auxiliary_head_forward_train(features, others))
         return losses
+
+    def _unlabelled(self, target: Tensor) -> Tensor | None:
+        """Where the labels are those of unlabelled pixels; None where no loss knows of such."""
+        known: set[Any] = {one.unlabelled_index for one in self.distillation} - {None}
+        masks: list[Tensor] = [target.eq(index) for index in known]
+        return torch.stack(masks).any(0) if masks else None
+
+    def _without_unlabelled(self, data_samples: Any) -> Any:
+        """For losses and metrics of mmseg, to which unlabelled pixels are ignored ones."""
+        found = []
+        for sample in data_samples:
+            labels = sample.gt_sem_seg.data
+            mask = self._unlabelled(labels)
+            if mask is None:
+                return data_samples
+            sample = copy.copy(sample)
+            sample.gt_sem_seg = type(sample.gt_sem_seg)(
+                data=labels.masked_fill(mask, self.decode_head.ignore_index)
+            )
+            found.append(sample)
+        return found
+
+    @torch.no_grad()
+    def _pixel_weight(self, logits: Tensor, target: Tensor) -> Tensor | None:
+        """What the head's sampler makes of the pixels, as mmseg's heads ask it; unlabelled pixels
+        have weight 1."""
+        head = self.decode_head
+        if getattr(head, "sampler", None) is None:
+            return None
+        mask = self._unlabelled(target)
+        known = target if mask is None else target.masked_fill(mask, head.ignore_index)
+        full = F.interpolate(
+            logits, target.shape[1:], mode="bilinear", align_corners=head.align_corners
+        )
+        weight: Tensor = head.sampler.sample(full, known[:, None])
+        return weight if mask is None else weight.masked_fill(mask, 1.0)
 
     def _distill(self, inputs: Tensor, features: Any, data_samples: Any) -> dict[str, Any]:
         head = self.decode_head
@@ -297,6 +365,7 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
         student_feature = None if kept is None else kept.value()
         target = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1)
         teacher_logits, teacher_feature = self._teach(inputs, target, projecting)
+        weight = self._pixel_weight(logits, target)
         losses: dict[str, Any] = {}
         one: Any
         for one in self.distillation:
@@ -307,6 +376,7 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             value = one(
                 logits,
                 target,
+                weight=weight,
                 ignore_index=head.ignore_index,
                 align_corners=head.align_corners,
                 teacher_logits=teacher_logits,
@@ -316,10 +386,13 @@ class DistilledEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             # None has "loss" in its name: shown, and not added up again.
             losses.update(one.terms.terms)
         if len(head.loss_decode):
-            for name, value in head.loss_by_feat(logits, data_samples).items():
+            others = self._without_unlabelled(data_samples)
+            for name, value in head.loss_by_feat(logits, others).items():
                 losses[name] = losses[name] + value if name in losses else value
         elif self.log_accuracy:
-            losses["acc_seg"] = _accuracy(logits, target, head)
+            mask = self._unlabelled(target)
+            known = target if mask is None else target.masked_fill(mask, head.ignore_index)
+            losses["acc_seg"] = _accuracy(logits, known, head)
         return losses
 
     @torch.no_grad()
@@ -410,15 +483,10 @@ def _read(checkpoint: str, trusted: bool) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-@torch.no_grad()
 def _accuracy(logits: Tensor, target: Tensor, head: Any) -> Tensor:
-    """Percentage of right pixels, without the logits of the whole batch at full resolution."""
-    right = torch.zeros((), device=logits.device)
-    valid = target != head.ignore_index
-    for one, labels, counted in zip(logits, target, valid, strict=True):
-        full = F.interpolate(
-            one[None].float(), labels.shape, mode="bilinear", align_corners=head.align_corners
-        )
-        right += ((full[0].argmax(0) == labels) & counted).sum()
-    percentage: Tensor = 100.0 * right / valid.sum().clamp(min=1)
+    """Percentage of right pixels, without logits of full resolution."""
+    matrix = functional.confusion_matrix(
+        logits, target, ignore_index=head.ignore_index, align_corners=head.align_corners
+    )
+    percentage: Tensor = 100.0 * matrix.trace() / matrix.sum().clamp(min=1)
     return percentage

@@ -98,7 +98,8 @@ class DistillationLoss(AdjustableLoss):
             y_pred: [B, C, h, w], the student's logits at any resolution.
             y_true: [B, H, W] or [B, 1, H, W].
             teacher_pred: [B, C, h', w'], the teacher's logits.
-            **inputs: `student_features`, `teacher_features`, `normalizer` of `HeteroAKDLoss`.
+            **inputs: `student_features`, `teacher_features`, `pixel_weight` ([B, H, W]) and
+                `normalizer` of `HeteroAKDLoss`.
         """
         if y_true.dim() == 4 and y_true.shape[1] == 1:
             y_true = y_true.squeeze(1)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import DistillationOutput, HeteroAKDLoss
-from .._checks import check_ignore_index
-from .metrics import ConfusionMatrix, predict_classes
+from .. import DistillationOutput, HeteroAKDLoss, functional
+from .._evaluate import Normalizer
+from .metrics import ConfusionMatrix
 from .resolution import low_resolution, unwrapped, warn_of_full_resolution
 from .taps import Feature
 from .teacher import FeatureTap, FrozenTeacher, check_features, freeze, logits_of, world
@@ -33,9 +33,43 @@ except ImportError as error:
         "pip install transformers accelerate"
     ) from error
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "post_process_semantic_segmentation"]
 
 _FILE = "distillation_loss.pt"
+_WEIGHT = "pixel_weight"
+# Inputs that the model does not get.
+_OF_THE_LOSS = ("labels", _WEIGHT)
+
+
+def post_process_semantic_segmentation(
+    outputs: Any, target_sizes: Sequence[Sequence[int]] | Tensor | None = None
+) -> list[Tensor]:
+    """Return the class of every pixel, of each image at a size of its own.
+
+    What the method of this name of transformers' image processors returns (up to ties; those
+    upsample with `align_corners=False`), without the upsampled logits.
+
+    Args:
+        outputs: of a `...ForSemanticSegmentation`, or anything that `logits_of` takes.
+        target_sizes: (height, width) of each image, a sequence or a tensor [B, 2]; None leaves the
+            resolution of the logits.
+
+    Returns:
+        One [height, width] of each image, int64.
+
+    Raises:
+        TypeError, ValueError: the outputs have no logits, or not as many images as `target_sizes`.
+    """
+    logits = logits_of(outputs)
+    if target_sizes is None:
+        return [*functional.predict(logits, logits.shape[-2:], dtype=torch.int64)]
+    sizes = target_sizes.tolist() if isinstance(target_sizes, Tensor) else target_sizes
+    if len(sizes) != len(logits):
+        raise ValueError(f"target_sizes: got {len(sizes)}, the logits have batch {len(logits)}")
+    return [
+        functional.predict(image[None], [*size], dtype=torch.int64)[0]
+        for image, size in zip(logits, sizes, strict=True)
+    ]
 
 
 class _ZeroGradients(TrainerCallback):
@@ -53,11 +87,12 @@ class DistillationTrainer(Trainer):
 
     `labels` are kept from the model, so that it upsamples nothing and computes no loss of its own;
     in training UperNet and DPT leave out their own upsampling, too (`integrations.low_resolution`).
-    With gradient accumulation, terms whose denominator is the number of valid pixels are exact
-    means over all of them, over processes and accumulated batches alike; the others (`hetero` of
-    "softmax-kl", a class-weighted `ce`, everything at `resolution="logits"`) are means of the
-    batches' means. Terms are logged beside `loss`. Projectors, where the loss has them, are trained
-    with the student's learning rate and kept in its checkpoints as `distillation_loss.pt`.
+    With gradient accumulation, terms whose denominator is the number of labelled or of distilled
+    pixels are exact means over all of them, over processes and accumulated batches alike; the
+    others (`hetero` of "softmax-kl", a class-weighted `ce`, everything at `resolution="logits"`)
+    are means of the batches' means. Terms are logged beside `loss`. Projectors, where the loss has
+    them, are trained with the student's learning rate and kept in its checkpoints as
+    `distillation_loss.pt`. An input `pixel_weight` [B, H, W] goes to the loss and not to the model.
 
     `evaluate` and, where there are labels, `predict` add every term, a mean over the images of the
     batches' means like `eval_loss`, and the student's mean IoU at the labels' size: `eval_ce`,
@@ -129,7 +164,8 @@ class DistillationTrainer(Trainer):
 
         Args:
             num_items_in_batch: valid pixels of all accumulated batches, of all processes if
-                `average_tokens_across_devices`; None takes those of this batch.
+                `average_tokens_across_devices`; with the loss's `unlabelled_index` [2], labelled
+                and distilled ones; None takes those of this batch.
 
         Raises:
             ValueError: there are no labels.
@@ -139,7 +175,7 @@ class DistillationTrainer(Trainer):
                 f"labels: not among the inputs ({', '.join(inputs)}); the loss needs them, and the "
                 "Trainer drops what forward() does not name unless remove_unused_columns=False"
             )
-        given = {name: value for name, value in inputs.items() if name != "labels"}
+        given = {name: value for name, value in inputs.items() if name not in _OF_THE_LOSS}
         if lacking := [name for name in self.teacher_inputs if name not in given]:
             raise ValueError(
                 f"teacher_inputs: {', '.join(lacking)} not among the inputs ({', '.join(given)})"
@@ -157,6 +193,7 @@ class DistillationTrainer(Trainer):
         output: DistillationOutput = self._loss(
             logits,
             labels,
+            pixel_weight=inputs.get(_WEIGHT),
             normalizer=self._normalizer(num_items_in_batch) if model.training else None,
             **found,
         )
@@ -165,12 +202,7 @@ class DistillationTrainer(Trainer):
             for name, value in output.terms.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
         elif self._evaluation is not None:
-            self._evaluation.add(
-                output.terms,
-                predict_classes(logits, labels.shape[-2:], self._align_corners),
-                labels,
-                self._own_images(labels),
-            )
+            self._evaluation.add(output.terms, logits, labels, self._own_images(labels))
         return (output.loss, outputs) if return_outputs else output.loss
 
     def _low_resolution(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -187,6 +219,8 @@ class DistillationTrainer(Trainer):
         leave_out = (
             self._low_resolution(model) if prediction_loss_only else contextlib.nullcontext()
         )
+        if inputs.get("labels") is None:  # then the model gets the inputs as they are
+            inputs = {name: value for name, value in inputs.items() if name != _WEIGHT}
         with leave_out:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -201,7 +235,9 @@ class DistillationTrainer(Trainer):
         """The Trainer's, with the terms and the mean IoU among the metrics."""
         loss = self.distillation_loss
         self._evaluation = _Evaluation(
-            ConfusionMatrix(loss.num_classes, check_ignore_index(loss.ignore_index))
+            ConfusionMatrix(
+                loss.num_classes, loss.ignore_index, loss.unlabelled_index, self._align_corners
+            )
         )
         try:
             output = super().evaluation_loop(
@@ -223,7 +259,7 @@ class DistillationTrainer(Trainer):
         ranks = self.gather_function(torch.full((len(labels),), rank, device=labels.device))
         return int((ranks == rank).sum())
 
-    def _normalizer(self, items: Tensor | int | None) -> Tensor | float | None:
+    def _normalizer(self, items: Tensor | int | None) -> Normalizer | None:
         """What a batch divides by, so that after the division by the number of accumulated
         batches, and data parallelism's by that of processes, all valid pixels count alike."""
         if items is None or self.distillation_loss.resolution == "logits":
@@ -232,19 +268,24 @@ class DistillationTrainer(Trainer):
         shares: int = batches or self.args.gradient_accumulation_steps
         if self.args.average_tokens_across_devices:
             shares *= self.accelerator.num_processes
-        return items / shares
+        if self.distillation_loss.unlabelled_index is None:
+            return items / shares
+        return self.distillation_loss.normalizer_of(torch.as_tensor(items) / shares)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The Trainer's, with a count of the pixels that this loss takes for valid."""
+        """The Trainer's, with a count of the pixels that this loss takes for valid; with
+        `unlabelled_index` of labelled and of distilled ones."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        ignored = check_ignore_index(self.distillation_loss.ignore_index)
+        loss = self.distillation_loss
         if not batches or any(batch.get("labels") is None for batch in batches):
             return batches, None
-        counts = [(batch["labels"] != ignored).sum().to(device) for batch in batches]
-        count = torch.stack(counts).sum()
+        counts = [
+            loss.count_pixels(batch["labels"], batch.get(_WEIGHT)).to(device) for batch in batches
+        ]
+        count = torch.stack(counts).sum(0)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-            count = self.accelerator.gather(count).sum()
-        return batches, count
+            count = self.accelerator.gather(count[None]).sum(0)
+        return batches, count[0] if loss.unlabelled_index is None else count
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's, and the projectors as one more group of it."""
@@ -327,12 +368,12 @@ class _Evaluation:
         self.images = 0
 
     def add(
-        self, terms: dict[str, Tensor], classes: Tensor, labels: Tensor, own_images: int
+        self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor, own_images: int
     ) -> None:
         for name, value in zip(terms, torch.stack([*terms.values()]).tolist(), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value * own_images
         self.images += own_images
-        self.matrix.update(classes[:own_images], labels[:own_images])
+        self.matrix.update(logits[:own_images], labels[:own_images])
 
     def metrics(self, accelerator: Any) -> dict[str, float]:
         """Over all processes; empty without labels."""

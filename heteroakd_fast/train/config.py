@@ -406,6 +406,11 @@ class Config(_Table):
             )
         if self.distill.features and self.teacher.tap is None:
             raise ValueError("distill.features is true: set teacher.tap and student.tap")
+        unlabelled = self.distill.unlabelled_index
+        if unlabelled is not None and not 0 <= unlabelled <= 65535:
+            raise ValueError(
+                f"distill.unlabelled_index is {unlabelled}, expected a mask value: 0 to 65535"
+            )
         if self.student.steps == 0:
             raise ValueError("student.steps is 0: there would be nothing to distil")
         if not self.stages or len(set(self.stages)) != len(self.stages):

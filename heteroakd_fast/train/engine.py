@@ -18,7 +18,9 @@ from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from ..integrations.metrics import ConfusionMatrix, Scores, predict_classes
+from .. import functional
+from .._evaluate import count_pixels
+from ..integrations.metrics import ConfusionMatrix, Scores
 from .checkpoint import (
     NOT_WRITTEN,
     check_finite,
@@ -108,9 +110,10 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, size: tuple[int, int]) -> Tensor:
     """Class ids at `size`."""
-    return predict_classes(forward_logits(model, images), size)
+    return functional.predict(forward_logits(model, images), size)
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: SegmentationData,
@@ -123,7 +126,7 @@ def evaluate(
     """Scores over the whole validation set, the images in full; each rank takes its share."""
     was_training = model.training
     model.eval()
-    matrix = ConfusionMatrix(data.num_classes, data.ignore_index)
+    matrix = ConfusionMatrix(data.num_classes, data.ignore_index, config.distill.unlabelled_index)
     batches = evaluation_batches(
         data.val,
         config.optim.eval_batch_size,
@@ -134,8 +137,7 @@ def evaluate(
     # Not compiled: images of many shapes would be compiled one by one.
     with autocast(device, config.amp), torch.compiler.set_stance("force_eager"):
         for images, target in batches:
-            height, width = target.shape[-2:]
-            matrix.update(predict(model, normalize(images), (height, width)), target.to(device))
+            matrix.update(forward_logits(model, normalize(images)), target.to(device))
     model.train(was_training)
     matrix.counts = world.total(matrix.counts)
     return matrix.scores()
@@ -454,15 +456,18 @@ class Trainer:
         seed, size = self.config.seed, self.config.optim.batch_size
         return f"its batch: {shortened(batch_names(self.data.train, seed, step - 1, size))}"
 
-    def _valid_pixels(self, targets: Sequence[Tensor]) -> Tensor:
+    def _valid_pixels(self, targets: Sequence[Tensor]) -> LossNormalizer:
         """What every micro-batch is to be divided by, so that the mean of their losses is exactly
         the loss of the whole batch: the mean over ranks and micro-batches of what they count.
 
         Counted where the labels were read: a GPU is not waited for.
         """
-        ignored = self.data.ignore_index
-        counts = [(target != ignored).sum(dtype=torch.float64) for target in targets]
-        return self.world.mean(torch.stack(counts).mean())
+        options = {
+            "ignore_index": self.data.ignore_index,
+            "unlabelled_index": self.config.distill.unlabelled_index,
+        }
+        counts = torch.stack([count_pixels(target, options) for target in targets])
+        return self.objective.normalizer_of(self.world.mean(counts.mean(0)))
 
     def _rehearse(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]]

@@ -44,7 +44,7 @@ class Sample:
 
     image: Pixels
     label: Mask
-    predictions: dict[str, NDArray[np.int64]]
+    predictions: dict[str, Mask]
     reliability: Values | None
     discrepancy: Values | None
 
@@ -54,9 +54,8 @@ def choose_samples(source: Source, data: SegmentationData, count: int) -> list[i
     variety = []
     for index in range(min(len(source), _LOOKED_AT)):
         mask = source.read(index)[1]
-        shares = (
-            np.bincount(mask[mask != data.ignore_index], minlength=data.num_classes) / mask.size
-        )
+        labels = mask[mask < data.num_classes]
+        shares = np.bincount(labels, minlength=data.num_classes) / mask.size
         variety.append((-int((shares > 0.02).sum()), index))
     return sorted(index for _, index in sorted(variety)[:count])
 

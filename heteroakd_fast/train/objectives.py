@@ -5,7 +5,7 @@ Logits stay at the networks' own resolution; the losses upsample them on the fly
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import BackendUnavailableError, ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
+from .._evaluate import Normalizer
 from ..functional import cross_entropy
 from ..modules import SharesGroup
 from .config import DistillConfig
@@ -21,7 +22,7 @@ from .models import forward_logits
 from .taps import FeatureTap, probe_channels
 
 #: What terms are divided by: the count of valid pixels, or each term's denominator by name.
-LossNormalizer = Tensor | dict[str, Tensor]
+LossNormalizer = Normalizer
 
 
 class Teaching(NamedTuple):
@@ -60,6 +61,12 @@ class Objective(SharesGroup, nn.Module):
     def teach(self, images: Tensor) -> Teaching | None:
         """The teacher's part, which needs no gradient; None without a teacher."""
         return None
+
+    def normalizer_of(self, counts: Tensor) -> LossNormalizer:
+        """The `normalizer` that makes these numbers of labelled and of distilled pixels the
+        denominators; where the objective `knows_denominators`."""
+        labelled: Tensor = counts[0]
+        return labelled
 
 
 class PlainObjective(Objective):
@@ -141,7 +148,10 @@ class DistillObjective(Objective):
                 )
                 self.loss = loss.to(device)
                 self.cwd = ChannelWiseLoss(
-                    temperature=config.cwd_temperature, resolution="logits", **shared
+                    temperature=config.cwd_temperature,
+                    resolution="logits",
+                    unlabelled_index=config.unlabelled_index,
+                    **shared,
                 )
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"distill: {error}") from error
@@ -159,6 +169,10 @@ class DistillObjective(Objective):
         super().train(mode)
         self._teacher[0].eval()
         return self
+
+    def normalizer_of(self, counts: Tensor) -> LossNormalizer:
+        normalizer: LossNormalizer = self.loss.normalizer_of(counts)  # type: ignore[operator]
+        return normalizer
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Teaching:
@@ -189,7 +203,7 @@ class DistillObjective(Objective):
                     "teacher_features": teaching.features,
                 }
         own, cwd_normalizer = normalizer, None
-        if isinstance(normalizer, dict):
+        if isinstance(normalizer, Mapping):
             cwd_normalizer = normalizer.get("cwd")
             own = {name: value for name, value in normalizer.items() if name != "cwd"}
         output: DistillationOutput = self.loss(

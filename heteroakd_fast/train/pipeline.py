@@ -98,7 +98,7 @@ def run(
     device = choose_device(config.device, world)
     # Rank 0 first: what it fetches, prepares and checks the others need not.
     own = config.data if world.main else config.data.model_copy(update={"check": False})
-    data = world.on_main_first(lambda: load_data(own, config.seed))
+    data = world.on_main_first(lambda: load_data(own, config.seed, config.distill.unlabelled_index))
     text = f"{len(data.train)} training and {len(data.val)} validation images"
     say(console, f"{text}, {data.num_classes} classes, on {device}")
     side = _side(config, data)

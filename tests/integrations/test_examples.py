@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import tiny
@@ -25,3 +26,12 @@ def test_example(name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> No
         AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(sys, "argv", [name])
     tiny.run_example(name)
+
+
+def test_unlabelled_images_improve_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["unlabelled"])
+    began = time.process_time()
+    accuracies = tiny.run_main("unlabelled")
+    assert accuracies["distilled"] > accuracies["alone"] + 0.05
+    assert accuracies["teacher"] > accuracies["distilled"]
+    assert time.process_time() - began < 20.0, "an example runs in seconds"

@@ -119,8 +119,13 @@ def mean_iou(model: nn.Module, images: Tensor, target: Tensor) -> float:
     return sum(scores) / len(scores)
 
 
+def run_main(name: str) -> Any:
+    """What the example returns."""
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]()
+
+
 def run_example(name: str) -> None:
-    losses = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]()
+    losses = run_main(name)
     quarter = max(1, len(losses) // 4)
     first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
     assert last < 0.9 * first, losses

@@ -269,6 +269,109 @@ def test_without_a_teacher_it_is_the_cross_entropy(avg_non_ignore: bool) -> None
         build(fcn(OURS)).loss(images, data)
 
 
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+@pytest.mark.parametrize("channel", [False, True])
+def test_weights_of_pixels_are_those_of_the_cross_entropy(
+    avg_non_ignore: bool, channel: bool
+) -> None:
+    theirs = MODELS.build({**CE, "avg_non_ignore": avg_non_ignore})
+    mine = ours.HeteroAKDLoss(kd_weight=0.0, hetero_weight=0.0, avg_non_ignore=avg_non_ignore)
+    logits = torch.randn(2, tiny.CLASSES, 32, 32, requires_grad=True)
+    target, weight = samples()[2], torch.rand(2, 32, 32)
+    weight[0, :, :7] = 0.0
+    expected = theirs(logits, target, weight=weight, ignore_index=255)
+    got = mine(logits, target, weight=weight[:, None] if channel else weight, ignore_index=255)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, logits)[0] for value in (got, expected))
+    )
+    got = mine(logits, target, weight=weight, avg_factor=77.0, ignore_index=255)
+    expected = theirs(logits, target, weight=weight, avg_factor=77.0, ignore_index=255)
+    torch.testing.assert_close(got, expected)
+
+
+def with_sampler(**options: Any) -> dict[str, Any]:
+    sampler = {"type": "OHEMPixelSampler", "thresh": 0.21, "min_kept": 100, **options}
+    return {"decode_head": {**distilled()["decode_head"], "sampler": sampler}}
+
+
+def test_a_sampler_of_pixels() -> None:
+    """As mmseg does it: sampled on upsampled logits, and its weights multiply."""
+    model = build(distilled(**with_sampler())).eval()
+    images, data, target = samples()
+    got = model.loss(images, data)
+    features, _ = plain_loss(model, images, target)
+    logits = model.decode_head(features)
+    full = F.interpolate(logits, (32, 32), mode="bilinear")
+    weight = model.decode_head.sampler.sample(full, target[:, None])
+    assert 0 < weight.sum() < (target != 255).sum()
+    with torch.no_grad():
+        taught = model.teacher.module.decode_head(model.teacher.module.extract_feat(images))
+    loss = HeteroAKDLoss(tiny.CLASSES, kd_weight=0.7, temperature=2.0)
+    count = (target != 255).sum()
+    plain = loss(logits, target, taught, pixel_weight=weight, normalizer=count)
+    torch.testing.assert_close(got["decode.loss_heteroakd"], plain.loss)
+    with pytest.raises(
+        ValueError, match="decode_head.sampler: got OHEMPixelSampler without thresh"
+    ):
+        build(distilled(**with_sampler(thresh=None)))
+
+
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_unlabelled_pixels(avg_non_ignore: bool, sampled: bool) -> None:
+    """To the auxiliary head, other losses and the accuracy they are ignored ones."""
+    # mmseg's DiceLoss takes no weights of pixels
+    other_loss = CE if sampled else {"type": "DiceLoss", "loss_weight": 3.0}
+    mine = {**OURS, "avg_non_ignore": avg_non_ignore, "unlabelled_index": 254}
+    options = with_sampler() if sampled else {"decode_head": distilled()["decode_head"]}
+    options["decode_head"]["loss_decode"] = [mine, other_loss]
+    model = build({**distilled(), **options}).eval()
+    images, data, target = samples()
+    ignored = copy.deepcopy(data)
+    for one, other in zip(data, ignored, strict=True):
+        one.gt_sem_seg.data[:, :, :9] = 254
+        other.gt_sem_seg.data[:, :, :9] = 255
+    target[:, :, :9] = 254  # as `data`
+    got = model.loss(images, data)
+    assert (data[0].gt_sem_seg.data == 254).any(), "the caller's labels stay as they are"
+
+    logits = model.decode_head(model.extract_feat(images))
+    teacher = model.teacher.module
+    with torch.no_grad():
+        taught = teacher.decode_head(teacher.extract_feat(images))
+    loss = HeteroAKDLoss(tiny.CLASSES, kd_weight=0.7, temperature=2.0, unlabelled_index=254)
+    normalizer: Any = None
+    if sampled or not avg_non_ignore:
+        counts = [target.numel()] * 2
+        if avg_non_ignore:
+            counts = [int((target < 254).sum()), int((target != 255).sum())]
+        normalizer = dict(zip(("ce", "kd"), counts, strict=True))
+    weight = None
+    if sampled:
+        full = F.interpolate(logits, (32, 32), mode="bilinear")
+        known = target.masked_fill(target == 254, 255)
+        weight = model.decode_head.sampler.sample(full, known[:, None])
+        weight[target == 254] = 1.0
+    plain = loss(logits, target, taught, pixel_weight=weight, normalizer=normalizer)
+    torch.testing.assert_close(got["decode.loss_heteroakd"], plain.loss)
+    assert plain.distilled > plain.valid
+    sampler = options["decode_head"].get("sampler")
+    alone = build(fcn(other_loss, sampler=sampler)).eval()
+    alone.load_state_dict(model.state_dict())
+    expected = alone.loss(images, ignored)
+    own = "decode.loss_ce" if sampled else "decode.loss_dice"
+    for name in (own, "decode.acc_seg", "aux.loss_ce"):
+        torch.testing.assert_close(got[name], expected[name])
+    # the accuracy without other losses
+    options["decode_head"]["loss_decode"] = mine
+    one = build({**distilled(), **options}).eval()
+    one.load_state_dict(model.state_dict())
+    torch.testing.assert_close(
+        one.loss(images, data)["decode.acc_seg"], expected["decode.acc_seg"][0]
+    )
+
+
 def test_features_and_projectors() -> None:
     loss = {**OURS, "student_channels": 32, "teacher_channels": 16}
     config = distilled(loss=loss, feature_index=(2, 2))
@@ -394,8 +497,8 @@ def test_refuses_checkpoints_and_weights_that_do_not_fit(tmp_path: Path) -> None
         build(distilled(teacher_checkpoint=str(file)))
     loss = ours.HeteroAKDLoss(kd_weight=0.0, hetero_weight=0.0)
     logits, target = torch.randn(1, 5, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="weight: got a Tensor, expected None"):
-        loss(logits, target, weight=torch.ones(1, 4, 4))
+    with pytest.raises(ValueError, match=r"pixel_weight: .*\(1, 4, 5\)"):
+        loss(logits, target, weight=torch.ones(1, 4, 5))
     with pytest.raises(ValueError, match="reduction_override: got 'sum', expected 'mean'"):
         loss(logits, target, reduction_override="sum")
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from heteroakd_fast import HeteroAKDLoss
+from heteroakd_fast import HeteroAKDLoss, functional
 from heteroakd_fast.integrations import FrozenTeacher
 from heteroakd_fast.integrations.smp import DistillationLoss, low_resolution
 
@@ -75,6 +75,22 @@ def test_low_resolution_changes_the_memory_and_not_the_loss() -> None:
     torch.testing.assert_close(*losses)
     grads = [torch.autograd.grad(loss, weight)[0] for loss in losses]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_from_low_resolution() -> None:
+    """As docs/integrations.md says."""
+    torch.manual_seed(0)
+    student = fpn().eval()
+    images, _ = batch()
+    with torch.no_grad():
+        full = student(images)
+        with low_resolution(student):
+            size = (images.shape[2], images.shape[3])
+            found = functional.predict(student(images), size, align_corners=True)
+    top = full.topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 1e-4 * full.abs().max()
+    assert clear.float().mean() > 0.9
+    assert torch.equal(found[clear].long(), full.argmax(1)[clear])
 
 
 def test_low_resolution_leaves_a_unet_alone_and_refuses_activations() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -88,6 +89,9 @@ def segformer() -> nn.Module:
 class Noise:
     """Pictures of which very different shares are labelled: naive means would be wrong."""
 
+    def __init__(self, unlabelled: int | None = None) -> None:
+        self.unlabelled = unlabelled
+
     def __len__(self) -> int:
         return 8
 
@@ -96,10 +100,13 @@ class Noise:
         picture = rng.integers(0, 255, (*SIDE, 3)).astype(np.uint8)
         mask = rng.integers(0, 3, SIDE)
         mask[rng.random(SIDE) < (index % 4) / 3] = 255
+        if self.unlabelled is not None:
+            mask[rng.random(SIDE) < (index % 3) / 3] = self.unlabelled
         return picture, mask
 
 
 DATA = SegmentationData(Noise(), Noise(), ("a", "b", "c"), ((0, 0, 0),) * 3, 255)
+PARTLY = dataclasses.replace(DATA, train=Noise(254), val=Noise(254))
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain-accumulated": {"accumulate": 2},
@@ -108,6 +115,9 @@ CASES: dict[str, dict[str, Any]] = {
     "distilled-weighted": {"distil": True, "accumulate": 2}
     | {"loss": {"class_weight": (1.0, 3.0, 0.5), "resolution": "logits", "kd_divergence": "js"}},
     "distilled-accumulated": {"distil": True, "accumulate": 2, "loss": {"cwd_weight": 2.0}},
+    "unlabelled": {"distil": True, "accumulate": 2, "data": PARTLY}
+    | {"loss": {"unlabelled_index": 254, "hetero_weight": 0.0, "feature_weight": 0.5}},
+    "unlabelled-plain": {"accumulate": 2, "data": PARTLY, "loss": {"unlabelled_index": 254}},
     "projected-accumulated": {"distil": True, "accumulate": 2, "taps": ("norm", "norm")},
     "paper": {"distil": True, "loss": {"preset": "paper"}},
     "sharded": {"distil": True, "parallel": "fsdp"},
@@ -148,7 +158,7 @@ def train(
     objective.process_group = world.process_group
     folder = run / f"{case}-{world.size}"
     more: dict[str, Any] = {"folder": folder, "fingerprint": {}, "steps": steps, "world": world}
-    result = make_trainer(config, DATA, objective, **more).run()
+    result = make_trainer(config, options.get("data", DATA), objective, **more).run()
     return weights_of(objective) | {"miou": torch.tensor(result.scores.miou)}
 
 
@@ -237,7 +247,9 @@ def logged(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("case", ["plain-accumulated", "distilled-accumulated"])
+@pytest.mark.parametrize(
+    "case", ["plain-accumulated", "distilled-accumulated", "unlabelled", "unlabelled-plain"]
+)
 def test_accumulation_alone_is_exact_and_its_naive_kin_is_not(case: str, tmp_path: Path) -> None:
     config = configure(tmp_path, case)
     whole = changed(config, optim={"accumulate": 1})

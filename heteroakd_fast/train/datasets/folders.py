@@ -52,6 +52,11 @@ class Encoding:
         meaning |= {value + 1: value for value in range(classes)}
         return cls(meaning, f"1 to {classes}, or 0 or {unlabelled} (ignored)")
 
+    def also(self, value: int, meaning: str) -> Encoding:
+        """The same, with a value that stays as it is."""
+        known = {int(k): int(self.table[k]) for k in (self.table >= 0).nonzero()[0]}
+        return type(self)({**known, value: value}, f"{self.expected}, or {value} ({meaning})")
+
     def decode(self, values: Mask, path: Path) -> Mask:
         """Class ids and `ignore_index`; `path` is for messages."""
         places: Mask = values
@@ -97,9 +102,11 @@ class FileSource:
 _Loaded = tuple[FileSource, FileSource, tuple[str, ...], Palette]
 
 
-def load_layout(config: DataConfig, seed: int) -> SegmentationData:
+def load_layout(
+    config: DataConfig, seed: int, unlabelled_index: int | None = None
+) -> SegmentationData:
     """The training and validation set of `data.kind` in `data.root`, checked; `seed` splits a
-    folder that has no split.
+    folder that has no split, whose masks may have `unlabelled_index`, too.
 
     Raises:
         DataError: something is missing or cannot be used.
@@ -107,7 +114,9 @@ def load_layout(config: DataConfig, seed: int) -> SegmentationData:
     load = {"cityscapes": _cityscapes, "voc": _voc, "ade20k": _ade20k}.get(config.kind)
     assert config.root is not None  # the configuration requires it
     root = config.root.expanduser()
-    train, val, names, palette = load(config, root) if load else _folder(config, root, seed)
+    train, val, names, palette = (
+        load(config, root) if load else _folder(config, root, seed, unlabelled_index)
+    )
     if config.check is not False:
         _check_files(train, val, config)
     return SegmentationData(train, val, names, palette, config.ignore_index)
@@ -386,7 +395,7 @@ def read_sbd_mask(path: Path) -> Mask:
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def _folder(config: DataConfig, root: Path, seed: int) -> _Loaded:
+def _folder(config: DataConfig, root: Path, seed: int, unlabelled_index: int | None) -> _Loaded:
     assert config.num_classes is not None  # the configuration requires it
     _listed(root, "data.root with images/ and masks/, or train/ and val/ with both")
     if (root / "train").is_dir() or (root / "val").is_dir():
@@ -403,7 +412,10 @@ def _folder(config: DataConfig, root: Path, seed: int) -> _Loaded:
         val = tuple(pairs[index] for index in sorted(order[:held_out]))
     count, ignore = config.num_classes, config.ignore_index
     encode = Encoding.shifted if config.reduce_zero_label else Encoding.plain
-    encodings = (("", encode(count, ignore, ignore)),)
+    encoding = encode(count, ignore, ignore)
+    if unlabelled_index is not None:
+        encoding = encoding.also(unlabelled_index, "only the teacher labels it")
+    encodings = (("", encoding),)
     names = config.class_names or tuple(f"class {index}" for index in range(count))
     return FileSource(train, encodings), FileSource(val, encodings), names, spread_palette(count)
 

@@ -218,6 +218,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     pixel_weight: Tensor | None = None,
     normalizer: Normalizer | None = None,
+    diagnostics: bool = False,
     **options: Unpack[LossOptions],
 ) -> DistillationOutput:
     """Bilinear upsampling and cross entropy in one pass.
@@ -228,9 +229,9 @@ def cross_entropy(
     ignored; the compiled backends never store the upsampled logits.
 
     Args:
-        logits: [B, C, h, w], and `target`, `pixel_weight`, `normalizer`, `options`: as in
-            `segmentation_loss`. A scalar `normalizer` replaces the number of valid pixels; with
-            class weights, where the denominator is their sum, only `{"ce": ...}` replaces it.
+        logits: [B, C, h, w], and `target`, `pixel_weight`, `normalizer`, `diagnostics`, `options`:
+            as in `segmentation_loss`. A scalar `normalizer` replaces the number of valid pixels;
+            with class weights, where the denominator is their sum, only `{"ce": ...}` replaces it.
         label_smoothing: in [0, 1].
 
     Returns:
@@ -244,7 +245,8 @@ def cross_entropy(
     refuse_unknown(options.keys() - DEFAULTS.keys(), known, _RENAMED)
     shape, numbers = encode_flat({"label_smoothing": label_smoothing}, False)
     part = Part(shape, numbers, logits, weights=FLAT_WEIGHTS, called="logits")
-    return evaluate([part], target, check_options(options), normalizer, pixel_weight=pixel_weight)
+    checked = check_options(options)
+    return evaluate([part], target, checked, normalizer, False, pixel_weight, diagnostics)
 
 
 # --- terms, encoded ------------------------------------------------------------------------------

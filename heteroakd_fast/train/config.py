@@ -340,6 +340,9 @@ class LogConfig(_Table):
     """Steps between evaluations (the last step always has one)."""
     checkpoint_every: Count = 100
     """Steps between checkpoints."""
+    diagnostics: bool = False
+    """Also pixel accuracy, agreement with the teacher, mean reliability and discrepancy, and the
+    loss per class, of the last batch before a line."""
     tensorboard: bool = True
     """Also write TensorBoard events, if it is installed."""
     images: Annotated[int, Field(ge=0, le=16)] = 2

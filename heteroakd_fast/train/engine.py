@@ -221,6 +221,7 @@ class Trainer:
         # wait at every step; in the checkpoint, so that a resumed run logs the same averages.
         self._names: list[str] = []
         self._rows: list[Tensor] = []
+        self._diagnostics: dict[str, Tensor] = {}
 
     def run(self) -> StageResult:
         """Train from the newest checkpoint (or from the start) to the end."""
@@ -398,18 +399,20 @@ class Trainer:
         elif len(prepared) > 1:
             normalizer, teachings = self._rehearse(prepared)
         self.optimizer.zero_grad(set_to_none=True)
+        log, step = self.config.log, self.step + 1
+        looks = log.diagnostics and (step % log.every == 0 or step == self.steps)
         rows = []
         for index, (images, target) in enumerate(prepared):
             with self.parallel.reducing(last=index == len(prepared) - 1):
                 with autocast(self.device, self.config.amp):
-                    output = self.parallel.module(
-                        images, target, teaching=teachings[index], normalizer=normalizer
-                    )
+                    options = {"teaching": teachings[index], "normalizer": normalizer}
+                    output = self.parallel.module(images, target, diagnostics=looks, **options)
                 loss = output.loss / len(prepared) if len(prepared) > 1 else output.loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             terms = {"loss": output.loss.detach(), **output.terms}
             self._names = list(terms)
             rows.append(torch.stack([value.float() for value in terms.values()]))
+        self._diagnostics = output.diagnostics or {}
         self._rows.append(torch.stack(rows).mean(0) if len(rows) > 1 else rows[0])
         self.step += 1
         self._update()
@@ -517,13 +520,16 @@ class Trainer:
         assert rows is not None
         self._rows.clear()
         terms = dict(zip(self._names, rows.mean(0).tolist(), strict=True))
+        # Of rank 0, which writes them.
+        seen = {name: value.tolist() for name, value in self._diagnostics.items()}
+        means = {name: value for name, value in seen.items() if name != "class_loss"}
         rate = self.optimizer.param_groups[0]["lr"]
         records.line(
-            {"kind": "train", "step": self.step, "lr": rate, **terms}
+            {"kind": "train", "step": self.step, "lr": rate, **terms, **seen}
             | {"seconds": round(self.seconds, 2), "wait": round(progress.waiting, 3)}
         )
         records.scalars(
-            {f"train/{name}": value for name, value in terms.items()}
+            {f"train/{name}": value for name, value in {**terms, **means}.items()}
             | {"train/lr": rate, "train/wait": progress.waiting},
             self.step,
         )

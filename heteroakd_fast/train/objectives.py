@@ -50,11 +50,13 @@ class Objective(SharesGroup, nn.Module):
         teaching: Teaching | None = None,
         normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
+        diagnostics: bool = False,
     ) -> DistillationOutput:
         """Loss of a batch. `teaching` is asked for where it is not given; `normalizer` replaces
         denominators, as `DistillationOutput.denominators` names them."""
+        looks = {"return_maps": return_maps, "diagnostics": diagnostics}
         output: DistillationOutput = super().__call__(
-            images, target, teaching=teaching, normalizer=normalizer, return_maps=return_maps
+            images, target, teaching=teaching, normalizer=normalizer, **looks
         )
         return output
 
@@ -94,6 +96,7 @@ class PlainObjective(Objective):
         teaching: Teaching | None = None,
         normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
+        diagnostics: bool = False,
     ) -> DistillationOutput:
         logits = forward_logits(self.model, images)
         weight = self.class_weight and torch.tensor(self.class_weight, device=logits.device)
@@ -101,6 +104,7 @@ class PlainObjective(Objective):
             logits,
             target,
             normalizer=normalizer,
+            diagnostics=diagnostics,
             class_weight=weight,
             process_group=self.process_group,
             **self.options,
@@ -190,6 +194,7 @@ class DistillObjective(Objective):
         teaching: Teaching | None = None,
         normalizer: LossNormalizer | None = None,
         return_maps: bool = False,
+        diagnostics: bool = False,
     ) -> DistillationOutput:
         teaching = self.teach(images) if teaching is None else teaching
         features: dict[str, Tensor | None] = {}
@@ -212,6 +217,7 @@ class DistillObjective(Objective):
             teacher_logits=teaching.logits,
             normalizer=own,
             return_maps=return_maps,
+            diagnostics=diagnostics,
             **features,
         )
         if not self.cwd_weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_a_run(partly: Config) -> None:
     outcome = pipeline.run(changed(partly, optim={"accumulate": 2}), QUIET)
     assert outcome.data.num_classes == 3
     assert (partly.run / "distilled" / "model.safetensors").is_file()
+
+
+def test_diagnostics_are_logged(partly: Config) -> None:
+    pipeline.run(changed(partly, log={"every": 3, "diagnostics": True}), QUIET)
+    lines = [json.loads(line) for line in (partly.run / "distilled" / "metrics.jsonl").open()]
+    logged = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in logged] == [3, 4]
+    for line in logged:
+        assert len(line["class_loss"]) == 3
+        shares = ("pixel_accuracy", "agreement", "reliability")
+        assert all(0 <= line[name] <= 1 for name in shares)
+        assert line["discrepancy"] >= 0
 
 
 def test_unlabelled_pixels_are_not_scored(partly: Config) -> None:

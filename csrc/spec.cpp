@@ -17,10 +17,13 @@ class Reader {
   bool more() const { return at_ < integers_; }
   bool finished() const { return at_ == integers_ && number_at_ == floats_; }
 
+  int64_t any(const char* name) {
+    STD_TORCH_CHECK(at_ < integers_, "structure: ends before ", name);
+    return structure_[at_++];
+  }
   // In [least, end).
   int64_t integer(const char* name, int64_t least, int64_t end) {
-    STD_TORCH_CHECK(at_ < integers_, "structure: ends before ", name);
-    const int64_t value = structure_[at_++];
+    const int64_t value = any(name);
     STD_TORCH_CHECK(value >= least && value < end, "structure: got ", name, " ", value,
                     ", expected ", least, " to ", end - 1);
     return value;
@@ -126,7 +129,7 @@ Spec decode_spec(const int64_t* structure, size_t integers, const double* number
   spec.align_corners = read.flag("align_corners");
   const int64_t written = read.integer("maps", 0, 4);
   const bool maps = (written & 1) != 0;
-  spec.unlabelled_index = read.integer("unlabelled_index", INT64_MIN, INT64_MAX);
+  spec.unlabelled_index = read.any("unlabelled_index");
   bool temperature_known = false;
   bool seen[kPublicTerms] = {}, mapped = false;
   while (read.more()) {

@@ -34,7 +34,7 @@ from ._checks import (
     plain_tensor,
     tensor_of,
 )
-from .labels import check_synchronously, nearest_labels
+from .labels import check_synchronously, counted_pixels, nearest_labels
 from .output import DistillationOutput
 from .projector import Projection
 from .spec import (
@@ -48,7 +48,7 @@ from .spec import (
     plan,
     vector,
 )
-from .terms import TERM_WEIGHTS, TERMS, HeteroAKD, TeacherCrossEntropy
+from .terms import TERM_WEIGHTS, TERMS, HeteroAKD
 
 __all__ = [
     "DEFAULTS",
@@ -174,8 +174,13 @@ def evaluate(
 def _observed(plans: Sequence[PassPlan]) -> int:
     """The pass that writes the diagnostics: the first that reads both models, if there is one, else
     the first over the student's logits."""
-    own = [k for k, one in enumerate(plans) if set(one.names) != {TeacherCrossEntropy.name}]
-    return next((k for k in own if plans[k].needs_teacher), own[0] if own else 0)
+    own = [k for k, one in enumerate(plans) if one.of_student]
+    if not own:
+        raise ValueError(
+            "diagnostics: got True, but no term reads the student's logits; add one, such as "
+            "CrossEntropy()"
+        )
+    return next((k for k in own if plans[k].compares), own[0])
 
 
 def _run(
@@ -203,10 +208,10 @@ def _run(
             pixel_weight = nearest_labels(pixel_weight, (grid[0], grid[1]))
     labels = None
     if observed is not None:
-        known = (target >= 0) & (target < classes) & (target != ignore_index)
-        if pixel_weight is not None:
-            known = known & (pixel_weight != 0)
-        labels = torch.where(known, target, classes).long()
+        labels = target.long()
+        known = (labels >= 0) & (labels < classes)
+        known = known & counted_pixels(target, pixel_weight, ignore_index)
+        labels = torch.where(known, labels, classes)
     done = []
     for k, one in enumerate(plans):
         written = MAPS * one.maps + DIAGNOSTICS * (k == observed)
@@ -339,7 +344,7 @@ def _diagnostics(passes: Sequence[_Pass]) -> dict[str, Tensor] | None:
         "pixel_accuracy": right.sum(dtype=torch.float64) / labelled,
         "class_loss": (of_class[0] / of_class[1])[:classes],
     }
-    if observed.plan.needs_teacher:
+    if observed.plan.compares:
         found["agreement"] = agrees.sum(dtype=torch.float64) / distilled
     mapped = next((one for one in passes if one.plan.maps), None)
     if mapped is not None:

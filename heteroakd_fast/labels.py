@@ -22,6 +22,7 @@ __all__ = [
     "check_label_report",
     "check_synchronously",
     "count_pixels",
+    "counted_pixels",
     "label_report",
     "nearest_labels",
 ]
@@ -81,6 +82,8 @@ def check_label_report(
         return
     if not places:
         options = (num_classes, ignore_index, unlabelled_index)
+        if pixel_weight is not None:  # as a kernel read them that found no place
+            pixel_weight = pixel_weight.float()
         places = label_report(target, pixel_weight, *options)[REPORT:].tolist()
     _, height, width = target.shape
     first = places[0] if labels else places[1]
@@ -130,6 +133,13 @@ def label_report(
         for mask, count in zip(bad, counts[2:], strict=True)
     ]
     return torch.stack((*counts, *first))
+
+
+def counted_pixels(target: Tensor, pixel_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Which pixels are neither ignored nor of weight 0; bool, as `target`."""
+    # int64: torch casts a number to the tensor's dtype, where it may become a class
+    counted = target.long() != ignore_index
+    return counted if pixel_weight is None else counted & (pixel_weight != 0)
 
 
 def nearest_labels(target: Tensor, size: tuple[int, int]) -> Tensor:

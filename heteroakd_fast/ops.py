@@ -20,7 +20,7 @@ from torch import Tensor
 from . import backends, reference_pass
 from ._checks import check_call
 from .backends import Call
-from .labels import count_pixels
+from .labels import count_pixels, counted_pixels
 from .projector import Projection, project
 from .spec import LossSpec, Options, groups_of, vector, who_learns
 
@@ -211,8 +211,8 @@ def _projected(call: Call) -> Call:
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
         if features.shape[2:] == call.labels.shape[1:]:
             # What ignored pixels hold would reach the weight's gradient, times 0: perhaps as NaN.
-            valid = (call.labels != call.spec.ignore_index)[:, None]
-            features = torch.where(valid, features, 0)
+            counted = counted_pixels(call.labels, call.pixel_weight, call.spec.ignore_index)
+            features = torch.where(counted[:, None], features, 0)
         tensors[at : at + 3] = [project(features, weight, bias), None, None]
     return call.with_tensors(tensors)
 

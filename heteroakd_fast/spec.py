@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .terms import TERMS, CrossEntropy, HeteroAKD, Term
+from .terms import TERMS, CrossEntropy, HeteroAKD, TeacherCrossEntropy, Term
 
 __all__ = [
     "STAND_IN_NUMBERS",
@@ -337,6 +337,10 @@ class PassPlan(NamedTuple):
     denominators: tuple[str, ...]
     """of each group (`Term.denominator`)"""
     needs_teacher: bool
+    of_student: bool
+    """whether a term reads the student's logits"""
+    compares: bool
+    """whether one of these reads the teacher's, too"""
     weighted: bool
     """whether a term reads class weights"""
     maps: bool
@@ -429,6 +433,7 @@ def _pass_plan(
     if not groups:
         structure = [*_STAND_IN, *structure]
     positions = tuple(position for position, _ in one.entries)
+    own = [TERMS[shape[k][0]] for k in positions if TERMS[shape[k][0]] is not TeacherCrossEntropy]
     ends = [0]
     for kind, *_ in shape:
         ends.append(ends[-1] + len(_NUMBERS[TERMS[kind]]))
@@ -441,6 +446,8 @@ def _pass_plan(
         groups=tuple(groups),
         denominators=tuple(denominator for denominator, _ in keys),
         needs_teacher=any(TERMS[shape[k][0]].needs_teacher for k in positions),
+        of_student=bool(own),
+        compares=any(term.needs_teacher for term in own),
         weighted=any(denominator == "class_weight" for denominator, _ in keys),
         maps=mapped in positions,
     )

@@ -85,6 +85,7 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
   const Mask<T> unlabelled = is_class(labels, static_cast<int32_t>(p.classes));
   const First<F> bound = maxima;
   const F weight = tiles.weights == nullptr ? F(T(1)) : F::load(tiles.weights);
+  const Mask<T> valid = is_valid(labels);
   for (int64_t c = 0; c < p.classes; ++c) {
     auto k = class_of<T, Term::needs(kVariant).logits>(c, tiles, pass.scale, labels, unlabelled);
     First<F> first;
@@ -96,8 +97,9 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
       first = Term::first(kVariant, numbers, pass, known, k);
     }
     for (int i = 0; i < kSpaces; ++i) {
-      k.space[i] = exp2((first.v[i] - F(tiles.shift[i][c])) * F(T(kLog2E))) *
-                   (weight * F(tiles.inverse[i][c]));
+      // an invalid pixel has no bound over space
+      const F below = select(valid, first.v[i] - F(tiles.shift[i][c]), F(T(-1e30)));
+      k.space[i] = exp2(below * F(T(kLog2E))) * (weight * F(tiles.inverse[i][c]));
       k.space_log[i] = F(tiles.log[i][c]);
     }
     const Pair<F> pair = Term::other(kVariant, numbers, pass, known, k, first, own);

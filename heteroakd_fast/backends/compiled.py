@@ -178,7 +178,7 @@ def _on_label_grid(call: Call, logits: Tensor | None) -> bool:
 
 def _student_reads_teacher(call: Call) -> bool:
     alone = {"ce", "teacher_ce"}
-    return bool(call.spec.planes) or not alone.issuperset(groups_of(call.spec.structure))
+    return call.spec.maps or not alone.issuperset(groups_of(call.spec.structure))
 
 
 @lru_cache(maxsize=256)

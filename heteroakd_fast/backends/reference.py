@@ -67,10 +67,11 @@ class ReferenceBackend:
         options, target, class_weight = call.spec.options(), call.labels, call.class_weight
         batch, classes = call.student.shape[:2]
         height, width = target.shape[1:]
-        counts = count_pixels(
-            target, call.pixel_weight, classes, options.ignore_index, options.unlabelled_index
-        )
         dtype = compute_dtype(call.student)
+        pixel_weight = None if call.pixel_weight is None else call.pixel_weight.to(dtype)
+        counts = count_pixels(
+            target, pixel_weight, classes, options.ignore_index, options.unlabelled_index
+        )
         if class_weight is not None:
             class_weight = class_weight.to(dtype)
         numerators = call.student.new_zeros(len(options.asked), dtype=torch.float64)
@@ -109,7 +110,7 @@ class ReferenceBackend:
         rows = max(1, budget // (classes * width * images))
         for first in range(0, batch, images):
             chunk = slice(first, first + images)
-            weight = None if call.pixel_weight is None else call.pixel_weight[chunk]
+            weight = None if pixel_weight is None else pixel_weight[chunk]
             pixels = reference_pass.pixels_of(target[chunk], weight, classes, options, dtype)
             bands = [
                 _Band(slice(y, y + rows), pixels.rows(slice(y, y + rows)))

@@ -23,8 +23,8 @@ from common import (
 )
 from test_pixels import GRIDS, pixels
 
-from heteroakd_fast import HeteroAKDLoss, SegmentationLoss
-from heteroakd_fast.terms import CWD, KD, CrossEntropy, Feature
+from heteroakd_fast import HeteroAKDLoss, SegmentationLoss, functional
+from heteroakd_fast.terms import CWD, KD, CrossEntropy, Feature, TeacherCrossEntropy
 
 #: Of the cross entropy alone, beside exponentials at another temperature, of terms that have none.
 CASES: dict[str, dict[str, Any]] = {
@@ -133,6 +133,23 @@ def test_of_several_passes_and_of_projections(backend: str) -> None:
     found = projecting(*batch.arguments, diagnostics=True, **features).diagnostics
     torch.testing.assert_close(found["pixel_accuracy"].double(), want["pixel_accuracy"])
     assert found["reliability"].shape == ()
+
+
+@every_cpu_backend
+def test_beside_the_teachers_cross_entropy(backend: str) -> None:
+    """Whose pass is the teacher's own: no pass compares the two."""
+    batch = make_batch(1, 5, (13, 17), (4, 6), (13, 17), dtype=F32)
+    student, teacher = (z.requires_grad_() for z in (batch.student, batch.teacher))
+    terms = [CrossEntropy(), TeacherCrossEntropy()]
+    out = functional.segmentation_loss(
+        student, batch.target, teacher, terms=terms, diagnostics=True, backend=backend
+    )
+    out.loss.backward()
+    assert out.diagnostics.keys() == {"pixel_accuracy", "class_loss"}
+    with pytest.raises(ValueError, match="diagnostics: got True, but no term reads the student"):
+        functional.segmentation_loss(
+            student, batch.target, teacher, terms=terms[1:], diagnostics=True, backend=backend
+        )
 
 
 def test_compiled_and_wrong_argument() -> None:

@@ -23,7 +23,13 @@ from common import (
     truth,
 )
 
-from heteroakd_fast import ChannelWiseLoss, HeteroAKDLoss, SegmentationLoss, functional
+from heteroakd_fast import (
+    ChannelWiseLoss,
+    HeteroAKDLoss,
+    Projection,
+    SegmentationLoss,
+    functional,
+)
 from heteroakd_fast.terms import (
     CWD,
     DKD,
@@ -304,6 +310,63 @@ def test_normalizers_make_micro_batches_exact(backend: str, kind: str) -> None:
         (out.loss / 4).backward()
         grads.append(student.grad)
     torch.testing.assert_close(torch.cat(grads), whole.student_grad, rtol=1e-9, atol=1e-13)
+
+
+@every_cpu_backend
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [None, 2**32 + 3, 256])
+def test_projections_and_diagnostics_with_labels_of_any_dtype(
+    backend: str, ignore_index: int | None, dtype: torch.dtype
+) -> None:
+    """`ignore_index` is compared as an integer, whatever the labels' dtype would make of it."""
+    features, weight = torch.randn(1, 6, 4, 4), torch.randn(5, 6)
+    logits = torch.einsum("bdhw,cd->bchw", features, weight)
+    target = (torch.arange(16) % 5).view(1, 4, 4)
+    plain, projected = (
+        functional.cross_entropy(
+            z, target.to(dtype), ignore_index=ignore_index, backend=backend, diagnostics=True
+        )
+        for z in (logits, Projection(features, weight))
+    )
+    torch.testing.assert_close(projected.loss, plain.loss)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    for output in (plain, projected):
+        torch.testing.assert_close(output.diagnostics["class_loss"].mean(), _mean(logits))
+    torch.testing.assert_close(plain.loss, expected)
+
+
+def _mean(logits: torch.Tensor) -> torch.Tensor:
+    """Over the classes of `arange(16) % 5`, of the mean loss of each."""
+    target = (torch.arange(16) % 5).view(1, 4, 4)
+    nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return torch.stack([nll[target == c].mean() for c in range(5)]).mean()
+
+
+@every_cpu_backend
+def test_features_of_a_pixel_of_weight_0_may_be_anything(backend: str) -> None:
+    features, weight = torch.randn(1, 6, 4, 4), torch.randn(5, 6).requires_grad_()
+    features[0, :, 0, 0] = torch.nan
+    pixel_weight = torch.ones(1, 4, 4)
+    pixel_weight[0, 0, 0] = 0
+    target = (torch.arange(16) % 5).view(1, 4, 4)
+    side = Projection(features, weight)
+    functional.cross_entropy(
+        side, target, pixel_weight=pixel_weight, backend=backend
+    ).loss.backward()
+    assert torch.isfinite(weight.grad).all()
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_class_that_is_nowhere_has_a_softmax_over_space(backend: str, dtype: torch.dtype) -> None:
+    """Its logits may be below what exp does not underflow at; an ignored pixel has none of it."""
+    batch = make_batch(1, 3, (4, 4), (4, 4), (4, 4), dtype=dtype)
+    for low in (-89.0, -710.0, -1e4):
+        student, teacher = batch.student.clone(), batch.teacher.clone()
+        student[:, 1] = teacher[:, 1] = low
+        batch.target[0, 0, 0] = 255
+        options = {"ce_weight": 0.0, "terms": (CWD(temperature=1.0),), "backend": backend}
+        check(Batch(student, teacher, batch.target), **options)
 
 
 @every_cpu_backend

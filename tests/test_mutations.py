@@ -149,14 +149,14 @@ COMPILED = (
         "terms/kd.h",
         "reverse_ratio(F(0), t.teacher_at_top)",
         "F(0)",
-        _accuracy("test_pixels_without_gradient", "cpu", "reverse", 300.0),
+        _accuracy("test_pixels_without_gradient", "cpu", "kd-reverse", 300.0),
     ),
     Compiled(
         "cpu: negative divergences",
         "cpu/runner.h",
         "Term::is_divergence(pass_.variant[k]) && s[k * 2] < 0.0",
         "false",
-        _accuracy("test_values_near_agreement", "cpu", "reverse", 1e-4, 32),
+        _accuracy("test_values_near_agreement", "cpu", "kd-reverse", 1e-4, 32),
     ),
     Compiled(
         "terms of a gradient begin it each",

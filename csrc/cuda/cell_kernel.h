@@ -44,7 +44,7 @@ static __device__ __noinline__ Sums<float> hand_over(const Pass& p, int32_t imag
   }
   int32_t label[1][kHandedOver];
   int32_t counted = 0;
-  load_labels(p, image, y, x, 1, mask == 0 ? 0 : 32 - __clz(static_cast<int>(mask)), label, counted,
+  load_labels<float>(p, image, y, x, 1, mask == 0 ? 0 : 32 - __clz(static_cast<int>(mask)), label, counted,
               counted);
 #pragma unroll
   for (int s = 0; s < kHandedOver; ++s) at.label[s] = (mask >> s & 1u) != 0 ? label[0][s] : -1;
@@ -113,7 +113,7 @@ class CellPass {
   HAKD_DEVICE void step(int32_t t, const Axis& axis_y, const Axis& axis_x, int32_t i,
                         const RowWriter<float>& rows, Sums<float>& sums) {
     int32_t label[R][S];
-    load_labels(p, image_, y_, x_, high_, wide_, label, sums.valid, sums.bad);
+    load_labels<float>(p, image_, y_, x_, high_, wide_, label, sums.valid, sums.bad);
     const bool middle = i >= 0 && i < p.student.height - 1 && axis_y.step > 0;
     at_.y[0] = fraction_in_cell<float>(axis_y, y_, i);
     at_.y_step = middle ? fraction_of<float>(axis_y.step, axis_y.unit) : 0.0f;

@@ -61,7 +61,7 @@ class LabelPass {
     fetch(0, p.student);
     if (Set::kTeacher) fetch(1, p.teacher);
     int32_t label[1][S];
-    load_labels(p, image_, y_, x_, wide_ > 0 ? 1 : 0, wide_, label, sums.valid, sums.bad);
+    load_labels<float>(p, image_, y_, x_, wide_ > 0 ? 1 : 0, wide_, label, sums.valid, sums.bad);
     copies_arrived();
     // Whatever an invalid pixel holds stays in this thread: its coefficients and sums are selected.
 #pragma unroll

@@ -55,20 +55,17 @@ HAKD_DEVICE void store_logit(void* data, Dtype dtype, int64_t index, T value) {
 }
 
 // pixel_weight at a place of [B, H, W].
-HAKD_DEVICE double weight_at(const Pass& p, int64_t place) {
-  return p.wide ? static_cast<const double*>(p.pixel_weight)[place]
-                : static_cast<double>(static_cast<const float*>(p.pixel_weight)[place]);
+template <typename F>
+HAKD_DEVICE F weight_at(const Pass& p, int64_t place) {
+  return static_cast<const F*>(p.pixel_weight)[place];
 }
 HAKD_DEVICE int64_t place_of(const Pass& p, int32_t image, int32_t y, int32_t x) {
   return (static_cast<int64_t>(image) * p.label_height + y) * p.label_width + x;
 }
 
-// Labels of R x S pixels, of which high x wide exist, as ../math/labels.h has them; ignored where the
-// weight is 0. Counts the others, and labels out of range. place: of the first pixel.
 template <typename Raw, int R, int S>
-HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int64_t place, int32_t high,
-                                int32_t wide, int32_t (&label)[R][S], int32_t& valid,
-                                int32_t& bad) {
+HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int32_t high, int32_t wide,
+                                int32_t (&label)[R][S], int32_t& valid, int32_t& bad) {
   const Raw* row = static_cast<const Raw*>(p.target.data) + first;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -82,10 +79,6 @@ HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int64_t place, int
         if (kind == LabelKind::kClass) label[r][s] = static_cast<int32_t>(raw);
         if (kind == LabelKind::kUnlabelled) label[r][s] = p.classes;
         if (kind == LabelKind::kOutOfRange) bad += 1;
-        if (p.pixel_weight != nullptr &&
-            weight_at(p, place + static_cast<int64_t>(r) * p.label_width + s) == 0.0) {
-          label[r][s] = kIgnored;
-        }
         valid += label[r][s] >= 0;
       }
       at += p.target.column_stride;
@@ -94,20 +87,35 @@ HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int64_t place, int
   }
 }
 
-template <int R, int S>
+// Labels of R x S pixels, of which high x wide exist, as ../math/labels.h has them; ignored where the
+// weight, in the arithmetic's type, is 0. Counts the others, and labels out of range.
+template <typename F, int R, int S>
 HAKD_DEVICE void load_labels(const Pass& p, int32_t image, int32_t y, int32_t x, int32_t high,
                              int32_t wide, int32_t (&label)[R][S], int32_t& valid, int32_t& bad) {
   const int64_t first = image * p.target.batch_stride + y * p.target.row_stride +
                         x * p.target.column_stride;
-  const int64_t place = place_of(p, image, y, x);
   switch (p.target.dtype) {
     case LabelDtype::kUint8:
-      load_labels_as<uint8_t>(p, first, place, high, wide, label, valid, bad);
+      load_labels_as<uint8_t>(p, first, high, wide, label, valid, bad);
       break;
     case LabelDtype::kInt32:
-      load_labels_as<int32_t>(p, first, place, high, wide, label, valid, bad);
+      load_labels_as<int32_t>(p, first, high, wide, label, valid, bad);
       break;
-    default: load_labels_as<int64_t>(p, first, place, high, wide, label, valid, bad);
+    default: load_labels_as<int64_t>(p, first, high, wide, label, valid, bad);
+  }
+  if (p.pixel_weight == nullptr) return;
+  const int64_t place = place_of(p, image, y, x);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int s = 0; s < S; ++s) {
+      if (label[r][s] < 0) continue;
+      const int64_t at = place + static_cast<int64_t>(r) * p.label_width + s;
+      if (weight_at<F>(p, at) == F(0)) {
+        label[r][s] = kIgnored;
+        valid -= 1;
+      }
+    }
   }
 }
 

@@ -139,7 +139,7 @@ class PixelTerms {
     const bool valid = label >= 0;
     weight_[i] = F(1);
     if (p.pixel_weight != nullptr && valid) {
-      weight_[i] = static_cast<F>(weight_at(p, place_of(p, image_, y, x)));
+      weight_[i] = weight_at<F>(p, place_of(p, image_, y, x));
     }
     PassNumbers<F> pass = n.pass;
     pass.weight_sum = weight_sum;

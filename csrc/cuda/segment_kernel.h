@@ -17,7 +17,7 @@ template <typename F, int S>
 HAKD_DEVICE void read_labels(const Pass& p, int32_t image, int32_t wide, Segment<F, S>& at,
                              Sums<F>& sums) {
   int32_t label[1][S];
-  load_labels(p, image, at.y, at.x, wide > 0 ? 1 : 0, wide, label, sums.valid, sums.bad);
+  load_labels<F>(p, image, at.y, at.x, wide > 0 ? 1 : 0, wide, label, sums.valid, sums.bad);
 #pragma unroll
   for (int s = 0; s < S; ++s) {
     at.label[s] = label[0][s];
@@ -149,7 +149,7 @@ HAKD_DEVICE void collect_space(const Pass& p, const Thread& thread) {
             const F weight =
                 p.pixel_weight == nullptr
                     ? F(1)
-                    : static_cast<F>(weight_at(p, place_of(p, image, at.y, at.x + s)));
+                    : weight_at<F>(p, place_of(p, image, at.y, at.x + s));
             typename Term::template Known<F> known{};
             const First<F> found =
                 Term::first(variant, n.terms.template of<Term>(), n.pass, known, k);

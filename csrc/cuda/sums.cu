@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
 }
 
 // Each block its share of the pixels, always the same; then one block brings them together.
+template <typename F>
 __global__ void __launch_bounds__(kSumThreads)
     count_pixels_kernel(const __grid_constant__ Pass p, double* counts) {
   HAKD_SHARED_MEMORY(double, memory);
@@ -91,13 +92,13 @@ __global__ void __launch_bounds__(kSumThreads)
     const int64_t image = divide(at, plane);
     const int64_t y = divide(at - image * plane, p.label_width);
     int32_t label[1][1], valid = 0, bad = 0;
-    load_labels(p, static_cast<int32_t>(image), static_cast<int32_t>(y),
+    load_labels<F>(p, static_cast<int32_t>(image), static_cast<int32_t>(y),
                 static_cast<int32_t>(at - image * plane - y * p.label_width), 1, 1, label, valid,
                 bad);
     const bool labelled = label[0][0] >= 0 && label[0][0] < p.classes;
     sum[0] += labelled ? 1.0 : 0.0;
     if (p.pixel_weight == nullptr) continue;
-    const double weight = weight_at(p, at);
+    const auto weight = static_cast<double>(weight_at<F>(p, at));
     sum[1] += labelled ? weight : 0.0;
     sum[2] += label[0][0] >= 0 ? weight : 0.0;
     sum[3] += weight >= 0.0 && weight <= 1.7976931348623157e308 ? 0.0 : 1.0;
@@ -212,7 +213,7 @@ void launch_finish_sums(const Finish& f, cudaStream_t stream) {
 }
 
 void launch_count_pixels(const Pass& p, double* counts, cudaStream_t stream) {
-  launch(count_pixels_kernel, dim3(kCountBlocks), dim3(kSumThreads), kSumThreads * sizeof(double),
+  launch(p.wide ? count_pixels_kernel<double> : count_pixels_kernel<float>, dim3(kCountBlocks), dim3(kSumThreads), kSumThreads * sizeof(double),
          stream, "count_pixels", p, counts);
   launch(total_pixels_kernel, dim3(1), dim3(kSumThreads), kSumThreads * sizeof(double), stream,
          "total_pixels", counts, kCountBlocks);

@@ -3,6 +3,7 @@ ways to the gradient, the geometry of bands and vectors, and the elementary func
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -205,6 +206,15 @@ def calls(draw: st.DrawFn) -> Call:
         "tau": draw(st.sampled_from([1.0, 0.7, 3.0])),
         "return_maps": draw(st.booleans()),
     }
+    # One pass: of several each rounds its gradient to 16 bits, and autograd their sum.
+    options["terms"] = tuple(
+        dataclasses.replace(term, temperature=options["temperature"])
+        if term.shares_temperature and hasattr(term, "temperature")
+        else term
+        for term in options.get("terms", ())
+    )
+    if not options["terms"]:
+        del options["terms"]
     dtype = draw(st.sampled_from(DTYPES))
     # `teacher_ce` is computed in the teacher's precision, which must not be less than the loss's
     narrower = dtype == torch.float64 and options.get("teacher_ce_weight")

@@ -112,7 +112,7 @@ COMPILED = (
     Compiled(
         "cpu: valid counts all pixels",
         "cpu/band.h",
-        "labelled += valid",
+        "labelled += in_range && !ignored",
         "labelled += 1",
         _outputs("test_valid_is_counted", "cpu", "ce"),
     ),

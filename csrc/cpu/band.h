@@ -57,6 +57,8 @@ class Band {
     first_label_row_ = p.first_label_row[k];
     end_label_row_ = p.first_label_row[k + 1];
     read_labels(report);
+    terms_.labels = labels_;
+    terms_.weights = weights_;
     terms_.begin(image_);
     if (p.identity) {
       run_identity();
@@ -160,31 +162,31 @@ class Band {
   bool read_labels_as(const S* in, int32_t* out, LabelReport& report) const {
     const int64_t classes = p.labels.num_classes;
     const int64_t ignore = p.labels.ignore_index;
-    const int64_t without = p.labels.unlabelled_index;  // ignore where no pixel is unlabelled
     int64_t labelled = 0, unlabelled = 0, bad = 0;
     for (int64_t x = 0; x < p.label_width; ++x) {
       const int64_t label = static_cast<int64_t>(in[x]);
       const bool in_range = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
       const bool ignored = label == ignore;
-      const bool none = label == without && !ignored;
-      const bool valid = in_range && !ignored;
-      out[x] = none ? static_cast<int32_t>(classes) : valid ? static_cast<int32_t>(label) : kIgnored;
-      labelled += valid;
-      unlabelled += none;
-      bad += !in_range && !ignored && !none;
+      out[x] = in_range && !ignored ? static_cast<int32_t>(label) : kIgnored;
+      labelled += in_range && !ignored;
+      bad += !in_range && !ignored;
     }
-    if (bad > 0) return false;
+    if (p.unlabelled) {  // which came out as ignored, and as bad
+      const int64_t without = p.labels.unlabelled_index;
+      for (int64_t x = 0; x < p.label_width; ++x) {
+        const bool none = static_cast<int64_t>(in[x]) == without;
+        out[x] = none ? static_cast<int32_t>(classes) : out[x];
+        unlabelled += none;
+      }
+    }
+    if (bad > unlabelled) return false;
     report.labelled += labelled;
     report.distilled += labelled + unlabelled;
     return true;
   }
 
-  int64_t place_of(int64_t y, int64_t vector) const {
-    return ((y - first_label_row_) * p.vectors + vector) * N;
-  }
-  const int32_t* labels_of(int64_t y, int64_t vector) const { return labels_ + place_of(y, vector); }
-  const T* weights_of(int64_t y, int64_t vector) const {
-    return p.pixel_weight == nullptr ? nullptr : weights_ + place_of(y, vector);
+  const int32_t* labels_of(int64_t y, int64_t vector) const {
+    return labels_ + ((y - first_label_row_) * p.vectors + vector) * N;
   }
 
   // --- logits on the label grid ------------------------------------------------------------------
@@ -244,11 +246,8 @@ class Band {
       load_identity<kVectors>(teacher_rows_ + x, valid, terms_.teacher_z, terms_.teacher_maximum,
                               p.teacher_logits, y, ahead);
     }
-    Group<T> group{y, vector, {}, {}, student_careful_, teacher_careful_};
-    for (int r = 0; r < kVectors; ++r) {
-      group.labels[r] = labels_of(y, vector + r);
-      group.weights[r] = weights_of(y, vector + r);
-    }
+    Group<T> group{y, vector, {}, student_careful_, teacher_careful_};
+    for (int r = 0; r < kVectors; ++r) group.labels[r] = labels_of(y, vector + r);
     const Sink<T> sink{row_gradients_ + x, nullptr, false, false, nullptr, kChunkStep, nullptr};
     terms_.template process<kVectors, false>(group, false, [&](int) { return sink; });
   }
@@ -341,11 +340,8 @@ class Band {
            teacher_careful_, vector);
     }
     if (p.gradients) move_gradient(p.student.row_lower[y], vector);
-    Group<T> group{y, vector, {}, {}, student_careful_, teacher_careful_};
-    for (int r = 0; r < kRows; ++r) {
-      group.labels[r] = labels_of(y + r, vector);
-      group.weights[r] = weights_of(y + r, vector);
-    }
+    Group<T> group{y, vector, {}, student_careful_, teacher_careful_};
+    for (int r = 0; r < kRows; ++r) group.labels[r] = labels_of(y + r, vector);
     const bool chained = kRows == kMaxRows && terms_.chain(group, student_, teacher_, valid);
     if (!chained) {
       const T huge = static_cast<T>(p.huge);

@@ -19,7 +19,6 @@ template <typename T>
 struct Group {
   int64_t y, vector;                // of the first
   const int32_t* labels[kMaxRows];  // [N] each
-  const T* weights[kMaxRows];       // of the pixels, or null
   bool student_careful, teacher_careful;  // huge, infinite or NaN logits are among them
 };
 
@@ -55,10 +54,16 @@ class Terms {
   // outside before `process`.
   T *student_z = nullptr, *teacher_z = nullptr;
   T *student_maximum = nullptr, *teacher_maximum = nullptr;
+  // Of all pixels of the band, as groups have them; no weights: null.
+  const int32_t* labels = nullptr;
+  const T* weights = nullptr;
   const bool reads_pair;  // whether there is a teacher to fill them for
 
   explicit Terms(const Pass<T>& pass)
-      : reads_pair(pass.has_teacher), p(pass), needs_(pass.needs) {
+      : reads_pair(pass.has_teacher),
+        p(pass),
+        needs_(pass.needs),
+        adjusts_(pass.unlabelled || pass.pixel_weight != nullptr) {
     choose();
   }
 
@@ -349,6 +354,10 @@ class Terms {
     return common >= 0 ? F::load(z + static_cast<int64_t>(common) * N) : gather_tile(z, labels);
   }
 
+  const T* weights_of(const Group<T>& group, int r) const {
+    return weights == nullptr ? nullptr : weights + (group.labels[r] - labels);
+  }
+
   HAKD_FN Mask<T> is_unlabelled(const int32_t* labels) const {
     return is_class(load_labels<T>(labels), static_cast<int32_t>(p.classes));
   }
@@ -396,7 +405,7 @@ class Terms {
       if constexpr (Term::kHasValueLoop) {
         if (Term::has_value_loop(v)) of_pixel = of_pixel * own.sum;
       }
-      if (p.unlabelled || p.pixel_weight != nullptr) {
+      if (adjusts_) {
         c.value = of_pixel;
         adjust(group, r, Term::kNeedsLabel, Term::spaces(v) == 0, c);
         of_pixel = c.value;
@@ -423,8 +432,8 @@ class Terms {
   __attribute__((noinline)) void adjust(const Group<T>& group, int r, bool needs_label,
                                         bool takes_weight, Coefficients<F>& c) const {
     const Mask<T> without = is_unlabelled(group.labels[r]);
-    const bool weighted = takes_weight && group.weights[r] != nullptr;
-    const F weight = weighted ? F::load(group.weights[r]) : F(T(1));
+    const bool weighted = takes_weight && weights != nullptr;
+    const F weight = weighted ? F::load(weights_of(group, r)) : F(T(1));
     F* const all[] = {&c.value, &c.share, &c.student, &c.other, &c.label};
     for (F* x : all) {
       if (weighted) *x = *x * weight;
@@ -448,7 +457,7 @@ class Terms {
     tiles.student_m = F::load(student_maximum + r * N);
     tiles.teacher_m = F::load(teacher_maximum + r * N);
     tiles.labels = group.labels[r];
-    tiles.weights = group.weights[r];
+    tiles.weights = weights_of(group, r);
     // a tile of `first` that the gradient reads, too, there is for every row
     const bool own_x = Term::student(kVariant) == From::kOwn;
     const bool own_y = Term::other_from(kVariant) == From::kOwn;
@@ -566,6 +575,7 @@ class Terms {
 
   const Pass<T>& p;
   const Needs needs_;
+  const bool adjusts_;  // whether there may be pixels without a label, or weights
   bool keeps_z_ = false, normalises_ = false;
   int power_ = 1;     // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
   T scale_ = T(0);    // log2(e) / T

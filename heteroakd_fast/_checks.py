@@ -568,6 +568,8 @@ def check_call(call: Call) -> None:
         raise ValueError(f"class_weight: got shape {tuple(call.class_weight.shape)}, expected [C]")
     if call.pixel_weight is not None:
         check_pixel_weight(call.pixel_weight, target, student, "student")
+    if options.unlabelled_index != options.ignore_index:
+        check_unlabelled_index(options.unlabelled_index, options.ignore_index, call.classes)
     tensors = (*call[1:6], target, call.class_weight)
     if any(x is not None and x.device != student.device for x in tensors):
         raise ValueError(f"student: on {student.device}, other arguments are not")

@@ -425,12 +425,10 @@ def count_pixels(
 
     For callers that know the labels before the loss does, such as those that accumulate batches.
     """
-    kept = torch.ones_like(target, dtype=torch.bool)
-    if options["ignore_index"] is not None:
-        kept = target != options["ignore_index"]
+    kept = counted_pixels(target, pixel_weight, check_ignore_index(options["ignore_index"]))
     labelled = kept
     if options["unlabelled_index"] is not None:
-        labelled = kept & (target != options["unlabelled_index"])
+        labelled = kept & counted_pixels(target, None, options["unlabelled_index"])
     if pixel_weight is None:
         return torch.stack([labelled.sum(dtype=torch.float64), kept.sum(dtype=torch.float64)])
     weight = pixel_weight.detach().double()

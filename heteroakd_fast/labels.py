@@ -21,7 +21,7 @@ __all__ = [
     "REPORT",
     "check_label_report",
     "check_synchronously",
-    "count_pixels",
+    "checked_counts",
     "counted_pixels",
     "label_report",
     "nearest_labels",
@@ -36,7 +36,7 @@ def check_synchronously() -> bool:
     return flag("HETEROAKD_CHECK_LABELS")
 
 
-def count_pixels(
+def checked_counts(
     target: Tensor,
     pixel_weight: Tensor | None,
     num_classes: int,
@@ -68,7 +68,7 @@ def check_label_report(
     """Raises on a report that found a label or a weight out of range; it may lack the place.
 
     Raises:
-        ValueError: names the label, where it is, and the range; see `count_pixels` for GPUs.
+        ValueError: names the label, where it is, and the range; see `checked_counts` for GPUs.
     """
     if report.device.type != "cpu" and not check_synchronously():
         torch._assert_async(

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import backends, reference_pass
 from ._checks import check_call
 from .backends import Call
-from .labels import count_pixels, counted_pixels
+from .labels import checked_counts, counted_pixels
 from .projector import Projection, project
 from .spec import LossSpec, Options, groups_of, vector, who_learns
 
@@ -451,7 +451,7 @@ _KEY = "CompositeExplicitAutograd"  # one implementation for every device; the b
 _library.impl("sums", _sums_impl, _KEY)
 _library.impl("sums", _sums_autograd, "Autograd", with_keyset=True)
 _library.impl("gradient", _gradient_impl, _KEY)
-_library.impl("count", count_pixels, _KEY)
+_library.impl("count", checked_counts, _KEY)
 for _name, _fake in (
     ("sums", _sums_fake),
     ("gradient", _gradient_fake),

@@ -82,7 +82,7 @@ def assert_same(batch: Batch, spec: LossSpec, weight: Tensor | None = None) -> N
 @pytest.mark.parametrize("case", TERM_CASES)
 def test_bands_are_the_oracle(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of 3 of 13 rows; the last image has no valid pixel, and some bands have none."""
-    monkeypatch.setattr(bands, "_BAND_ON_CPU", 3 * 5 * 17)
+    monkeypatch.setattr(bands.reference_evaluation, "elements_of_band", lambda _: 3 * 5 * 17)
     batch = make_batch(batch=3)
     batch.target[0, :7] = 255
     batch.target[2] = 255
@@ -111,7 +111,7 @@ def test_bands_on_any_grid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Single rows, pairs of images and everything at once; teacher and student apart."""
-    monkeypatch.setattr(bands, "_BAND_ON_CPU", budget)
+    monkeypatch.setattr(bands.reference_evaluation, "elements_of_band", lambda _: budget)
     batch = make_batch(batch=3, grid=grid, teacher_grid=teacher_grid)
     assert_same(batch, spec_of(**TERM_CASES["all"], align_corners=align_corners))
 
@@ -122,7 +122,7 @@ def test_rows_that_only_ignored_pixels_see(
     case: str, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image's rows are interpolated apart, across and along: garbage stays where it is."""
-    monkeypatch.setattr(bands, "_BAND_ON_CPU", 5 * 12 * 3)
+    monkeypatch.setattr(bands.reference_evaluation, "elements_of_band", lambda _: 5 * 12 * 3)
     options = {**TERM_CASES[case], "backend": "reference"}
     clean = make_batch(dtype=torch.float32, grid=(8, 6), teacher_grid=(8, 4), size=(16, 12))
     clean.target[:, 8:] = 255  # y = 8 of 16 reads rows 3 and 4; the garbage starts at 5

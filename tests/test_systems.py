@@ -370,6 +370,14 @@ def test_operators_refuse_what_they_do_not_compute(
             )
 
 
+def test_operators_refuse_a_class_for_unlabelled_pixels() -> None:
+    batch = make_batch(dtype=torch.float32)
+    spec = LossSpec.of(CrossEntropy(), unlabelled_index=3)
+    arguments, options = operands(batch, spec, backend="reference")
+    with pytest.raises(ValueError, match="unlabelled_index: got 3"):
+        torch.ops.heteroakd_fast.sums(*arguments, **options)
+
+
 def test_operators_refuse_other_backends() -> None:
     batch = make_batch(dtype=torch.float32)
     arguments, options = operands(batch, LossSpec.of(CrossEntropy()), backend="fast")

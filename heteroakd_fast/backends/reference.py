@@ -10,25 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference, reference_pass
-from ..labels import count_pixels
+from ..labels import checked_counts
 from ..spec import groups_of
 from ..terms import CWD, HeteroAKD, TeacherCrossEntropy
 from . import Call, Sums, reference_evaluation
 from .compiled import compute_dtype
 
 __all__ = ["BACKEND", "ReferenceBackend"]
-
-#: Elements of a band's logits, [B, C, rows, W]. On a CPU a few such tensors fit the caches and are
-#: enough work for many threads; elsewhere a band takes longer than launching its kernels.
-_BAND_ON_CPU: Final = 2**19
-_BAND_ELSEWHERE: Final = 2**24
 
 
 class ReferenceBackend:
@@ -69,7 +64,7 @@ class ReferenceBackend:
         height, width = target.shape[1:]
         dtype = compute_dtype(call.student)
         pixel_weight = None if call.pixel_weight is None else call.pixel_weight.to(dtype)
-        counts = count_pixels(
+        counts = checked_counts(
             target, pixel_weight, classes, options.ignore_index, options.unlabelled_index
         )
         if class_weight is not None:
@@ -105,7 +100,7 @@ class ReferenceBackend:
             )
             if logits is not None
         ]
-        budget = _BAND_ON_CPU if target.device.type == "cpu" else _BAND_ELSEWHERE
+        budget = reference_evaluation.elements_of_band(target.device)
         images = max(1, budget // (classes * height * width))
         rows = max(1, budget // (classes * width * images))
         for first in range(0, batch, images):
@@ -267,7 +262,10 @@ class _Side:
         self._width = size[1]
         self._taps = None
         if logits.shape[2] != size[0]:
-            self._taps = _taps(logits.shape[2], size[0], align_corners, dtype, logits.device)
+            lower, upper, fraction = reference_evaluation.taps(
+                logits.shape[2], size[0], align_corners, dtype, logits.device
+            )
+            self._taps = lower, upper, fraction[:, None]
 
     def open(self, images: slice) -> None:
         """Takes up these images."""
@@ -327,21 +325,6 @@ def _zero_where_ignored(z: Tensor, valid: Tensor) -> Tensor:
     """`torch.where(valid, z, 0)`, four times as fast on a CPU: an `and` of bits is vectorised."""
     integer = torch.int32 if z.dtype == torch.float32 else torch.int64
     return (z.view(integer) & -valid.to(integer)[:, None]).view(z.dtype)
-
-
-def _taps(
-    in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each output row the two input rows and the second one's share [rows, 1], as
-    `F.interpolate` has them."""
-    row = torch.arange(out_size, dtype=torch.float64, device=device)
-    if align_corners:
-        source = row * ((in_size - 1) / max(out_size - 1, 1))
-    else:
-        source = ((row + 0.5) * (in_size / out_size) - 0.5).clamp(min=0.0)
-    lower = source.floor().clamp(max=in_size - 1)
-    upper = (lower + 1).clamp(max=in_size - 1)
-    return lower.long(), upper.long(), (source - lower).to(dtype)[:, None]
 
 
 BACKEND = ReferenceBackend()

@@ -11,11 +11,7 @@ from torch import Tensor
 from ..labels import label_report
 from .compiled import compute_dtype
 
-__all__ = ["confusion_matrix", "predict"]
-
-#: Elements of a band's logits, [C, rows, W], as in `reference`.
-_BAND_ON_CPU = 2**19
-_BAND_ELSEWHERE = 2**24
+__all__ = ["confusion_matrix", "elements_of_band", "predict", "taps"]
 
 
 def predict(
@@ -52,11 +48,10 @@ def _bands(
     batch, classes, height, width = logits.shape
     dtype = compute_dtype(logits)
     largest = largest_logit(dtype)
-    left, right, fx = _taps(width, size[1], align_corners, dtype, logits.device)
-    top, bottom, fy = _taps(height, size[0], align_corners, dtype, logits.device)
+    left, right, fx = taps(width, size[1], align_corners, dtype, logits.device)
+    top, bottom, fy = taps(height, size[0], align_corners, dtype, logits.device)
     # how many rows of logits a band may take is known without looking at data
-    step = _BAND_ON_CPU if logits.device.type == "cpu" else _BAND_ELSEWHERE
-    rows = max(1, min(step // (classes * size[1]), size[0]))
+    rows = max(1, min(elements_of_band(logits.device) // (classes * size[1]), size[0]))
     for image in range(batch):
         for y in range(0, size[0], rows):
             band = slice(y, y + rows)
@@ -70,11 +65,17 @@ def _bands(
             yield image, band, z.argmax(0)
 
 
+def elements_of_band(device: torch.device) -> int:
+    """Of a band's upsampled logits. On a CPU a few such tensors fit the caches and are enough work
+    for many threads; elsewhere a band takes longer than launching its kernels."""
+    return 2**19 if device.type == "cpu" else 2**24
+
+
 def _mix(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
     return a + (b - a) * fraction
 
 
-def _taps(
+def taps(
     in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each output position the two taps and the second one's share, as `F.interpolate` has

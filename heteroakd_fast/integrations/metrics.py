@@ -53,7 +53,8 @@ class ConfusionMatrix:
             if ignored is None:
                 ignored = self.unlabelled_index
             else:
-                target = target.long().masked_fill(target == self.unlabelled_index, ignored)
+                target = target.long()  # numbers would be cast to another dtype's
+                target = target.masked_fill(target == self.unlabelled_index, ignored)
         self.counts = functional.confusion_matrix(
             logits,
             target,

@@ -369,6 +369,20 @@ def test_a_class_that_is_nowhere_has_a_softmax_over_space(backend: str, dtype: t
         check(Batch(student, teacher, batch.target), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_counts_for_accumulation_are_those_of_the_loss(dtype: torch.dtype) -> None:
+    """`ignore_index` and `unlabelled_index` that the labels' dtype would turn into others."""
+    target = (torch.arange(32) % 5).view(2, 4, 4).to(dtype)
+    target[0] = 254
+    weight = torch.ones(2, 4, 4)
+    weight[1, 0] = 0
+    for ignored, unlabelled in ((-2, 254), (254, -2), (254, 2**32 + 1), (None, 254)):
+        loss = HeteroAKDLoss(5, ignore_index=ignored, unlabelled_index=unlabelled)
+        z = torch.randn(2, 5, 4, 4)
+        out = loss(z, target, z, pixel_weight=weight)
+        assert loss.count_pixels(target, weight).tolist() == [out.valid, out.distilled]
+
+
 @every_cpu_backend
 def test_on_the_logits_grid(backend: str) -> None:
     """Labels and weights are resampled alike."""

@@ -32,6 +32,53 @@ constexpr int kChunk = 16;
 template <typename T>
 constexpr int64_t kChunkStepOf = kChunk * Lanes<T>::N + 16;
 
+// See Kernels. The first loop is one that compilers make vectors of.
+template <typename T>
+void weigh_row(const T* __restrict weights, int64_t place, int64_t count, int64_t num_classes,
+               int32_t* __restrict labels, LabelReport& report) {
+  using F = Lanes<T>;
+  const auto classes = static_cast<int32_t>(num_classes);
+  int32_t labelled = 0, distilled = 0, bad = 0;  // of weight 0, and those that are none
+  for (int64_t x = 0; x < count; ++x) {
+    const T weight = weights[x];
+    const int32_t label = labels[x];
+    const int32_t kept = weight == T(0) ? kIgnored : label;
+    const int32_t dropped = kept < label;
+    distilled += dropped;
+    labelled += dropped & (label < classes);
+    bad += !(weight >= T(0)) | !(weight < kInfinity<T>);
+    labels[x] = kept;
+  }
+  for (int64_t x = 0; bad > 0 && report.first_bad_weight < 0; ++x) {
+    if (!(weights[x] >= T(0) && weights[x] < kInfinity<T>)) report.first_bad_weight = place + x;
+  }
+  report.labelled -= labelled;
+  report.distilled -= distilled;
+  report.bad_weights += bad;
+  double labelled_weight[F::N] = {}, distilled_weight[F::N] = {};
+  const auto add = [&](const T* of_pixels, const int32_t* their_labels) __attribute__((always_inline)) {
+    const F weight = F::load(of_pixels);
+    const Labels<T> l = load_labels<T>(their_labels);
+    add_to(labelled_weight, select(is_labelled(l, num_classes), weight, F(T(0))));
+    add_to(distilled_weight, select(is_valid(l), weight, F(T(0))));
+  };
+  int64_t x = 0;
+  for (; x + F::N <= count; x += F::N) add(weights + x, labels + x);
+  if (x < count) {
+    T last[F::N] = {};
+    int32_t last_labels[F::N];
+    for (int l = 0; l < F::N; ++l) {
+      last[l] = x + l < count ? weights[x + l] : T(0);
+      last_labels[l] = x + l < count ? labels[x + l] : kIgnored;
+    }
+    add(last, last_labels);
+  }
+  for (int l = 0; l < F::N; ++l) {
+    report.labelled_weight += labelled_weight[l];
+    report.distilled_weight += distilled_weight[l];
+  }
+}
+
 template <typename T>
 class Band {
   using F = Lanes<T>;
@@ -124,7 +171,7 @@ class Band {
       if (p.pixel_weight != nullptr) {
         const int64_t place = (image_ * p.label_height + y) * p.label_width;
         const T* weights = p.pixel_weight + place;
-        p.weigh_row(weights, place, p.label_width, p.classes, row, report);
+        weigh_row(weights, place, p.label_width, p.classes, row, report);
         to_lanes(weights, T(0), weights_ + first);
       }
       to_lanes(row, kIgnored, labels_ + first);
@@ -135,13 +182,28 @@ class Band {
   template <typename V>
   void to_lanes(const V* row, V none, V* out) const {
     const int64_t block = p.apart * N;
-    int64_t x = 0;
-    for (; x + block <= p.label_width; x += block) {
+    const int64_t blocks = p.label_width / block;
+    switch (p.apart) {
+      case 1: blocks_to_lanes<1>(row, blocks, 1, out); break;
+      case 2: blocks_to_lanes<2>(row, blocks, 2, out); break;
+      case 4: blocks_to_lanes<4>(row, blocks, 4, out); break;
+      case 8: blocks_to_lanes<8>(row, blocks, 8, out); break;
+      default: blocks_to_lanes<0>(row, blocks, p.apart, out);
+    }
+    for (int64_t i = blocks * block; i < p.vectors * N; ++i) {
+      out[i] = p.pixel[i] < 0 ? none : row[p.pixel[i]];
+    }
+  }
+
+  // kApart: `apart` where it is known to the compiler, or 0.
+  template <int kApart, typename V>
+  static void blocks_to_lanes(const V* row, int64_t blocks, int64_t apart, V* out) {
+    if constexpr (kApart > 0) apart = kApart;
+    for (int64_t b = 0; b < blocks; ++b, row += apart * N, out += apart * N) {
       for (int l = 0; l < N; ++l) {
-        for (int64_t v = 0; v < p.apart; ++v) out[x + v * N + l] = row[x + l * p.apart + v];
+        for (int64_t v = 0; v < apart; ++v) out[v * N + l] = row[l * apart + v];
       }
     }
-    for (int64_t i = x; i < p.vectors * N; ++i) out[i] = p.pixel[i] < 0 ? none : row[p.pixel[i]];
   }
 
   // A row that lies densely in memory and has no label out of range; false where that is not so.

@@ -63,6 +63,7 @@ const Kernels<T>* table() {
                                         Band<T>::workspace_bytes,
                                         run_band<T>,
                                         combine<T>,
+                                        weigh_row<T>,
                                         elementary<T>};
   return &kTable;
 }

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "dispatch.h"
 #include "strided.h"
 
 namespace heteroakd::cpu {
@@ -28,6 +29,7 @@ Tensor label_report(const Tensor& target, const std::optional<Tensor>& pixel_wei
     dense = dense_weights(*pixel_weight, target, ScalarType::Double);
     weights = static_cast<const double*>(dense->const_data_ptr());
   }
+  const auto weigh_row = choose_kernels<double>().weigh_row;
   std::vector<LabelReport> reports(static_cast<size_t>(rows));
   std::atomic<bool> failed{false};
   torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {

@@ -82,6 +82,10 @@ HAKD_FN Labels<T> load_labels(const int32_t* p) {
 HAKD_FN M is_valid(Labels<float> labels) {
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(labels.v, _mm256_set1_epi32(-1)))};
 }
+HAKD_FN M is_labelled(Labels<float> labels, int64_t classes) {
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(classes)), labels.v);
+  return {_mm256_and_ps(_mm256_castsi256_ps(below), is_valid(labels).v)};
+}
 HAKD_FN M is_class(Labels<float> labels, int32_t c) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(labels.v, _mm256_set1_epi32(c)))};
 }

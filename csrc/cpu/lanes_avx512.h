@@ -84,6 +84,9 @@ HAKD_FN Labels<T> load_labels(const int32_t* p) {
 HAKD_FN M is_valid(Labels<float> labels) {
   return {_mm512_cmpge_epi32_mask(labels.v, _mm512_setzero_si512())};
 }
+HAKD_FN M is_labelled(Labels<float> labels, int64_t classes) {
+  return {_mm512_cmplt_epu32_mask(labels.v, _mm512_set1_epi32(static_cast<int32_t>(classes)))};
+}
 HAKD_FN M is_class(Labels<float> labels, int32_t c) {
   return {_mm512_cmpeq_epi32_mask(labels.v, _mm512_set1_epi32(c))};
 }

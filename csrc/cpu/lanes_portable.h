@@ -175,6 +175,13 @@ HAKD_FN Mask<T> is_valid(Labels<T> labels) {
   return m;
 }
 template <typename T>
+HAKD_FN Mask<T> is_labelled(Labels<T> labels, int64_t classes) {
+  constexpr int N = Labels<T>::N;
+  Mask<T> m;
+  HAKD_LANES m.v[l] = labels.v[l] >= 0 && labels.v[l] < classes;
+  return m;
+}
+template <typename T>
 HAKD_FN Mask<T> is_class(Labels<T> labels, int32_t c) {
   constexpr int N = Labels<T>::N;
   Mask<T> m;

@@ -72,12 +72,6 @@ struct LabelsView {
 using ReadLabels = void (*)(const void* reader, int64_t b, int64_t y, int32_t* out,
                             LabelReport& report);
 
-// Checks and adds up the weights of a row of labels, whose first pixel is `place`; a pixel of weight 0
-// becomes one that is ignored.
-template <typename T>
-using WeighRow = void (*)(const T* weights, int64_t place, int64_t count, int64_t num_classes,
-                          int32_t* labels, LabelReport& report);
-
 template <typename T>
 struct Pass {
   int64_t batch, classes, label_height, label_width;
@@ -93,7 +87,6 @@ struct Pass {
   ReadLabels read_labels;
   const T* class_weight;  // [C] or null
   const T* pixel_weight;  // [B][H][W] or null
-  WeighRow<T> weigh_row;
   bool unlabelled;        // whether there may be pixels without a label
 
   // what to compute; terms by their index in ../terms/list.h
@@ -150,6 +143,10 @@ struct Kernels {
   size_t (*workspace_bytes)(const Pass<T>&);
   void (*run_band)(const Pass<T>&, int64_t band, void* workspace, LabelReport& report);
   void (*combine)(const Combine&, int64_t plane);  // plane: b * C + c
+  // Checks and adds up the weights of a row of labels, whose first pixel is `place`; a pixel of weight 0
+  // becomes one that is ignored.
+  void (*weigh_row)(const T* weights, int64_t place, int64_t count, int64_t num_classes,
+                    int32_t* labels, LabelReport& report);
   // which: 0 exp2, 1 log, 2 log2, 3 log1p, 4 log1p_unit; count a multiple of the lanes
   void (*elementary)(int64_t which, const T* x, T* out, int64_t count);
 };

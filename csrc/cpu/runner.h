@@ -134,7 +134,6 @@ class Runner {
     }
     pass_.unlabelled = spec.unlabelled_index != spec.ignore_index;
     pass_.pixel_weight = nullptr;
-    pass_.weigh_row = weigh_row<T>;
     if (pixel_weight.has_value()) {
       pixel_weight_ = dense_weights(*pixel_weight, target, dtype_);
       pass_.pixel_weight = static_cast<const T*>(pixel_weight_->const_data_ptr());

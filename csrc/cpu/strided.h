@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "../math/labels.h"
 #include "pass.h"
@@ -36,30 +35,6 @@ inline void merge(LabelReport& into, const LabelReport& other) {
   merge_first(into.first_bad_weight, other.first_bad_weight);
   into.labelled_weight += other.labelled_weight;
   into.distilled_weight += other.distilled_weight;
-}
-
-// See WeighRow.
-template <typename T>
-void weigh_row(const T* weights, int64_t place, int64_t count, int64_t num_classes, int32_t* labels,
-               LabelReport& report) {
-  LabelReport row;
-  for (int64_t x = 0; x < count; ++x) {
-    const T weight = weights[x];
-    if (!(weight >= T(0) && weight <= std::numeric_limits<T>::max()) && row.bad_weights++ == 0) {
-      row.first_bad_weight = place + x;
-    }
-    if (labels[x] < 0) continue;
-    const bool labelled = labels[x] < num_classes;
-    if (weight == T(0)) {
-      labels[x] = kIgnored;
-      row.labelled -= labelled;
-      --row.distilled;
-      continue;
-    }
-    row.distilled_weight += static_cast<double>(weight);
-    if (labelled) row.labelled_weight += static_cast<double>(weight);
-  }
-  merge(report, row);
 }
 
 // As heteroakd_fast/labels.py has it.

@@ -62,8 +62,7 @@ class Terms {
   explicit Terms(const Pass<T>& pass)
       : reads_pair(pass.has_teacher),
         p(pass),
-        needs_(pass.needs),
-        adjusts_(pass.unlabelled || pass.pixel_weight != nullptr) {
+        needs_(pass.needs) {
     choose();
   }
 
@@ -380,7 +379,8 @@ class Terms {
     for (int r = 0; r < kRows; ++r) known[r] = Term::begin(v, numbers, p.numbers, totals_[r]);
     F value = zero, share = zero;
     for (int r = 0; r < kRows; ++r) {
-      const Mask<T> valid = is_valid(load_labels<T>(group.labels[r]));
+      const Labels<T> labels = load_labels<T>(group.labels[r]);
+      const Mask<T> valid = Term::kNeedsLabel ? is_labelled(labels, p.classes) : is_valid(labels);
       typename Term::template Own<F> own{};
       with_variant<Term>(v, [&](auto variant) __attribute__((always_inline)) {
         constexpr int32_t kVariant = decltype(variant)::value;
@@ -405,10 +405,10 @@ class Terms {
       if constexpr (Term::kHasValueLoop) {
         if (Term::has_value_loop(v)) of_pixel = of_pixel * own.sum;
       }
-      if (adjusts_) {
-        c.value = of_pixel;
-        adjust(group, r, Term::kNeedsLabel, Term::spaces(v) == 0, c);
-        of_pixel = c.value;
+      if (weights != nullptr && Term::spaces(v) == 0) {  // over space the shares have it
+        const F weight = F::load(weights_of(group, r));
+        of_pixel = of_pixel * weight;
+        c = {c.value, c.share * weight, c.student * weight, c.other * weight, c.label * weight};
       }
       value = value + select(valid, of_pixel, zero);
       if (p.has_shares[k]) share = share + select(valid, c.share, zero);
@@ -425,20 +425,6 @@ class Terms {
     if (!p.values || !p.asked[k]) return;
     add_to(lane_sums_ + k * 2 * N, value);
     if (p.has_shares[k]) add_to(lane_sums_ + (k * 2 + 1) * N, share);
-  }
-
-  // What pixels without a label and weights of pixels change; not inlined, because a call has neither as
-  // a rule. A term over space has the weights in its shares.
-  __attribute__((noinline)) void adjust(const Group<T>& group, int r, bool needs_label,
-                                        bool takes_weight, Coefficients<F>& c) const {
-    const Mask<T> without = is_unlabelled(group.labels[r]);
-    const bool weighted = takes_weight && weights != nullptr;
-    const F weight = weighted ? F::load(weights_of(group, r)) : F(T(1));
-    F* const all[] = {&c.value, &c.share, &c.student, &c.other, &c.label};
-    for (F* x : all) {
-      if (weighted) *x = *x * weight;
-      if (needs_label) *x = select(without, F(T(0)), *x);
-    }
   }
 
   // The loops over classes of one term and row.
@@ -575,7 +561,6 @@ class Terms {
 
   const Pass<T>& p;
   const Needs needs_;
-  const bool adjusts_;  // whether there may be pixels without a label, or weights
   bool keeps_z_ = false, normalises_ = false;
   int power_ = 1;     // e at T = 1 is e at T to this power; 0: neither 1, 2 nor 4
   T scale_ = T(0);    // log2(e) / T

@@ -75,11 +75,10 @@ HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int32_t high, int3
       label[r][s] = kIgnored;
       if (r < high && s < wide) {
         const auto raw = static_cast<int64_t>(*at);
-        const LabelKind kind = label_kind(raw, p.classes, p.ignore_index, p.unlabelled_index);
+        const LabelKind kind = label_kind(raw, p.classes, p.ignore_index, p.ignore_index);
         if (kind == LabelKind::kClass) label[r][s] = static_cast<int32_t>(raw);
-        if (kind == LabelKind::kUnlabelled) label[r][s] = p.classes;
         if (kind == LabelKind::kOutOfRange) bad += 1;
-        valid += label[r][s] >= 0;
+        valid += kind == LabelKind::kClass;
       }
       at += p.target.column_stride;
     }
@@ -87,11 +86,38 @@ HAKD_DEVICE void load_labels_as(const Pass& p, int64_t first, int32_t high, int3
   }
 }
 
+// Which pixels of a rectangle have no label, and which have a weight of 0: a bit each. Not inlined,
+// because most calls have neither, and labels of 64 bits that are looked at once more take registers.
+struct SecondLook {
+  uint32_t unlabelled, weightless;
+};
+template <typename F>
+static __device__ __noinline__ SecondLook look_again(const Pass& p, int32_t image, int32_t y, int32_t x,
+                                                     int32_t high, int32_t wide, int32_t row_bits) {
+  SecondLook found{0, 0};
+  for (int32_t r = 0; r < high; ++r) {
+    for (int32_t s = 0; s < wide; ++s) {
+      const uint32_t bit = 1u << (r * row_bits + s);
+      const int64_t at = image * p.target.batch_stride + (y + r) * p.target.row_stride +
+                         (x + s) * p.target.column_stride;
+      const int64_t raw =
+          p.target.dtype == LabelDtype::kUint8   ? static_cast<const uint8_t*>(p.target.data)[at]
+          : p.target.dtype == LabelDtype::kInt32 ? static_cast<const int32_t*>(p.target.data)[at]
+                                                 : static_cast<const int64_t*>(p.target.data)[at];
+      if (raw == p.unlabelled_index && raw != p.ignore_index) found.unlabelled |= bit;
+      if (p.pixel_weight == nullptr) continue;
+      if (weight_at<F>(p, place_of(p, image, y + r, x + s)) == F(0)) found.weightless |= bit;
+    }
+  }
+  return found;
+}
+
 // Labels of R x S pixels, of which high x wide exist, as ../math/labels.h has them; ignored where the
 // weight, in the arithmetic's type, is 0. Counts the others, and labels out of range.
 template <typename F, int R, int S>
 HAKD_DEVICE void load_labels(const Pass& p, int32_t image, int32_t y, int32_t x, int32_t high,
                              int32_t wide, int32_t (&label)[R][S], int32_t& valid, int32_t& bad) {
+  static_assert(R * S <= 32, "a bit for each pixel");
   const int64_t first = image * p.target.batch_stride + y * p.target.row_stride +
                         x * p.target.column_stride;
   switch (p.target.dtype) {
@@ -103,18 +129,18 @@ HAKD_DEVICE void load_labels(const Pass& p, int32_t image, int32_t y, int32_t x,
       break;
     default: load_labels_as<int64_t>(p, first, high, wide, label, valid, bad);
   }
-  if (p.pixel_weight == nullptr) return;
-  const int64_t place = place_of(p, image, y, x);
+  if (p.unlabelled_index == p.ignore_index && p.pixel_weight == nullptr) return;
+  const SecondLook found =
+      look_again<F>(p, image, y, x, high < R ? high : R, wide < S ? wide : S, S);
 #pragma unroll
   for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      if (label[r][s] < 0) continue;
-      const int64_t at = place + static_cast<int64_t>(r) * p.label_width + s;
-      if (weight_at<F>(p, at) == F(0)) {
-        label[r][s] = kIgnored;
-        valid -= 1;
-      }
+      const bool unlabelled = (found.unlabelled >> (r * S + s) & 1u) != 0;
+      const bool weightless = (found.weightless >> (r * S + s) & 1u) != 0;
+      bad -= unlabelled;
+      valid += (unlabelled && !weightless) - (weightless && label[r][s] >= 0);
+      label[r][s] = weightless ? kIgnored : unlabelled ? p.classes : label[r][s];
     }
   }
 }

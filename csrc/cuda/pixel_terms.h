@@ -148,23 +148,17 @@ class PixelTerms {
       constexpr int k = index_of<Term>;
       const TermState<Term, F, N>& s = state<Term>();
       Coefficients<F>& c = state<Term>().coefficients[i];
+      const F weight = Term::spaces(variant(tag)) == 0 ? weight_[i] : F(1);  // of those, in the shares
       c = Term::pixel(variant(tag), n.terms.template of<Term>(), pass, t, s.known[i], s.own[i],
-                      n.term_scale[k]);
+                      n.term_scale[k] * weight);
       const bool labelled = !Term::kNeedsLabel || label < p.classes;
       const bool counts = valid && labelled && (!kOne || p.has[k]);
-      if (p.pixel_weight != nullptr && Term::spaces(variant(tag)) == 0) {
-        c.value *= weight_[i];
-        c.share *= weight_[i];
-        c.student *= weight_[i];
-        c.other *= weight_[i];
-        c.label *= weight_[i];
-      }
-      c.value = counts ? c.value : F(0);
+      c.value = counts ? weight * c.value : F(0);
       c.student = counts ? c.student : F(0);
       c.other = counts ? c.other : F(0);
       c.label = counts ? c.label : F(0);
       if (!Term::has_value_loop(variant(tag))) sums.of_term[k] += c.value;
-      if constexpr (Term::kHasShares) sums.share[share_index_of<Term>] += counts ? c.share : F(0);
+      if constexpr (Term::kHasShares) sums.share[share_index_of<Term>] += counts ? weight * c.share : F(0);
       if constexpr (kOne) {
         for_each([&](auto other) {
           if (!joins<Term>() || index_of<Of<decltype(other)>> != twin<Term>()) return;

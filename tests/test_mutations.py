@@ -235,15 +235,15 @@ COMPILED = (
     Compiled(
         "cpu: weights of pixels are forgotten",
         "cpu/terms.h",
-        "*x * weight",
-        "*x",
+        "c.student * weight",
+        "c.student",
         _pixels("test_values_and_gradients", "cpu", "kd", "apart", "weighted"),
     ),
     Compiled(
         "an unlabelled pixel has a cross entropy",
         "cpu/terms.h",
-        "select(without, F(T(0)), *x)",
-        "*x",
+        "Term::kNeedsLabel ? is_labelled(labels, p.classes) : is_valid(labels)",
+        "is_valid(labels)",
         _pixels("test_ce_alone_knows_of_no_unlabelled_pixels", "cpu"),
     ),
     Compiled(
@@ -268,10 +268,10 @@ COMPILED = (
         _pixels("test_values_and_gradients", "cpu", "cwd", "apart", "weighted"),
     ),
     Compiled(
-        "cuda: the label's gradient without the pixel's weight",
+        "cuda: gradients without the pixel's weight",
         "cuda/pixel_terms.h",
-        "c.label *= weight_[i]",
-        "c.label",
+        "n.term_scale[k] * weight",
+        "n.term_scale[k]",
         _pixels("test_values_and_gradients", "cuda", "ce", "cells", "both"),
     ),
     Compiled(

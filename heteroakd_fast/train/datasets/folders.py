@@ -440,8 +440,8 @@ def _folder(config: DataConfig, root: Path, seed: int, unlabelled_index: int | N
         encoding = encoding.also(unlabelled_index, "only the teacher labels it")
     encodings = (("", encoding),)
     names = config.class_names or tuple(f"class {index}" for index in range(count))
-    sources = (FileSource(pairs, encodings, ignore) for pairs in (train, val))
-    return *sources, names, spread_palette(count)
+    training, validation = (FileSource(pairs, encodings, ignore) for pairs in (train, val))
+    return training, validation, names, spread_palette(count)
 
 
 def _pairs(folder: Path, some_without: bool = False) -> tuple[Pair, ...]:

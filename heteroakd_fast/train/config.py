@@ -89,6 +89,12 @@ class DataConfig(_Table):
     """flip: left-right; dihedral: flips and quarter turns (for views from above)."""
     photometric: bool = False
     """Random brightness, contrast, saturation and hue."""
+    labelled: Annotated[int, Field(ge=1)] | float | Literal["masks"] | tuple[str, ...] | None = None
+    """Training images whose labels the students see: a number or a share of them, drawn by the
+    seed, names of image files, or "masks": those that have a mask; none: all. The others keep their
+    pixels and are labelled by the teacher alone, which itself learns from every mask there is."""
+    labelled_per_batch: Annotated[int, Field(ge=0)] | None = None
+    """Images of a batch that are drawn from the labelled ones, the rest from all; none: half."""
     check: bool | None = None
     """Read files once before training; none: all of a folder, the first few of each split of a
     published data set."""
@@ -133,6 +139,13 @@ class DataConfig(_Table):
             )
         if self.crop_max_ratio < 1.0 and self.crop is None:
             raise ValueError("data.crop_max_ratio needs data.crop")
+        if isinstance(self.labelled, float) and not 0.0 < self.labelled <= 1.0:
+            raise ValueError(
+                f"data.labelled is {self.labelled}, expected a share above 0 and up to 1, or a "
+                "number of images"
+            )
+        if self.labelled_per_batch is not None and self.labelled is None:
+            raise ValueError("data.labelled_per_batch needs data.labelled")
         if min(self.std) <= 0.0:
             raise ValueError(f"data.std is {list(self.std)}, expected positive numbers")
         return self
@@ -414,6 +427,12 @@ class Config(_Table):
             raise ValueError(
                 f"distill.unlabelled_index is {unlabelled}, expected a mask value: 0 to 65535"
             )
+        per_batch = self.data.labelled_per_batch
+        if per_batch is not None and per_batch > self.optim.batch_size:
+            raise ValueError(
+                f"data.labelled_per_batch is {per_batch}, but optim.batch_size is "
+                f"{self.optim.batch_size}"
+            )
         if self.student.steps == 0:
             raise ValueError("student.steps is 0: there would be nothing to distil")
         if not self.stages or len(set(self.stages)) != len(self.stages):
@@ -431,6 +450,26 @@ class Config(_Table):
                 "teacher.weights, or add the stage teacher"
             )
         return self
+
+    @property
+    def labelled_slots(self) -> int:
+        """Images of a distilled student's batch that are drawn from the labelled ones."""
+        if self.data.labelled is None:
+            return 0
+        per_batch, size = self.data.labelled_per_batch, self.optim.batch_size
+        return (size + 1) // 2 if per_batch is None else per_batch
+
+    def with_unlabelled_index(self) -> Config:
+        """The same with a label for pixels that only the teacher labels, if `data.labelled` asks
+        for one and none is set: the largest value of a byte (of two, for more classes) that is
+        free."""
+        if self.data.labelled is None or self.distill.unlabelled_index is not None:
+            return self
+        count = _CLASSES.get(self.data.kind, self.data.num_classes) or 0
+        values = range(255 if count < 254 else 65535, -1, -1)
+        free = next(value for value in values if value != self.data.ignore_index)
+        distill = self.distill.model_copy(update={"unlabelled_index": free})
+        return self.model_copy(update={"distill": distill})
 
     @property
     def taps(self) -> tuple[str, str] | None:

@@ -31,7 +31,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, ModelConfig, OptimConfig
-from .datasets.batches import Normalizer, batch_names, evaluation_batches, training_batches
+from .datasets.batches import Normalizer, TrainingSet, evaluation_batches, training_batches
 from .datasets.images import SegmentationData
 from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
@@ -188,6 +188,7 @@ class Trainer:
         *,
         config: Config,
         data: SegmentationData,
+        training: TrainingSet,
         folder: Path,
         steps: int,
         model_config: ModelConfig,
@@ -199,7 +200,7 @@ class Trainer:
         resume_anyway: bool = False,
     ) -> None:
         self.name, self.objective, self.config, self.data = name, objective, config, data
-        self.folder, self.steps = folder, steps
+        self.training, self.folder, self.steps = training, folder, steps
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console, self.world = device, console, world
         self.normalize = Normalizer(config.data, device, config.scale.channels_last)
@@ -338,10 +339,8 @@ class Trainer:
             self.folder, self.step, tensorboard=logging_.tensorboard, enabled=self.world.main
         )
         batches = training_batches(
-            self.data.train,
+            self.training,
             self.config.data,
-            seed=self.config.seed,
-            batch_size=optim.batch_size,
             start=self.step,
             stop=self.steps,
             rank=self.world.rank,
@@ -456,8 +455,7 @@ class Trainer:
 
     def _batch_of(self, step: int) -> str:
         """The images of the step that is counted as `step`, from 1."""
-        seed, size = self.config.seed, self.config.optim.batch_size
-        return f"its batch: {shortened(batch_names(self.data.train, seed, step - 1, size))}"
+        return f"its batch: {shortened(self.training.names(step - 1))}"
 
     def _valid_pixels(self, targets: Sequence[Tensor]) -> LossNormalizer:
         """What every micro-batch is to be divided by, so that the mean of their losses is exactly

@@ -16,7 +16,9 @@ from torch import nn
 
 from .config import Config, ModelConfig
 from .datasets import load_data
-from .datasets.images import SegmentationData
+from .datasets.batches import Order, TrainingSet
+from .datasets.images import SegmentationData, Source
+from .datasets.labelled import Chosen, PartlyLabelled, labelled_images, with_masks
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
@@ -45,6 +47,8 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
         "distilled": ("seed", "amp", "data", "teacher", "student", "optim", "distill", "scale"),
     }[stage]
     table = config.model_dump(mode="json")
+    if stage == "teacher":  # which has all labels
+        del table["data"]["labelled"], table["data"]["labelled_per_batch"]
     # Neither changes a batch.
     for key in ("check", "workers"):
         del table["data"][key]
@@ -93,13 +97,17 @@ def run(
 ) -> Outcome:
     """Run or resume every stage, together with the other ranks."""
     check_shares(config, world)
+    config = config.with_unlabelled_index()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device, world)
     # Rank 0 first: what it fetches, prepares and checks the others need not.
     own = config.data if world.main else config.data.model_copy(update={"check": False})
     data = world.on_main_first(lambda: load_data(own, config.seed, config.distill.unlabelled_index))
+    training, labelled = training_sets(config, data)
     text = f"{len(data.train)} training and {len(data.val)} validation images"
+    if labelled is not None:
+        text += f", {len(labelled)} of the former with labels for the students"
     say(console, f"{text}, {data.num_classes} classes, on {device}")
     side = _side(config, data)
     models: dict[str, nn.Module] = {}
@@ -153,6 +161,7 @@ def run(
             objective,
             config=config,
             data=data,
+            training=training[stage],
             folder=config.run / stage,
             # A teacher that is only used is only evaluated.
             steps=model_config.steps if stage in config.stages else 0,
@@ -173,6 +182,32 @@ def run(
             f"val mIoU {results[stage].scores.miou:.4f}",
         )
     return Outcome(data, device, models, results, distillation)
+
+
+def training_sets(
+    config: Config, data: SegmentationData
+) -> tuple[dict[str, TrainingSet], tuple[int, ...] | None]:
+    """What each stage learns from, and the images whose labels the students see (None: all).
+
+    The teacher has all masks, the student alone the labelled images; distilled it sees all images,
+    with the labels of those.
+    """
+    labelled = labelled_images(data, config.data, config.seed)
+
+    def drawn(source: Source, **options: Any) -> TrainingSet:
+        order = Order(config.seed, config.optim.batch_size, len(source), **options)
+        return TrainingSet(source, order)
+
+    sets = {"teacher": drawn(with_masks(data))}
+    if labelled is None:
+        sets |= {"alone": drawn(data.train), "distilled": drawn(data.train)}
+        return sets, None
+    index = config.distill.unlabelled_index
+    assert index is not None
+    partly = PartlyLabelled(data.train, frozenset(labelled), index)
+    slots = {"labelled": labelled, "labelled_slots": config.labelled_slots}
+    sets |= {"alone": drawn(Chosen(data.train, labelled)), "distilled": drawn(partly, **slots)}
+    return sets, labelled
 
 
 def check_shares(config: Config, world: World) -> None:

@@ -14,8 +14,9 @@ import torch
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets.augment import augment
 from heteroakd_fast.train.datasets.batches import (
+    Order,
+    TrainingSet,
     evaluation_batches,
-    sample_index,
     to_tensors,
     training_batches,
 )
@@ -35,6 +36,13 @@ class Numbered:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return np.full((16, 16, 3), index, np.uint8), np.full((16, 16), index, np.int64)
 
+    def name(self, index: int) -> str:
+        return f"number {index}"
+
+
+def in_order(source: Source, batch_size: int, seed: int = 0) -> TrainingSet:
+    return TrainingSet(source, Order(seed, batch_size, len(source)))
+
 
 PLAIN = DataConfig(kind="landcover", augment="flip", photometric=True, crop_max_ratio=0.9, crop=16)
 
@@ -47,9 +55,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         seed: int, start: int, stop: int, workers: int = 0
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         chosen = config.model_copy(update={"workers": workers})
-        return list(
-            training_batches(source, chosen, seed=seed, batch_size=2, start=start, stop=stop)
-        )
+        return list(training_batches(in_order(source, 2, seed), chosen, start=start, stop=stop))
 
     whole = batches(0, 0, 8)
     state = torch.get_rng_state()
@@ -67,15 +73,12 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 def test_a_picture_is_augmented_anew_in_each_pass() -> None:
     config = DataConfig(kind="landcover", augment="dihedral")
 
-    class One:
-        def __len__(self) -> int:
-            return 1
-
+    class One(Numbered):
         def read(self, index: int) -> tuple[Pixels, Mask]:
             mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
             return np.stack([mask] * 3, axis=2), mask
 
-    batches = training_batches(One(), config, seed=0, batch_size=2, start=0, stop=40)
+    batches = training_batches(in_order(One(1), 2), config, start=0, stop=40)
     ways = [[tuple(target.flatten().tolist()) for target in targets] for _, targets in batches]
     for slot in (0, 1):
         assert len({step[slot] for step in ways}) == 8
@@ -84,12 +87,36 @@ def test_a_picture_is_augmented_anew_in_each_pass() -> None:
 
 def test_each_pass_shows_every_picture_once_in_a_new_order() -> None:
     passes = [
-        [sample_index(0, step, slot, 2, 10) for step in range(5 * p, 5 * p + 5) for slot in (0, 1)]
+        [Order(0, 2, 10).at(step, slot) for step in range(5 * p, 5 * p + 5) for slot in (0, 1)]
         for p in range(3)
     ]
     for one in passes:
         assert sorted(one) == list(range(10))
     assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(("slots", "batch_size"), [(1, 8), (4, 8), (3, 8), (8, 8), (2, 5)])
+def test_some_slots_of_a_batch_are_drawn_from_the_labelled_images(
+    slots: int, batch_size: int
+) -> None:
+    labelled = (3, 5, 6, 11)
+    order = Order(0, batch_size, 12, labelled, slots)
+    drawn = [[order.at(step, slot) for slot in range(batch_size)] for step in range(24)]
+    places = [
+        s for s in range(batch_size) if (s + 1) * slots // batch_size > s * slots // batch_size
+    ]
+    assert len(places) == slots
+    theirs = [step[place] for step in drawn for place in places]
+    rest = [image for step in drawn for s, image in enumerate(step) if s not in places]
+    for images, size in ((theirs, 4), (rest, 12)):  # each pass over them has every one once
+        for begin in range(0, len(images) - size + 1, size):
+            assert len(set(images[begin : begin + size])) == size
+    assert set(theirs) == set(labelled)
+    assert order.images(3) == sorted(set(drawn[3]))
+    # Ranks and micro-batches are runs of slots: each has its share, give or take one.
+    if batch_size == 8:
+        for run in (range(4), range(4, 8)):
+            assert abs(sum(place in run for place in places) - slots / 2) < 1
 
 
 @pytest.mark.parametrize("kind", ["none", "flip", "dihedral"])
@@ -154,9 +181,7 @@ def batches_of(
     source: Source, config: DataConfig = PLAIN, batch_size: int = 12, stop: int = 2, **shares: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(
-        training_batches(
-            source, config, seed=0, batch_size=batch_size, start=0, stop=stop, **shares
-        )
+        training_batches(in_order(source, batch_size), config, start=0, stop=stop, **shares)
     )
 
 
@@ -220,7 +245,7 @@ class Broken(Numbered):
 def test_an_error_comes_out_of_a_worker_as_it_is(workers: int) -> None:
     config = PLAIN.model_copy(update={"workers": workers})
     for batches in (
-        training_batches(Broken(), config, seed=0, batch_size=2, start=0, stop=6),
+        training_batches(in_order(Broken(), 2), config, start=0, stop=6),
         evaluation_batches(Broken(), 2, config=config),
     ):
         with pytest.raises(DataError) as caught:

@@ -24,7 +24,7 @@ from train_helpers import trainer as make_trainer
 from heteroakd_fast.train import engine
 from heteroakd_fast.train.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 from heteroakd_fast.train.config import Config
-from heteroakd_fast.train.datasets.batches import sample_index
+from heteroakd_fast.train.datasets.batches import Order
 from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.errors import CheckpointError, TrainingError
@@ -68,11 +68,8 @@ def parameters(run: Trainer) -> dict[str, Tensor]:
 
 
 def batch(config: Config, data: SegmentationData, step: int) -> list[str]:
-    size = config.optim.batch_size
-    indices = [
-        sample_index(config.seed, step - 1, slot, size, len(data.train)) for slot in range(size)
-    ]
-    return [str(data.train.pairs[index][0]) for index in indices]  # type: ignore[attr-defined]
+    order = Order(config.seed, config.optim.batch_size, len(data.train))
+    return [data.train.name(index) for index in order.images(step - 1)]
 
 
 @pytest.mark.parametrize(

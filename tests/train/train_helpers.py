@@ -150,6 +150,7 @@ def trainer(
     values: dict[str, Any] = {
         "config": config,
         "data": data,
+        "training": pipeline.training_sets(config, data)[0]["alone"],
         "folder": config.run / folder,
         "steps": config.student.steps,
         "model_config": config.student,

@@ -10,8 +10,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,31 +23,58 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import DataConfig
 from ..errors import DataError, TrainingError, UserError
 from .augment import augment, fit_image
-from .folders import FileSource
 from .images import Mask, Pixels, Source
 
-# Kept apart so that the order of the images and their augmentation never share a random stream.
-_ORDER, _AUGMENT = 1, 2
+# Kept apart so that orders of images and their augmentation never share a random stream.
+_ORDER, _AUGMENT, _LABELLED_ORDER = 1, 2, 4
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, _ORDER, epoch)).permutation(size)
+@lru_cache(maxsize=8)
+def _permutation(seed: int, stream: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, stream, epoch)).permutation(size)
 
 
-def sample_index(seed: int, step: int, slot: int, batch_size: int, size: int) -> int:
-    """Which image is at `slot` of the batch of `step`; a new order in each pass."""
-    epoch, offset = divmod(step * batch_size + slot, size)
-    return int(_order(seed, epoch, size)[offset])
+@dataclass(frozen=True)
+class Order:
+    """Which image is at a slot of the batch of a step; a new order in each pass over the images."""
+
+    seed: int
+    batch_size: int
+    size: int
+    """Number of images."""
+    labelled: tuple[int, ...] = ()
+    """Images that `labelled_slots` of a batch are drawn from, evenly spread over its slots, so that
+    every rank has its share; the other slots are drawn from all images."""
+    labelled_slots: int = 0
+
+    def at(self, step: int, slot: int) -> int:
+        before, after = (
+            place * self.labelled_slots // self.batch_size for place in (slot, slot + 1)
+        )
+        if after > before:
+            count = step * self.labelled_slots + before
+            return self.labelled[self._drawn(_LABELLED_ORDER, count, len(self.labelled))]
+        others = self.batch_size - self.labelled_slots
+        return self._drawn(_ORDER, step * others + slot - before, self.size)
+
+    def images(self, step: int) -> list[int]:
+        """The images of a step, on all ranks."""
+        return sorted({self.at(step, slot) for slot in range(self.batch_size)})
+
+    def _drawn(self, stream: int, count: int, size: int) -> int:
+        epoch, offset = divmod(count, size)
+        return int(_permutation(self.seed, stream, epoch, size)[offset])
 
 
-def batch_names(source: Source, seed: int, step: int, batch_size: int) -> list[str]:
-    """The images of a step on all ranks, for messages: their files, where they are files."""
-    slots = range(batch_size)
-    indices = {sample_index(seed, step, slot, batch_size, len(source)) for slot in slots}
-    if isinstance(source, FileSource):
-        return [str(source.pairs[index][0]) for index in sorted(indices)]
-    return [f"training image {index}" for index in sorted(indices)]
+class TrainingSet(NamedTuple):
+    """The images of a stage, and the order they come in."""
+
+    source: Source
+    order: Order
+
+    def names(self, step: int) -> list[str]:
+        """The images of a step, for messages."""
+        return [self.source.name(index) for index in self.order.images(step)]
 
 
 def to_tensors(image: Pixels, mask: Mask) -> tuple[Tensor, Tensor]:
@@ -59,14 +87,13 @@ def to_tensors(image: Pixels, mask: Mask) -> tuple[Tensor, Tensor]:
 
 
 def _augmented(
-    source: Source, config: DataConfig, seed: int, batch_size: int, keys: list[tuple[int, int]]
+    source: Source, config: DataConfig, order: Order, keys: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
     """The images of (step, slot): workers need no random state of their own."""
     items = []
     for step, slot in keys:
-        index = sample_index(seed, step, slot, batch_size, len(source))
-        rng = np.random.default_rng((seed, _AUGMENT, step, slot))
-        items.append(to_tensors(*augment(*source.read(index), config, rng)))
+        rng = np.random.default_rng((order.seed, _AUGMENT, step, slot))
+        items.append(to_tensors(*augment(*source.read(order.at(step, slot)), config, rng)))
     shape = items[0][1].shape
     if other := next((target.shape for _, target in items if target.shape != shape), None):
         raise DataError(
@@ -184,11 +211,9 @@ def _calm_about_children() -> Iterator[None]:
 
 
 def training_batches(
-    source: Source,
+    training: TrainingSet,
     config: DataConfig,
     *,
-    seed: int,
-    batch_size: int,
     start: int,
     stop: int,
     rank: int = 0,
@@ -197,13 +222,14 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro-batches of this rank in the steps start .. stop-1, `accumulate` of them a step.
 
-    `batch_size` counts the images of a step on all ranks: however they are shared out, a step
-    sees the same ones.
+    A batch of the order is a step's, on all ranks: however it is shared out, a step sees the same
+    images.
     """
-    size, rest = divmod(batch_size, world * accumulate)
+    source, order = training
+    size, rest = divmod(order.batch_size, world * accumulate)
     if rest:
         raise ValueError(
-            f"batch_size {batch_size} cannot be shared out evenly: "
+            f"batch_size {order.batch_size} cannot be shared out evenly: "
             f"{world} ranks x {accumulate} micro-batches"
         )
     firsts = [(micro * world + rank) * size for micro in range(accumulate)]
@@ -212,7 +238,7 @@ def training_batches(
         for step in range(start, stop)
         for first in firsts
     )
-    read = partial(_augmented, source, config, seed, batch_size)
+    read = partial(_augmented, source, config, order)
     return _read(read, keys, config.workers, pin_memory=torch.cuda.is_available())
 
 

@@ -22,7 +22,7 @@ from .images import (
     spread_palette,
 )
 
-Pair = tuple[Path, Path]
+Pair = tuple[Path, Path | None]  # of an image and its mask
 
 _UNLABELLED = 255  # in all published data sets; in VOC the border around objects
 # Of published data sets only so many files of each split are read before training.
@@ -80,6 +80,8 @@ class FileSource:
     pairs: tuple[Pair, ...]
     #: By how the mask's file name ends; the first that fits.
     encodings: tuple[tuple[str, Encoding], ...]
+    #: Of every pixel of an image without a mask.
+    ignore_index: int = _UNLABELLED
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -87,6 +89,8 @@ class FileSource:
     def read(self, index: int) -> tuple[Pixels, Mask]:
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path)
+        if mask_path is None:
+            return image, np.full(image.shape[:2], self.ignore_index, np.int64)
         values = (read_sbd_mask if mask_path.suffix == ".mat" else read_mask)(mask_path)
         if image.shape[:2] != values.shape:
             turned = image.shape[1::-1] == values.shape
@@ -97,6 +101,9 @@ class FileSource:
             )
         encoding = next(e for ending, e in self.encodings if mask_path.name.endswith(ending))
         return image, encoding.decode(values, mask_path)
+
+    def name(self, index: int) -> str:
+        return str(self.pairs[index][0])
 
 
 _Loaded = tuple[FileSource, FileSource, tuple[str, ...], Palette]
@@ -119,7 +126,13 @@ def load_layout(
     )
     if config.check is not False:
         _check_files(train, val, config)
-    return SegmentationData(train, val, names, palette, config.ignore_index)
+    with_mask = tuple(index for index, (_, mask) in enumerate(train.pairs) if mask is not None)
+    if not with_mask or any(mask is None for _, mask in val.pairs):
+        raise DataError(
+            f"{root}: holds no mask for training, or an image for validation without one"
+        )
+    some = with_mask if len(with_mask) < len(train) else None
+    return SegmentationData(train, val, names, palette, config.ignore_index, with_mask=some)
 
 
 def _check_files(train: FileSource, val: FileSource, config: DataConfig) -> None:
@@ -147,9 +160,12 @@ def _listed(folder: Path, layout: str) -> list[Path]:
 
 
 def _pair_up(
-    images: Iterable[Path], masks: Callable[[Path], tuple[Path, ...]], nothing: str = ""
+    images: Iterable[Path],
+    masks: Callable[[Path], tuple[Path, ...]],
+    nothing: str = "",
+    some_without: bool = False,
 ) -> tuple[Pair, ...]:
-    """Each image with the first of its possible masks that exists."""
+    """Each image with the first of its possible masks that exists; `some_without`: or None."""
     choices = {image: masks(image) for image in images}
     if not choices:
         raise DataError(nothing)
@@ -160,8 +176,12 @@ def _pair_up(
     missing = [image for image, paths in found.items() if not paths]
     if missing:
         expected = " or ".join(map(str, choices[missing[0]]))
-        raise DataError(f"{missing[0]}: has no mask {expected}{_more(missing)}")
-    return tuple((image, paths[0]) for image, paths in found.items())
+        if not some_without:
+            raise DataError(
+                f"{missing[0]}: has no mask {expected}{_more(missing)}; where only the teacher is "
+                'to label such images, set data.labelled = "masks"'
+            )
+    return tuple((image, paths[0] if paths else None) for image, paths in found.items())
 
 
 def _more(missing: list[Path]) -> str:
@@ -398,18 +418,21 @@ _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 def _folder(config: DataConfig, root: Path, seed: int, unlabelled_index: int | None) -> _Loaded:
     assert config.num_classes is not None  # the configuration requires it
     _listed(root, "data.root with images/ and masks/, or train/ and val/ with both")
+    some_without = config.labelled is not None
     if (root / "train").is_dir() or (root / "val").is_dir():
-        train, val = _pairs(root / "train"), _pairs(root / "val")
+        train, val = _pairs(root / "train", some_without), _pairs(root / "val")
     else:
-        pairs = _pairs(root)
-        if len(pairs) < 2:
+        pairs = _pairs(root, some_without)
+        masked = [pair for pair in pairs if pair[1] is not None]
+        if len(masked) < 2:
             raise DataError(
-                f"{root}: one image only; at least two are needed, one of them for validation"
+                f"{root}: fewer than two images with a mask; at least two are needed, one of them "
+                "for validation"
             )
-        held_out = min(len(pairs) - 1, max(1, round(len(pairs) * config.val_fraction)))
-        order = np.random.default_rng((seed, _SPLIT)).permutation(len(pairs))
-        train = tuple(pairs[index] for index in sorted(order[held_out:]))
-        val = tuple(pairs[index] for index in sorted(order[:held_out]))
+        held_out = min(len(masked) - 1, max(1, round(len(masked) * config.val_fraction)))
+        order = np.random.default_rng((seed, _SPLIT)).permutation(len(masked))
+        val = tuple(masked[index] for index in sorted(order[:held_out]))
+        train = tuple(pair for pair in pairs if pair not in set(val))
     count, ignore = config.num_classes, config.ignore_index
     encode = Encoding.shifted if config.reduce_zero_label else Encoding.plain
     encoding = encode(count, ignore, ignore)
@@ -417,10 +440,11 @@ def _folder(config: DataConfig, root: Path, seed: int, unlabelled_index: int | N
         encoding = encoding.also(unlabelled_index, "only the teacher labels it")
     encodings = (("", encoding),)
     names = config.class_names or tuple(f"class {index}" for index in range(count))
-    return FileSource(train, encodings), FileSource(val, encodings), names, spread_palette(count)
+    training, validation = (FileSource(pairs, encodings, ignore) for pairs in (train, val))
+    return training, validation, names, spread_palette(count)
 
 
-def _pairs(folder: Path) -> tuple[Pair, ...]:
+def _pairs(folder: Path, some_without: bool = False) -> tuple[Pair, ...]:
     layout = f"{folder}/images and {folder}/masks"
     masks = folder / "masks"
     images = [
@@ -441,4 +465,5 @@ def _pairs(folder: Path) -> tuple[Pair, ...]:
             masks / f"{image.stem}{end}" for end in (".png", ".tif", ".PNG", ".TIF")
         ),
         f"{folder / 'images'}: holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})",
+        some_without,
     )

@@ -38,6 +38,10 @@ class Source(Protocol):
 
     def read(self, index: int) -> tuple[Pixels, Mask]: ...
 
+    def name(self, index: int) -> str:
+        """What messages call an image: its file, where it is one."""
+        ...
+
 
 @dataclass(frozen=True)
 class SegmentationData:
@@ -49,6 +53,8 @@ class SegmentationData:
     palette: Palette
     ignore_index: int
     credit: str = ""
+    with_mask: tuple[int, ...] | None = None
+    """The training images that have a mask, where not all have one."""
 
     @property
     def num_classes(self) -> int:

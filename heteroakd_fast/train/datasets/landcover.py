@@ -96,6 +96,9 @@ class Tiles:
         mask[mask == _UNUSED] = self.ignore_index
         return self.images[index], mask
 
+    def name(self, index: int) -> str:
+        return f"tile {index}"
+
 
 def cache_folder() -> Path:
     """Where fetched files are kept; HETEROAKD_CACHE overrides it."""

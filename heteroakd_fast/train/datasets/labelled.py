@@ -1,0 +1,96 @@
+"""Which images a network learns from, and which of their labels it sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import DataError
+from .images import Mask, Pixels, SegmentationData, Source
+
+_CHOICE = 5  # its own random stream, see batches.py
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some images of a source."""
+
+    source: Source
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Pixels, Mask]:
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+
+@dataclass(frozen=True)
+class PartlyLabelled:
+    """All images of a source; pixels of those that are not `labelled` have `unlabelled_index`."""
+
+    source: Source
+    labelled: frozenset[int]
+    unlabelled_index: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> tuple[Pixels, Mask]:
+        image, mask = self.source.read(index)
+        if index not in self.labelled:
+            mask = np.full(mask.shape, self.unlabelled_index, np.int64)
+        return image, mask
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+def with_masks(data: SegmentationData) -> Source:
+    """The training images that have a mask: what a network without a teacher can learn from."""
+    return data.train if data.with_mask is None else Chosen(data.train, data.with_mask)
+
+
+def labelled_images(
+    data: SegmentationData, config: DataConfig, seed: int
+) -> tuple[int, ...] | None:
+    """The training images whose labels students see, as `data.labelled` has it; None: all.
+
+    Raises:
+        DataError: more are asked for than have a mask, or names that no image has.
+    """
+    there = tuple(range(len(data.train))) if data.with_mask is None else data.with_mask
+    asked = config.labelled
+    if asked is None:
+        return None
+    if asked == "masks":
+        return there
+    if isinstance(asked, tuple):
+        return _named(data.train, there, asked)
+    count = max(1, round(asked * len(there))) if isinstance(asked, float) else asked
+    if count > len(there):
+        raise DataError(
+            f"data.labelled is {asked}, but {len(there)} training images have a mask; take fewer, "
+            "or leave it out"
+        )
+    order = np.random.default_rng((seed, _CHOICE)).permutation(len(there))
+    return tuple(sorted(there[index] for index in order[:count]))
+
+
+def _named(source: Source, there: tuple[int, ...], names: tuple[str, ...]) -> tuple[int, ...]:
+    known: dict[str, int] = {}
+    for index in there:
+        path = Path(source.name(index))
+        known |= {path.stem: index, path.name: index}
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(
+            f"data.labelled names {unknown[0]!r}, and no training image with a mask is called so "
+            f"(there are {', '.join(sorted(Path(source.name(i)).name for i in there[:3]))} ...)"
+        )
+    return tuple(sorted({known[name] for name in names}))

@@ -24,7 +24,7 @@ from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
 from .logs import say
 from .models import build_model, check_logits, count_parameters
-from .objectives import DistillObjective, Objective, PlainObjective, dry_run
+from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory, dry_run
 from .parallel import synchronise_batch_norms
 
 
@@ -93,9 +93,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def run(
-    config: Config, console: Console, resume_anyway: bool = False, world: World = ALONE
+    config: Config,
+    console: Console,
+    resume_anyway: bool = False,
+    world: World = ALONE,
+    memory: TeacherMemory | None = None,
 ) -> Outcome:
-    """Run or resume every stage, together with the other ranks."""
+    """Run or resume every stage, together with the other ranks; `memory`: of this teacher."""
     check_shares(config, world)
     config = config.with_unlabelled_index()
     if config.threads is not None:
@@ -150,6 +154,7 @@ def run(
             device=device,
             seed=config.seed,
             process_group=world.process_group,
+            memory=memory,
         )
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
     for objective in objectives.values():

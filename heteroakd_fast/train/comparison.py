@@ -52,7 +52,6 @@ DIRECTIONS = {
     "Transformer -> CNN": "pair-tiny-segformer-unet",
     "CNN -> Transformer": "pair-tiny-unet-segformer",
 }
-_QUICK = {"methods": (BASE, "kd-t2", OURS), "seeds": 3, "more_labelled": ()}
 _RESAMPLES = 10_000
 
 
@@ -474,7 +473,8 @@ def main(argv: list[str] | None, console: Console) -> None:
     with quiet_broken_pipe():
         options = tyro.cli(Options, prog="heteroakd-experiment", args=argv, description=__doc__)
     if options.quick:
-        options = dataclasses.replace(options, **_QUICK)
+        few = (BASE, "kd-t2", OURS)
+        options = dataclasses.replace(options, methods=few, seeds=3, more_labelled=())
     check(options)
     with locked(options.run, "experiment"):
         report(options, *run(options, console), console)

@@ -169,7 +169,8 @@ def configure(
 
 def places(options: Options) -> Iterator[Place]:
     """Seeds outermost: stopped half-way, every method has as many of them as the others."""
-    parts = [((options.labelled,), options.methods, options.seeds)]
+    first: tuple[int, ...] = (options.labelled,)
+    parts = [(first, options.methods, options.seeds)]
     parts.append((options.more_labelled, options.more_methods, options.more_seeds))
     for numbers, methods, seeds in parts:
         for seed in range(options.first_seed, options.first_seed + seeds):

@@ -81,6 +81,12 @@ class DataConfig(_Table):
     Validation masks keep their size."""
     crop: int | tuple[int, int] | None = None
     """Side or [height, width] of the random training crop; none: the whole image."""
+    window: int | tuple[int, int] | None = None
+    """Side or [height, width] of the windows that large validation images are evaluated by, each as
+    far from the next as `window_stride`, with logits averaged where they overlap; none: whole
+    images."""
+    window_stride: int | tuple[int, int] | None = None
+    """Distance of the windows down and across; none: two thirds of their sides."""
     crop_max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels in one class: up to 10 crops are tried; 1: any."""
     scale: tuple[float, float] = (1.0, 1.0)
@@ -110,7 +116,18 @@ class DataConfig(_Table):
         """Height and width of the crop."""
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
-    @field_validator("crop", mode="before")
+    @property
+    def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Sides and distances of the windows of an evaluation."""
+        if self.window is None:
+            return None
+        sides = (self.window, self.window) if isinstance(self.window, int) else self.window
+        step = self.window_stride
+        if step is None:
+            return sides, (max(1, 2 * sides[0] // 3), max(1, 2 * sides[1] // 3))
+        return sides, (step, step) if isinstance(step, int) else step
+
+    @field_validator("crop", "window", mode="before")
     @classmethod
     def _one_side_or_two(cls, value: Any) -> Any:
         # One message instead of one for each of the types it may have.
@@ -137,6 +154,15 @@ class DataConfig(_Table):
                 f"data.resize is {list(self.resize)}, expected [long, short] with "
                 "long >= short >= 16"
             )
+        if self.window_stride is not None and self.window is None:
+            raise ValueError("data.window_stride needs data.window")
+        if self.windows is not None:
+            for side, step in zip(*self.windows, strict=True):
+                if not 1 <= step <= side:
+                    raise ValueError(
+                        f"data.window_stride is {self.window_stride}, expected 1 to the sides of "
+                        f"data.window, {self.window}: pixels between windows would have no logits"
+                    )
         if self.crop_max_ratio < 1.0 and self.crop is None:
             raise ValueError("data.crop_max_ratio needs data.crop")
         if isinstance(self.labelled, float) and not 0.0 < self.labelled <= 1.0:

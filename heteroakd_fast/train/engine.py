@@ -38,7 +38,7 @@ from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, s
 from .files import write_atomically
 from .logs import Records, StageProgress, say
 from .looking import Gallery
-from .models import forward_logits
+from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
 from .parallel import Parallel, rehearsal
 
@@ -137,7 +137,12 @@ def evaluate(
     # Not compiled: images of many shapes would be compiled one by one.
     with autocast(device, config.amp), torch.compiler.set_stance("force_eager"):
         for images, target in batches:
-            matrix.update(forward_logits(model, normalize(images)), target.to(device))
+            windows = config.data.windows
+            images = normalize(images)
+            logits = (
+                window_logits(model, images, *windows) if windows else forward_logits(model, images)
+            )
+            matrix.update(logits, target.to(device))
     model.train(was_training)
     matrix.counts = world.total(matrix.counts)
     return matrix.scores()

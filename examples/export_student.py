@@ -2,9 +2,9 @@
 
     python examples/export_student.py runs/landcover student.pt2 --size 128 128
 
-The program takes any number of uint8 RGB images of one size, [B, 3, H, W], and returns the logits of
-the network, [B, C, h, w]: they are compared with those before the export. With onnx and onnxscript
-installed, student.onnx is written, too. Trains nothing; seconds on a CPU.
+The program takes any number of uint8 RGB images of one size, [B, 3, H, W], and returns the logits
+of the network, [B, C, h, w], which are compared with those before the export. Where onnx and
+onnxscript are installed, student.onnx is written, too. Trains nothing; seconds on a CPU.
 """
 
 from __future__ import annotations

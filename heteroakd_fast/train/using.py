@@ -23,7 +23,7 @@ from .datasets.batches import Normalizer, image_tensor
 from .datasets.folders import IMAGE_SUFFIXES
 from .datasets.images import Mask, Palette, Pixels, read_image
 from .engine import choose_device, predict
-from .errors import DataError, ModelError
+from .errors import DataError, ModelError, StoppedError
 from .files import write_file
 from .logs import say
 from .models import build_model, load_weights
@@ -149,9 +149,9 @@ def _metadata(path: Path) -> dict[str, str]:
 class _Options:
     """Write the mask that a trained student predicts of each image, and an overlay beside it."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or a weights file that one wrote. Its configuration may run code."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
     """Image files, or folders of them."""
     output: Path
     """Folder for NAME.png and NAME-overlay.png."""
@@ -166,12 +166,16 @@ def main(argv: list[str], console: Console) -> None:
     options = tyro.cli(_Options, prog="heteroakd-train predict", args=argv)
     targets = _targets(options.images, options.output)
     student = load_student(options.run, options.stage, options.device)
-    for path, files in targets.items():
-        image = read_image(path)
-        for file, drawn in zip(files, student.draw(image, *student.predict([image])), strict=True):
-            buffer = io.BytesIO()
-            drawn.save(buffer, format="PNG")
-            write_file(file, buffer.getvalue())
+    try:
+        for path, files in targets.items():
+            image = read_image(path)
+            drawn = student.draw(image, *student.predict([image]))
+            for file, picture in zip(files, drawn, strict=True):
+                buffer = io.BytesIO()
+                picture.save(buffer, format="PNG")
+                write_file(file, buffer.getvalue())
+    except KeyboardInterrupt:
+        raise StoppedError("interrupted; the files written so far are complete") from None
     say(console, f"{options.output}: masks and overlays of {len(targets)} images, {student.path}")
 
 
@@ -186,6 +190,8 @@ def _targets(given: Iterable[Path], output: Path) -> dict[Path, list[Path]]:
             raise DataError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:
             images[file] = [output / f"{file.stem}{end}.png" for end in ("", "-overlay")]
+    if not images:
+        raise DataError("IMAGE: got none, expected image files or folders of them")
     taken = {path.resolve(): path for path in images}
     for path, targets in images.items():
         for target in targets:

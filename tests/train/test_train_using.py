@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from train_helpers import QUIET, same_weights, write_config
 
-from heteroakd_fast.train import Student, load_student, pipeline
+from heteroakd_fast.train import Student, load_student, pipeline, using
 from heteroakd_fast.train.cli import main
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.datasets.images import spread_palette
@@ -153,6 +153,7 @@ def test_many_classes(outcome: tuple[Config, pipeline.Outcome]) -> None:
         (["photos", "photos"], 1, "photos: nothing trained in it yet; expected distilled/model"),
         (["runs/landcover", "photos/c.png"], 1, "photos/c.png: cannot be read as an image"),
         (["runs/landcover", "new.safetensors"], 1, "new.safetensors: cannot be read as an image"),
+        (["runs/landcover"], 1, "IMAGE: got none, expected image files or folders of them"),
         (["runs/landcover", "runs"], 1, "runs: holds no image (.bmp, "),
         (["runs/landcover", "photos", "--output", "photos/a.jpg"], 1, "cannot be written"),
         (["runs/landcover", "photos", "--output", "photos"], 1, "b.png is taken by photos/b.png"),
@@ -179,6 +180,17 @@ def test_errors(
     assert message in printed
     assert printed.count("\n") == 1
     assert sorted(here.rglob("*")) == before
+
+
+def test_an_interrupt(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(using, "read_image", interrupted)
+    assert main(["predict", "runs/landcover", "photos", "--output", "masks"]) == 130
+    assert "interrupted; the files written so far are complete" in capsys.readouterr().err
 
 
 def test_export(here: Path) -> None:

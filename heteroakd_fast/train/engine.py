@@ -594,7 +594,7 @@ class Trainer:
         }
         # For `load_student`, and `format` for transformers, which refuses metadata without it.
         data, used = self.data, self.config.data
-        lists = {"class_names": data.class_names, "palette": data.palette}
+        lists: dict[str, Any] = {"class_names": data.class_names, "palette": data.palette}
         lists |= {"mean": used.mean, "std": used.std}
         metadata = {"format": "pt", "stage": self.name, "config": as_toml(self.config)}
         metadata |= {key: json.dumps(value) for key, value in lists.items()}

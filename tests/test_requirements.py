@@ -179,6 +179,12 @@ def test_networks_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_trained_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'load_student: pillow: .*"heteroakd-fast\[train\]"$'):
+        from heteroakd_fast.train import load_student  # noqa: F401
+
+
 def test_logs_of_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -592,7 +592,7 @@ class Trainer:
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, value in self.objective.model.state_dict().items()
         }
-        # For `load_student`, and `format` for transformers, which refuses metadata without it.
+        # For `load_student`; `format` as other writers of the format have it.
         data, used = self.data, self.config.data
         lists: dict[str, Any] = {"class_names": data.class_names, "palette": data.palette}
         lists |= {"mean": used.mean, "std": used.std}

@@ -56,25 +56,22 @@ class Student:
         data = self.config.data
         return Normalizer(data, self.device)(image_tensor(fit_image(image, data))[None])
 
-    def predict(self, images: Iterable[Path | str | Pixels]) -> list[Mask]:
-        """Class ids [H, W] of each image, a file or an array as in `inputs`, at its own size."""
-        pixels = (read_image(i) if isinstance(i, Path | str) else i for i in images)
-        return [
-            predict(self.model, self.inputs(image), (image.shape[0], image.shape[1]))[0]
-            .cpu()
-            .numpy()
-            for image in pixels
-        ]
+    def predict(self, image: Path | str | Pixels) -> Mask:
+        """Class ids [H, W] of an image, a file or an array as in `inputs`, at its own size."""
+        pixels = read_image(image) if isinstance(image, Path | str) else image
+        inputs = self.inputs(pixels)
+        mask: Mask = predict(self.model, inputs, pixels.shape[:2])[0].cpu().numpy()
+        return mask
 
     def draw(self, image: Pixels, mask: Mask) -> tuple[Image.Image, Image.Image]:
         """The mask with the palette, or in 16-bit grey above 256 classes; and over the image."""
         colours = np.array(self.palette, np.uint8)
-        if many := len(colours) > 256:
-            mask = mask.astype(np.uint16)
+        overlay = Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
+        if len(colours) > 256:
+            return Image.fromarray(mask.astype(np.uint16)), overlay
         drawn = Image.fromarray(mask)
-        if not many:
-            drawn.putpalette(colours.tobytes())
-        return drawn, Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
+        drawn.putpalette(colours.tobytes())
+        return drawn, overlay
 
 
 def load_student(
@@ -169,10 +166,9 @@ def main(argv: list[str], console: Console) -> None:
     try:
         for path, files in targets.items():
             image = read_image(path)
-            drawn = student.draw(image, *student.predict([image]))
-            for file, picture in zip(files, drawn, strict=True):
+            for file, drawn in zip(files, student.draw(image, student.predict(image)), strict=True):
                 buffer = io.BytesIO()
-                picture.save(buffer, format="PNG")
+                drawn.save(buffer, format="PNG")
                 write_file(file, buffer.getvalue())
     except KeyboardInterrupt:
         raise StoppedError("interrupted; the files written so far are complete") from None

@@ -68,7 +68,7 @@ def test_one_file_is_enough(outcome: tuple[Config, pipeline.Outcome], tmp_path: 
         metadata = file.metadata()
     assert json.loads(metadata["mean"]) == list(config.data.mean)
     assert json.loads(metadata["std"]) == list(config.data.std)
-    assert metadata["format"] == "pt"  # transformers refuses others
+    assert metadata["format"] == "pt"
     with pytest.raises(ModelError, match="got the stage distilled, expected alone"):
         load_student(path, "alone")
 
@@ -103,7 +103,7 @@ def test_predictions_are_those_that_were_scored(outcome: tuple[Config, pipeline.
     for index in range(len(done.data.val)):
         image, label = done.data.val.read(index)
         # A view with negative strides, as OpenCV's images are often turned into RGB.
-        (mask,) = student.predict([np.ascontiguousarray(image[..., ::-1])[..., ::-1]])
+        mask = student.predict(np.ascontiguousarray(image[..., ::-1])[..., ::-1])
         valid = label != 255
         np.add.at(counts, (label[valid], mask[valid]), 1)
     hits = counts.diagonal()
@@ -112,7 +112,7 @@ def test_predictions_are_those_that_were_scored(outcome: tuple[Config, pipeline.
     iou = hits / (counts.sum(0) + counts.sum(1) - hits)
     assert iou == pytest.approx(np.array(scores.class_iou), nan_ok=True)
     with pytest.raises(DataError, match=r"got float64 \[4, 4, 3\], expected uint8 \[H, W, 3\]"):
-        student.predict([np.zeros((4, 4, 3))])
+        student.predict(np.zeros((4, 4, 3)))
 
 
 def test_predict(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_predict(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "new/masks: masks and overlays of 2 images" in capsys.readouterr().out
     student = load_student("runs/landcover")
     for path in (here / "photos").iterdir():
-        (expected,) = student.predict([path])
+        expected = student.predict(path)
         with Image.open(path) as image, Image.open(f"new/masks/{path.stem}.png") as mask:
             assert (mask.mode, mask.size) == ("P", image.size)
             assert np.array_equal(np.asarray(mask), expected)
@@ -140,7 +140,7 @@ def test_many_classes(outcome: tuple[Config, pipeline.Outcome]) -> None:
         model.classifier.bias[299] = 1e4
     student = Student(model, Path(), "alone", names, spread_palette(300), outcome[0], cpu)
     image = np.zeros((8, 9, 3), np.uint8)
-    mask, overlay = student.draw(image, *student.predict([image]))
+    mask, overlay = student.draw(image, student.predict(image))
     assert mask.mode == "I;16"
     assert (np.asarray(mask) == 299).all()
     assert np.abs(np.asarray(overlay) * 2.0 - student.palette[299]).max() <= 2

@@ -62,8 +62,13 @@ def _main(argv: list[str] | None, console: Console) -> None:
     from .logs import say
     from .reading import as_toml, embedded_recipes, parse_command_line
 
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["predict"]:
+        from .using import main
+
+        return main(argv[1:], console)
     with quiet_broken_pipe():
-        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        options = parse_command_line(argv)
         if options.front.print_config:
             sys.stdout.write(as_toml(options.config, with_run=options.run_named))
             return

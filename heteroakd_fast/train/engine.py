@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -35,12 +36,13 @@ from .datasets.batches import Normalizer, TrainingSet, evaluation_batches, train
 from .datasets.images import SegmentationData
 from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
-from .files import write_atomically
+from .files import write_file
 from .logs import Records, StageProgress, say
 from .looking import Gallery
 from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
 from .parallel import Parallel, rehearsal
+from .reading import as_toml
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -595,7 +597,10 @@ class Trainer:
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, value in self.objective.model.state_dict().items()
         }
-        try:
-            write_atomically(path, (serialize(weights),))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        # For `load_student`; `format` as other writers of the format have it.
+        data, used = self.data, self.config.data
+        lists: dict[str, Any] = {"class_names": data.class_names, "palette": data.palette}
+        lists |= {"mean": used.mean, "std": used.std}
+        metadata = {"format": "pt", "stage": self.name, "config": as_toml(self.config)}
+        metadata |= {key: json.dumps(value) for key, value in lists.items()}
+        write_file(path, serialize(weights, metadata))

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from .errors import UserError
+
 
 def write_atomically(
     path: Path, chunks: Iterable[bytes | memoryview], keep_as: Path | None = None
@@ -31,6 +33,18 @@ def write_atomically(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as `write_atomically` does.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, (content,))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def remove_leftovers(folder: Path) -> None:

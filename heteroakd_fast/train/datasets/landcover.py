@@ -25,7 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import write_file
 from .images import Mask, Pixels, SegmentationData, palette_of, read_image, read_mask
 
 CREDIT = (
@@ -125,10 +125,7 @@ def load_landcover(
         image = read_image(image_package.member, _member(image_package, folder))
         label = read_mask(label_package.member, _member(label_package, folder))
         tensors = cut_tiles(image, label.astype(np.uint8))
-        try:
-            write_atomically(path, (serialize(tensors),))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+        write_file(path, serialize(tensors))
 
     def tiles(split: str) -> Tiles:
         return Tiles(

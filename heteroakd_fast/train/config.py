@@ -492,7 +492,7 @@ class Config(_Table):
         if self.data.labelled is None or self.distill.unlabelled_index is not None:
             return self
         count = _CLASSES.get(self.data.kind, self.data.num_classes) or 0
-        values = range(255 if count < 254 else 65535, -1, -1)
+        values = [*range(255, count - 1, -1), 65535, 65534]
         free = next(value for value in values if value != self.data.ignore_index)
         distill = self.distill.model_copy(update={"unlabelled_index": free})
         return self.model_copy(update={"distill": distill})

@@ -41,7 +41,7 @@ from .logs import Records, StageProgress, say
 from .looking import Gallery
 from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
-from .parallel import Parallel, rehearsal
+from .parallel import Parallel, rehearsal, uncompiled
 from .reading import as_toml
 
 log = logging.getLogger("heteroakd_fast.train")
@@ -136,8 +136,7 @@ def evaluate(
         rank=world.rank,
         world=world.size,
     )
-    # Not compiled: images of many shapes would be compiled one by one.
-    with autocast(device, config.amp), torch.compiler.set_stance("force_eager"):
+    with autocast(device, config.amp), uncompiled():
         for images, target in batches:
             windows = config.data.windows
             images = normalize(images)

@@ -146,7 +146,7 @@ class StageProgress(AbstractContextManager["StageProgress"]):
         if self._bar.disable and (first or now >= self._next_line or step == self.total):
             self._next_line = now + _PLAIN_SECONDS
             left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-            self.say(f"{self.name} {shown}, {left} left")
+            self.say(f"{self.name} {shown}" + (f", {left} left" if left else ""))
 
     def say(self, text: str) -> None:
         say(self.console, text)

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .. import __version__
@@ -132,8 +132,9 @@ def notes(results: Results) -> list[str]:
 
 def table(results: Results) -> Table:
     """Scores in percent, one column per network."""
-    titles = [TITLES[stage] for stage in results["stages"]]
-    view = Table("class", *titles, "gain", title="Validation IoU, %")
+    titles = (*(TITLES[stage] for stage in results["stages"]), "gain")
+    columns = [Column(title, justify="right") for title in titles]
+    view = Table("class", *columns, title="Validation IoU, %")
     for name, scores in rows(results):
         shown = (*map(percent, scores.values()), percent(gain(scores), "+"))
         # Text: a name of the user's holds no markup.
@@ -144,8 +145,7 @@ def table(results: Results) -> Table:
 def render(outcome: Outcome, config: Config, results: Results, figure: bytes) -> str:
     """The page, which needs no other file. The template escapes all text: names of classes and the
     configuration are the user's."""
-    files = {stage: config.run / stage / "metrics.jsonl" for stage in outcome.results}
-    metrics = {stage: read_metrics(file) for stage, file in files.items()}
+    metrics = {s: read_metrics(config.run / s / "metrics.jsonl") for s in outcome.results}
     functions = (percent, gain, rows, notes, headline, as_toml, timedelta, b64encode)
     names: dict[str, Any] = {function.__name__: function for function in functions}
     names |= {"outcome": outcome, "config": config, "results": results, "metrics": metrics}

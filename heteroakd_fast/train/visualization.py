@@ -145,7 +145,7 @@ def sample_figure(
     # The legend ends where the bars begin; an entry is a box of colour and letters of 8 points.
     entry = 0.5 + 0.075 * max(len(str(patch.get_label())) for patch in entries)
     per_row = max(1, int(cell * (1 + len(masks)) / entry))
-    gap, head, foot = 0.06, 0.45, max(0.3 + 0.19 * math.ceil(len(entries) / per_row), 0.7)
+    gap, head, foot = 0.06, 0.45, max(0.3 + 0.19 * math.ceil(len(entries) / per_row), 0.65)
     width = len(names) * (cell + gap) + gap
     height = head + sum(heights) + gap * (len(samples) - 1) + foot
     # A dollar sign in a name begins no formula.
@@ -166,9 +166,9 @@ def sample_figure(
                 image = axis.imshow(pixels, cmap, vmin=0.0, vmax=end, interpolation=smooth)
             if name in MAPS:
                 left, _, wide, _ = column[0].get_position().bounds
-                place = figure.add_axes((left, (foot - 0.18) / height, wide, 0.1 / height))
+                box = (left + 0.05 * wide, (foot - 0.18) / height, 0.9 * wide, 0.1 / height)
                 bar: Any = {"label": unit, "extend": extend, "orientation": "horizontal"}
-                figure.colorbar(image, place, **bar)
+                figure.colorbar(image, figure.add_axes(box), **bar)
         corner: Any = {"loc": "upper left", "bbox_to_anchor": (0.0, (foot - 0.03) / height)}
         figure.legend(handles=entries, ncols=per_row, frameon=False, **corner)
         figure.text(gap / width, 0.05 / height, data.credit, fontsize=6, color="0.35")

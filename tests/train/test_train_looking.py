@@ -86,7 +86,8 @@ def shown_in(figure: Figure, sample: int = 0) -> list[Pixels]:
 
 def test_every_part_of_a_sample_is_in_its_place() -> None:
     data = palette_data(3)
-    figure = sample_figure([sample_of(20, 40), sample_of(40, 40)], data, {"prediction": "ours"}, 80)
+    samples = [sample_of(300, 600), sample_of(40, 40)]  # shrunk, and enlarged
+    figure = sample_figure(samples, data, {"prediction": "ours"}, 80)
     image, label, prediction, reliability, discrepancy = shown_in(figure)
     titles = [axes.get_title() for axes in figure.axes[:5]]
     assert titles[:3] == ["image", "label", "ours"]
@@ -270,7 +271,9 @@ class Pictures:
     def read(self, index: int) -> tuple[Pixels, Mask]:
         rng = np.random.default_rng(index)
         picture = rng.integers(0, 255, (24, 32, 3), np.uint8)
-        return picture, np.full((24, 32), index % self.classes, np.uint8)
+        mask = np.full((24, 32), index % self.classes, np.uint8)
+        mask[:4, :5] = 255
+        return picture, mask
 
 
 def outcome_of(config: Config, stages: tuple[str, ...], names: tuple[str, ...]) -> Outcome:
@@ -357,7 +360,7 @@ def test_report_with_names_that_mean_something_elsewhere(config: Config) -> None
     outcome = outcome_of(config, ("teacher", "alone", "distilled"), NASTY)
     nothing = Scores(math.nan, math.nan, (math.nan,) * 3)
     outcome.results["alone"] = StageResult(nothing, -1.0, 0.0, 0)
-    config = changed(config, run=config.run / ":smile:" / "[bold]")
+    config = changed(config, run=config.run / ":smile:" / "[bold]", report={"samples": 3})
     stream = io.StringIO()
     write_report(outcome, config, Console(file=stream, width=120))
     printed = stream.getvalue()
@@ -418,6 +421,8 @@ def test_images_get_the_size_of_the_evaluation(config: Config) -> None:
     assert set(seen) == {(48, 64)}
     assert set(sample) == {"image", "label", "teacher", "distilled", "reliability", "discrepancy"}
     assert {shown.shape[:2] for shown in sample.values()} == {(24, 32)}
+    for name in ("reliability", "discrepancy"):
+        assert np.array_equal(np.isnan(sample[name]), sample["label"] == 255)
 
 
 def test_compiled_networks_are_looked_at_as_they_are(
@@ -486,13 +491,13 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         for step in range(101, 106):
             now[0] += 10.0
             progress.advance(step, {"loss": 0.5} if step > 101 else None, 16)
-        progress.waited(30.0)
-        now[0] += 10.0
+        progress.waited(26.0)
+        now[0] += 2.0
         progress.advance(1000, None, 16)
     assert stream.getvalue().splitlines() == [
         "teacher 102/1000  loss 0.500  1.6 img/s, 2:29:40 left",
         "teacher 104/1000  loss 0.500  1.6 img/s, 2:29:20 left",
-        "teacher 1000/1000  loss 0.500  240 img/s, 50 % waiting for images (data.workers)",
+        "teacher 1000/1000  loss 0.500  277 img/s, 50 % waiting for images (data.workers)",
     ]
 
 
@@ -504,6 +509,7 @@ def test_progress_on_a_terminal(term: str, monkeypatch: pytest.MonkeyPatch) -> N
     console = Console(file=stream, width=200, force_terminal=True)
     with StageProgress(console, "teacher", 10, 0) as progress:
         progress.advance(3, {"loss": 0.5}, 16)
+        assert term == "xterm" or "3/10  loss 0.500" in stream.getvalue()
         progress.say("teacher :smile: [bold]step[/bold] 3")
     shown = stream.getvalue()
     assert "3/10  loss 0.500" in shown

@@ -189,14 +189,20 @@ def test_logs_of_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Asked for by default, and no reason to refuse a run."""
-    from heteroakd_fast.train.logs import TensorBoard
+    from heteroakd_fast.train import logs
 
-    monkeypatch.setattr(TensorBoard, "_said", False)
+    logs._say_without_tensorboard.cache_clear()
     for name in ("tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level(logging.INFO):
-        assert not TensorBoard(tmp_path, 0, enabled=True).active
-    assert 'only metrics.jsonl is written; pip install "heteroakd-fast[train]"' in caplog.text
+        for stage in ("teacher", "alone"):
+            with logs.Records(tmp_path / stage, 0, tensorboard=True) as records:
+                assert records.tensorboard is None
+    # Once, not for every stage.
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoard is not installed: only metrics.jsonl is written; "
+        'pip install "heteroakd-fast[train]"'
+    ]
 
 
 def test_transformers_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,6 @@ def command(name: str, job: Callable[[Console], None]) -> int:
 
 
 def _main(argv: list[str] | None, console: Console) -> None:
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     from .logs import say
     from .reading import as_toml, embedded_recipes, parse_command_line
 
@@ -76,8 +73,8 @@ def _main(argv: list[str] | None, console: Console) -> None:
         for name, text in embedded_recipes().items():
             say(console, f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
         return
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    # Plain lines on stderr: a handler of rich's would break paths in two.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     _run(options, console)
 
 

@@ -38,11 +38,11 @@ from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
 from .files import write_file
 from .logs import Records, StageProgress, say
-from .looking import Gallery
 from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
 from .parallel import Parallel, rehearsal, uncompiled
 from .reading import as_toml
+from .visualization import Gallery
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -210,7 +210,7 @@ class Trainer:
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console, self.world = device, console, world
         self.normalize = Normalizer(config.data, device, config.scale.channels_last)
-        self.gallery = Gallery(config, data, self.normalize, predict, autocast(device, config.amp))
+        self.gallery = Gallery(config, data, device, config.log.images)
         self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
@@ -565,7 +565,7 @@ class Trainer:
             | {f"val iou/{name}": value for name, value in per_class.items()},
             self.step,
         )
-        self.gallery.show(records.board, self.objective, self.step)
+        self.gallery.show(records, self.objective, self.step)
         progress.say(
             f"{self.name} step {self.step}: val mIoU {scores.miou:.4f}, "
             f"pixel accuracy {scores.pixel_accuracy:.4f}"

@@ -38,6 +38,7 @@ def command(name: str, job: Callable[[Console], None]) -> int:
     from rich.console import Console
 
     from .logs import say
+    from .memory import ran_out
 
     try:
         job(Console())
@@ -49,6 +50,14 @@ def command(name: str, job: Callable[[Console], None]) -> int:
         code, message = 1, where + (error.strerror or str(error))
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command goes on from the last checkpoint"
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        said = (str(error).strip() or "no more is known").splitlines()[0]
+        code, message = 1, (
+            f"memory ran out ({said}); lower optim.batch_size, "
+            "optim.eval_batch_size or data.crop, or take a smaller network"
+        )
     else:
         return 0
     say(Console(stderr=True), f"{name}: {message}")
@@ -59,18 +68,18 @@ def _main(argv: list[str] | None, console: Console) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    from .logs import say
     from .reading import as_toml, embedded_recipes, parse_command_line
 
     with quiet_broken_pipe():
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         if options.front.print_config:
-            sys.stdout.write(as_toml(options.config, with_run=options.run_named))
+            print(as_toml(options.config, with_run=options.run_named), end="")
             return
-    if options.front.list_recipes:
-        for name, text in embedded_recipes().items():
-            say(console, f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
-        return
+        if options.front.list_recipes:
+            # Not by rich, which ends the program with a code of its own when a pipe is closed.
+            for name, text in embedded_recipes().items():
+                print(f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
+            return
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     _run(options, console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -14,8 +13,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     create_model,
-    field_validator,
     model_validator,
 )
 
@@ -41,9 +40,26 @@ class _Table(BaseModel):
             field.description = " ".join((field.description or "").split())
 
 
-Count = Annotated[int, Field(ge=1)]
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _without_nul(path: Path) -> Path:
+    # No system has it in a name, and Python raises far away from here.
+    _require("\0" not in str(path), f"got {str(path)!r}, expected a path without NUL")
+    return path
+
+
+# Upper limits are far above what anybody trains with: beyond them a slip of the keyboard would take
+# all memory or all processes of a machine.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Side = Annotated[int, Field(ge=16, le=32768)]
+Factor = Annotated[float, Field(gt=0.0, le=64.0)]
+FilePath = Annotated[Path, AfterValidator(_without_nul)]
 
 
 # Classes of the data sets that have their own.
@@ -56,7 +72,7 @@ class DataConfig(_Table):
     kind: Literal["landcover", "folder", "cityscapes", "voc", "ade20k"]
     """landcover: satellite images, fetched once; folder: your own images/, masks/; cityscapes,
     voc, ade20k: as they are published, unpacked."""
-    root: Path | None = None
+    root: FilePath | None = None
     """folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: holds
     leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016."""
     num_classes: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -73,17 +89,18 @@ class DataConfig(_Table):
     voc_split: Literal["train", "trainaug"] = "train"
     """voc: train (1464 images), or trainaug (10582) with the masks of SBD from
     SegmentationClassAug/ or from cls/*.mat."""
-    sbd_root: Path | None = None
+    sbd_root: FilePath | None = None
     """voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked for beside
     VOC2012."""
-    resize: tuple[int, int] | None = None
+    resize: tuple[Side, Side] | None = None
     """[long, short]: images are fitted into it, their shape kept, before the random resize.
     Validation masks keep their size."""
-    crop: int | tuple[int, int] | None = None
-    """Side or [height, width] of the random training crop; none: the whole image."""
+    crop: Side | tuple[Side, Side] | None = None
+    """Side or [height, width] of the random training crop, at least 16 and at most 32768
+    pixels; none: the whole image."""
     crop_max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels in one class: up to 10 crops are tried; 1: any."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: tuple[Factor, Factor] = (1.0, 1.0)
     """Range of the random resize before the crop."""
     augment: Literal["none", "flip", "dihedral"] = "flip"
     """flip: left-right; dihedral: flips and quarter turns (for views from above)."""
@@ -98,7 +115,7 @@ class DataConfig(_Table):
     check: bool | None = None
     """Read files once before training; none: all of a folder, the first few of each split of a
     published data set."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that read images; 0: the training process itself."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean, images in [0, 1]."""
@@ -110,87 +127,82 @@ class DataConfig(_Table):
         """Height and width of the crop."""
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
-    @field_validator("crop", mode="before")
-    @classmethod
-    def _one_side_or_two(cls, value: Any) -> Any:
-        # One message instead of one for each of the types it may have.
-        if value is None:
-            return None
-        pair = isinstance(value, list | tuple) and len(value) == 2
-        sides = value if pair else [value]
-        if any(not isinstance(s, Integral) or isinstance(s, bool) or s < 16 for s in sides):
-            raise ValueError(
-                f"got {value!r}; expected: a side of at least 16 pixels, or [height, width]"
-            )
-        # A list out of JSON is none any more for what checks the type next.
-        return tuple(map(int, sides)) if pair else int(value)
-
     @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
+    def _consistent(self, info: ValidationInfo) -> DataConfig:
+        if not (info.context or {}).get("draft"):  # printed, so that somebody can fill them in
+            self._check_needed()
         self._check_kind()
-        if not 0.0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"data.scale is {list(self.scale)}, expected [low, high] with 0 < low <= high"
-            )
-        if self.resize is not None and not 16 <= self.resize[1] <= self.resize[0]:
-            raise ValueError(
-                f"data.resize is {list(self.resize)}, expected [long, short] with "
-                "long >= short >= 16"
-            )
-        if self.crop_max_ratio < 1.0 and self.crop is None:
-            raise ValueError("data.crop_max_ratio needs data.crop")
-        if isinstance(self.labelled, float) and not 0.0 < self.labelled <= 1.0:
-            raise ValueError(
-                f"data.labelled is {self.labelled}, expected a share above 0 and up to 1, or a "
-                "number of images"
-            )
-        if self.labelled_per_batch is not None and self.labelled is None:
-            raise ValueError("data.labelled_per_batch needs data.labelled")
-        if min(self.std) <= 0.0:
-            raise ValueError(f"data.std is {list(self.std)}, expected positive numbers")
+        self._check_classes()
+        low, high = self.scale
+        _require(low <= high, f"data.scale is {[low, high]}, expected [low, high] with low <= high")
+        _require(
+            self.resize is None or self.resize[1] <= self.resize[0],
+            f"data.resize is {self.resize}, expected [long, short] with long >= short >= 16",
+        )
+        _require(
+            self.crop_max_ratio == 1.0 or self.crop is not None,
+            "data.crop_max_ratio needs data.crop",
+        )
+        _require(
+            not isinstance(self.labelled, float) or 0.0 < self.labelled <= 1.0,
+            f"data.labelled is {self.labelled}, expected a share above 0 and up to 1, or a number "
+            "of images",
+        )
+        _require(
+            self.labelled_per_batch is None or self.labelled is not None,
+            "data.labelled_per_batch needs data.labelled",
+        )
+        _require(min(self.std) > 0.0, f"data.std is {list(self.std)}, expected positive numbers")
         return self
 
+    def _check_needed(self) -> None:
+        needed = {"landcover": (), "folder": ("root", "num_classes")}.get(self.kind, ("root",))
+        for key in needed:
+            _require(
+                getattr(self, key) is not None,
+                f'data.{key} is required with data.kind = "{self.kind}"',
+            )
+
     def _check_kind(self) -> None:
-        """Keys that this kind of data needs, and keys that mean nothing to it."""
-        folder = self.kind == "folder"
-        needed = ("root", "num_classes") if folder else ("root",)
-        if self.kind != "landcover":
-            for key in needed:
-                if getattr(self, key) is None:
-                    raise ValueError(f'data.{key} is required with data.kind = "{self.kind}"')
-        elif self.root is not None:
-            raise ValueError('data.root is not for data.kind = "landcover"')
-        only = {
-            "folder": ("num_classes", "class_names", "reduce_zero_label"),
-            "voc": ("voc_split", "sbd_root"),
-        }
-        for kind, keys in only.items():
-            for key in keys:
-                default = type(self).model_fields[key].default
-                if kind != self.kind and getattr(self, key) != default:
-                    raise ValueError(f'data.{key} is only for data.kind = "{kind}"')
-        if self.sbd_root is not None and self.voc_split != "trainaug":
-            raise ValueError('data.sbd_root is only for data.voc_split = "trainaug"')
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(
-                f"data.class_names has {len(self.class_names)} names, "
-                f"data.num_classes is {self.num_classes}"
+        """Keys that mean nothing to this kind of data."""
+        only = {"num_classes": "folder", "class_names": "folder", "reduce_zero_label": "folder"}
+        only |= {"voc_split": "voc", "sbd_root": "voc"}
+        for key, kind in only.items():
+            default = type(self).model_fields[key].default
+            _require(
+                self.kind == kind or getattr(self, key) == default,
+                f'data.{key} is only for data.kind = "{kind}"',
             )
-        names = self.class_names or ()
+        _require(
+            self.kind != "landcover" or self.root is None,
+            'data.root is not for data.kind = "landcover"',
+        )
+        _require(
+            self.sbd_root is None or self.voc_split == "trainaug",
+            'data.sbd_root is only for data.voc_split = "trainaug"',
+        )
+
+    def _check_classes(self) -> None:
+        count, names = _CLASSES.get(self.kind, self.num_classes), self.class_names or ()
+        _require(
+            self.class_names is None or len(names) == count,
+            f"data.class_names has {len(names)} names, data.num_classes is {count}",
+        )
         twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:  # scores are listed by name
-            raise ValueError(f"data.class_names has {twice!r} more than once")
-        count = _CLASSES.get(self.kind, self.num_classes)
-        if count is not None and self.ignore_index < count:
-            raise ValueError(
-                f"data.ignore_index is {self.ignore_index}, which is also a class "
-                f"(data.num_classes is {count}); take a value that is no class"
-            )
-        if self.reduce_zero_label and self.ignore_index == count:
-            raise ValueError(
-                f"data.ignore_index is {count}, which is the last class in masks read with "
-                "data.reduce_zero_label; take a larger value"
-            )
+        # Scores are listed by name.
+        _require(twice is None, f"data.class_names has {twice!r} more than once")
+        if count is None:
+            return
+        _require(
+            self.ignore_index >= count,
+            f"data.ignore_index is {self.ignore_index}, which is also a class (data.num_classes is "
+            f"{count}); take a value that is no class",
+        )
+        _require(
+            not self.reduce_zero_label or self.ignore_index != count,
+            f"data.ignore_index is {count}, which is the last class in masks read with "
+            "data.reduce_zero_label; take a larger value",
+        )
 
 
 class ModelConfig(_Table):
@@ -200,16 +212,16 @@ class ModelConfig(_Table):
     """A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit,
     mobilevit-v2) or an import path "package.module:callable"."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the architecture (in the TOML file only)."""
-    weights: Path | None = None
+    """Arguments of the architecture."""
+    weights: FilePath | None = None
     """safetensors or torch state_dict file of the whole network."""
-    init: Path | None = None
+    init: FilePath | None = None
     """The same kind of file of a part, such as a pretrained backbone: what fits by name and shape
     is taken, the rest starts from the seed."""
     tap: str | None = None
     """Dotted name of the module whose output is distilled; with :NHWC behind it where that is [B,
     h, w, D]."""
-    steps: Annotated[int, Field(ge=0)]
+    steps: Steps
     """Training steps; 0 with weights: use them as they are."""
     lr: Positive | None = None
     """Learning rate of this network; none: optim.lr."""
@@ -220,10 +232,10 @@ class ModelConfig(_Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
-        if self.steps == 0 and self.weights is None:
-            raise ValueError(
-                "steps = 0 needs weights: a network that was never trained cannot be used"
-            )
+        _require(
+            self.steps > 0 or self.weights is not None,
+            "steps = 0 needs weights: a network that was never trained cannot be used",
+        )
         return self
 
 
@@ -244,7 +256,7 @@ class OptimConfig(_Table):
     """Micro-batches per step. The loss stays exactly that of the whole batch."""
     eval_batch_size: Count = 16
     """Validation images at once, on each rank."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Steps = 0
     """Steps of linear warm-up."""
     power: NonNegative = 0.9
     """Exponent of the polynomial decay."""
@@ -281,7 +293,10 @@ def _loss_options() -> dict[str, Any]:
             check = partial(option.metadata["check"], name=f"distill.{name}")
             hint = Annotated[hint, AfterValidator(check)]
         elif name == "class_weight":
-            hint = tuple[float, ...] | None
+            about = "One weight for each class, or \"balanced\": " + (
+                "those of the inverse frequency of classes in the labels that each network sees."
+            )
+            hint = tuple[NonNegative, ...] | Literal["balanced"] | None
         elif name == "resolution":
             hint = Literal[RESOLUTIONS]  # type: ignore[valid-type]
         elif name == "projector_weight":
@@ -309,18 +324,14 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
-        weights = ("ce", "kd", "hetero", "feature")
-        if not any(getattr(self, f"{name}_weight") for name in weights):
-            raise ValueError(
-                "every one of the weights "
-                + ", ".join(f"{name}_weight" for name in weights)
-                + " is 0: "
-                + (
-                    "channel-wise distillation goes beside one of them"
-                    if self.cwd_weight
-                    else "there would be nothing to train on"
-                )
-            )
+        names = [f"{name}_weight" for name in ("ce", "kd", "hetero", "feature")]
+        nothing = "channel-wise distillation goes beside one of them"
+        if not self.cwd_weight:
+            nothing = "there would be nothing to train on"
+        _require(
+            any(getattr(self, name) for name in names),
+            f"every one of the weights {', '.join(names)} is 0: {nothing}",
+        )
         self.terms()  # some options go together only
         return self
 
@@ -383,14 +394,14 @@ class ScaleConfig(_Table):
     """Images and weights in channels-last memory."""
     compile: bool = False
     """torch.compile the network that trains."""
-    timeout: Annotated[float, Field(ge=1.0)] = 600.0
+    timeout: Annotated[float, Field(ge=1.0, le=1e6)] = 600.0
     """Seconds without an answer after which a rank is lost."""
 
 
 class Config(_Table):
     """Everything one run needs."""
 
-    run: Path = Path("runs/default")
+    run: FilePath = Path("runs/default")
     """Folder of this run; the same command resumes it. In no file: runs/ and the names of the
     recipes."""
     stages: tuple[Stage, ...] = STAGES
@@ -402,7 +413,7 @@ class Config(_Table):
     """auto, cpu, cuda, cuda:1, mps ..."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision."""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; none: torch's choice."""
     data: DataConfig
     teacher: ModelConfig
@@ -415,40 +426,36 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if (self.teacher.tap is None) != (self.student.tap is None):
-            missing = "teacher.tap" if self.teacher.tap is None else "student.tap"
-            raise ValueError(
-                f"{missing} is missing: set both taps (projected features) or none (logits only)"
-            )
-        if self.distill.features and self.teacher.tap is None:
-            raise ValueError("distill.features is true: set teacher.tap and student.tap")
-        unlabelled = self.distill.unlabelled_index
-        if unlabelled is not None and not 0 <= unlabelled <= 65535:
-            raise ValueError(
-                f"distill.unlabelled_index is {unlabelled}, expected a mask value: 0 to 65535"
-            )
-        per_batch = self.data.labelled_per_batch
-        if per_batch is not None and per_batch > self.optim.batch_size:
-            raise ValueError(
-                f"data.labelled_per_batch is {per_batch}, but optim.batch_size is "
-                f"{self.optim.batch_size}"
-            )
-        if self.student.steps == 0:
-            raise ValueError("student.steps is 0: there would be nothing to distil")
-        if not self.stages or len(set(self.stages)) != len(self.stages):
-            raise ValueError(
-                f"stages is {list(self.stages)}, expected one or more of {', '.join(STAGES)}, "
-                "each once"
-            )
-        if (
-            "distilled" in self.stages
-            and "teacher" not in self.stages
-            and self.teacher.weights is None
-        ):
-            raise ValueError(
-                "stages: has distilled without teacher; put the trained teacher's file into "
-                "teacher.weights, or add the stage teacher"
-            )
+        teacher, student, stages = self.teacher, self.student, self.stages
+        missing = "teacher.tap" if teacher.tap is None else "student.tap"
+        _require(
+            (teacher.tap is None) == (student.tap is None),
+            f"{missing} is missing: set both taps (projected features) or none (logits only)",
+        )
+        _require(
+            not self.distill.features or teacher.tap is not None,
+            "distill.features is true: set teacher.tap and student.tap",
+        )
+        _require(
+            0 <= (self.distill.unlabelled_index or 0) <= 65535,
+            f"distill.unlabelled_index is {self.distill.unlabelled_index}, expected a mask value: 0 "
+            "to 65535",
+        )
+        per_batch, size = self.data.labelled_per_batch, self.optim.batch_size
+        _require(
+            (per_batch or 0) <= size,
+            f"data.labelled_per_batch is {per_batch}, but optim.batch_size is {size}",
+        )
+        _require(student.steps > 0, "student.steps is 0: there would be nothing to distil")
+        _require(
+            0 < len(stages) == len(set(stages)),
+            f"stages is {list(stages)}, expected one or more of {', '.join(STAGES)}, each once",
+        )
+        _require(
+            "distilled" not in stages or "teacher" in stages or teacher.weights is not None,
+            "stages: has distilled without teacher; put the trained teacher's file into "
+            "teacher.weights, or add the stage teacher",
+        )
         return self
 
     @property

@@ -4,8 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+
+from .errors import DataError, UserError
+
+# The first letter of a file's mode, as `ls -l` shows it.
+_KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
+
+
+def check_regular(path: Path, error: type[UserError] = DataError) -> None:
+    """Refuse what is no file with content of its own: opening a FIFO would wait for its writer.
+
+    Raises:
+        UserError: of the type asked for.
+    """
+    if kind := _KINDS.get(stat.filemode(path.stat().st_mode)[0]):
+        raise error(f"{path}: got {kind}, expected a regular file")
 
 
 def write_atomically(

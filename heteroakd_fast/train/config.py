@@ -472,8 +472,10 @@ class Config(_Table):
         free."""
         if self.data.labelled is None or self.distill.unlabelled_index is not None:
             return self
-        count = _CLASSES.get(self.data.kind, self.data.num_classes) or 0
-        values = range(255 if count < 254 else 65535, -1, -1)
+        # Values of masks above every class: two of a byte, one of which may be ignored.
+        count = (_CLASSES.get(self.data.kind, self.data.num_classes) or 0)
+        count += self.data.reduce_zero_label
+        values = range(255 if count <= 254 else 65535, -1, -1)
         free = next(value for value in values if value != self.data.ignore_index)
         distill = self.distill.model_copy(update={"unlabelled_index": free})
         return self.model_copy(update={"distill": distill})

@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 import sys
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_origin
@@ -238,13 +239,11 @@ def _toml_key(key: str) -> str:
 
 def _kwargs(words: list[str]) -> dict[str, Any]:
     """A table written as JSON or as TOML's inline table."""
-    for read in (json.loads, lambda text: tomllib.loads(f"kwargs = {text}")["kwargs"]):
-        try:
-            value = read(words[0])
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            return value
+    for read, form in ((json.loads, '{{"kwargs": {}}}'), (tomllib.loads, "kwargs = {}")):
+        with suppress(ValueError, RecursionError):
+            table = read(form.format(words[0]))
+            if table.keys() == {"kwargs"} and isinstance(table["kwargs"], dict):
+                return table["kwargs"]
     raise ValueError(f"got {words[0]!r}, expected JSON or TOML, such as {{\"width\": 16}}")
 
 

@@ -92,8 +92,10 @@ def check_content(
         problems.append(f"never_finite: has {shortened(wrong, 3)}, which are trained")
     problems += _optimizer(state, trained, entry)
     rows = state["rows"]
-    if rows is not None and (rows.dim() != 2 or rows.shape[1] != len(state["names"])):
-        problems.append(f"rows: got shape {tuple(rows.shape)}, expected (n, {len(state['names'])})")
+    columns = len(state["names"])
+    fits = rows is None or (rows.dim() == 2 and rows.shape[1] == columns and rows.is_floating_point())
+    if not fits:
+        problems.append(f"rows: got {_shown(rows)}, expected floating point (n, {columns})")
     if not state["random"]:
         problems.append("random: got no state, expected one for each rank")
     for rank, states in enumerate(state["random"]):
@@ -151,10 +153,11 @@ def _scores(scores: dict[str, Any] | None, classes: int) -> Iterator[str]:
     if scores is None:
         return
     like = {"miou": 0.0, "pixel_accuracy": 0.0, "class_iou": (0.0,) * classes}
-    yield from _differences(scores, like, "scores")
-    values = [scores.get("miou"), scores.get("pixel_accuracy"), *(scores.get("class_iou") or ())]
+    problems = list(_differences(scores, like, "scores"))
+    yield from problems
+    values = () if problems else (scores["miou"], scores["pixel_accuracy"], *scores["class_iou"])
     # NaN is the score of a class that is nowhere.
-    if bad := [v for v in values if isinstance(v, float) and (v < 0.0 or v > 1.0)]:
+    if bad := [value for value in values if value < 0.0 or value > 1.0]:
         yield f"scores: got {bad[0]}, expected 0 to 1"
 
 

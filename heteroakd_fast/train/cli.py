@@ -54,9 +54,12 @@ def command(name: str, job: Callable[[Console], None]) -> int:
         if not ran_out(error):
             raise
         said = (str(error).strip() or "no more is known").splitlines()[0]
-        code, message = 1, (
-            f"memory ran out ({said}); lower optim.batch_size, "
-            "optim.eval_batch_size or data.crop, or take a smaller network"
+        code, message = (
+            1,
+            (
+                f"memory ran out ({said}); lower optim.batch_size, "
+                "optim.eval_batch_size or data.crop, or take a smaller network"
+            ),
         )
     else:
         return 0

@@ -293,7 +293,7 @@ def _loss_options() -> dict[str, Any]:
             check = partial(option.metadata["check"], name=f"distill.{name}")
             hint = Annotated[hint, AfterValidator(check)]
         elif name == "class_weight":
-            about = "One weight for each class, or \"balanced\": " + (
+            about = 'One weight for each class, or "balanced": ' + (
                 "those of the inverse frequency of classes in the labels that each network sees."
             )
             hint = tuple[NonNegative, ...] | Literal["balanced"] | None
@@ -473,7 +473,7 @@ class Config(_Table):
         if self.data.labelled is None or self.distill.unlabelled_index is not None:
             return self
         # Values of masks above every class: two of a byte, one of which may be ignored.
-        count = (_CLASSES.get(self.data.kind, self.data.num_classes) or 0)
+        count = _CLASSES.get(self.data.kind, self.data.num_classes) or 0
         count += self.data.reduce_zero_label
         values = range(255 if count <= 254 else 65535, -1, -1)
         free = next(value for value in values if value != self.data.ignore_index)

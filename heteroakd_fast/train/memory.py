@@ -30,7 +30,12 @@ def too_large(size: float) -> str | None:
 def ran_out(error: BaseException) -> bool:
     """Whether an allocation failed, on the CPU or on another device."""
     text = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+    signs = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "cannot allocate memory",
+    )
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(sign in text for sign in signs)
     )

@@ -121,7 +121,9 @@ def _validate(table: dict[str, Any], name: str, draft: bool = False) -> Config:
         text = json.dumps(table, default=str)
         return Config.model_validate_json(text, strict=True, context={"draft": draft})
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{name}: {line}" for line in _problems(error, table))) from None
+        raise ConfigError(
+            "\n".join(f"{name}: {line}" for line in _problems(error, table))
+        ) from None
     except (ValueError, RecursionError) as error:  # a number or a nesting that JSON cannot have
         raise ConfigError(f"{name}: cannot be used: {error}") from None
 
@@ -244,7 +246,7 @@ def _kwargs(words: list[str]) -> dict[str, Any]:
             table = read(form.format(words[0]))
             if table.keys() == {"kwargs"} and isinstance(table["kwargs"], dict):
                 return table["kwargs"]
-    raise ValueError(f"got {words[0]!r}, expected JSON or TOML, such as {{\"width\": 16}}")
+    raise ValueError(f'got {words[0]!r}, expected JSON or TOML, such as {{"width": 16}}')
 
 
 def _keys(model: type[BaseModel]) -> Any:

@@ -93,7 +93,9 @@ def check_content(
     problems += _optimizer(state, trained, entry)
     rows = state["rows"]
     columns = len(state["names"])
-    fits = rows is None or (rows.dim() == 2 and rows.shape[1] == columns and rows.is_floating_point())
+    fits = rows is None or (
+        rows.dim() == 2 and rows.shape[1] == columns and rows.is_floating_point()
+    )
     if not fits:
         problems.append(f"rows: got {_shown(rows)}, expected floating point (n, {columns})")
     if not state["random"]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from train_helpers import environment
 
 from heteroakd_fast.losses import HeteroAKDLoss, HeteroAKDOptions
 from heteroakd_fast.train.cli import main
@@ -21,7 +22,6 @@ from heteroakd_fast.train.reading import (
     parse_command_line,
     parse_config,
 )
-from train_helpers import environment
 
 VALID = """
 [data]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _requirements
 from .._pipes import quiet_broken_pipe
-from .errors import TrainingError, UserError
+from .errors import UserError
+from .files import locked
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .distributed import World
     from .reading import Options
 
 
@@ -100,39 +98,3 @@ def _run(options: Options, console: Console) -> None:
         outcome = pipeline.run(config, console, options.front.resume_anyway, world)
         if world.main:
             report.write_report(outcome, config, console)
-
-
-@contextmanager
-def locked(folder: Path, what: str, world: World | None = None) -> Iterator[None]:
-    """Make a folder, if it is not there, and keep it for one run or experiment alone; one that
-    wrote nothing leaves neither the folder nor the lock behind."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    made: list[Path] = []
-
-    def acquire() -> None:
-        made.extend(path for path in (folder, *folder.parents) if not path.exists())
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # Held by the process, not by the file: what a killed run leaves locks nothing.
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise TrainingError(
-                f"{folder}: another {what} is using this folder; wait for it or take another --run"
-            ) from None
-
-    try:
-        if world is None:
-            acquire()
-        else:
-            world.on_main(acquire)
-        yield
-    finally:
-        if lock.is_locked:
-            # Before the release: afterwards it may be the lock of the next run.
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-        for path in made:
-            with suppress(OSError):  # not empty
-                path.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -17,6 +18,7 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from typing_extensions import Self
 
 from .._checks import RESOLUTIONS
 from .._evaluate import LossOptions
@@ -39,15 +41,22 @@ class _Table(BaseModel):
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())
 
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        """What keys have to do with each other: whether it holds, and the message if not. Of a
+        draft, which is only printed, keys may be missing."""
+        yield from ()
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> Self:
+        for holds, message in self._rules((info.context or {}).get("draft", False)):
+            if not holds:
+                raise ValueError(message)
+        return self
 
 
 def _without_nul(path: Path) -> Path:
-    # No system has it in a name, and Python raises far away from here.
-    _require("\0" not in str(path), f"got {str(path)!r}, expected a path without NUL")
+    if "\0" in str(path):  # no system has it in a name, and Python raises far away from here
+        raise ValueError(f"got {str(path)!r}, expected a path without NUL")
     return path
 
 
@@ -127,82 +136,53 @@ class DataConfig(_Table):
         """Height and width of the crop."""
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
-    @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> DataConfig:
-        if not (info.context or {}).get("draft"):  # printed, so that somebody can fill them in
-            self._check_needed()
-        self._check_kind()
-        self._check_classes()
-        low, high = self.scale
-        _require(low <= high, f"data.scale is {[low, high]}, expected [low, high] with low <= high")
-        _require(
-            self.resize is None or self.resize[1] <= self.resize[0],
-            f"data.resize is {self.resize}, expected [long, short] with long >= short >= 16",
-        )
-        _require(
-            self.crop_max_ratio == 1.0 or self.crop is not None,
-            "data.crop_max_ratio needs data.crop",
-        )
-        _require(
-            not isinstance(self.labelled, float) or 0.0 < self.labelled <= 1.0,
-            f"data.labelled is {self.labelled}, expected a share above 0 and up to 1, or a number "
-            "of images",
-        )
-        _require(
-            self.labelled_per_batch is None or self.labelled is not None,
-            "data.labelled_per_batch needs data.labelled",
-        )
-        _require(min(self.std) > 0.0, f"data.std is {list(self.std)}, expected positive numbers")
-        return self
+    @property
+    def count(self) -> int:
+        """The number of classes; 0 where that is not known yet."""
+        return _CLASSES.get(self.kind, self.num_classes) or 0
 
-    def _check_needed(self) -> None:
-        needed = {"landcover": (), "folder": ("root", "num_classes")}.get(self.kind, ("root",))
-        for key in needed:
-            _require(
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        kind, ignored = self.kind, self.ignore_index
+        needed = {"landcover": (), "folder": ("root", "num_classes")}.get(kind, ("root",))
+        for key in () if draft else needed:
+            yield (
                 getattr(self, key) is not None,
-                f'data.{key} is required with data.kind = "{self.kind}"',
+                f'data.{key} is required with data.kind = "{kind}"',
             )
+        only = dict.fromkeys(("num_classes", "class_names", "reduce_zero_label"), "folder")
+        for key, other in {**only, "voc_split": "voc", "sbd_root": "voc"}.items():
+            unset = getattr(self, key) == type(self).model_fields[key].default
+            yield unset or kind == other, f'data.{key} is only for data.kind = "{other}"'
+        unset = self.root is None or kind != "landcover"
+        yield unset, 'data.root is not for data.kind = "landcover"'
+        unset = self.sbd_root is None or self.voc_split == "trainaug"
+        yield unset, 'data.sbd_root is only for data.voc_split = "trainaug"'
 
-    def _check_kind(self) -> None:
-        """Keys that mean nothing to this kind of data."""
-        only = {"num_classes": "folder", "class_names": "folder", "reduce_zero_label": "folder"}
-        only |= {"voc_split": "voc", "sbd_root": "voc"}
-        for key, kind in only.items():
-            default = type(self).model_fields[key].default
-            _require(
-                self.kind == kind or getattr(self, key) == default,
-                f'data.{key} is only for data.kind = "{kind}"',
-            )
-        _require(
-            self.kind != "landcover" or self.root is None,
-            'data.root is not for data.kind = "landcover"',
+        names, count = self.class_names, self.count
+        size = len(names or ())
+        same = names is None or size == self.num_classes
+        yield same, f"data.class_names has {size} names, data.num_classes is {self.num_classes}"
+        twice = next((n for n in names or () if (names or ()).count(n) > 1), None)
+        yield twice is None, f"data.class_names has {twice!r} more than once"  # scores go by name
+        text = f"data.ignore_index is {ignored}, which is also a class of the {count}"
+        yield ignored >= count, f"{text}; take a value that is no class"
+        text = (
+            f"data.ignore_index is {ignored}, the last class in masks with data.reduce_zero_label"
         )
-        _require(
-            self.sbd_root is None or self.voc_split == "trainaug",
-            'data.sbd_root is only for data.voc_split = "trainaug"',
-        )
+        yield not self.reduce_zero_label or ignored != count, f"{text}; take a larger value"
 
-    def _check_classes(self) -> None:
-        count, names = _CLASSES.get(self.kind, self.num_classes), self.class_names or ()
-        _require(
-            self.class_names is None or len(names) == count,
-            f"data.class_names has {len(names)} names, data.num_classes is {count}",
-        )
-        twice = next((name for name in names if names.count(name) > 1), None)
-        # Scores are listed by name.
-        _require(twice is None, f"data.class_names has {twice!r} more than once")
-        if count is None:
-            return
-        _require(
-            self.ignore_index >= count,
-            f"data.ignore_index is {self.ignore_index}, which is also a class (data.num_classes is "
-            f"{count}); take a value that is no class",
-        )
-        _require(
-            not self.reduce_zero_label or self.ignore_index != count,
-            f"data.ignore_index is {count}, which is the last class in masks read with "
-            "data.reduce_zero_label; take a larger value",
-        )
+        low, high = self.scale
+        yield low <= high, f"data.scale is {[low, high]}, expected [low, high] with low <= high"
+        long, short = self.resize or (16, 16)
+        text = "expected [long, short] with long >= short >= 16"
+        yield long >= short, f"data.resize is {[long, short]}, {text}"
+        yield self.crop_max_ratio == 1.0 or bool(self.crop), "data.crop_max_ratio needs data.crop"
+        share = self.labelled if isinstance(self.labelled, float) else 1.0
+        text = "expected a share above 0 and up to 1, or a number of images"
+        yield 0.0 < share <= 1.0, f"data.labelled is {share}, {text}"
+        unset = self.labelled_per_batch is None
+        yield unset or self.labelled is not None, "data.labelled_per_batch needs data.labelled"
+        yield min(self.std) > 0.0, f"data.std is {list(self.std)}, expected positive numbers"
 
 
 class ModelConfig(_Table):
@@ -230,13 +210,9 @@ class ModelConfig(_Table):
     weight_decay: NonNegative | None = None
     """Weight decay of this network; none: optim.weight_decay."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        _require(
-            self.steps > 0 or self.weights is not None,
-            "steps = 0 needs weights: a network that was never trained cannot be used",
-        )
-        return self
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        text = "steps = 0 needs weights: a network that was never trained cannot be used"
+        yield self.steps > 0 or self.weights is not None, text
 
 
 class OptimConfig(_Table):
@@ -322,18 +298,14 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
     cwd_temperature: Positive = 4.0
     """Temperature of channel-wise distillation."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DistillConfig:
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
         names = [f"{name}_weight" for name in ("ce", "kd", "hetero", "feature")]
-        nothing = "channel-wise distillation goes beside one of them"
-        if not self.cwd_weight:
-            nothing = "there would be nothing to train on"
-        _require(
-            any(getattr(self, name) for name in names),
-            f"every one of the weights {', '.join(names)} is 0: {nothing}",
-        )
+        text = "there would be nothing to train on"
+        if self.cwd_weight:
+            text = "channel-wise distillation goes beside one of them"
+        text = f"every one of the weights {', '.join(names)} is 0: {text}"
+        yield any(getattr(self, name) for name in names), text
         self.terms()  # some options go together only
-        return self
 
     def terms(self) -> list[Term]:
         """The terms of the loss whose weight is not 0."""
@@ -342,17 +314,13 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
 
     def of_loss(self) -> dict[str, Any]:
         """The keywords of `HeteroAKDLoss`."""
-        options: dict[str, Any] = self.model_dump(
-            exclude={"features", "cwd_weight", "cwd_temperature"}
-        )
-        return options
+        return self.model_dump(exclude={"features", "cwd_weight", "cwd_temperature"})
 
     def of_cross_entropy(self) -> dict[str, Any]:
         """The keywords of `functional.cross_entropy`: what a network without a teacher trains
         with, so that only the terms that need a teacher make a difference."""
         names = {"label_smoothing", *LossOptions.__annotations__} - _NOT_CONFIGURED
-        options: dict[str, Any] = self.model_dump(include=names)
-        return options
+        return self.model_dump(include=names)
 
 
 class LogConfig(_Table):
@@ -424,39 +392,27 @@ class Config(_Table):
     log: LogConfig = Field(default_factory=LogConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
         teacher, student, stages = self.teacher, self.student, self.stages
         missing = "teacher.tap" if teacher.tap is None else "student.tap"
-        _require(
-            (teacher.tap is None) == (student.tap is None),
-            f"{missing} is missing: set both taps (projected features) or none (logits only)",
+        text = f"{missing} is missing: set both taps (projected features) or none (logits only)"
+        yield (teacher.tap is None) == (student.tap is None), text
+        text = "distill.features is true: set teacher.tap and student.tap"
+        yield not self.distill.features or teacher.tap is not None, text
+        index = self.distill.unlabelled_index or 0
+        text = f"distill.unlabelled_index is {index}, expected a mask value: 0 to 65535"
+        yield 0 <= index <= 65535, text
+        wanted, size = self.data.labelled_per_batch or 0, self.optim.batch_size
+        text = f"data.labelled_per_batch is {wanted}, but optim.batch_size is {size}"
+        yield wanted <= size, text
+        yield student.steps > 0, "student.steps is 0: there would be nothing to distil"
+        text = f"stages is {list(stages)}, expected one or more of {', '.join(STAGES)}, each once"
+        yield 0 < len(stages) == len(set(stages)), text
+        alone = "distilled" not in stages or "teacher" in stages
+        text = (
+            "stages: has distilled without teacher; set teacher.weights, or add the stage teacher"
         )
-        _require(
-            not self.distill.features or teacher.tap is not None,
-            "distill.features is true: set teacher.tap and student.tap",
-        )
-        _require(
-            0 <= (self.distill.unlabelled_index or 0) <= 65535,
-            f"distill.unlabelled_index is {self.distill.unlabelled_index}, expected a mask value: 0 "
-            "to 65535",
-        )
-        per_batch, size = self.data.labelled_per_batch, self.optim.batch_size
-        _require(
-            (per_batch or 0) <= size,
-            f"data.labelled_per_batch is {per_batch}, but optim.batch_size is {size}",
-        )
-        _require(student.steps > 0, "student.steps is 0: there would be nothing to distil")
-        _require(
-            0 < len(stages) == len(set(stages)),
-            f"stages is {list(stages)}, expected one or more of {', '.join(STAGES)}, each once",
-        )
-        _require(
-            "distilled" not in stages or "teacher" in stages or teacher.weights is not None,
-            "stages: has distilled without teacher; put the trained teacher's file into "
-            "teacher.weights, or add the stage teacher",
-        )
-        return self
+        yield alone or teacher.weights is not None, text
 
     @property
     def labelled_slots(self) -> int:
@@ -473,8 +429,7 @@ class Config(_Table):
         if self.data.labelled is None or self.distill.unlabelled_index is not None:
             return self
         # Values of masks above every class: two of a byte, one of which may be ignored.
-        count = _CLASSES.get(self.data.kind, self.data.num_classes) or 0
-        count += self.data.reduce_zero_label
+        count = self.data.count + self.data.reduce_zero_label
         values = range(255 if count <= 254 else 65535, -1, -1)
         free = next(value for value in values if value != self.data.ignore_index)
         distill = self.distill.model_copy(update={"unlabelled_index": free})

@@ -13,9 +13,11 @@ import json
 import re
 import sys
 from contextlib import suppress
+from functools import reduce
 from importlib import resources
+from operator import getitem
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, get_origin
+from typing import Annotated, Any, NamedTuple, TypedDict, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -128,34 +130,33 @@ def _validate(table: dict[str, Any], name: str, draft: bool = False) -> Config:
         raise ConfigError(f"{name}: cannot be used: {error}") from None
 
 
-# -- errors: key, what came, what was expected ------------------------------------------------------
-
-
 def _problems(error: ValidationError, table: dict[str, Any]) -> list[str]:
-    """One line per problem; the alternatives of a key that may have several types are one."""
+    """Key, what came and what was expected, a line for each key."""
     found: dict[tuple[Any, ...], list[Any]] = {}
     for item in error.errors(include_url=False):
-        loc = item["loc"]
-        depth = next((n for n in range(1, len(loc)) if not _table_at(loc[:n])), len(loc))
-        found.setdefault(loc[:depth], []).append(item)
-    return [
-        _describe(loc, items[0]) if len(items) == 1 else _describe_choice(loc, table)
-        for loc, items in found.items()
-    ]
+        # Beyond the key itself pydantic names the element, or one of the types it may have.
+        path = item["loc"]
+        depth = next((n for n in range(1, len(path)) if not _at(path[:n])[1]), len(path))
+        found.setdefault(path[:depth], []).append(item)
+    return [_describe(path, items, table) for path, items in found.items()]
 
 
-def _describe(loc: tuple[Any, ...], item: Any) -> str:
+def _describe(path: tuple[Any, ...], items: list[Any], table: dict[str, Any]) -> str:
+    item, (field, inner) = items[0], _at(path)
     key, kind, came = ".".join(map(str, item["loc"])), item["type"], item["input"]
+    about = field.description.rstrip(".") if field and field.description else "a value"
+    if len(items) > 1:
+        return f"{'.'.join(path)}: got {reduce(getitem, path, table)!r}; expected: {about}"
     if kind == "extra_forbidden":
-        owner = _table_at(loc[:-1])
-        known = list(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        known = list(_at(path[:-1])[1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
         return f"{key}: unknown key (value {came!r}); {hint}"
     if kind == "missing":
-        return f"{key}: missing; expected {_expectation(loc)}"
-    if kind == "finite_number":
-        return f"{key}: got {came!r}; expected: a finite number"
+        required = [name for name, field in inner.items() if field.is_required()]
+        if inner:
+            about = f"a table [{key}] with at least {', '.join(required)}"
+        return f"{key}: missing; expected {about}"
     if kind == "json_invalid":
         return "holds text that is not Unicode (bytes of a file name that are not UTF-8)"
     if kind == "value_error":
@@ -165,65 +166,47 @@ def _describe(loc: tuple[Any, ...], item: Any) -> str:
     return f"{key}: got {came!r} ({type(came).__name__}); expected: {expected}"
 
 
-def _describe_choice(loc: tuple[Any, ...], table: Any) -> str:
-    for part in loc:
-        table = table[part]
-    return f"{'.'.join(loc)}: got {table!r}; expected: {_expectation(loc)}"
+def _at(path: tuple[Any, ...]) -> tuple[FieldInfo | None, dict[str, FieldInfo]]:
+    """What is known of a key, and the keys in it where it is a table."""
+    field, inner = None, Config.model_fields
+    for part in path:
+        field = inner.get(str(part))
+        inner = _inner(field.annotation) if field else {}
+    return field, inner
 
 
-def _table_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    table: type[BaseModel] = Config
-    for part in loc:
-        field = table.model_fields.get(str(part))
-        if field is None or not _is_table(field):
-            return None
-        table = field.annotation  # type: ignore[assignment]
-    return table
-
-
-def _is_table(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-
-
-def _expectation(loc: tuple[Any, ...]) -> str:
-    if table := _table_at(loc):
-        required = [name for name, field in table.model_fields.items() if field.is_required()]
-        return f"a table [{'.'.join(loc)}] with at least {', '.join(required)}"
-    table = _table_at(loc[:-1])
-    field = table.model_fields.get(str(loc[-1])) if table else None
-    return (field.description if field and field.description else "a value").rstrip(".")
-
-
-# -- TOML out ---------------------------------------------------------------------------------------
+def _inner(hint: Any) -> dict[str, FieldInfo]:
+    is_table = isinstance(hint, type) and issubclass(hint, BaseModel)
+    return hint.model_fields if is_table else {}
 
 
 def as_toml(config: Config, with_run: bool = True) -> str:
     """The whole configuration as a TOML file, each key with its description; the folder of the
     run only if asked, so that the file can get one of its own."""
-    lines: list[str] = []
-    _write_table(config, "", lines)
-    if not with_run:
-        lines[0] = "# " + lines[0]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(_lines(config, "")) + "\n"
+    return text if with_run else f"# {text}"
 
 
-def _write_table(table: BaseModel, prefix: str, lines: list[str]) -> None:
-    fields = type(table).model_fields.items()
-    for name, info in fields:
+def _lines(table: BaseModel, prefix: str) -> list[str]:
+    keys, tables = [], []
+    for name, info in type(table).model_fields.items():
         value = getattr(table, name)
-        if not _is_table(info) and value != {}:
+        if isinstance(value, BaseModel):
+            tables += ["", f"[{prefix}{name}]", *_lines(value, f"{prefix}{name}.")]
+        elif value != {}:
             text = f"# {name} =" if value is None else f"{name} = {_toml(value)}"
-            lines.append(f"{text:<28}  # {info.description}")
-    for name in (name for name, info in fields if _is_table(info)):
-        lines.extend(["", f"[{prefix}{name}]"])
-        _write_table(getattr(table, name), f"{prefix}{name}.", lines)
+            keys.append(f"{text:<28}  # {info.description}")
+    return keys + tables
 
 
 def _toml(value: Any) -> str:
     """A value in one line. Written here because tomli-w has no comments and breaks nested tables
     out of the line, and tomlkit, which has both, would be a dependency for these few lines."""
     if isinstance(value, dict):
-        items = (f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+        names = (key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml(key) for key in value)
+        items = (
+            f"{name} = {_toml(item)}" for name, item in zip(names, value.values(), strict=True)
+        )
         return "{ " + ", ".join(items) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
@@ -232,21 +215,22 @@ def _toml(value: Any) -> str:
     return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml(key)
-
-
-# -- the command line -------------------------------------------------------------------------------
-
-
-def _kwargs(words: list[str]) -> dict[str, Any]:
-    """A table written as JSON or as TOML's inline table."""
+def _read_table(words: list[str]) -> dict[str, Any]:
     for read, form in ((json.loads, '{{"kwargs": {}}}'), (tomllib.loads, "kwargs = {}")):
         with suppress(ValueError, RecursionError):
             table = read(form.format(words[0]))
             if table.keys() == {"kwargs"} and isinstance(table["kwargs"], dict):
                 return table["kwargs"]
     raise ValueError(f'got {words[0]!r}, expected JSON or TOML, such as {{"width": 16}}')
+
+
+_TABLE = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="TABLE",
+    instance_from_str=_read_table,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [_toml(value)],
+)
 
 
 def _keys(model: type[BaseModel]) -> Any:
@@ -260,25 +244,15 @@ def _keys(model: type[BaseModel]) -> Any:
     hints: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         hint: Any = info.annotation
-        if _is_table(info):
+        if _inner(hint):
             hints[name] = _keys(hint)
             continue
-        default = "none" if info.default is None else _toml(info.get_default())
-        shown = "(no default)" if info.is_required() else f"(default: {default})"
         if get_origin(hint) is dict:
-            shown = "(default: the network's own)"
-            hint = Annotated[
-                dict,
-                tyro.constructors.PrimitiveConstructorSpec(
-                    nargs=1,
-                    metavar="TABLE",
-                    instance_from_str=_kwargs,
-                    is_instance=lambda value: isinstance(value, dict),
-                    str_from_instance=lambda value: [_toml(value)],
-                ),
-            ]
-        help_ = tyro.conf.arg(help=info.description, help_behavior_hint=shown)
-        hints[name] = Annotated[hint, help_]
+            hint = Annotated[hint, _TABLE]
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        shown = f"(default: {'none' if default is None else _toml(default)})"
+        arg = tyro.conf.arg(help=info.description, help_behavior_hint=shown)
+        hints[name] = Annotated[hint, arg]
     keys = TypedDict(model.__name__, hints, total=False)  # type: ignore[misc]
     keys.__doc__ = model.__doc__
     return keys
@@ -286,6 +260,7 @@ def _keys(model: type[BaseModel]) -> Any:
 
 _KEYS = _keys(Config)
 _Switch = tyro.conf.FlagCreatePairsOff[bool]
+_Sources = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RECIPE|FILE.toml ...]")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,11 +271,7 @@ class _CommandLine:
     Keys of the TOML file are options with dashes for underscores."""
 
     keys: Annotated[_KEYS, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    config: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="[RECIPE|FILE.toml ...]"),
-    ] = ()
+    config: tyro.conf.Positional[_Sources] = ()
     """Recipes (--list-recipes) and configuration files, the later ones on top; recipes without data
     stand on the embedded land-cover example."""
     resume_anyway: _Switch = False
@@ -311,8 +282,7 @@ class _CommandLine:
     """List the embedded recipes and exit."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What the command line asks for."""
 
     config: Config

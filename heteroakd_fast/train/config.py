@@ -91,22 +91,17 @@ class DataConfig(_Table):
     ignore_index: Annotated[int, Field(ge=0, le=65535)] = 255
     """Mask value that counts nowhere."""
     reduce_zero_label: bool = False
-    """folder: mask value 0 counts nowhere, and value k is class k-1 (ade20k has it so by
-    itself)."""
+    """folder: mask value 0 counts nowhere, and value k is class k-1 (as in ade20k)."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """folder without train/ and val/: share held out."""
     voc_split: Literal["train", "trainaug"] = "train"
-    """voc: train (1464 images), or trainaug (10582) with the masks of SBD from
-    SegmentationClassAug/ or from cls/*.mat."""
+    """voc: train (1464 images), or trainaug (10582): SegmentationClassAug/ or SBD's cls/*.mat."""
     sbd_root: FilePath | None = None
-    """voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked for beside
-    VOC2012."""
+    """voc with trainaug: SBD's folder of cls/, train.txt, val.txt; none: sought beside VOC2012."""
     resize: tuple[Side, Side] | None = None
-    """[long, short]: images are fitted into it, their shape kept, before the random resize.
-    Validation masks keep their size."""
+    """[long, short] that images are fitted into, before the random resize; masks for scores not."""
     crop: Side | tuple[Side, Side] | None = None
-    """Side or [height, width] of the random training crop, at least 16 and at most 32768
-    pixels; none: the whole image."""
+    """Side or [height, width] of the crop, at least 16 and at most 32768 pixels; none: no crop."""
     crop_max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels in one class: up to 10 crops are tried; 1: any."""
     scale: tuple[Factor, Factor] = (1.0, 1.0)
@@ -122,8 +117,7 @@ class DataConfig(_Table):
     labelled_per_batch: Annotated[int, Field(ge=0)] | None = None
     """Images of a batch that are drawn from the labelled ones, the rest from all; none: half."""
     check: bool | None = None
-    """Read files once before training; none: all of a folder, the first few of each split of a
-    published data set."""
+    """Read files once before training; none: all of a folder, a few of a published data set."""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that read images; 0: the training process itself."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -145,10 +139,8 @@ class DataConfig(_Table):
         kind, ignored = self.kind, self.ignore_index
         needed = {"landcover": (), "folder": ("root", "num_classes")}.get(kind, ("root",))
         for key in () if draft else needed:
-            yield (
-                getattr(self, key) is not None,
-                f'data.{key} is required with data.kind = "{kind}"',
-            )
+            text = f'data.{key} is required with data.kind = "{kind}"'
+            yield getattr(self, key) is not None, text
         only = dict.fromkeys(("num_classes", "class_names", "reduce_zero_label"), "folder")
         for key, other in {**only, "voc_split": "voc", "sbd_root": "voc"}.items():
             unset = getattr(self, key) == type(self).model_fields[key].default
@@ -166,9 +158,7 @@ class DataConfig(_Table):
         yield twice is None, f"data.class_names has {twice!r} more than once"  # scores go by name
         text = f"data.ignore_index is {ignored}, which is also a class of the {count}"
         yield ignored >= count, f"{text}; take a value that is no class"
-        text = (
-            f"data.ignore_index is {ignored}, the last class in masks with data.reduce_zero_label"
-        )
+        text = f"data.ignore_index is {ignored}, the last class with data.reduce_zero_label"
         yield not self.reduce_zero_label or ignored != count, f"{text}; take a larger value"
 
         low, high = self.scale
@@ -199,8 +189,7 @@ class ModelConfig(_Table):
     """The same kind of file of a part, such as a pretrained backbone: what fits by name and shape
     is taken, the rest starts from the seed."""
     tap: str | None = None
-    """Dotted name of the module whose output is distilled; with :NHWC behind it where that is [B,
-    h, w, D]."""
+    """Dotted name of the module whose output is distilled; "name:NHWC" for one of [B, h, w, D]."""
     steps: Steps
     """Training steps; 0 with weights: use them as they are."""
     lr: Positive | None = None
@@ -269,9 +258,10 @@ def _loss_options() -> dict[str, Any]:
             check = partial(option.metadata["check"], name=f"distill.{name}")
             hint = Annotated[hint, AfterValidator(check)]
         elif name == "class_weight":
-            about = 'One weight for each class, or "balanced": ' + (
-                "those of the inverse frequency of classes in the labels that each network sees."
+            about = (
+                'A weight for each class, or "balanced": N / (K n_c) of N labelled pixels, n_c of '
             )
+            about += "the class c, and K classes that have any, in the labels that a network sees."
             hint = tuple[NonNegative, ...] | Literal["balanced"] | None
         elif name == "resolution":
             hint = Literal[RESOLUTIONS]  # type: ignore[valid-type]
@@ -314,13 +304,14 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
 
     def of_loss(self) -> dict[str, Any]:
         """The keywords of `HeteroAKDLoss`."""
-        return self.model_dump(exclude={"features", "cwd_weight", "cwd_temperature"})
+        excluded = {"features", "cwd_weight", "cwd_temperature"}
+        return dict(self.model_dump(exclude=excluded))
 
     def of_cross_entropy(self) -> dict[str, Any]:
         """The keywords of `functional.cross_entropy`: what a network without a teacher trains
         with, so that only the terms that need a teacher make a difference."""
         names = {"label_smoothing", *LossOptions.__annotations__} - _NOT_CONFIGURED
-        return self.model_dump(include=names)
+        return dict(self.model_dump(include=names))
 
 
 class LogConfig(_Table):
@@ -354,8 +345,7 @@ class ScaleConfig(_Table):
     """Several processes (torchrun), and how the networks run on their devices."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Of several ranks: replicas (DDP), or sharded parameters, gradients and optimiser states
-    (FSDP2)."""
+    """Several ranks: replicas (DDP), or parameters, gradients and optimiser sharded (FSDP2)."""
     sync_bn: bool = False
     """Batch norms over all ranks (GPUs only, as torch has it)."""
     channels_last: bool = False
@@ -370,8 +360,7 @@ class Config(_Table):
     """Everything one run needs."""
 
     run: FilePath = Path("runs/default")
-    """Folder of this run; the same command resumes it. In no file: runs/ and the names of the
-    recipes."""
+    """Folder of this run; the same command resumes it. Not set: runs/ and the recipes' names."""
     stages: tuple[Stage, ...] = STAGES
     """What to train: the teacher, the student alone, the student distilled."""
     # Networks start from 2 * seed and 2 * seed + 1, and torch's generators take 64 bits.
@@ -409,9 +398,7 @@ class Config(_Table):
         text = f"stages is {list(stages)}, expected one or more of {', '.join(STAGES)}, each once"
         yield 0 < len(stages) == len(set(stages)), text
         alone = "distilled" not in stages or "teacher" in stages
-        text = (
-            "stages: has distilled without teacher; set teacher.weights, or add the stage teacher"
-        )
+        text = "stages: has distilled without teacher; set teacher.weights, or add that stage"
         yield alone or teacher.weights is not None, text
 
     @property

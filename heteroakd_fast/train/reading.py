@@ -294,7 +294,8 @@ class Options(NamedTuple):
 def parse_command_line(argv: list[str]) -> Options:
     """Read the files and recipes named on the command line, then put the overrides on top."""
     given = tyro.cli(_CommandLine, prog="heteroakd-train", args=argv)
-    overrides = {key: value for key, value in given.keys.items() if value != {}}
+    keys: dict[str, Any] = given.keys
+    overrides = {key: value for key, value in keys.items() if value != {}}
     table, name, folder = _load_tables(list(given.config))
     for role in _ROLES:
         if "arch" in overrides.get(role, {}) and isinstance(table.get(role), dict):

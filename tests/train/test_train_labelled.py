@@ -178,7 +178,7 @@ def test_balanced_losses(config: Config, labelled: int | None) -> None:
     config = asked(config, labelled) if labelled else config
     config = changed(config, distill={"class_weight": "balanced", "features": False})
     data = data_of(config)
-    sets, indices = pipeline.training_sets(config, data)
+    sets, _ = pipeline.training_sets(config, data)
     losses = pipeline.losses(config, sets, 3)
     every = balanced_weights(data.train, 3)
     some = balanced_weights(sets["alone"].source, 3)

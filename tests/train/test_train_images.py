@@ -22,12 +22,7 @@ from PIL import EpsImagePlugin, Image
 import heteroakd_fast.train
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import load_data
-from heteroakd_fast.train.datasets.batches import (
-    Order,
-    TrainingSet,
-    evaluation_batches,
-    training_batches,
-)
+from heteroakd_fast.train.datasets.batches import evaluation_batches, training_batches
 from heteroakd_fast.train.datasets.folders import _stems, read_sbd_mask
 from heteroakd_fast.train.datasets.images import FORMATS, read_image, read_mask
 from heteroakd_fast.train.errors import DataError
@@ -115,9 +110,7 @@ def test_photographs_are_trained_and_evaluated_upright(photographs: Path) -> Non
     config = folder_config(photographs)
     data = load_data(config, seed=0)
     read = [
-        *training_batches(
-            TrainingSet(data.train, Order(0, 2, len(data.train))), config, start=0, stop=3
-        ),
+        *training_batches(data.train, config, seed=0, batch_size=2, start=0, stop=3),
         *evaluation_batches(data.val, 2, config=config),
     ]
     assert sum(len(images) for images, _ in read) == 8

@@ -31,7 +31,7 @@ from heteroakd_fast.train.checkpoint import NEWEST
 from heteroakd_fast.train.cli import command, main
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.datasets import load_data
-from heteroakd_fast.train.datasets.batches import sample_index
+from heteroakd_fast.train.datasets.batches import Order
 from heteroakd_fast.train.errors import CheckpointError, DataError
 from heteroakd_fast.train.reading import load_config
 
@@ -51,10 +51,10 @@ def test_a_file_that_breaks_while_training(tmp_path: Path, kind: str, workers: i
     config = one_stage(tmp_path, "broken", data={"workers": workers})
     # The one that is first read latest, so that checkpoints exist by then.
     first_read: dict[Path, int] = {}
+    data = load_data(config.data, config.seed)
+    order = Order(config.seed, config.optim.batch_size, len(data.train))
     for step in range(10):
-        for slot in range(config.optim.batch_size):
-            data = load_data(config.data, config.seed)
-            index = sample_index(config.seed, step, slot, config.optim.batch_size, len(data.train))
+        for index in order.images(step):
             image, mask = data.train.pairs[index]  # type: ignore[attr-defined]
             first_read.setdefault(image if kind == "images" else mask, step)
     path, _ = max(first_read.items(), key=lambda item: item[1])

@@ -156,8 +156,8 @@ class DataConfig(_Table):
         yield same, f"data.class_names has {size} names, data.num_classes is {self.num_classes}"
         twice = next((n for n in names or () if (names or ()).count(n) > 1), None)
         yield twice is None, f"data.class_names has {twice!r} more than once"  # scores go by name
-        text = f"data.ignore_index is {ignored}, which is also a class (data.num_classes is {count})"
-        yield ignored >= count, f"{text}; take a value that is no class"
+        text = f"data.ignore_index is {ignored}, which is also a class (data.num_classes is "
+        yield ignored >= count, f"{text}{count}); take a value that is no class"
         text = f"data.ignore_index is {ignored}, which is the last class in masks read with "
         text += "data.reduce_zero_label; take a larger value"
         yield not self.reduce_zero_label or ignored != count, text

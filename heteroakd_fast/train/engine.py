@@ -42,6 +42,7 @@ from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
 from .parallel import Parallel, rehearsal, uncompiled
 from .reading import as_toml
+from .resuming import check_content, check_types
 from .visualization import Gallery
 
 log = logging.getLogger("heteroakd_fast.train")
@@ -52,9 +53,6 @@ _SAME_REQUEST = 2.0
 _RANK_SEED = 1_000_003
 # A scale of fp16 below this cannot be what makes gradients overflow.
 _LEAST_SCALE = 1e-4
-# What a checkpoint holds, see `Trainer._state`.
-_STATE = {"stage", "step", "model", "loss", "optimizer", "scaler", "random", "best_miou", "scores"}
-_STATE |= {"seconds", "names", "rows", "fingerprint"}
 
 
 def choose_device(name: str, world: World = ALONE) -> torch.device:
@@ -68,6 +66,8 @@ def choose_device(name: str, world: World = ALONE) -> torch.device:
         name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("its tensors hold no values")
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -102,6 +102,15 @@ def make_optimizer(objective: nn.Module, config: OptimConfig) -> torch.optim.Opt
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def optimizer_entry(config: OptimConfig) -> dict[str, Tensor]:
+    """What the optimiser keeps of a parameter of the shape [3, 2] from its first step on."""
+    probe = nn.Linear(2, 3, bias=False)
+    optimizer = make_optimizer(probe, config)
+    probe.weight.grad = torch.zeros(3, 2)
+    optimizer.step()
+    return dict(optimizer.state[probe.weight])
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -215,6 +224,7 @@ class Trainer:
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
         self.optimizer = make_optimizer(self.parallel.module, optim)
+        self._entry = optimizer_entry(optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         # Such as a mask of -inf among the buffers; what is trained has no excuse.
         trained = {name for name, p in objective.named_parameters() if p.requires_grad}
@@ -253,11 +263,14 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds; all ranks take part, rank 0 has the result."""
         rows = self._mean_rows()
+        optimizer = self.parallel.optimizer_state(self.optimizer)
         return {
             "stage": self.name,
             "step": self.step,
             **self._weights(),
-            "optimizer": self.parallel.optimizer_state(self.optimizer),
+            "optimizer": optimizer,
+            # Parameters that no loss reached have no state; of all others it must be there.
+            "optimized": list(optimizer),
             "scaler": self.scaler.state_dict(),
             "random": self.world.gather(random_states()),
             "best_miou": self.best_miou,
@@ -273,11 +286,7 @@ class Trainer:
         state = found
         if state is None:
             return
-        if lacking := sorted(_STATE - state.keys()):
-            raise CheckpointError(
-                f"{self.folder}: the checkpoint lacks {', '.join(lacking)}: another version wrote "
-                "it; take another --run folder, or go on with that version"
-            )
+        check_types(self.folder, state, self.name)
         saved: dict[str, str] = state["fingerprint"]
         changed = [
             f"  {key}: {saved.get(key, 'absent')} -> {self.fingerprint.get(key, 'absent')}"
@@ -297,12 +306,25 @@ class Trainer:
                     "for: take another --run folder, or more steps"
                 )
             log.warning(message)
+        like = {**self._weights(), "scaler": self.scaler.state_dict()}
+        del like["never_finite"]
+        if changed and not (state["scaler"] and like["scaler"]):
+            del like["scaler"]  # fp16 was switched on or off
+        check_content(
+            self.folder,
+            state,
+            objective=self.objective,
+            like=like,
+            entry=self._entry,
+            steps=None if changed else self.steps,
+            classes=self.data.num_classes,
+        )
         try:
             self.objective.model.load_state_dict(state["model"])
             self.objective.loss.load_state_dict(state["loss"])
             self.parallel.distribute()
             self.parallel.load_optimizer_state(self.optimizer, state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a model's own way of loading meets
             raise CheckpointError(
                 f"{self.folder}: the checkpoint does not fit the model: {error}"
             ) from None

@@ -164,7 +164,7 @@ def _full(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _like(value: Any, parameter: nn.Parameter) -> Any:
+def _like(value: Any, parameter: Any) -> Any:
     """A momentum, sharded as its parameter is."""
     if hasattr(parameter, "full_tensor") and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_version(config: Config, data: SegmentationData,
     assert saved is not None
     del saved[key]
     save_checkpoint(config.run / "one", saved)
-    with pytest.raises(CheckpointError, match=f"lacks {key}: another version"):
+    with pytest.raises(CheckpointError, match=f"lacks {key}: written by another version"):
         trainer(config, data).run()
 
 

@@ -75,10 +75,9 @@ THIN: dict[str, dict[str, Any]] = {
 
 def test_the_kinds_are_all_there() -> None:
     assert set(KINDS.values()) <= {"Data", "Data and pair", "Pair", "Method"}
-    assert {"landcover", "cityscapes", "voc", "ade20k"} == set(DATA)
-    assert {"task", "kd", "kd-t2", "cwd", "heteroakd", "heteroakd-paper", "kmm", "kem"} == set(
-        METHODS
-    )
+    assert {"landcover", "folder", "cityscapes", "voc", "ade20k"} == set(DATA)
+    methods = {"task", "kd", "kd-t2", "cwd", "heteroakd", "heteroakd-paper", "kmm", "kem"}
+    assert methods == set(METHODS)
     assert len(PAIRS) >= 4
 
 
@@ -94,6 +93,8 @@ def test_a_recipe_says_what_it_is_and_where_it_comes_from(name: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_data_and_method_go_together(data: str, method: str) -> None:
     root = [] if data == "landcover" else ROOT
+    if data == "folder":
+        root = [*ROOT, "--data.num-classes", "5"]
     pair = ["pair-tiny-unet-segformer"] if data == "landcover" else []
     config = parse_command_line([data, *pair, method, *root]).config
     assert config.data.kind == data

@@ -86,10 +86,10 @@ def test_an_evaluation_by_windows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("window = 4", "at least 16 pixels"),
+        ("window = 4", r"data\.window: got 4"),
         ("window_stride = 8", "needs data.window"),
         ("window = 16\nwindow_stride = 17", "pixels between windows would have no logits"),
-        ("window = [16, 32]\nwindow_stride = [8, 0]", "expected 1 to the sides"),
+        ("window = [16, 32]\nwindow_stride = [8, 0]", r"data\.window_stride: got"),
     ],
 )
 def test_windows_that_cannot_be(tmp_path: Path, lines: str, message: str) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError, DependencyError
+from ..files import check_regular
 from .images import (
     Mask,
     Palette,
     Pixels,
     SegmentationData,
-    check_regular,
     palette_of,
     read_image,
     read_mask,

@@ -2,7 +2,7 @@
 """Sets up a private environment in `.venv` and runs one job in it. Standard library only.
 
     python3 dev.py demo [arguments of heteroakd-train]    the main job on real data
-    python3 dev.py experiment [its arguments]             every method, both directions, 3 seeds
+    python3 dev.py experiment [its arguments]             every method, both directions, 10 seeds
     python3 dev.py bench [arguments of benchmarks]        the benchmark report of this machine
     python3 dev.py test [arguments of pytest]             lint, types, all tests, the speed gate
     python3 dev.py gpu [--minutes 6]                      everything that only a GPU can tell

@@ -24,7 +24,7 @@ TRAINING: Final[Mapping[str, str]] = {
 
 def pip_command(extra: str) -> str:
     """What installs the extra into the environment that has the package already."""
-    return f'pip install "heteroakd_fast[{extra}]"'
+    return f'pip install "heteroakd-fast[{extra}]"'
 
 
 def explain(needed: Mapping[str, str], extra: str) -> str | None:

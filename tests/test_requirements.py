@@ -52,6 +52,10 @@ class Refusing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+def predict(arguments: Sequence[str]) -> int:
+    return train(["predict", "run", "image.png", "--output", "masks", *arguments])
+
+
 def benchmarks(arguments: Sequence[str]) -> int:
     from benchmarks.__main__ import main
 
@@ -62,6 +66,7 @@ def benchmarks(arguments: Sequence[str]) -> int:
     ("main", "command", "module", "names"),
     [
         *((train, "heteroakd-train", *item) for item in _requirements.TRAINING.items()),
+        (predict, "heteroakd-train", "pydantic", "pydantic"),
         *((experiment, "heteroakd-experiment", *item) for item in _requirements.TRAINING.items()),
         (benchmarks, "benchmarks", "matplotlib", "matplotlib"),
         (benchmarks, "benchmarks", "transformers", "transformers"),
@@ -87,7 +92,7 @@ def test_each_is_looked_for_first(
     assert main([]) == 2
     printed = capsys.readouterr()
     extra_name = "bench" if command == "benchmarks" else "train"
-    expected = f'{command}: {names}: not installed; pip install "heteroakd_fast[{extra_name}]"\n'
+    expected = f'{command}: {names}: not installed; pip install "heteroakd-fast[{extra_name}]"\n'
     assert (printed.out, printed.err) == ("", expected)
     assert list(tmp_path.iterdir()) == []
 
@@ -168,24 +173,36 @@ def test_networks_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        DependencyError, match=r'segformer.*; pip install "heteroakd_fast\[train\]"$'
+        DependencyError, match=r'segformer.*; pip install "heteroakd-fast\[train\]"$'
     ) as caught:
         build_model(ModelConfig(arch="segformer", steps=1), 3, 0)
     assert caught.value.exit_code == 2
+
+
+def test_trained_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'load_student: pillow: .*"heteroakd-fast\[train\]"$'):
+        from heteroakd_fast.train import load_student  # noqa: F401
 
 
 def test_logs_of_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Asked for by default, and no reason to refuse a run."""
-    from heteroakd_fast.train.logs import TensorBoard
+    from heteroakd_fast.train import logs
 
-    monkeypatch.setattr(TensorBoard, "_said", False)
+    logs._say_without_tensorboard.cache_clear()
     for name in ("tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level(logging.INFO):
-        assert not TensorBoard(tmp_path, 0, enabled=True).active
-    assert 'only metrics.jsonl is written; pip install "heteroakd_fast[train]"' in caplog.text
+        for stage in ("teacher", "alone"):
+            with logs.Records(tmp_path / stage, 0, tensorboard=True) as records:
+                assert records.tensorboard is None
+    # Once, not for every stage.
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoard is not installed: only metrics.jsonl is written; "
+        'pip install "heteroakd-fast[train]"'
+    ]
 
 
 def test_transformers_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

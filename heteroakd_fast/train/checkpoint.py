@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, shortened
-from .files import remove_leftovers, write_atomically
+from .files import check_regular, remove_leftovers, write_atomically
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -39,9 +39,20 @@ def non_finite(state: Mapping[str, Any], prefix: str = "") -> set[str]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             found |= non_finite(value, f"{name}.")
-        elif isinstance(value, Tensor) and not value.isfinite().all():
+        elif isinstance(value, Tensor) and not _own_memory(value).isfinite().all():
             found.add(name)
     return found
+
+
+def _own_memory(value: Tensor) -> Tensor:
+    """A tensor; one that shows its memory many times over (`expand`) as the memory alone, so that
+    it takes no more to check than it took to write."""
+    if value.layout != torch.strided:
+        return value
+    memory = value.untyped_storage()
+    if value.numel() * value.element_size() <= memory.nbytes():
+        return value
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(memory)
 
 
 def check_finite(path: Path, state: Mapping[str, Any], then: str = "") -> None:
@@ -104,7 +115,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state = _read(path)
-            check_finite(path, state)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -123,6 +133,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path, CheckpointError)
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
@@ -136,6 +147,11 @@ def _read(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(
             io.BytesIO(content), map_location="cpu", weights_only=True
         )
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise TypeError(f"holds a {type(state).__name__}, expected a dict with names for keys")
+        check_finite(path, state)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch has many kinds of error here; all mean the same to the user
         raise CheckpointError(f"{path}: cannot be decoded: {error}") from error
     return state

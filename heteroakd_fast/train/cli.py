@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _requirements
 from .._pipes import quiet_broken_pipe
-from .errors import TrainingError, UserError
+from .errors import UserError
+from .files import locked as locked  # comparison.py takes it from here
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .distributed import World
     from .reading import Options
 
 
@@ -38,6 +36,7 @@ def command(name: str, job: Callable[[Console], None]) -> int:
     from rich.console import Console
 
     from .logs import say
+    from .memory import ran_out
 
     try:
         job(Console())
@@ -49,6 +48,17 @@ def command(name: str, job: Callable[[Console], None]) -> int:
         code, message = 1, where + (error.strerror or str(error))
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command goes on from the last checkpoint"
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        said = (str(error).strip() or "no more is known").splitlines()[0]
+        code, message = (
+            1,
+            (
+                f"memory ran out ({said}); lower optim.batch_size, "
+                "optim.eval_batch_size or data.crop, or take a smaller network"
+            ),
+        )
     else:
         return 0
     say(Console(stderr=True), f"{name}: {message}")
@@ -56,23 +66,25 @@ def command(name: str, job: Callable[[Console], None]) -> int:
 
 
 def _main(argv: list[str] | None, console: Console) -> None:
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    from .logs import say
     from .reading import as_toml, embedded_recipes, parse_command_line
 
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["predict"]:
+        from .using import main
+
+        return main(argv[1:], console)
     with quiet_broken_pipe():
-        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        options = parse_command_line(argv)
         if options.front.print_config:
-            sys.stdout.write(as_toml(options.config, with_run=options.run_named))
+            print(as_toml(options.config, with_run=options.run_named), end="")
             return
-    if options.front.list_recipes:
-        for name, text in embedded_recipes().items():
-            say(console, f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
-        return
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+        if options.front.list_recipes:
+            # Not by rich, which ends the program with a code of its own when a pipe is closed.
+            for name, text in embedded_recipes().items():
+                print(f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
+            return
+    # Plain lines on stderr: a handler of rich's would break paths in two.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     _run(options, console)
 
 
@@ -88,39 +100,3 @@ def _run(options: Options, console: Console) -> None:
         outcome = pipeline.run(config, console, options.front.resume_anyway, world)
         if world.main:
             report.write_report(outcome, config, console)
-
-
-@contextmanager
-def locked(folder: Path, what: str, world: World | None = None) -> Iterator[None]:
-    """Make a folder, if it is not there, and keep it for one run or experiment alone; one that
-    wrote nothing leaves neither the folder nor the lock behind."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    made: list[Path] = []
-
-    def acquire() -> None:
-        made.extend(path for path in (folder, *folder.parents) if not path.exists())
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # Held by the process, not by the file: what a killed run leaves locks nothing.
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise TrainingError(
-                f"{folder}: another {what} is using this folder; wait for it or take another --run"
-            ) from None
-
-    try:
-        if world is None:
-            acquire()
-        else:
-            world.on_main(acquire)
-        yield
-    finally:
-        if lock.is_locked:
-            # Before the release: afterwards it may be the lock of the next run.
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-        for path in made:
-            with suppress(OSError):  # not empty
-                path.rmdir()

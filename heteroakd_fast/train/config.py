@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -14,10 +14,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     create_model,
-    field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
 from .._checks import RESOLUTIONS
 from .._evaluate import LossOptions
@@ -40,10 +41,34 @@ class _Table(BaseModel):
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())
 
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        """What keys have to do with each other: whether it holds, and the message if not. Of a
+        draft, which is only printed, keys may be missing."""
+        yield from ()
 
-Count = Annotated[int, Field(ge=1)]
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> Self:
+        for holds, message in self._rules((info.context or {}).get("draft", False)):
+            if not holds:
+                raise ValueError(message)
+        return self
+
+
+def _without_nul(path: Path) -> Path:
+    if "\0" in str(path):  # no system has it in a name, and Python raises far away from here
+        raise ValueError(f"got {str(path)!r}, expected a path without NUL")
+    return path
+
+
+# Upper limits are far above what anybody trains with: beyond them a slip of the keyboard would take
+# all memory or all processes of a machine.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Side = Annotated[int, Field(ge=16, le=32768)]
+Factor = Annotated[float, Field(gt=0.0, le=64.0)]
+FilePath = Annotated[Path, AfterValidator(_without_nul)]
 
 
 # Classes of the data sets that have their own.
@@ -56,7 +81,7 @@ class DataConfig(_Table):
     kind: Literal["landcover", "folder", "cityscapes", "voc", "ade20k"]
     """landcover: satellite images, fetched once; folder: your own images/, masks/; cityscapes,
     voc, ade20k: as they are published, unpacked."""
-    root: Path | None = None
+    root: FilePath | None = None
     """folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: holds
     leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016."""
     num_classes: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -66,24 +91,25 @@ class DataConfig(_Table):
     ignore_index: Annotated[int, Field(ge=0, le=65535)] = 255
     """Mask value that counts nowhere."""
     reduce_zero_label: bool = False
-    """folder: mask value 0 counts nowhere, and value k is class k-1 (ade20k has it so by
-    itself)."""
+    """folder: mask value 0 counts nowhere, and value k is class k-1 (as in ade20k)."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """folder without train/ and val/: share held out."""
     voc_split: Literal["train", "trainaug"] = "train"
-    """voc: train (1464 images), or trainaug (10582) with the masks of SBD from
-    SegmentationClassAug/ or from cls/*.mat."""
-    sbd_root: Path | None = None
-    """voc with trainaug: SBD's folder with cls/, train.txt, val.txt; none: looked for beside
-    VOC2012."""
-    resize: tuple[int, int] | None = None
-    """[long, short]: images are fitted into it, their shape kept, before the random resize.
-    Validation masks keep their size."""
-    crop: int | tuple[int, int] | None = None
-    """Side or [height, width] of the random training crop; none: the whole image."""
+    """voc: train (1464 images), or trainaug (10582): SegmentationClassAug/ or SBD's cls/*.mat."""
+    sbd_root: FilePath | None = None
+    """voc with trainaug: SBD's folder of cls/, train.txt, val.txt; none: sought beside VOC2012."""
+    resize: tuple[Side, Side] | None = None
+    """[long, short] that images are fitted into, before the random resize; masks for scores not."""
+    crop: Side | tuple[Side, Side] | None = None
+    """Side or [height, width] of the crop, at least 16 and at most 32768 pixels; none: no crop."""
+    window: Side | tuple[Side, Side] | None = None
+    """Side or [height, width] of the windows that large validation images are evaluated by, with
+    logits averaged where they overlap; none: whole images."""
+    window_stride: Annotated[int, Field(ge=1)] | tuple[Count, Count] | None = None
+    """Distance of the windows, or [down, across]; none: two thirds of their sides."""
     crop_max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels in one class: up to 10 crops are tried; 1: any."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: tuple[Factor, Factor] = (1.0, 1.0)
     """Range of the random resize before the crop."""
     augment: Literal["none", "flip", "dihedral"] = "flip"
     """flip: left-right; dihedral: flips and quarter turns (for views from above)."""
@@ -96,9 +122,8 @@ class DataConfig(_Table):
     labelled_per_batch: Annotated[int, Field(ge=0)] | None = None
     """Images of a batch that are drawn from the labelled ones, the rest from all; none: half."""
     check: bool | None = None
-    """Read files once before training; none: all of a folder, the first few of each split of a
-    published data set."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    """Read files once before training; none: all of a folder, a few of a published data set."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that read images; 0: the training process itself."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean, images in [0, 1]."""
@@ -110,87 +135,66 @@ class DataConfig(_Table):
         """Height and width of the crop."""
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
-    @field_validator("crop", mode="before")
-    @classmethod
-    def _one_side_or_two(cls, value: Any) -> Any:
-        # One message instead of one for each of the types it may have.
-        if value is None:
+    @property
+    def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Sides and distances of the windows of an evaluation."""
+        if self.window is None:
             return None
-        pair = isinstance(value, list | tuple) and len(value) == 2
-        sides = value if pair else [value]
-        if any(not isinstance(s, Integral) or isinstance(s, bool) or s < 16 for s in sides):
-            raise ValueError(
-                f"got {value!r}; expected: a side of at least 16 pixels, or [height, width]"
-            )
-        # A list out of JSON is none any more for what checks the type next.
-        return tuple(map(int, sides)) if pair else int(value)
+        sides = (self.window, self.window) if isinstance(self.window, int) else self.window
+        step = self.window_stride or (2 * sides[0] // 3, 2 * sides[1] // 3)
+        return sides, (step, step) if isinstance(step, int) else step
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        self._check_kind()
-        if not 0.0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"data.scale is {list(self.scale)}, expected [low, high] with 0 < low <= high"
-            )
-        if self.resize is not None and not 16 <= self.resize[1] <= self.resize[0]:
-            raise ValueError(
-                f"data.resize is {list(self.resize)}, expected [long, short] with "
-                "long >= short >= 16"
-            )
-        if self.crop_max_ratio < 1.0 and self.crop is None:
-            raise ValueError("data.crop_max_ratio needs data.crop")
-        if isinstance(self.labelled, float) and not 0.0 < self.labelled <= 1.0:
-            raise ValueError(
-                f"data.labelled is {self.labelled}, expected a share above 0 and up to 1, or a "
-                "number of images"
-            )
-        if self.labelled_per_batch is not None and self.labelled is None:
-            raise ValueError("data.labelled_per_batch needs data.labelled")
-        if min(self.std) <= 0.0:
-            raise ValueError(f"data.std is {list(self.std)}, expected positive numbers")
-        return self
+    @property
+    def count(self) -> int:
+        """The number of classes; 0 where that is not known yet."""
+        return _CLASSES.get(self.kind, self.num_classes) or 0
 
-    def _check_kind(self) -> None:
-        """Keys that this kind of data needs, and keys that mean nothing to it."""
-        folder = self.kind == "folder"
-        needed = ("root", "num_classes") if folder else ("root",)
-        if self.kind != "landcover":
-            for key in needed:
-                if getattr(self, key) is None:
-                    raise ValueError(f'data.{key} is required with data.kind = "{self.kind}"')
-        elif self.root is not None:
-            raise ValueError('data.root is not for data.kind = "landcover"')
-        only = {
-            "folder": ("num_classes", "class_names", "reduce_zero_label"),
-            "voc": ("voc_split", "sbd_root"),
-        }
-        for kind, keys in only.items():
-            for key in keys:
-                default = type(self).model_fields[key].default
-                if kind != self.kind and getattr(self, key) != default:
-                    raise ValueError(f'data.{key} is only for data.kind = "{kind}"')
-        if self.sbd_root is not None and self.voc_split != "trainaug":
-            raise ValueError('data.sbd_root is only for data.voc_split = "trainaug"')
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(
-                f"data.class_names has {len(self.class_names)} names, "
-                f"data.num_classes is {self.num_classes}"
-            )
-        names = self.class_names or ()
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:  # scores are listed by name
-            raise ValueError(f"data.class_names has {twice!r} more than once")
-        count = _CLASSES.get(self.kind, self.num_classes)
-        if count is not None and self.ignore_index < count:
-            raise ValueError(
-                f"data.ignore_index is {self.ignore_index}, which is also a class "
-                f"(data.num_classes is {count}); take a value that is no class"
-            )
-        if self.reduce_zero_label and self.ignore_index == count:
-            raise ValueError(
-                f"data.ignore_index is {count}, which is the last class in masks read with "
-                "data.reduce_zero_label; take a larger value"
-            )
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        kind, ignored = self.kind, self.ignore_index
+        needed = {"landcover": (), "folder": ("root", "num_classes")}.get(kind, ("root",))
+        for key in () if draft else needed:
+            text = f'data.{key} is required with data.kind = "{kind}"'
+            yield getattr(self, key) is not None, text
+        only = dict.fromkeys(("num_classes", "class_names", "reduce_zero_label"), "folder")
+        for key, other in {**only, "voc_split": "voc", "sbd_root": "voc"}.items():
+            unset = getattr(self, key) == type(self).model_fields[key].default
+            yield unset or kind == other, f'data.{key} is only for data.kind = "{other}"'
+        unset = self.root is None or kind != "landcover"
+        yield unset, 'data.root is not for data.kind = "landcover"'
+        unset = self.sbd_root is None or self.voc_split == "trainaug"
+        yield unset, 'data.sbd_root is only for data.voc_split = "trainaug"'
+
+        names, count = self.class_names, self.count
+        size = len(names or ())
+        same = names is None or size == self.num_classes
+        yield same, f"data.class_names has {size} names, data.num_classes is {self.num_classes}"
+        twice = next((n for n in names or () if (names or ()).count(n) > 1), None)
+        yield twice is None, f"data.class_names has {twice!r} more than once"  # scores go by name
+        text = f"data.ignore_index is {ignored}, which is also a class (data.num_classes is "
+        yield ignored >= count, f"{text}{count}); take a value that is no class"
+        text = f"data.ignore_index is {ignored}, which is the last class in masks read with "
+        text += "data.reduce_zero_label; take a larger value"
+        yield not self.reduce_zero_label or ignored != count, text
+
+        yield (
+            self.window_stride is None or self.window is not None,
+            ("data.window_stride needs data.window"),
+        )
+        gap = any(step > side for side, step in zip(*(self.windows or ((), ())), strict=True))
+        text = f"data.window_stride is {self.window_stride}, more than data.window, {self.window}: "
+        yield not gap, f"{text}pixels between windows would have no logits"
+        low, high = self.scale
+        yield low <= high, f"data.scale is {[low, high]}, expected [low, high] with low <= high"
+        long, short = self.resize or (16, 16)
+        text = "expected [long, short] with long >= short >= 16"
+        yield long >= short, f"data.resize is {[long, short]}, {text}"
+        yield self.crop_max_ratio == 1.0 or bool(self.crop), "data.crop_max_ratio needs data.crop"
+        share = self.labelled if isinstance(self.labelled, float) else 1.0
+        text = "expected a share above 0 and up to 1, or a number of images"
+        yield 0.0 < share <= 1.0, f"data.labelled is {share}, {text}"
+        unset = self.labelled_per_batch is None
+        yield unset or self.labelled is not None, "data.labelled_per_batch needs data.labelled"
+        yield min(self.std) > 0.0, f"data.std is {list(self.std)}, expected positive numbers"
 
 
 class ModelConfig(_Table):
@@ -200,16 +204,15 @@ class ModelConfig(_Table):
     """A short name (unet, segformer, mobilenet-v2, upernet, dpt, beit, mobilevit,
     mobilevit-v2) or an import path "package.module:callable"."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the architecture (in the TOML file only)."""
-    weights: Path | None = None
+    """Arguments of the architecture."""
+    weights: FilePath | None = None
     """safetensors or torch state_dict file of the whole network."""
-    init: Path | None = None
+    init: FilePath | None = None
     """The same kind of file of a part, such as a pretrained backbone: what fits by name and shape
     is taken, the rest starts from the seed."""
     tap: str | None = None
-    """Dotted name of the module whose output is distilled; with :NHWC behind it where that is [B,
-    h, w, D]."""
-    steps: Annotated[int, Field(ge=0)]
+    """Dotted name of the module whose output is distilled; "name:NHWC" for one of [B, h, w, D]."""
+    steps: Steps
     """Training steps; 0 with weights: use them as they are."""
     lr: Positive | None = None
     """Learning rate of this network; none: optim.lr."""
@@ -218,13 +221,9 @@ class ModelConfig(_Table):
     weight_decay: NonNegative | None = None
     """Weight decay of this network; none: optim.weight_decay."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        if self.steps == 0 and self.weights is None:
-            raise ValueError(
-                "steps = 0 needs weights: a network that was never trained cannot be used"
-            )
-        return self
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        text = "steps = 0 needs weights: a network that was never trained cannot be used"
+        yield self.steps > 0 or self.weights is not None, text
 
 
 class OptimConfig(_Table):
@@ -244,7 +243,7 @@ class OptimConfig(_Table):
     """Micro-batches per step. The loss stays exactly that of the whole batch."""
     eval_batch_size: Count = 16
     """Validation images at once, on each rank."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Steps = 0
     """Steps of linear warm-up."""
     power: NonNegative = 0.9
     """Exponent of the polynomial decay."""
@@ -281,7 +280,11 @@ def _loss_options() -> dict[str, Any]:
             check = partial(option.metadata["check"], name=f"distill.{name}")
             hint = Annotated[hint, AfterValidator(check)]
         elif name == "class_weight":
-            hint = tuple[float, ...] | None
+            about = (
+                'A weight for each class, or "balanced": N / (K n_c) of N labelled pixels, n_c of '
+            )
+            about += "the class c, and K classes that have any, in the labels that a network sees."
+            hint = tuple[NonNegative, ...] | Literal["balanced"] | None
         elif name == "resolution":
             hint = Literal[RESOLUTIONS]  # type: ignore[valid-type]
         elif name == "projector_weight":
@@ -307,22 +310,14 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
     cwd_temperature: Positive = 4.0
     """Temperature of channel-wise distillation."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DistillConfig:
-        weights = ("ce", "kd", "hetero", "feature")
-        if not any(getattr(self, f"{name}_weight") for name in weights):
-            raise ValueError(
-                "every one of the weights "
-                + ", ".join(f"{name}_weight" for name in weights)
-                + " is 0: "
-                + (
-                    "channel-wise distillation goes beside one of them"
-                    if self.cwd_weight
-                    else "there would be nothing to train on"
-                )
-            )
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        names = [f"{name}_weight" for name in ("ce", "kd", "hetero", "feature")]
+        text = "there would be nothing to train on"
+        if self.cwd_weight:
+            text = "channel-wise distillation goes beside one of them"
+        text = f"every one of the weights {', '.join(names)} is 0: {text}"
+        yield any(getattr(self, name) for name in names), text
         self.terms()  # some options go together only
-        return self
 
     def terms(self) -> list[Term]:
         """The terms of the loss whose weight is not 0."""
@@ -331,17 +326,14 @@ class DistillConfig(_LossOptions):  # type: ignore[misc, valid-type]
 
     def of_loss(self) -> dict[str, Any]:
         """The keywords of `HeteroAKDLoss`."""
-        options: dict[str, Any] = self.model_dump(
-            exclude={"features", "cwd_weight", "cwd_temperature"}
-        )
-        return options
+        excluded = {"features", "cwd_weight", "cwd_temperature"}
+        return dict(self.model_dump(exclude=excluded))
 
     def of_cross_entropy(self) -> dict[str, Any]:
         """The keywords of `functional.cross_entropy`: what a network without a teacher trains
         with, so that only the terms that need a teacher make a difference."""
         names = {"label_smoothing", *LossOptions.__annotations__} - _NOT_CONFIGURED
-        options: dict[str, Any] = self.model_dump(include=names)
-        return options
+        return dict(self.model_dump(include=names))
 
 
 class LogConfig(_Table):
@@ -375,24 +367,22 @@ class ScaleConfig(_Table):
     """Several processes (torchrun), and how the networks run on their devices."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Of several ranks: replicas (DDP), or sharded parameters, gradients and optimiser states
-    (FSDP2)."""
+    """Several ranks: replicas (DDP), or parameters, gradients and optimiser sharded (FSDP2)."""
     sync_bn: bool = False
     """Batch norms over all ranks (GPUs only, as torch has it)."""
     channels_last: bool = False
     """Images and weights in channels-last memory."""
     compile: bool = False
     """torch.compile the network that trains."""
-    timeout: Annotated[float, Field(ge=1.0)] = 600.0
+    timeout: Annotated[float, Field(ge=1.0, le=1e6)] = 600.0
     """Seconds without an answer after which a rank is lost."""
 
 
 class Config(_Table):
     """Everything one run needs."""
 
-    run: Path = Path("runs/default")
-    """Folder of this run; the same command resumes it. In no file: runs/ and the names of the
-    recipes."""
+    run: FilePath = Path("runs/default")
+    """Folder of this run; the same command resumes it. Not set: runs/ and the recipes' names."""
     stages: tuple[Stage, ...] = STAGES
     """What to train: the teacher, the student alone, the student distilled."""
     # Networks start from 2 * seed and 2 * seed + 1, and torch's generators take 64 bits.
@@ -402,7 +392,7 @@ class Config(_Table):
     """auto, cpu, cuda, cuda:1, mps ..."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision."""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; none: torch's choice."""
     data: DataConfig
     teacher: ModelConfig
@@ -413,43 +403,25 @@ class Config(_Table):
     log: LogConfig = Field(default_factory=LogConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        if (self.teacher.tap is None) != (self.student.tap is None):
-            missing = "teacher.tap" if self.teacher.tap is None else "student.tap"
-            raise ValueError(
-                f"{missing} is missing: set both taps (projected features) or none (logits only)"
-            )
-        if self.distill.features and self.teacher.tap is None:
-            raise ValueError("distill.features is true: set teacher.tap and student.tap")
-        unlabelled = self.distill.unlabelled_index
-        if unlabelled is not None and not 0 <= unlabelled <= 65535:
-            raise ValueError(
-                f"distill.unlabelled_index is {unlabelled}, expected a mask value: 0 to 65535"
-            )
-        per_batch = self.data.labelled_per_batch
-        if per_batch is not None and per_batch > self.optim.batch_size:
-            raise ValueError(
-                f"data.labelled_per_batch is {per_batch}, but optim.batch_size is "
-                f"{self.optim.batch_size}"
-            )
-        if self.student.steps == 0:
-            raise ValueError("student.steps is 0: there would be nothing to distil")
-        if not self.stages or len(set(self.stages)) != len(self.stages):
-            raise ValueError(
-                f"stages is {list(self.stages)}, expected one or more of {', '.join(STAGES)}, "
-                "each once"
-            )
-        if (
-            "distilled" in self.stages
-            and "teacher" not in self.stages
-            and self.teacher.weights is None
-        ):
-            raise ValueError(
-                "stages: has distilled without teacher; put the trained teacher's file into "
-                "teacher.weights, or add the stage teacher"
-            )
-        return self
+    def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
+        teacher, student, stages = self.teacher, self.student, self.stages
+        missing = "teacher.tap" if teacher.tap is None else "student.tap"
+        text = f"{missing} is missing: set both taps (projected features) or none (logits only)"
+        yield (teacher.tap is None) == (student.tap is None), text
+        text = "distill.features is true: set teacher.tap and student.tap"
+        yield not self.distill.features or teacher.tap is not None, text
+        index = self.distill.unlabelled_index or 0
+        text = f"distill.unlabelled_index is {index}, expected a mask value: 0 to 65535"
+        yield 0 <= index <= 65535, text
+        wanted, size = self.data.labelled_per_batch or 0, self.optim.batch_size
+        text = f"data.labelled_per_batch is {wanted}, but optim.batch_size is {size}"
+        yield wanted <= size, text
+        yield student.steps > 0, "student.steps is 0: there would be nothing to distil"
+        text = f"stages is {list(stages)}, expected one or more of {', '.join(STAGES)}, each once"
+        yield 0 < len(stages) == len(set(stages)), text
+        alone = "distilled" not in stages or "teacher" in stages
+        text = "stages: has distilled without teacher; set teacher.weights, or add that stage"
+        yield alone or teacher.weights is not None, text
 
     @property
     def labelled_slots(self) -> int:
@@ -465,8 +437,9 @@ class Config(_Table):
         free."""
         if self.data.labelled is None or self.distill.unlabelled_index is not None:
             return self
-        count = _CLASSES.get(self.data.kind, self.data.num_classes) or 0
-        values = range(255 if count < 254 else 65535, -1, -1)
+        # Values of masks above every class: two of a byte, one of which may be ignored.
+        count = self.data.count + self.data.reduce_zero_label
+        values = range(255 if count <= 254 else 65535, -1, -1)
         free = next(value for value in values if value != self.data.ignore_index)
         distill = self.distill.model_copy(update={"unlabelled_index": free})
         return self.model_copy(update={"distill": distill})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -35,12 +36,14 @@ from .datasets.batches import Normalizer, TrainingSet, evaluation_batches, train
 from .datasets.images import SegmentationData
 from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
-from .files import write_atomically
+from .files import write_file
 from .logs import Records, StageProgress, say
-from .looking import Gallery
-from .models import forward_logits
+from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
-from .parallel import Parallel, rehearsal
+from .parallel import Parallel, rehearsal, uncompiled
+from .reading import as_toml
+from .resuming import check_content, check_types
+from .visualization import Gallery
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -50,9 +53,6 @@ _SAME_REQUEST = 2.0
 _RANK_SEED = 1_000_003
 # A scale of fp16 below this cannot be what makes gradients overflow.
 _LEAST_SCALE = 1e-4
-# What a checkpoint holds, see `Trainer._state`.
-_STATE = {"stage", "step", "model", "loss", "optimizer", "scaler", "random", "best_miou", "scores"}
-_STATE |= {"seconds", "names", "rows", "fingerprint"}
 
 
 def choose_device(name: str, world: World = ALONE) -> torch.device:
@@ -66,6 +66,8 @@ def choose_device(name: str, world: World = ALONE) -> torch.device:
         name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("its tensors hold no values")
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -102,6 +104,15 @@ def make_optimizer(objective: nn.Module, config: OptimConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
+def optimizer_entry(config: OptimConfig) -> dict[str, Tensor]:
+    """What the optimiser keeps of a parameter of the shape [3, 2] from its first step on."""
+    probe = nn.Linear(2, 3, bias=False)
+    optimizer = make_optimizer(probe, config)
+    probe.weight.grad = torch.zeros(3, 2)
+    optimizer.step()
+    return dict(optimizer.state[probe.weight])
+
+
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
@@ -134,10 +145,14 @@ def evaluate(
         rank=world.rank,
         world=world.size,
     )
-    # Not compiled: images of many shapes would be compiled one by one.
-    with autocast(device, config.amp), torch.compiler.set_stance("force_eager"):
+    with autocast(device, config.amp), uncompiled():
         for images, target in batches:
-            matrix.update(forward_logits(model, normalize(images)), target.to(device))
+            windows = config.data.windows
+            images = normalize(images)
+            logits = (
+                window_logits(model, images, *windows) if windows else forward_logits(model, images)
+            )
+            matrix.update(logits, target.to(device))
     model.train(was_training)
     matrix.counts = world.total(matrix.counts)
     return matrix.scores()
@@ -204,11 +219,12 @@ class Trainer:
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console, self.world = device, console, world
         self.normalize = Normalizer(config.data, device, config.scale.channels_last)
-        self.gallery = Gallery(config, data, self.normalize, predict, autocast(device, config.amp))
+        self.gallery = Gallery(config, data, device, config.log.images)
         self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
         self.optimizer = make_optimizer(self.parallel.module, optim)
+        self._entry = optimizer_entry(optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         # Such as a mask of -inf among the buffers; what is trained has no excuse.
         trained = {name for name, p in objective.named_parameters() if p.requires_grad}
@@ -247,11 +263,14 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds; all ranks take part, rank 0 has the result."""
         rows = self._mean_rows()
+        optimizer = self.parallel.optimizer_state(self.optimizer)
         return {
             "stage": self.name,
             "step": self.step,
             **self._weights(),
-            "optimizer": self.parallel.optimizer_state(self.optimizer),
+            "optimizer": optimizer,
+            # Parameters that no loss reached have no state; of all others it must be there.
+            "optimized": list(optimizer),
             "scaler": self.scaler.state_dict(),
             "random": self.world.gather(random_states()),
             "best_miou": self.best_miou,
@@ -267,11 +286,7 @@ class Trainer:
         state = found
         if state is None:
             return
-        if lacking := sorted(_STATE - state.keys()):
-            raise CheckpointError(
-                f"{self.folder}: the checkpoint lacks {', '.join(lacking)}: another version wrote "
-                "it; take another --run folder, or go on with that version"
-            )
+        check_types(self.folder, state, self.name)
         saved: dict[str, str] = state["fingerprint"]
         changed = [
             f"  {key}: {saved.get(key, 'absent')} -> {self.fingerprint.get(key, 'absent')}"
@@ -291,12 +306,25 @@ class Trainer:
                     "for: take another --run folder, or more steps"
                 )
             log.warning(message)
+        like = {**self._weights(), "scaler": self.scaler.state_dict()}
+        del like["never_finite"]
+        if changed and not (state["scaler"] and like["scaler"]):
+            del like["scaler"]  # fp16 was switched on or off
+        check_content(
+            self.folder,
+            state,
+            objective=self.objective,
+            like=like,
+            entry=self._entry,
+            steps=None if changed else self.steps,
+            classes=self.data.num_classes,
+        )
         try:
             self.objective.model.load_state_dict(state["model"])
             self.objective.loss.load_state_dict(state["loss"])
             self.parallel.distribute()
             self.parallel.load_optimizer_state(self.optimizer, state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a model's own way of loading meets
             raise CheckpointError(
                 f"{self.folder}: the checkpoint does not fit the model: {error}"
             ) from None
@@ -559,7 +587,7 @@ class Trainer:
             | {f"val iou/{name}": value for name, value in per_class.items()},
             self.step,
         )
-        self.gallery.show(records.board, self.objective, self.step)
+        self.gallery.show(records, self.objective, self.step)
         progress.say(
             f"{self.name} step {self.step}: val mIoU {scores.miou:.4f}, "
             f"pixel accuracy {scores.pixel_accuracy:.4f}"
@@ -590,7 +618,10 @@ class Trainer:
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, value in self.objective.model.state_dict().items()
         }
-        try:
-            write_atomically(path, (serialize(weights),))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        # For `load_student`; `format` as other writers of the format have it.
+        data, used = self.data, self.config.data
+        lists: dict[str, Any] = {"class_names": data.class_names, "palette": data.palette}
+        lists |= {"mean": used.mean, "std": used.std}
+        metadata = {"format": "pt", "stage": self.name, "config": as_toml(self.config)}
+        metadata |= {key: json.dumps(value) for key, value in lists.items()}
+        write_file(path, serialize(weights, metadata))

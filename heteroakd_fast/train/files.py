@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import DataError, TrainingError, UserError
+
+if TYPE_CHECKING:
+    from .distributed import World
+
+# The first letter of a file's mode, as `ls -l` shows it.
+_KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
+
+
+def check_regular(path: Path, error: type[UserError] = DataError) -> None:
+    """Refuse what is no file with content of its own: opening a FIFO would wait for its writer.
+
+    Raises:
+        UserError: of the type asked for.
+    """
+    if kind := _KINDS.get(stat.filemode(path.stat().st_mode)[0]):
+        raise error(f"{path}: got {kind}, expected a regular file")
 
 
 def write_atomically(
@@ -33,6 +53,18 @@ def write_atomically(
     _flush_folder(path.parent)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as `write_atomically` does.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, (content,))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written in a folder that only one process writes."""
     for temporary in folder.glob(".*.tmp"):
@@ -47,3 +79,39 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str, world: World | None = None) -> Iterator[None]:
+    """Make a folder, if it is not there, and keep it for one run or experiment alone; one that
+    wrote nothing leaves neither the folder nor the lock behind."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    made: list[Path] = []
+
+    def acquire() -> None:
+        made.extend(path for path in (folder, *folder.parents) if not path.exists())
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Held by the process, not by the file: what a killed run leaves locks nothing.
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise TrainingError(
+                f"{folder}: another {what} is using this folder; wait for it or take another --run"
+            ) from None
+
+    try:
+        if world is None:
+            acquire()
+        else:
+            world.on_main(acquire)
+        yield
+    finally:
+        if lock.is_locked:
+            # Before the release: afterwards it may be the lock of the next run.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()

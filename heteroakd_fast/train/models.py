@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from .. import integrations
 from .._requirements import pip_command
 from .config import ModelConfig
 from .errors import DependencyError, ModelError, UserError
+from .files import check_regular
+from .memory import ran_out, too_large
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -110,6 +114,9 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
     model_class = getattr(transformers, f"{LIBRARY[name]}ForSemanticSegmentation")
     model: nn.Module
     if weights is not None and weights.is_dir():
+        for path in weights.iterdir():
+            if not path.is_dir():
+                check_regular(path, ModelError)
         # A folder in the library's own layout: it translates the key names of older versions.
         model, loaded = model_class.from_pretrained(
             weights, local_files_only=True, output_loading_info=True
@@ -161,16 +168,18 @@ def _with_backbone(kwargs: dict[str, Any], transformers: Any) -> dict[str, Any]:
 def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     """Build a network, initialised from `seed` alone, and load its weights file."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         try:
-            if config.arch == "unet":
-                model: nn.Module = UNet(num_classes, **config.kwargs)
-            elif config.arch in LIBRARY:
-                model = _built_by_library(config, num_classes)
-            else:
-                model = _imported_model(config, num_classes)
-        except (TypeError, ValueError) as error:
+            _check_size(config, num_classes)
+            torch.manual_seed(seed)
+            model = _built(config, num_classes)
+        except UserError:
+            raise
+        except (TypeError, ValueError, OSError) as error:
             raise ModelError(f"arch {config.arch!r} with {config.kwargs}: {error}") from error
+        except Exception as error:  # whatever arguments that do not go together lead to
+            raise ModelError(
+                f"arch {config.arch!r} with {config.kwargs}: {type(error).__name__}: {error}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"arch {config.arch!r} gave a {type(model).__name__}, expected a torch.nn.Module"
@@ -182,16 +191,26 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     return model
 
 
-def _built_by_library(config: ModelConfig, num_classes: int) -> nn.Module:
-    """With whatever the library meets in arguments that do not go together as one message."""
-    try:
+def _built(config: ModelConfig, num_classes: int) -> nn.Module:
+    if config.arch == "unet":
+        return UNet(num_classes, **config.kwargs)
+    if config.arch in LIBRARY:
         return _from_library(config.arch, num_classes, config.weights, config.kwargs)
-    except (UserError, OSError, TypeError, ValueError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"arch {config.arch!r} with {config.kwargs}: {type(error).__name__}: {error}"
-        ) from error
+    return _imported_model(config, num_classes)  # type: ignore[no-any-return]
+
+
+def _check_size(config: ModelConfig, num_classes: int) -> None:
+    """Refuse a network whose weights cannot be in memory, before they take all of it.
+
+    The user's own is not built twice: its constructor may do more than build.
+    """
+    if config.weights is not None or (config.arch != "unet" and config.arch not in LIBRARY):
+        return
+    with torch.device("meta"):
+        model = _built(config, num_classes)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if problem := too_large(size):
+        raise ModelError(f"arch {config.arch!r} with {config.kwargs}: its weights would {problem}")
 
 
 def _imported_model(config: ModelConfig, num_classes: int) -> Any:
@@ -213,18 +232,23 @@ def _imported(path: str) -> Any:
         raise ModelError(
             f'arch {path!r}: expected unet, {", ".join(LIBRARY)}, or "package.module:callable"'
         )
+    # Last, so that no file that happens to lie here hides an installed module. `python -m` has it,
+    # a console script does not.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"arch {path!r}: {error}") from error
+    except Exception as error:  # importing a module runs it
+        raise ModelError(f"arch {path!r}: {type(error).__name__}: {error}") from error
     return found
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a torch file (read without unpickling code)."""
     try:
+        check_regular(path, ModelError)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -232,6 +256,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such weights file") from None
+    except ModelError:
+        raise
     except Exception as error:  # each reader has its own kinds of error for a broken file
         raise ModelError(f"{path}: cannot be read as weights: {error}") from error
     for nest in ("state_dict", "model"):
@@ -262,7 +288,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         shown = "\n  ".join(problems[:12])
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ModelError(f"{path}: does not fit the model ({len(problems)} keys):\n  {shown}{more}")
-    model.load_state_dict(state)
+    _load(model, state, path)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # of tensors that names and shapes do not tell from others
+        raise ModelError(f"{path}: cannot be loaded into the model: {error}") from None
 
 
 def load_part(model: nn.Module, path: Path) -> None:
@@ -288,7 +321,7 @@ def load_part(model: nn.Module, path: Path) -> None:
             f"{path}: none of its {len(state)} tensors fits the model by name and shape; "
             f"the file has {', '.join(list(state)[:3])}, the model {', '.join(list(own)[:3])}"
         )
-    model.load_state_dict({**own, **found})
+    _load(model, {**own, **found}, path)
     log.info(
         "%s: %d of its %d tensors taken over, %d of the model's start from the seed",
         path,
@@ -313,6 +346,33 @@ def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits_of(output)
 
 
+def window_logits(
+    model: nn.Module, images: Tensor, sides: tuple[int, int], strides: tuple[int, int]
+) -> Tensor:
+    """Logits [B, C, H, W] at the size of the images: the mean over overlapping windows, the last of
+    which end at the images' borders (mmsegmentation's test mode "slide")."""
+    sums: Tensor | None = None
+    height, width = images.shape[2:]
+    counts = images.new_zeros(1, 1, height, width)
+    for top in _window_starts(height, sides[0], strides[0]):
+        for left in _window_starts(width, sides[1], strides[1]):
+            place = ..., slice(top, top + sides[0]), slice(left, left + sides[1])
+            window = images[place]
+            logits = forward_logits(model, window)
+            logits = F.interpolate(logits, size=window.shape[2:], mode="bilinear")
+            if sums is None:
+                sums = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)
+            sums[place] += logits
+            counts[place] += 1
+    assert sums is not None  # an image has a window
+    return sums / counts
+
+
+def _window_starts(size: int, side: int, stride: int) -> list[int]:
+    last = max(size - side, 0)
+    return [*range(0, last, stride), last]
+
+
 def check_logits(
     model: nn.Module, num_classes: int, side: tuple[int, int], device: torch.device
 ) -> None:
@@ -322,6 +382,14 @@ def check_logits(
     try:
         with torch.no_grad():
             logits = forward_logits(model, torch.zeros(1, 3, *side, device=device))
+    except UserError:
+        raise
+    except Exception as error:  # of whatever layer it is
+        if ran_out(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot take an image of {side[1]} x {side[0]} pixels: {error}"
+        ) from error
     finally:
         model.train(was_training)
     if logits.dim() != 4 or logits.shape[1] != num_classes:

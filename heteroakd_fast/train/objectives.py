@@ -5,6 +5,7 @@ Logits stay at the networks' own resolution; the losses upsample them on the fly
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,6 +31,29 @@ class Teaching(NamedTuple):
 
     logits: Tensor
     features: Tensor | None
+
+
+class TeacherMemory:
+    """Logits of one frozen teacher by the content of the images, for experiments that show few
+    images many times. Each image goes through the teacher alone: what comes of it does not depend
+    on what was asked for before."""
+
+    def __init__(self, most_bytes: int = 1 << 30) -> None:
+        self.room = most_bytes
+        self._known: dict[bytes, Tensor] = {}
+
+    def logits(self, teacher: nn.Module, images: Tensor) -> Tensor:
+        found = []
+        for image in images.split(1):
+            key = hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
+            logits = self._known.get(key)
+            if logits is None:
+                logits = self._known[key] = forward_logits(teacher, image)
+                self.room -= logits.nbytes
+            if self.room < 0:
+                self.room += self._known.pop(next(iter(self._known))).nbytes
+            found.append(logits)
+        return torch.cat(found)
 
 
 class Objective(SharesGroup, nn.Module):
@@ -127,9 +151,10 @@ class DistillObjective(Objective):
         device: torch.device,
         seed: int,
         process_group: Any = None,
+        memory: TeacherMemory | None = None,
     ) -> None:
         super().__init__()
-        self.model = student
+        self.model, self.memory = student, memory
         # In a list, so that it is no submodule: not trained, not saved, not put in training mode.
         self._teacher = [teacher]
         self.taps = (FeatureTap(student, taps[0]), FeatureTap(teacher, taps[1])) if taps else None
@@ -182,6 +207,8 @@ class DistillObjective(Objective):
     def teach(self, images: Tensor) -> Teaching:
         teacher = self._teacher[0]
         if self.taps is None:
+            if self.memory is not None:
+                return Teaching(self.memory.logits(teacher, images), None)
             return Teaching(forward_logits(teacher, images), None)
         with self.taps[1].listening() as tap:
             return Teaching(forward_logits(teacher, images), tap.take())

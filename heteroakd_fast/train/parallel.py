@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import ScaleConfig
 from .distributed import World
 from .errors import ConfigError
 from .objectives import Objective, without_group
-
-_FULL = StateDictOptions(full_state_dict=True)
 
 
 class Parallel:
@@ -76,7 +69,10 @@ class Parallel:
         """The trained weights into the plain objective, on the training device."""
         if self.sharded:
             self.objective.to(self.device)
-            self.objective.load_state_dict(get_model_state_dict(self.module, options=_FULL))
+            sharding = _sharding()
+            full = sharding.StateDictOptions(full_state_dict=True)
+            state = sharding.get_model_state_dict(self.module, options=full)
+            self.objective.load_state_dict(state)
 
     def close(self) -> None:
         """Training is over: the objective has the weights, and its network runs as it is, so that
@@ -93,7 +89,9 @@ class Parallel:
     def distribute(self) -> None:
         """The plain objective's weights into what trains."""
         if self.sharded:
-            set_model_state_dict(self.module, self.objective.state_dict(), options=_FULL)
+            sharding = _sharding()
+            full = sharding.StateDictOptions(full_state_dict=True)
+            sharding.set_model_state_dict(self.module, self.objective.state_dict(), options=full)
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are summed over the ranks in the last micro-batch of a step only."""
@@ -155,16 +153,34 @@ def sharded_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in reversed(modules) if type(module).__name__ in names]
 
 
+def _sharding() -> Any:
+    # Late: a second of imports that most runs need nothing of.
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
+
+
 def _full(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _like(value: Any, parameter: nn.Parameter) -> Any:
+def _like(value: Any, parameter: Any) -> Any:
     """A momentum, sharded as its parameter is."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if hasattr(parameter, "full_tensor") and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Images of many shapes would be compiled one by one. Where nothing was compiled so far, what
+    compiles is not even imported: that takes seconds."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def compile_model(objective: Objective) -> list[nn.Module]:

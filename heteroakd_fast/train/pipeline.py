@@ -14,17 +14,24 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .config import Config, ModelConfig
+from .config import Config, DistillConfig, ModelConfig
 from .datasets import load_data
 from .datasets.batches import Order, TrainingSet
 from .datasets.images import SegmentationData, Source
-from .datasets.labelled import Chosen, PartlyLabelled, labelled_images, with_masks
+from .datasets.labelled import (
+    Chosen,
+    PartlyLabelled,
+    balanced_weights,
+    labelled_images,
+    with_masks,
+)
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
 from .logs import say
+from .memory import too_large
 from .models import build_model, check_logits, count_parameters
-from .objectives import DistillObjective, Objective, PlainObjective, dry_run
+from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory, dry_run
 from .parallel import synchronise_batch_norms
 
 
@@ -93,9 +100,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def run(
-    config: Config, console: Console, resume_anyway: bool = False, world: World = ALONE
+    config: Config,
+    console: Console,
+    resume_anyway: bool = False,
+    world: World = ALONE,
+    memory: TeacherMemory | None = None,
 ) -> Outcome:
-    """Run or resume every stage, together with the other ranks."""
+    """Run or resume every stage, together with the other ranks; `memory`: of this teacher."""
     check_shares(config, world)
     config = config.with_unlabelled_index()
     if config.threads is not None:
@@ -110,6 +121,8 @@ def run(
         text += f", {len(labelled)} of the former with labels for the students"
     say(console, f"{text}, {data.num_classes} classes, on {device}")
     side = _side(config, data)
+    check_memory(config, side, world)
+    distill = world.on_main(lambda: losses(config, training, data.num_classes))
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
 
@@ -129,12 +142,12 @@ def run(
     if {"teacher", "distilled"} & set(config.stages):
         teacher = build(config.teacher, 2 * config.seed)
         objectives["teacher"] = PlainObjective(
-            teacher, config.distill, data.ignore_index, world.process_group
+            teacher, distill["teacher"], data.ignore_index, world.process_group
         )
     if "alone" in config.stages:
         alone = build(config.student, 2 * config.seed + 1)
         objectives["alone"] = PlainObjective(
-            alone, config.distill, data.ignore_index, world.process_group
+            alone, distill["alone"], data.ignore_index, world.process_group
         )
     distillation = None
     if "distilled" in config.stages:
@@ -142,7 +155,7 @@ def run(
         objectives["distilled"] = distillation = DistillObjective(
             build(config.student, 2 * config.seed + 1),
             teacher,
-            config.distill,
+            distill["distilled"],
             num_classes=data.num_classes,
             ignore_index=data.ignore_index,
             taps=config.taps,
@@ -150,6 +163,7 @@ def run(
             device=device,
             seed=config.seed,
             process_group=world.process_group,
+            memory=memory,
         )
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
     for objective in objectives.values():
@@ -208,6 +222,44 @@ def training_sets(
     slots = {"labelled": labelled, "labelled_slots": config.labelled_slots}
     sets |= {"alone": drawn(Chosen(data.train, labelled)), "distilled": drawn(partly, **slots)}
     return sets, labelled
+
+
+def losses(
+    config: Config, training: dict[str, TrainingSet], num_classes: int
+) -> dict[str, DistillConfig]:
+    """The loss of each stage: `distill`, with the balanced class weights of its own labels."""
+    if config.distill.class_weight != "balanced":
+        return dict.fromkeys(training, config.distill)
+    # Distilled, a student has the labels that it has alone.
+    students = training["alone"].source
+    own = balanced_weights(students, num_classes)
+    teacher = training["teacher"].source
+    weights = {"teacher": own if teacher is students else balanced_weights(teacher, num_classes)}
+    return {
+        stage: config.distill.model_copy(update={"class_weight": weights.get(stage, own)})
+        for stage in training
+    }
+
+
+def check_memory(config: Config, side: tuple[int, int], world: World) -> None:
+    """Refuse images that cannot be in memory, before they take all of it: those of a step, as bytes
+    and as float32 with int64 labels, and the largest that validation can meet.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    factor = 1.0 if config.data.crop is not None else config.data.scale[1]
+    images = config.optim.batch_size // world.size
+    if problem := too_large(images * side[0] * side[1] * factor**2 * (3 + 12 + 8)):
+        raise ConfigError(
+            f"optim.batch_size = {config.optim.batch_size} images of {side[1]} x {side[0]} pixels "
+            f"would {problem}; lower optim.batch_size, data.crop or data.scale"
+        )
+    long, short = config.data.resize or (0, 0)
+    if problem := too_large(long * short * (3 + 12)):
+        raise ConfigError(
+            f"data.resize = {[long, short]}: one image for validation would {problem}; lower it"
+        )
 
 
 def check_shares(config: Config, world: World) -> None:

@@ -1,211 +1,156 @@
-"""The comparison at the end: a page, a figure, results.json and a table."""
+"""The comparison at the end: a page (template: page.html), a figure, results.json and a table."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
-from pathlib import Path
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from importlib import resources
 from typing import Any
 
+import jinja2
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .. import __version__
 from .config import Config
-from .datasets.batches import Normalizer
-from .engine import autocast, predict
-from .errors import TrainingError
+from .errors import TrainingError, shortened
 from .files import write_atomically
-from .logs import finite, say
-from .looking import (
-    COLOUR_MAPS,
-    UNLABELLED,
-    Sample,
-    choose_samples,
-    colours,
-    hex_colour,
-    look,
-    percent,
-    top_of,
-)
+from .logs import finite, read_metrics, say
 from .models import count_parameters
-from .page import TITLES, points, render
 from .pipeline import Outcome, fingerprint
+from .reading import as_toml
+from .visualization import COLOURS, TITLES, Gallery, curves, encoded
 
-_LEGEND_LIMIT = 25  # more names than this fit nowhere
+Results = dict[str, Any]
 
 
 def write_report(outcome: Outcome, config: Config, console: Console) -> None:
-    """Write report.html, report.png and results.json into the run folder and print the table."""
+    """Write report.html, report.png and results.json into the run folder and print the summary."""
     results = summary(outcome, config)
-    folder = config.run
-    try:
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-        write_atomically(folder / "results.json", (text.encode(),))
-        samples = collect(outcome, config)
-        draw(outcome, samples, folder / "report.png", config.report.dpi)
-        write_atomically(
-            folder / "report.html", (render(outcome, config, results, samples).encode(),)
-        )
-    except OSError as error:
-        raise TrainingError(f"{folder}: the report cannot be written: {error}") from error
-    console.print(table(outcome))
-    if results.get("gain") is not None:
-        gain = points(results["gain"])
-        say(console, f"Distillation changed the student's mIoU by {gain} points (one seed).")
-    written = (str(folder / name) for name in ("report.html", "report.png", "results.json"))
-    say(console, f"Written: {', '.join(written)}")
+    gallery = Gallery(config, outcome.data, outcome.device, config.report.samples)
+    mious = rows(results)[-2][1]
+    titles = {stage: f"{TITLES[stage]}\nmIoU {percent(miou)} %" for stage, miou in mious.items()}
+    figure = encoded(gallery.figure(outcome.models, outcome.distillation, titles), "png")
+    files = {
+        config.run / "report.html": render(outcome, config, results, figure).encode(),
+        config.run / "report.png": figure,
+        config.run / "results.json": json.dumps(results, indent=2, allow_nan=False).encode(),
+    }
+    for path, content in files.items():
+        try:
+            write_atomically(path, (content,))
+        except OSError as error:
+            raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
+    console.print(table(results))
+    for line in (*notes(results), f"Written: {', '.join(map(str, files))}", headline(results)):
+        say(console, line)
 
 
-def summary(outcome: Outcome, config: Config) -> dict[str, Any]:
-    """The content of results.json; scores are those of the last step, not of the best one."""
+def summary(outcome: Outcome, config: Config) -> Results:
+    """The content of results.json; scores are those of the last step, not of the best one, and None
+    where there are none (an absent class, labels that are all ignored)."""
     stages: dict[str, Any] = {}
     for stage, result in outcome.results.items():
         named = zip(outcome.data.class_names, result.scores.class_iou, strict=True)
         stages[stage] = {
-            "miou": result.scores.miou,
-            "pixel_accuracy": result.scores.pixel_accuracy,
+            **asdict(result.scores),
             "class_iou": dict(named),
             "best_miou": result.best_miou,
             "steps": result.steps,
             "seconds": round(result.seconds, 1),
             "parameters": count_parameters(outcome.models[stage]),
         }
-    gain = {}
-    if {"alone", "distilled"} <= stages.keys():
-        gain = {"gain": stages["distilled"]["miou"] - stages["alone"]["miou"]}
-    results = gain | {
+    stages, device = finite(stages), outcome.device
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "gain": gain({stage: scores["miou"] for stage, scores in stages.items()}),
         "stages": stages,
-        "config": {
-            key: json.loads(value) for key, value in fingerprint(config, "distilled").items()
-        },
-        "device": str(outcome.device),
-        "versions": {
-            "heteroakd_fast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "config": {k: json.loads(value) for k, value in fingerprint(config, "distilled").items()},
+        "device": f"{device}{gpu}",
+        "versions": {"heteroakd_fast": __version__, **versions},
     }
-    # NaN (an absent class, or labels that are all ignored) is no JSON.
-    return {key: finite(value) for key, value in results.items()}
 
 
-def table(outcome: Outcome) -> Table:
+def gain(scores: Mapping[str, float | None]) -> float | None:
+    """Of the distilled student over the student alone, if both have a score."""
+    alone, distilled = scores.get("alone"), scores.get("distilled")
+    return None if alone is None or distilled is None else distilled - alone
+
+
+def percent(score: float | None, sign: str = "") -> str:
+    """A score, or a difference of two (never minus zero) with its sign."""
+    return "-" if score is None else f"{round(100 * score, 1) + 0.0:{sign}.1f}"
+
+
+def rows(results: Results) -> list[tuple[str, dict[str, float | None]]]:
+    """Names and each stage's score: of the classes, then mIoU and pixel accuracy."""
+    stages = results["stages"]
+    classes = next(iter(stages.values()))["class_iou"]
+    found = [(name, {s: stages[s]["class_iou"][name] for s in stages}) for name in classes]
+    for title, key in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
+        found.append((title, {stage: scores[key] for stage, scores in stages.items()}))
+    return found
+
+
+def headline(results: Results) -> str:
+    """The outcome in a line."""
+    mious = {stage: percent(scores["miou"]) for stage, scores in results["stages"].items()}
+    if results["gain"] is None:
+        stage, miou = list(mious.items())[-1]
+        return f"{TITLES[stage].capitalize()}: mIoU {miou} % (one seed)."
+    return (
+        f"Distilled: mIoU {mious['distilled']} %, student alone {mious['alone']} %: gain "
+        f"{percent(results['gain'], '+')} points (one seed; the experiment has ten)."
+    )
+
+
+def notes(results: Results) -> list[str]:
+    """What keeps the scores from meaning what they seem to."""
+    *classes, (_, mious), _ = rows(results)
+    teacher, alone = mious.get("teacher"), mious.get("alone")
+    found = []
+    if teacher is not None and alone is not None and teacher < alone:
+        found.append(
+            f"The teacher ({percent(teacher)} %) is worse than the student alone "
+            f"({percent(alone)} %): there is nothing to learn from it; train it longer or take a "
+            "larger one."
+        )
+    if absent := [name for name, scores in classes if None in scores.values()]:
+        found.append(
+            f"Never in the validation labels: {shortened(absent)}. Such classes have no score and "
+            "are left out of the mean; one that is predicted all the same has 0."
+        )
+    return found
+
+
+def table(results: Results) -> Table:
     """Scores in percent, one column per network."""
-    view = Table(title="Validation IoU, %")
-    view.add_column("class")
-    for stage in outcome.results:
-        view.add_column(TITLES[stage], justify="right")
-    scores = [result.scores for result in outcome.results.values()]
-    for index, name in enumerate(outcome.data.class_names):
-        view.add_row(Text(name), *(percent(score.class_iou[index]) for score in scores))
-    view.add_section()
-    view.add_row("mIoU", *(percent(score.miou) for score in scores), style="bold")
-    view.add_row("pixel accuracy", *(percent(score.pixel_accuracy) for score in scores))
+    titles = (*(TITLES[stage] for stage in results["stages"]), "gain")
+    columns = [Column(title, justify="right") for title in titles]
+    view = Table("class", *columns, title="Validation IoU, %")
+    for name, scores in rows(results):
+        shown = (*map(percent, scores.values()), percent(gain(scores), "+"))
+        # Text: a name of the user's holds no markup.
+        view.add_row(Text(name, overflow="fold"), *shown)
     return view
 
 
-@torch.no_grad()
-def collect(outcome: Outcome, config: Config) -> list[Sample]:
-    """Predictions of the three networks and the loss's own maps."""
-    normalize = Normalizer(config.data, outcome.device)
-    for model in outcome.models.values():
-        model.eval()
-    # Not compiled, as in evaluations: images of many shapes.
-    with autocast(outcome.device, config.amp), torch.compiler.set_stance("force_eager"):
-        return [
-            look(
-                index,
-                outcome.models,
-                outcome.distillation,
-                config=config,
-                data=outcome.data,
-                normalize=normalize,
-                predict=predict,
-            )
-            for index in choose_samples(outcome.data.val, outcome.data, config.report.samples)
-        ]
-
-
-def draw(outcome: Outcome, samples: Sequence[Sample], path: Path, dpi: int) -> None:
-    """One row per sample: image, label, three predictions, two maps."""
-    # Late and without a display: it takes long to import, and servers have no screen.
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    data = outcome.data
-    titles = ["image", "label"]
-    titles += [
-        f"{TITLES[stage]}\nmIoU {100 * outcome.results[stage].scores.miou:.1f} %"
-        for stage in outcome.results
-    ]
-    map_titles = {
-        "reliability": "reliability\nof the teacher",
-        "discrepancy": "discrepancy\nteacher / student",
-    }
-    maps = [name for name in map_titles if getattr(samples[0], name) is not None]
-    titles += [map_titles[name] for name in maps]
-    rows, columns = len(samples), len(titles)
-    height, width = samples[0].label.shape
-    cell = 1.9
-    row_height, foot = cell * height / width, 0.8
-    figure = Figure(
-        figsize=(cell * columns, row_height * rows + foot + 0.6), dpi=dpi, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    # The legend and the colour bars have a row of their own, so that all images keep one size.
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[row_height] * rows + [foot])
-    axes = [[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(rows)]
-    looks = {
-        "reliability": (1.0, "0 student, 1 teacher", "neither"),
-        "discrepancy": (top_of(samples), "KL, nats", "max"),
-    }
-    bars: list[tuple[int, Any, str, str]] = []
-    for row, sample in zip(axes, samples, strict=True):
-        row[0].imshow(sample.image)
-        row[1].imshow(colours(sample.label, data))
-        for axis, prediction in zip(row[2:], sample.predictions.values(), strict=False):
-            axis.imshow(colours(prediction, data), interpolation="nearest")
-        bars = []
-        for column, name in enumerate(maps, columns - len(maps)):
-            end, label, extend = looks[name]
-            image = row[column].imshow(
-                getattr(sample, name), vmin=0.0, vmax=end, cmap=COLOUR_MAPS[name]
-            )
-            bars.append((column, image, label, extend))
-        for axis in row:
-            axis.set(xticks=[], yticks=[], facecolor=hex_colour(UNLABELLED))
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
-    for column, image, label, extend in bars:
-        place = figure.add_subplot(grid[rows, column])
-        place.axis("off")
-        bar = figure.colorbar(
-            image,
-            cax=place.inset_axes((0.02, 0.8, 0.96, 0.14)),
-            orientation="horizontal",
-            extend=extend,
-        )
-        bar.set_label(label, fontsize=8)
-        bar.ax.tick_params(labelsize=7)
-    patches = [
-        # A dollar sign would begin a formula.
-        Patch(facecolor=hex_colour(colour), edgecolor="0.4", label=name.replace("$", r"\$"))
-        for name, colour in zip(data.class_names, data.palette, strict=True)
-    ]
-    patches.append(Patch(facecolor=hex_colour(UNLABELLED), edgecolor="0.4", label="not counted"))
-    foot_axis = figure.add_subplot(grid[rows, : columns - len(bars)])
-    foot_axis.axis("off")
-    shown = patches[:_LEGEND_LIMIT]
-    foot_axis.legend(handles=shown, loc="upper left", ncols=5, fontsize=8, frameon=False)
-    if data.credit:
-        foot_axis.text(0.0, 0.22, data.credit, fontsize=6, color="0.35", va="bottom")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, (buffer.getbuffer(),))
+def render(outcome: Outcome, config: Config, results: Results, figure: bytes) -> str:
+    """The page, which needs no other file. The template escapes all text: names of classes and the
+    configuration are the user's."""
+    metrics = {s: read_metrics(config.run / s / "metrics.jsonl") for s in outcome.results}
+    functions = (percent, gain, rows, notes, headline, as_toml, timedelta, b64encode)
+    names: dict[str, Any] = {function.__name__: function for function in functions}
+    names |= {"outcome": outcome, "config": config, "results": results, "metrics": metrics}
+    names |= {"titles": TITLES, "colours": COLOURS, "threads": torch.get_num_threads()}
+    names |= {"figure": figure, "curves": encoded(curves(metrics), "svg")}
+    text = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
+    template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined)
+    return str(template.render(names))

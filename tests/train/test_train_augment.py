@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from train_helpers import in_order
 
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets.augment import augment, distort_colours, fit_image
@@ -34,6 +35,9 @@ class Ramps:
         values = np.arange(24 * 24 * 3) * (index + 3) // 5
         picture = (values % 251).astype(np.uint8).reshape(24, 24, 3)
         return picture, (values[: 24 * 24] % 8).reshape(24, 24)
+
+    def name(self, index: int) -> str:
+        return f"ramp {index}"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_batches_of_earlier_versions_stay(values: dict[str, Any], expected: str)
     experiment that was begun with it goes on with the same batches."""
     digest = hashlib.sha256()
     for images, target in training_batches(
-        Ramps(), options(**values), seed=5, batch_size=4, start=0, stop=6
+        in_order(Ramps(), 4, seed=5), options(**values), start=0, stop=6
     ):
         assert (images.dtype, target.dtype) == (torch.uint8, torch.int64)
         digest.update(images.numpy().tobytes())
@@ -259,7 +263,7 @@ def test_photometric_is_a_function_of_seed_step_and_slot() -> None:
     config = options(photometric=True)
 
     def images(seed: int, start: int) -> list[torch.Tensor]:
-        batches = training_batches(Ramps(), config, seed=seed, batch_size=7, start=start, stop=4)
+        batches = training_batches(in_order(Ramps(), 7, seed), config, start=start, stop=4)
         return [image for image, _ in batches]
 
     whole = images(0, 0)

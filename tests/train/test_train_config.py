@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from train_helpers import environment
 
 from heteroakd_fast.losses import HeteroAKDLoss, HeteroAKDOptions
 from heteroakd_fast.train.cli import main
-from heteroakd_fast.train.config import DataConfig, DistillConfig, OptimConfig
+from heteroakd_fast.train.config import Config, DataConfig, DistillConfig, OptimConfig
 from heteroakd_fast.train.errors import ConfigError
 from heteroakd_fast.train.reading import (
     as_toml,
@@ -80,6 +85,24 @@ steps = 3
             ["data.class_names has 'a' more than once"],
         ),
         (("[data]", "[data\n"), ["malformed TOML", "line 2"]),
+        (("[data]", f"x = {'[' * 5000}\n[data]"), ["malformed TOML"]),
+        (("[data]", f"seed = {'9' * 5000}\n[data]"), ["malformed TOML", "digits"]),
+        (("[data]", f"seed = 0x{'f' * 5000}\n[data]"), ["cannot be used", "digits"]),
+        (("[data]", 'run = "a\\u0000b"\n[data]'), ["run: got 'a\\x00b'", "without NUL"]),
+        (("[student]", '[student]\nweights = "\\u0000"'), ["student.weights", "without NUL"]),
+        (("[data]", "threads = 1000000\n[data]"), ["threads: got 1000000", "equal to 1024"]),
+        (("[data]", "[data]\nworkers = 1000000"), ["data.workers", "equal to 256"]),
+        (("[data]", "[data]\ncrop = 1000000"), ["data.crop: got 1000000", "at most 32768"]),
+        (("[data]", "[data]\nresize = [1000000, 16]"), ["data.resize.0", "equal to 32768"]),
+        (("[data]", "[data]\ncrop = 32\nscale = [1.0, 1e6]"), ["data.scale.1", "equal to 64"]),
+        (("[data]", "[data]\nlabelled = true"), ["data.labelled: got True", "a number or a share"]),
+        (("[data]", f"[optim]\nbatch_size = {10**15}\n[data]"), ["batch_size", "equal to 10000"]),
+        (("[data]", "[scale]\ntimeout = 1e300\n[data]"), ["scale.timeout", "equal to 1000000"]),
+        (
+            ("[data]", '[distill]\nclass_weight = "balance"\n[data]'),
+            ["distill.class_weight: got 'balance'", '"balanced"'],
+        ),
+        (("[data]", "[distill]\nclass_weight = [1, -1]\n[data]"), ["class_weight: got [1, -1]"]),
     ],
 )
 def test_message_names_file_key_and_expectation(
@@ -216,3 +239,150 @@ def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for key in ("FILE.toml", "--optim.lr", "--distill.kd-weight", "--resume-anyway"):
         assert key in text
+
+
+NETWORK = {"arch", "steps", "lr", "optimizer", "weight_decay"}
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("order", [1, -1], ids=["after the file", "before the file"])
+def test_another_architecture_leaves_nothing_of_the_one_before(
+    tmp_path: Path, role: str, order: int
+) -> None:
+    path = tmp_path / "my.toml"
+    of_arch = 'tap = "decoder.1"\nweights = "w"\ninit = "i"\nlr = 0.5\n'
+    tables = f"[{role}]\narch = 'unet'\n{of_arch}steps = 3\nkwargs = {{ width = 3 }}\n"
+    other = "student" if role == "teacher" else "teacher"
+    tables += f"[{other}]\narch = 'unet'\nsteps = 3\ntap = 'decoder.2'\n"
+    path.write_text(f"[data]\nkind = 'landcover'\n{tables}", encoding="utf-8")
+
+    def network(*options: str) -> dict[str, Any]:
+        words = [[str(path)], [f"--{role}.arch", "segformer", *options]][::order]
+        config = parse_command_line([*words[0], *words[1]]).config
+        found = getattr(config, role).model_dump()
+        assert found["arch"] == "segformer"
+        assert (found["steps"], found["lr"]) == (3, 0.5)
+        return {key: value for key, value in found.items() if key not in NETWORK}
+
+    none = {"kwargs": {}, "weights": None, "init": None}
+    assert network(f"--{other}.tap", "None") == {**none, "tap": None}
+    given = [f"--{role}.tap", "t", f"--{role}.kwargs", '{"depths": [1, 1]}', f"--{role}.init", "j"]
+    new = {"kwargs": {"depths": [1, 1]}, "tap": "t", "init": Path("j"), "weights": None}
+    assert network(*given) == new
+    with pytest.raises(ConfigError, match=rf"{role}\.tap is missing: set both taps"):
+        network()
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs"),
+    [
+        ('{"width": 3, "deep": {"a": [1.5, true]}}', {"width": 3, "deep": {"a": [1.5, True]}}),
+        ("{ width = 3 }", {"width": 3}),
+        ("{}", {}),
+    ],
+)
+def test_kwargs_on_the_command_line(text: str, kwargs: dict[str, Any]) -> None:
+    """They go on top of the file's, key by key, as those of a file do."""
+    before = load_config().student.kwargs
+    config = parse_command_line(["--student.kwargs", text]).config
+    assert config.student.kwargs == {**before, **kwargs}
+    assert parse_config(as_toml(config), "printed") == config
+
+
+@pytest.mark.parametrize("text", ["width", "[1]", "{width: 3}", "3", "", "{ a = 1 }\nb = 2"])
+def test_kwargs_that_are_no_table(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--student.kwargs", text])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "--student.kwargs" in message
+    assert "JSON or TOML" in message
+
+
+@pytest.mark.parametrize("recipe", ["folder", "cityscapes", "voc", "ade20k"])
+def test_what_a_recipe_lacks_is_printed_to_be_filled_in(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([recipe, "--print-config", "--optim.lr", "0.25"]) == 0
+    printed = capsys.readouterr().out
+    assert "\n# root = " in printed
+    assert "\nlr = 0.25 " in printed
+    with pytest.raises(ConfigError, match=r"printed: data\.root is required"):
+        parse_config(printed, "printed")
+    filled = printed.replace("\n# root = ", '\nroot = "x"')
+    if recipe == "folder":
+        assert "\n# num_classes = " in filled
+        filled = filled.replace("\n# num_classes = ", "\nnum_classes = 5")
+    given = ["--data.root", "x", *(["--data.num-classes", "5"] if recipe == "folder" else [])]
+    config = parse_command_line([recipe, "--optim.lr", "0.25", *given]).config
+    assert parse_config(filled, "filled") == config.model_copy(update={"run": Path("runs/default")})
+
+
+def test_the_recipe_for_photographs() -> None:
+    data = parse_command_line(["folder", "--data.root", "x", "--data.num-classes", "3"]).config.data
+    assert (data.kind, data.augment, data.photometric) == ("folder", "flip", True)
+    assert data.crop is not None
+    assert data.scale[0] < 1.0 < data.scale[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--list-recipes"], ["--print-config"]])
+def test_a_pipe_that_nobody_reads(arguments: list[str]) -> None:
+    """As in `... | head -1`: no message, and the code of a program that SIGPIPE ends."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from heteroakd_fast.train.cli import main; sys.exit(main(sys.argv[1:]))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 141
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["FIFO", "directory"])
+def test_a_configuration_is_a_regular_file(
+    tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "my.toml"
+    make(path)
+    assert main([str(path)]) == 2
+    assert "expected a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a\0b"], "cannot be read as text"),
+        (["--data.root", "a\0b"], "data.root: got 'a\\x00b', expected a path without NUL"),
+        (["--run", "a\udcffb"], "not UTF-8"),
+        (["folder", "--data.root", "\0", "--data.num-classes", "2"], "without NUL"),
+    ],
+)
+def test_names_that_no_file_can_have(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_every_path_of_the_configuration_is_checked() -> None:
+    def paths(model: Any) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                found += [f"{name}.{inner}" for inner in paths(field.annotation)]
+            elif "Path" in str(field.annotation):
+                found.append(name)
+        return found
+
+    assert len(paths(Config)) == 7
+    for path in paths(Config):
+        with pytest.raises(ConfigError, match="expected a path without NUL"):
+            parse_command_line([f"--{path.replace('_', '-')}", "\0"])

@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from train_helpers import in_order
 
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets.augment import augment
 from heteroakd_fast.train.datasets.batches import (
     Order,
-    TrainingSet,
     evaluation_batches,
     to_tensors,
     training_batches,
@@ -38,10 +38,6 @@ class Numbered:
 
     def name(self, index: int) -> str:
         return f"number {index}"
-
-
-def in_order(source: Source, batch_size: int, seed: int = 0) -> TrainingSet:
-    return TrainingSet(source, Order(seed, batch_size, len(source)))
 
 
 PLAIN = DataConfig(kind="landcover", augment="flip", photometric=True, crop_max_ratio=0.9, crop=16)

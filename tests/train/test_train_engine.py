@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -43,7 +44,7 @@ from heteroakd_fast.train.engine import (
     make_optimizer,
 )
 from heteroakd_fast.train.errors import CheckpointError, ConfigError, StoppedError, TrainingError
-from heteroakd_fast.train.logs import MetricsFile, TensorBoard
+from heteroakd_fast.train.logs import Records
 from heteroakd_fast.train.models import UNet
 
 
@@ -214,7 +215,7 @@ def test_a_checkpoint_of_another_version(config: Config, data: SegmentationData,
     assert saved is not None
     del saved[key]
     save_checkpoint(config.run / "one", saved)
-    with pytest.raises(CheckpointError, match=f"lacks {key}: another version"):
+    with pytest.raises(CheckpointError, match=f"lacks {key}: written by another version"):
         trainer(config, data).run()
 
 
@@ -325,9 +326,8 @@ def test_metrics_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (3, 6, 9)]
     path.write_text("\n".join(lines) + '\n{"step": 1')  # the last one was being written
-    file = MetricsFile(path, resumed_step=6)
-    file.write({"step": 7, "class_iou": {"a": float("nan"), "b": 1.0}})
-    file.close()
+    with Records(tmp_path, 6, tensorboard=False) as records:
+        records.line({"step": 7, "class_iou": {"a": float("nan"), "b": 1.0}})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 6, 7]
     assert json.loads(path.read_text().splitlines()[-1])["class_iou"] == {"a": None, "b": 1.0}
 
@@ -336,27 +336,29 @@ def test_metrics_that_are_damaged_or_cannot_be_written(tmp_path: Path) -> None:
     """Neither costs more than its own lines; a message says which file it was."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 3}\n\xff\xfe{"st\n' + b"[" * 100_000 + b"\n")
-    MetricsFile(path, resumed_step=6).close()
+    with Records(tmp_path, 6, tensorboard=False) as records:
+        pass
     assert path.read_bytes() == b'{"step": 3}\n'
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    path.unlink()
-    path.symlink_to("/dev/full")
-    file = MetricsFile.__new__(MetricsFile)
-    file.path, file._file = path, path.open("a", encoding="utf-8")
-    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
-        file.write({"step": 1})
-    file.close()
+    records._file = io.FileIO("/dev/full", "a")
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"), records:
+        records.line({"step": 1})
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = TensorBoard(tmp_path, 0, enabled=True)
-    board.write({"train/loss": 0.5}, 3)
-    board.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
+    with Records(tmp_path, 0, tensorboard=True) as records:
+        records.scalars({"train/loss": 0.5, "train/kd": float("nan")}, 3)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
-    TensorBoard(tmp_path / "off", 0, enabled=False).write({"train/loss": 0.5}, 3)
-    assert not (tmp_path / "off").exists()
+    with Records(tmp_path / "silent", 0, tensorboard=True, enabled=False) as records:
+        records.scalars({"train/loss": 0.5}, 3)
+        records.line({"step": 3})
+    assert not (tmp_path / "silent").exists()
+    with Records(tmp_path / "off", 0, tensorboard=False) as records:
+        records.scalars({"train/loss": 0.5}, 3)
+    assert [path.name for path in (tmp_path / "off").iterdir()] == ["metrics.jsonl"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +16,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_helpers import QUIET, changed, exported, same_weights, saved_step, write_config
+from train_helpers import (
+    QUIET,
+    changed,
+    environment,
+    exported,
+    same_weights,
+    saved_step,
+    write_config,
+)
 
-from heteroakd_fast.train import parallel, pipeline
+from heteroakd_fast.train import memory, parallel, pipeline
 from heteroakd_fast.train.checkpoint import NEWEST
+from heteroakd_fast.train.cli import command, main
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.datasets import load_data
-from heteroakd_fast.train.datasets.batches import sample_index
+from heteroakd_fast.train.datasets.batches import Order
 from heteroakd_fast.train.errors import CheckpointError, DataError
 from heteroakd_fast.train.reading import load_config
 
@@ -39,10 +51,10 @@ def test_a_file_that_breaks_while_training(tmp_path: Path, kind: str, workers: i
     config = one_stage(tmp_path, "broken", data={"workers": workers})
     # The one that is first read latest, so that checkpoints exist by then.
     first_read: dict[Path, int] = {}
+    data = load_data(config.data, config.seed)
+    order = Order(config.seed, config.optim.batch_size, len(data.train))
     for step in range(10):
-        for slot in range(config.optim.batch_size):
-            data = load_data(config.data, config.seed)
-            index = sample_index(config.seed, step, slot, config.optim.batch_size, len(data.train))
+        for index in order.images(step):
             image, mask = data.train.pairs[index]  # type: ignore[attr-defined]
             first_read.setdefault(image if kind == "images" else mask, step)
     path, _ = max(first_read.items(), key=lambda item: item[1])
@@ -155,3 +167,131 @@ def test_ways_of_running_compute_the_same(
     assert one.keys() == two.keys(), "names of weights stay as they are"
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_fifo_among_the_files(
+    tmp_path: Path, kind: str, workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether files are read before training or not: a message, and nobody waits for a writer."""
+    path = write_config(tmp_path)
+    name = tmp_path / "pictures" / kind / "p3.png"
+    name.unlink()
+    os.mkfifo(name)
+    for check in ("True", "False"):
+        options = ["--data.check", check, "--data.workers", workers, "--optim.batch-size", "8"]
+        assert main([str(path), *options]) == 1
+        assert f"{name}: got a FIFO, expected a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["unet", "segformer"])
+@pytest.mark.parametrize("key", ["weights", "init"])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "folder/config.json"])
+def test_a_fifo_as_weights(
+    tmp_path: Path, key: str, name: str, arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    (tmp_path / "folder").mkdir()
+    fifo = tmp_path / name
+    os.mkfifo(fifo)
+    given = fifo.parent if "folder" in name else fifo
+    options = ["--student.arch", arch, "--teacher.tap", "None", f"--student.{key}", str(given)]
+    if arch == "segformer":
+        options += ["--student.kwargs", "{ depths = [1, 1, 1, 1], hidden_sizes = [8, 8, 8, 8] }"]
+    assert main([str(path), "--student.tap", "None", *options]) == 1
+    assert "expected a regular file" in capsys.readouterr().err
+
+
+WIDTH = '{"width": 1000000}'
+ABSURD = {
+    "width": (["--student.kwargs", WIDTH], "its weights would take"),
+    "levels": (["--student.kwargs", '{"levels": 40}'], "arch 'unet'"),
+    "hidden": (
+        [
+            "--student.arch",
+            "segformer",
+            "--student.tap",
+            "encoder",
+            "--student.kwargs",
+            "{ hidden_sizes = [1000000, 1000000, 1000000, 1000000] }",
+        ],
+        "its weights would take",
+    ),
+    "crop": (["--data.crop", "32768"], "would take"),
+    "batch": (["--optim.batch-size", "1000000000"], "would take"),
+    "resize": (["--data.resize", "32768", "32768"], "would take"),
+    "device": (["--device", "meta"], "cannot be used here"),
+    "number of a device": (["--device", "cuda:99999999999999"], "cannot be used here"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_sizes_that_no_machine_has(
+    tmp_path: Path,
+    case: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before they take the memory."""
+    monkeypatch.setattr(memory, "memory_size", lambda: 8e9)
+    options, expected = ABSURD[case]
+    path = write_config(tmp_path)
+    assert main([str(path), *options]) in (1, 2)
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_runs_out_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert 1e8 < memory.memory_size() < 1e15
+
+    def take(_: Any) -> None:
+        torch.empty(1 << 62, dtype=torch.uint8)
+
+    def none(_: Any) -> None:
+        raise MemoryError
+
+    def other(_: Any) -> None:
+        raise RuntimeError("something else")
+
+    for job in (take, none):
+        assert command("name", job) == 1
+        assert "name: memory ran out" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="something else"):
+        command("name", other)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, num_classes):\n"
+         "        super().__init__(nn.Conv2d(3, num_classes, 1))\n", ""),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("Net = (\n", "SyntaxError"),
+        ("import nothing_of_this_name\n", "No module named 'nothing_of_this_name'"),
+        ("def Net(num_classes):\n    return {}[num_classes]\n", "KeyError: 3"),
+        ("from torch import nn\ndef Net(num_classes):\n    return nn.Linear(3, 3)\n",
+         "Linear cannot take an image of 32 x 32 pixels"),
+    ],
+    ids=["good", "raises", "syntax", "imports", "does not build", "does not run"],
+)  # fmt: skip
+def test_a_module_in_the_working_directory(tmp_path: Path, text: str, expected: str) -> None:
+    """With the path of a console script, which has its own folder in the place of this one."""
+    path = write_config(tmp_path, steps=1)
+    (tmp_path / "mynet.py").write_text(text, encoding="utf-8")
+    code = "import sys; sys.path.remove(''); from heteroakd_fast.train.cli import main; "
+    options = ["--student.arch", "mynet:Net", "--teacher.tap", "None", "--stages", "alone"]
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", str(path), *options],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == (1 if expected else 0), done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

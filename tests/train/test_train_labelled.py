@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from train_helpers import QUIET, changed, write_config
 
+from heteroakd_fast import functional
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.config import Config, DataConfig
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.images import SegmentationData
-from heteroakd_fast.train.datasets.labelled import labelled_images
+from heteroakd_fast.train.datasets.labelled import balanced_weights, labelled_images
 from heteroakd_fast.train.errors import ConfigError, DataError
 from heteroakd_fast.train.reading import load_config
 
@@ -142,3 +144,59 @@ def test_a_value_that_is_free() -> None:
     assert config.with_unlabelled_index().distill.unlabelled_index == 65534
     other = changed(config, data={"num_classes": 254, "ignore_index": 255})
     assert other.with_unlabelled_index().distill.unlabelled_index == 254
+
+
+class Masks:
+    """A source of masks alone."""
+
+    def __init__(self, *masks: list[int]) -> None:
+        self.masks = masks
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((1, 1, 3), np.uint8), np.array([self.masks[index]])
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def test_balanced_weights() -> None:
+    """w_c = N / (K n_c); a class without a pixel has 0; what is ignored is not counted."""
+    source = Masks([0, 0, 0, 1, 255], [0, 3, 254, 254])
+    weights = balanced_weights(source, 4)
+    assert weights == pytest.approx((6 / (3 * 4), 6 / (3 * 1), 0.0, 6 / (3 * 1)))
+    assert balanced_weights(Masks([255]), 2) == (0.0, 0.0)
+    # Every class has the same share of the loss, and a labelled pixel the weight 1 on average.
+    assert np.mean([weights[label] for label in (0, 0, 0, 1, 0, 3)]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("labelled", [None, 2])
+def test_balanced_losses(config: Config, labelled: int | None) -> None:
+    """Of each stage with the weights of the labels it sees, which are counted once."""
+    config = asked(config, labelled) if labelled else config
+    config = changed(config, distill={"class_weight": "balanced", "features": False})
+    data = data_of(config)
+    sets, _ = pipeline.training_sets(config, data)
+    losses = pipeline.losses(config, sets, 3)
+    every = balanced_weights(data.train, 3)
+    some = balanced_weights(sets["alone"].source, 3)
+    assert (some != every) == (labelled is not None)
+    assert losses["teacher"].class_weight == every
+    assert losses["alone"].class_weight == losses["distilled"].class_weight == some
+    outcome = pipeline.run(config, QUIET)
+    assert outcome.results.keys() == {"teacher", "alone", "distilled"}
+    assert outcome.distillation is not None
+    loss = outcome.distillation
+    logits, target = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    given = loss.loss(logits, target, teacher_logits=logits)
+    expected = functional.cross_entropy(logits, target, class_weight=torch.tensor(some))
+    torch.testing.assert_close(given.terms["ce"], expected.terms["ce"])
+
+
+def test_balanced_weights_are_part_of_what_a_run_was_begun_with(config: Config) -> None:
+    plain = pipeline.fingerprint(config, "alone")
+    balanced = pipeline.fingerprint(changed(config, distill={"class_weight": "balanced"}), "alone")
+    assert plain != balanced
+    assert balanced["distill.class_weight"] == '"balanced"'

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from heteroakd_fast.train.datasets import landcover
 from heteroakd_fast.train.datasets.landcover import Package, cut_tiles, load_landcover
-from heteroakd_fast.train.errors import DataError
+from heteroakd_fast.train.errors import DataError, UserError
 
 HEIGHT, WIDTH = 1536, 1792
 
@@ -89,6 +94,61 @@ def test_a_damaged_cache_is_made_again(packages: tuple[Path, tuple[Package, Pack
     (cached,) = folder.glob("landcover-*.safetensors")
     cached.write_bytes(cached.read_bytes()[:1000])
     np.testing.assert_array_equal(load_landcover(255, *pair).train.read(0)[0], first)
+
+
+TAMPERED: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "other keys": lambda tensors: tensors.update(x=tensors.pop("val_masks")),
+    "one more key": lambda tensors: tensors.update(x=torch.ones(1)),
+    "no key": lambda tensors: tensors.clear(),
+    "floats": lambda tensors: tensors.update(train_images=tensors["train_images"].float()),
+    "long masks": lambda tensors: tensors.update(val_masks=tensors["val_masks"].long()),
+    "signed": lambda tensors: tensors.update(val_images=tensors["val_images"].view(torch.int8)),
+    "one channel": lambda tensors: tensors.update(val_images=tensors["val_images"][..., 0]),
+    "channels first": lambda tensors: tensors.update(
+        train_images=tensors["train_images"].permute(0, 3, 1, 2).contiguous()
+    ),
+    "other sides": lambda tensors: tensors.update(val_masks=tensors["val_masks"][:, :64]),
+    "fewer masks": lambda tensors: tensors.update(train_masks=tensors["train_masks"][1:]),
+    "no tile": lambda tensors: tensors.update({k: v[:0] for k, v in tensors.items()}),
+    "a number": lambda tensors: tensors.update(train_masks=torch.tensor(3, dtype=torch.uint8)),
+    "another class": lambda tensors: tensors["val_masks"][0, 0, 0].fill_(8),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_cache_with_another_content_is_made_again(
+    packages: tuple[Path, tuple[Package, Package]], case: str
+) -> None:
+    folder, pair = packages
+    load_landcover(255, *pair)
+    (cached,) = folder.glob("landcover-*.safetensors")
+    good = cached.read_bytes()
+    tensors = load_file(cached)
+    TAMPERED[case](tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, cached)
+    assert cached.read_bytes() != good
+    load_landcover(255, *pair)
+    assert cached.read_bytes() == good
+
+
+def test_a_cache_that_is_no_file(packages: tuple[Path, tuple[Package, Package]]) -> None:
+    folder, pair = packages
+    load_landcover(255, *pair)
+    (cached,) = folder.glob("landcover-*.safetensors")
+    cached.unlink()
+    os.mkfifo(cached)
+    load_landcover(255, *pair)
+    assert cached.is_file()
+    cached.unlink()
+    cached.mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        load_landcover(255, *pair)
+    cached.rmdir()
+    wheel_file = next(folder.glob("Pic*.whl"))
+    wheel_file.unlink()
+    os.mkfifo(wheel_file)
+    with pytest.raises(DataError, match="got a FIFO, expected a regular file"):
+        load_landcover(255, *pair)
 
 
 def test_wrong_content_is_refused(packages: tuple[Path, tuple[Package, Package]]) -> None:

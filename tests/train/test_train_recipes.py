@@ -75,8 +75,9 @@ THIN: dict[str, dict[str, Any]] = {
 
 def test_the_kinds_are_all_there() -> None:
     assert set(KINDS.values()) <= {"Data", "Data and pair", "Pair", "Method"}
-    assert {"landcover", "cityscapes", "voc", "ade20k"} == set(DATA)
-    assert {"task", "kd", "cwd", "heteroakd", "heteroakd-paper", "kmm", "kem"} == set(METHODS)
+    assert {"landcover", "folder", "cityscapes", "voc", "ade20k"} == set(DATA)
+    methods = {"task", "kd", "kd-t2", "cwd", "heteroakd", "heteroakd-paper", "kmm", "kem"}
+    assert methods == set(METHODS)
     assert len(PAIRS) >= 4
 
 
@@ -92,6 +93,8 @@ def test_a_recipe_says_what_it_is_and_where_it_comes_from(name: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_data_and_method_go_together(data: str, method: str) -> None:
     root = [] if data == "landcover" else ROOT
+    if data == "folder":
+        root = [*ROOT, "--data.num-classes", "5"]
     pair = ["pair-tiny-unet-segformer"] if data == "landcover" else []
     config = parse_command_line([data, *pair, method, *root]).config
     assert config.data.kind == data
@@ -104,7 +107,8 @@ def test_data_and_method_go_together(data: str, method: str) -> None:
         assert (config.taps is not None) == (method == "heteroakd-paper")
         distill = config.distill
         asked = {n for n in ("kd", "hetero", "cwd") if getattr(distill, f"{n}_weight")}
-        assert asked == ({method} if method in ("kd", "cwd") else {"kd", "hetero"})
+        alone = {"kd": "kd", "kd-t2": "kd", "cwd": "cwd"}
+        assert asked == ({alone[method]} if method in alone else {"kd", "hetero"})
     assert (config.distill.mix == "teacher") == (method == "kem")
     assert (config.distill.evaluation == "none") == (method == "kmm")
 
@@ -116,7 +120,7 @@ def test_published_data_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_later_architecture_takes_nothing_from_an_earlier_one() -> None:
     config = load_config("landcover", "pair-tiny-unet-segformer")
-    assert config.teacher.kwargs == {"width": 16, "levels": 4, "stride": 2}
+    assert config.teacher.kwargs == {"width": 32, "levels": 4, "stride": 2}
     assert config.optim.warmup_steps == 50  # of landcover, which the pair says nothing about
 
 

@@ -18,8 +18,8 @@ from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import Normalizer
 from heteroakd_fast.train.engine import evaluate
 from heteroakd_fast.train.errors import ConfigError, DataError
-from heteroakd_fast.train.looking import choose_samples
 from heteroakd_fast.train.reading import load_config
+from heteroakd_fast.train.visualization import choose_samples
 
 UNLABELLED = 254
 
@@ -69,7 +69,7 @@ def test_unlabelled_pixels_are_not_scored(partly: Config) -> None:
     scores = evaluate(Truth(), data, normalize, config=partly, device=CPU)
     labelled = masks[masks < 3]
     assert scores.pixel_accuracy == pytest.approx((labelled == 1).mean())
-    assert choose_samples(data.train, data, 2)
+    assert choose_samples(data, 2)
 
 
 def test_their_label_is_refused_where_nobody_named_it(partly: Config) -> None:

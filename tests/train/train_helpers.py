@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.checkpoint import load_checkpoint
 from heteroakd_fast.train.config import Config, DistillConfig
-from heteroakd_fast.train.datasets.images import SegmentationData
+from heteroakd_fast.train.datasets.batches import Order, TrainingSet
+from heteroakd_fast.train.datasets.images import SegmentationData, Source
 from heteroakd_fast.train.engine import Trainer
 from heteroakd_fast.train.objectives import DistillObjective, Objective, PlainObjective
 
@@ -128,6 +129,11 @@ def changed(config: Config, **changes: Any) -> Config:
         for key, value in changes.items()
     }
     return config.model_copy(update=tables)
+
+
+def in_order(source: Source, batch_size: int, seed: int = 0) -> TrainingSet:
+    """Every image of a source, all of whose labels are seen."""
+    return TrainingSet(source, Order(seed, batch_size, len(source)))
 
 
 def plain(model: nn.Module, config: Config) -> PlainObjective:

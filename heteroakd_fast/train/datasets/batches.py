@@ -77,13 +77,15 @@ class TrainingSet(NamedTuple):
         return [self.source.name(index) for index in self.order.images(step)]
 
 
+def image_tensor(image: Pixels) -> Tensor:
+    """uint8 3 x H x W; a copy, because flips leave negative strides."""
+    # Not `ascontiguousarray`, which keeps a negative stride along an axis of one pixel.
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
+
+
 def to_tensors(image: Pixels, mask: Mask) -> tuple[Tensor, Tensor]:
-    """uint8 3 x H x W and int64 H x W; copies, because flips leave negative strides."""
-    return (
-        # Not `ascontiguousarray`, which keeps a negative stride along an axis of one pixel.
-        torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")),
-        torch.from_numpy(np.array(mask, dtype=np.int64, order="C")),
-    )
+    """The image as `image_tensor` has it, and int64 H x W."""
+    return image_tensor(image), torch.from_numpy(np.array(mask, dtype=np.int64, order="C"))
 
 
 def _augmented(

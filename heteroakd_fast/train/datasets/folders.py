@@ -10,12 +10,12 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError, DependencyError
+from ..files import check_regular
 from .images import (
     Mask,
     Palette,
     Pixels,
     SegmentationData,
-    check_regular,
     palette_of,
     read_image,
     read_mask,
@@ -412,7 +412,7 @@ def read_sbd_mask(path: Path) -> Mask:
 
 # -- your own images: images/ and masks/ with the same stems, in train/ and val/ or split here -----
 
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def _folder(config: DataConfig, root: Path, seed: int, unlabelled_index: int | None) -> _Loaded:
@@ -448,9 +448,7 @@ def _pairs(folder: Path, some_without: bool = False) -> tuple[Pair, ...]:
     layout = f"{folder}/images and {folder}/masks"
     masks = folder / "masks"
     images = [
-        path
-        for path in _listed(folder / "images", layout)
-        if path.suffix.lower() in _IMAGE_SUFFIXES
+        path for path in _listed(folder / "images", layout) if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     _listed(masks, layout)
     stems: dict[str, Path] = {}
@@ -464,6 +462,6 @@ def _pairs(folder: Path, some_without: bool = False) -> tuple[Pair, ...]:
         lambda image: tuple(
             masks / f"{image.stem}{end}" for end in (".png", ".tif", ".PNG", ".TIF")
         ),
-        f"{folder / 'images'}: holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})",
+        f"{folder / 'images'}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})",
         some_without,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
+from ..files import check_regular
 
 Pixels = NDArray[np.uint8]  # H x W x 3
 Mask = NDArray[np.integer[Any]]  # H x W
@@ -27,8 +27,6 @@ Palette = tuple[tuple[int, int, int], ...]
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # "P": the palette index is the class, whatever its colour. "1" (bilevel) arrives as booleans.
 _MASK_MODES = {"1", "L", "P", "I", "I;16", "I;16B"}
-# The first letter of a file's mode, as `ls -l` shows it.
-_KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
 
 
 class Source(Protocol):
@@ -59,12 +57,6 @@ class SegmentationData:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is no file with content of its own: opening a FIFO would wait for its writer."""
-    if kind := _KINDS.get(stat.filemode(path.stat().st_mode)[0]):
-        raise DataError(f"{path}: got {kind}, expected a regular file")
 
 
 @contextlib.contextmanager

@@ -83,6 +83,24 @@ def labelled_images(
     return tuple(sorted(there[index] for index in order[:count]))
 
 
+def balanced_weights(source: Source, num_classes: int) -> tuple[float, ...]:
+    """Class weights by inverse frequency: w_c = N / (K n_c), of n_c pixels of class c, N pixels of
+    all classes, and K classes that have any.
+
+    The mean weight of a labelled pixel is then 1, and every class has the same share of the loss.
+    A class without a pixel has the weight 0: no label asks for it, and any other weight would be
+    made up. Masks are counted as they are in the files, before crops; pixels that are ignored or
+    unlabelled are not.
+    """
+    counts = np.zeros(num_classes, np.int64)
+    for index in range(len(source)):
+        values = source.read(index)[1]
+        counts += np.bincount(values[values < num_classes].ravel(), minlength=num_classes)
+    there = counts > 0
+    weights = counts.sum() / (max(1, there.sum()) * np.maximum(counts, 1))
+    return tuple(np.where(there, weights, 0.0).tolist())
+
+
 def _named(source: Source, there: tuple[int, ...], names: tuple[str, ...]) -> tuple[int, ...]:
     known: dict[str, int] = {}
     for index in there:

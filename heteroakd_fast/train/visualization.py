@@ -25,6 +25,7 @@ from .datasets.images import Mask, Pixels, SegmentationData
 from .logs import Record, Records
 from .objectives import DistillObjective, Objective
 from .parallel import uncompiled
+from .scoring import autocast, predict
 
 TITLES = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 COLOURS = {"teacher": "#8a6bd6", "alone": "#8a94a3", "distilled": "#2f8fd8"}
@@ -90,8 +91,6 @@ class Gallery:
 
     def sample(self, index: int, models: Models, loss: Objective | None) -> Sample:
         """One image, at the size of its label; networks are in evaluation mode."""
-        from .engine import autocast, predict  # which imports this module
-
         shown, label = self.data.val.read(index)
         sample: Sample = {"image": shown, "label": label}
         # The networks get what they get in an evaluation.
@@ -101,7 +100,7 @@ class Gallery:
         # Not compiled, as in evaluations: images of many shapes.
         with autocast(self.device, self.config.amp), uncompiled():
             for name, model in models.items():
-                sample[name] = predict(model, images, size)[0].cpu().numpy()
+                sample[name] = predict(model, images, size, self.config.data)[0].cpu().numpy()
             if isinstance(loss, DistillObjective):
                 maps = loss.maps(images, target[None].to(self.device))
         for name in MAPS.keys() & maps.keys():

@@ -16,9 +16,9 @@ from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import Normalizer
-from heteroakd_fast.train.engine import evaluate
 from heteroakd_fast.train.errors import ConfigError, DataError
 from heteroakd_fast.train.reading import load_config
+from heteroakd_fast.train.scoring import evaluate
 from heteroakd_fast.train.visualization import choose_samples
 
 UNLABELLED = 254

@@ -12,10 +12,9 @@ from train_helpers import CPU, write_config
 
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import Normalizer
-from heteroakd_fast.train.engine import evaluate
 from heteroakd_fast.train.errors import ConfigError
-from heteroakd_fast.train.models import window_logits
 from heteroakd_fast.train.reading import load_config
+from heteroakd_fast.train.scoring import evaluate, window_logits
 
 
 class Quarter(nn.Module):

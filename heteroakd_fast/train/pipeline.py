@@ -114,7 +114,7 @@ def run(
     device = choose_device(config.device, world)
     # Rank 0 first: what it fetches, prepares and checks the others need not.
     own = config.data if world.main else config.data.model_copy(update={"check": False})
-    data = world.on_main_first(lambda: load_data(own, config.seed, config.distill.unlabelled_index))
+    data = world.on_main_first(lambda: load_data(own, config.distill.unlabelled_index))
     training, labelled = training_sets(config, data)
     text = f"{len(data.train)} training and {len(data.val)} validation images"
     if labelled is not None:

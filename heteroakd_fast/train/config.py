@@ -83,8 +83,9 @@ class DataConfig(_Table):
     """landcover: satellite images, fetched once; folder: your own images/, masks/; cityscapes,
     voc, ade20k: as they are published, unpacked."""
     root: FilePath | None = None
-    """folder: holds images/ and masks/, or train/ and val/ with both, or images/train, masks/train,
-    images/val, masks/val; cityscapes: holds leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016."""
+    """folder: holds images/ and masks/, or train/ and val/ with both, or both with train/ and val/;
+    cityscapes: holds leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k:
+    ADEChallengeData2016."""
     num_classes: Annotated[int, Field(ge=1, le=4096)] | None = None
     """folder: number of classes."""
     class_names: tuple[str, ...] | None = None

@@ -257,7 +257,7 @@ def test_damaged_files_are_data_errors(tmp_path: Path, name: str) -> None:
     for length in (1, 9, 20, 60, len(good) // 4, len(good) // 2, 3 * len(good) // 4):
         path.write_bytes(good[:length])
         for read in (read_image, read_mask):
-            with pytest.raises(DataError, match=r"p3\.png: cannot be read as a"):
+            with pytest.raises(DataError, match=r"p3\.png: (cannot be read as a|a mask as JPEG)"):
                 read(path)
     random.seed(0)
     for _ in range(60):

@@ -328,7 +328,7 @@ def test_a_bad_file_is_named(
     if damage == "negative":
         damage = holding(np.full(size, -1, np.int32), format="TIFF")
     elif damage == "colours":
-        damage = holding(np.zeros((*size, 3), np.uint8))
+        damage = holding(np.full((*size, 3), (1, 2, 3), np.uint8))
     damage(path)
     with pytest.raises(DataError) as caught:
         load(kind, root)

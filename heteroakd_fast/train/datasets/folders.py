@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,10 +25,9 @@ from .images import (
     read_mask,
     spread_palette,
 )
+from .survey import Pair, Survey, check_surveys, oddities, survey, table
 
 log = logging.getLogger("heteroakd_fast.train")
-
-Pair = tuple[Path, Path | None]  # of an image and its mask
 
 _UNLABELLED = 255  # in all published data sets; in VOC the border around objects
 # Of published data sets only so many files of each split are read before training.
@@ -61,6 +61,9 @@ class Encoding:
         known = {int(k): int(self.table[k]) for k in (self.table >= 0).nonzero()[0]}
         return type(self)({**known, value: value}, f"{self.expected}, or {value} ({meaning})")
 
+    def __repr__(self) -> str:
+        return f"{self.expected}, {self.table.tolist()}"
+
     def decode(self, values: Mask, path: Path) -> Mask:
         """Class ids and `ignore_index`; `path` is for messages."""
         places: Mask = values
@@ -86,6 +89,8 @@ class FileSource:
     encodings: tuple[tuple[str, Encoding], ...]
     #: Of every pixel of an image without a mask.
     ignore_index: int = _UNLABELLED
+    #: Of which masks have one for each value, where they are coded by colour.
+    colours: Palette | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -95,7 +100,10 @@ class FileSource:
         image = read_image(image_path)
         if mask_path is None:
             return image, np.full(image.shape[:2], self.ignore_index, np.int64)
-        values = (read_sbd_mask if mask_path.suffix == ".mat" else read_mask)(mask_path)
+        if mask_path.suffix == ".mat":
+            values = read_sbd_mask(mask_path)
+        else:
+            values = read_mask(mask_path, colours=self.colours)
         if image.shape[:2] != values.shape:
             turned = image.shape[1::-1] == values.shape
             raise DataError(
@@ -126,32 +134,37 @@ def load_layout(config: DataConfig, unlabelled_index: int | None = None) -> Segm
     train, val, names, palette = (
         load(config, root) if load else _folder(config, root, unlabelled_index)
     )
-    if config.check is not False:
-        _check_files(train, val, config)
     with_mask = tuple(index for index, (_, mask) in enumerate(train.pairs) if mask is not None)
     if not with_mask or any(mask is None for _, mask in val.pairs):
         raise DataError(
             f"{root}: holds no mask for training, or an image for validation without one"
         )
     some = with_mask if len(with_mask) < len(train) else None
-    return SegmentationData(train, val, names, palette, config.ignore_index, with_mask=some)
+    surveys = None if config.check is False else _check_files(train, val, config, names)
+    return SegmentationData(
+        train, val, names, palette, config.ignore_index, with_mask=some, surveys=surveys
+    )
 
 
-def _check_files(train: FileSource, val: FileSource, config: DataConfig) -> None:
-    """Read what `data.check` asks for, and find images that cannot share a batch."""
-    own = config.kind == "folder"
-    count = None if config.check or own else _FIRST
-    sizes = [train.read(index)[1].shape for index in range(len(train))[:count]]
-    for index in range(len(val))[:count]:
-        val.read(index)
-    # Of published sets the rest is seen to when batches are put together.
-    for (image, _), size in zip(train.pairs, sizes[: None if own else _FIRST], strict=False):
-        if size != sizes[0] and config.crop is None:
-            raise DataError(
-                f"{image}: {size[1]} x {size[0]} pixels, "
-                f"but {train.pairs[0][0].name} has {sizes[0][1]} x {sizes[0][0]}; "
-                "images of different sizes need data.crop"
-            )
+def _check_files(
+    train: FileSource, val: FileSource, config: DataConfig, names: tuple[str, ...]
+) -> tuple[Survey, Survey] | None:
+    """Read what `data.check` asks for, say what it is, and find what training would fail of."""
+    count = None if config.check or config.kind == "folder" else _FIRST
+    first, second = (
+        survey(s, len(names), s.pairs[:count], repr((s.encodings, s.colours))) for s in (train, val)
+    )
+    for split, found in (("training", first), ("validation", second)):
+        log.info("%s%s", "" if count is None else "the first of ", found.line(split))
+    check_surveys(first, second, config, names)
+    # A few files say nothing about classes, and of published sets other sizes are seen to when
+    # batches are put together.
+    if count is not None:
+        return None
+    if odd := oddities(first, second, config, names):
+        log.warning("%s: %s", config.root, "; ".join(odd))
+        log.info("shares of the pixels:\n%s", table(names, first, second))
+    return first, second
 
 
 def _listed(folder: Path, layout: str) -> list[Path]:
@@ -423,6 +436,8 @@ _MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".webp", ".jpg", ".jpeg")
 _ENDINGS = ("", "_mask", "-mask", "_label", "_labelIds", "_gt")
 # Customary names of folders; messages use the first.
 _IMAGES, _MASKS = ("images", "img_dir"), ("masks", "ann_dir", "labels", "annotations")
+_NAME_FIRST = re.compile(r"(?P<name>.*?)[\s,;:]+(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+):*")
+_NAME_LAST = re.compile(r"(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+)[\s,;]+(?P<name>.*\D.*)")
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "valid")
 
 
@@ -449,12 +464,47 @@ def _folder(config: DataConfig, root: Path, unlabelled_index: int | None) -> _Lo
     count, ignore = config.num_classes, config.ignore_index
     encode = Encoding.shifted if config.reduce_zero_label else Encoding.plain
     encoding = encode(count, ignore, ignore)
-    if unlabelled_index is not None:
+    names = tuple(f"class {index}" for index in range(count))
+    palette, colours = spread_palette(count), None
+    if config.palette is not None:
+        colours, found = _read_palette(config.palette, count)
+        names, palette = found or names, colours[:count]
+        places = {index: index if index < count else ignore for index in range(len(colours))}
+        encoding = Encoding(places, "colours of data.palette")
+    elif unlabelled_index is not None:
         encoding = encoding.also(unlabelled_index, "only the teacher labels it")
     encodings = (("", encoding),)
-    names = config.class_names or tuple(f"class {index}" for index in range(count))
-    training, validation = (FileSource(pairs, encodings, ignore) for pairs in (train, val))
-    return training, validation, names, spread_palette(count)
+    training, validation = (FileSource(pairs, encodings, ignore, colours) for pairs in (train, val))
+    return training, validation, config.class_names or names, palette
+
+
+def _read_palette(given: Palette | Path, count: int) -> tuple[Palette, tuple[str, ...]]:
+    """The colours, and the names of the first `count`, where a file has them."""
+    if not isinstance(given, Path):
+        return given, ()
+    try:
+        check_regular(given)
+        lines = given.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{given}: cannot be read as a palette: {error}") from None
+    entries: dict[tuple[int, int, int], str] = {}
+    for line in lines:
+        found = _NAME_LAST.fullmatch(line.strip()) or _NAME_FIRST.fullmatch(line.strip())
+        if found is None:
+            if any(letter.isdigit() for letter in line) and not line.startswith("#"):
+                raise DataError(f"{given}: has the line {line!r}, expected `name r g b`")
+            continue  # a comment or a heading
+        colour = (int(found["r"]), int(found["g"]), int(found["b"]))
+        if max(colour) > 255 or colour in entries:
+            raise DataError(f"{given}: {line!r} has a number above 255, or a colour of before")
+        entries[colour] = found["name"]
+    names = tuple(entries.values())[:count]
+    if len(names) < count or len(set(names)) < count:
+        raise DataError(
+            f"{given}: has {len(set(names))} classes of different names, expected "
+            f"data.num_classes = {count} or more lines `name r g b`"
+        )
+    return tuple(entries), names
 
 
 def _own_folders(root: Path) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:

@@ -193,9 +193,8 @@ class DataConfig(_Table):
         text = "data.palette does not go with data.reduce_zero_label; put the colour that counts "
         text += "nowhere last"
         yield self.palette is None or not self.reduce_zero_label, text
-        twice = next((colour for colour in colours if colours.count(colour) > 1), None)
-        unique = twice is None or not isinstance(self.palette, tuple)
-        yield unique, f"data.palette has {list(twice or ())} more than once"
+        unique = len(set(colours)) == len(colours) or not isinstance(self.palette, tuple)
+        yield unique, "data.palette has a colour more than once"
 
         yield (
             self.window_stride is None or self.window is not None,

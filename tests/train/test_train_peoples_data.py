@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layouts import write_ade20k, write_cityscapes, write_voc
 from PIL import Image
 from train_helpers import write_pictures
 
@@ -18,6 +19,7 @@ from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import load_data, survey
 from heteroakd_fast.train.datasets.folders import FileSource
 from heteroakd_fast.train.datasets.images import SegmentationData, Source, read_image, read_mask
+from heteroakd_fast.train.datasets.splits import keep_split
 from heteroakd_fast.train.errors import DataError
 
 
@@ -147,6 +149,24 @@ def test_files_that_come_later_move_no_other(tmp_path: Path) -> None:
     for part in ("train", "val"):
         assert before[part] - {"p0.png"} <= set(names(getattr(after, part)))
     assert 5 <= len(after.val) <= 15
+
+
+def test_the_split_is_kept_with_the_run(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run" / "split.txt"
+    keep_split(load(root), root, path)
+    lines = path.read_text().splitlines()
+    assert (len(lines), "train images/p0.png" in lines, len(set(lines))) == (6, True, 6)
+    keep_split(load(root), root, path)
+    assert not said(caplog, logging.WARNING)
+    for kind in ("images", "masks"):
+        (root / kind / "p0.png").rename(root / kind / "new.png")
+    keep_split(load(root, split_seed=1), root, path)
+    for text in ("2 from train to val (images/p", "1 from val to train", "1 new (images/new.png)"):
+        assert text in said(caplog, logging.WARNING)
+    assert "1 gone (images/p0.png)" in said(caplog, logging.WARNING)
+    assert path.read_text().splitlines() == lines
 
 
 # -- pixels ----------------------------------------------------------------------------------------
@@ -304,7 +324,7 @@ def test_palettes_that_are_none(root: Path, text: str | None, expected: str) -> 
     ("options", "message"),
     [
         ({"palette": ((0, 0, 0), (1, 1, 1))}, "data.palette has 2 colours, data.num_classes is 3"),
-        ({"palette": ((0, 0, 0),) * 3}, r"\[0, 0, 0\] more than once"),
+        ({"palette": ((0, 0, 0),) * 3}, "a colour more than once"),
         ({"palette": ((0, 0, 0), (1, 1, 1), (2, 2, 2)), "reduce_zero_label": True}, "go with"),
     ],
 )
@@ -403,3 +423,38 @@ def test_the_command_check(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     (root / "masks" / "p0.png").write_bytes(b"")
     assert main(["check", *options]) == 1
     assert "p0.png: cannot be read as a mask" in capsys.readouterr().err
+
+
+# -- published data sets ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "images/ADE/training/urban/street",
+        "ADE20K_2021_17_01/images/ADE/training/urban/street",
+        "images/training/a/abbey",
+        "ADE20K_2016_07_26/images/training/a/abbey",
+    ],
+)
+def test_the_other_download_of_ade20k(tmp_path: Path, inside: str) -> None:
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / inside / "ADE_train_00000001.jpg").touch()
+    with pytest.raises(DataError, match=r"full ADE20K.*ADEChallengeData2016\.zip.*150 classes"):
+        load_data(DataConfig(kind="ade20k", root=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("cityscapes", write_cityscapes), ("voc", write_voc), ("ade20k", write_ade20k)],
+)
+def test_published_data_from_a_mac(
+    tmp_path: Path, kind: Any, write: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path)
+    for path in [path for path in folder.rglob("*.*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7 Mac OS X")
+    with caplog.at_level(logging.INFO, "heteroakd_fast.train"):
+        data = load_data(DataConfig(kind=kind, root=folder))
+    assert (len(data.train), len(data.val)) == (3, 2)
+    assert "the first of training: 3 images, RGB from 0 to " in said(caplog, logging.INFO)

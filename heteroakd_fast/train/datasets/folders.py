@@ -290,6 +290,17 @@ _ADE20K_LAYOUT = (
 def _ade20k(config: DataConfig, root: Path) -> _Loaded:
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
+    full = [
+        *root.glob("ADE20K_20*"),
+        *root.glob("images/ADE"),
+        *root.glob("images/training/[!.]*/"),
+    ]
+    if any(path.is_dir() for path in full):
+        raise DataError(
+            f"{root}: holds the full ADE20K (a folder for each scene, thousands of classes); "
+            "expected ADEChallengeData2016.zip, the scene parsing benchmark of 150 classes, as "
+            f"{_ADE20K_LAYOUT}"
+        )
     encoding = Encoding.shifted(len(ADE20K), _UNLABELLED, config.ignore_index)
 
     def split(name: str) -> FileSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import load_data, survey
 from heteroakd_fast.train.datasets.folders import FileSource
 from heteroakd_fast.train.datasets.images import SegmentationData, Source, read_image, read_mask
+from heteroakd_fast.train.datasets.landcover import Tiles
 from heteroakd_fast.train.datasets.splits import keep_split
 from heteroakd_fast.train.errors import DataError
 
@@ -225,6 +227,16 @@ def test_bilevel_images(tmp_path: Path) -> None:
 def test_ranges_of_images_that_are_not_clear(tmp_path: Path, values: Any, expected: str) -> None:
     Image.fromarray(values).save(tmp_path / "image.tif")
     with pytest.raises(DataError, match=rf"image\.tif: {expected}"):
+        read_image(tmp_path / "image.tif")
+
+
+def test_tiffs_that_pillow_does_not_know(tmp_path: Path) -> None:
+    tags = {256: 2, 257: 1, 258: 32, 259: 1, 262: 2, 277: 3, 278: 1, 279: 24, 339: 3}
+    tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4  # where the floats are
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "image.tif").write_bytes(head + bytes(24))
+    with pytest.raises(DataError, match="a TIFF that Pillow does not know, such as several bands"):
         read_image(tmp_path / "image.tif")
 
 
@@ -458,3 +470,11 @@ def test_published_data_from_a_mac(
         data = load_data(DataConfig(kind=kind, root=folder))
     assert (len(data.train), len(data.val)) == (3, 2)
     assert "the first of training: 3 images, RGB from 0 to " in said(caplog, logging.INFO)
+
+
+def test_tiles_are_described_too() -> None:
+    tiles = Tiles(np.zeros((2, 8, 8, 3), np.uint8), np.ones((2, 8, 8), np.uint8), 255)
+    data = SegmentationData(tiles, tiles, ("a", "b"), ((0, 0, 0),) * 2, 255)
+    lines = survey.describe(data).splitlines()
+    assert lines[0] == "training: 2 images, 8 x 8 pixels"
+    assert lines[-2].split() == ["b", "100.000%", "100.000%"]

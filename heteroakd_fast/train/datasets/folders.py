@@ -61,9 +61,6 @@ class Encoding:
         known = {int(k): int(self.table[k]) for k in (self.table >= 0).nonzero()[0]}
         return type(self)({**known, value: value}, f"{self.expected}, or {value} ({meaning})")
 
-    def __repr__(self) -> str:
-        return f"{self.expected}, {self.table.tolist()}"
-
     def decode(self, values: Mask, path: Path) -> Mask:
         """Class ids and `ignore_index`; `path` is for messages."""
         places: Mask = values
@@ -151,9 +148,13 @@ def _check_files(
 ) -> tuple[Survey, Survey] | None:
     """Read what `data.check` asks for, say what it is, and find what training would fail of."""
     count = None if config.check or config.kind == "folder" else _FIRST
-    first, second = (
-        survey(s, len(names), s.pairs[:count], repr((s.encodings, s.colours))) for s in (train, val)
-    )
+
+    def surveyed(source: FileSource) -> Survey:
+        encodings = [(ending, e.expected, e.table.tolist()) for ending, e in source.encodings]
+        key = repr((encodings, source.colours))
+        return survey(source, len(names), source.pairs[:count], key)
+
+    first, second = surveyed(train), surveyed(val)
     for split, found in (("training", first), ("validation", second)):
         log.info("%s%s", "" if count is None else "the first of ", found.line(split))
     check_surveys(first, second, config, names)

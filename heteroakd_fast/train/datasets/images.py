@@ -29,7 +29,7 @@ Palette = tuple[tuple[int, int, int], ...]
 #: of them by starting Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # Their values go to 255 in images; those of all other modes that Pillow decodes do so anyway.
-_FULL = {"F": (1, 255), "I": (65535,), "I;16": (65535,), "I;16B": (65535,)}
+_FULL = dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), (65535,)) | {"F": (1, 255)}
 # A page of this kind (TIFF's NewSubfileType) is a smaller copy or the mask of another.
 _COPY = 1 | 4
 
@@ -107,6 +107,8 @@ def _opened(name: Path | str, what: str, content: bytes | None) -> Iterator[Imag
                 with Path(name).open("rb") as file:
                     content = file.read(16)
             begins = f"content that begins with {content[:16]!r}" if content else "an empty file"
+            if content[:4] in (b"II*\0", b"MM\0*"):
+                begins = "a TIFF that Pillow does not know, such as several bands of floats"
             reason = f"got {begins}, expected {', '.join(FORMATS)}"
         raise DataError(f"{name}: cannot be read as {what}: {reason}") from None
 
@@ -164,7 +166,7 @@ def read_mask(
     """Class ids: the values as the file has them in one channel, or the places of its colours among
     `colours`."""
     with _opened(name, "a mask", content) as image:
-        if image.format == "JPEG":
+        if image.format in ("JPEG", "MPO"):
             raise DataError(
                 f"{name}: a mask as JPEG, whose compression changes class ids, expected PNG; "
                 "export the masks again (a converted JPEG is no better)"

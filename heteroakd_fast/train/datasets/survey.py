@@ -141,7 +141,8 @@ def check_surveys(train: Survey, val: Survey, config: DataConfig, names: Sequenc
         )
     if not any(train.pixels[:-1]):
         raise DataError(f"{config.root}: no pixel of a training mask has a class: all are ignored")
-    binary = config.num_classes == 2 and config.ignore_index == 255
+    as_they_are = config.palette is None and not config.reduce_zero_label
+    binary = as_they_are and config.num_classes == 2 and config.ignore_index == 255
     if binary and train.ignored and 1 in train.absent & val.absent:
         raise DataError(
             f"{config.root}: the masks hold 0 and 255 alone, and 255 is data.ignore_index: "

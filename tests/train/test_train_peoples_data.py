@@ -398,6 +398,9 @@ def test_what_is_odd_is_a_warning(root: Path, caplog: pytest.LogCaptureFixture) 
     assert "class 3, class 4: in no mask at all" in said(caplog, logging.WARNING)
     assert "12.5% of the pixels of training masks are ignored" in said(caplog, logging.WARNING)
     assert "class 4    0.000%" in said(caplog, logging.INFO)
+    Image.fromarray(np.full((40, 40), 255, np.uint8)).save(root / "masks" / "p3.png")
+    assert load(root).val.name(0).endswith("p3.png")
+    assert "there is nothing to score" in said(caplog, logging.WARNING)
 
 
 def test_what_was_scanned_is_kept(

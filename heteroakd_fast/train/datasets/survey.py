@@ -162,6 +162,8 @@ def oddities(train: Survey, val: Survey, config: DataConfig, names: Sequence[str
             shown = [names[index] for index in sorted(absent)]
             more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
             found.append(f"{', '.join(shown[:_SHOWN])}{more}: {text}")
+    if not any(val.pixels[:-1]):
+        found.append("no pixel of a validation mask has a class: there is nothing to score")
     if train.ignored > _MUCH_IGNORED:
         found.append(f"{train.ignored:.1%} of the pixels of training masks are ignored")
     for mode, full, _, most in train.forms:

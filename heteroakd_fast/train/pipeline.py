@@ -25,6 +25,7 @@ from .datasets.labelled import (
     labelled_images,
     with_masks,
 )
+from .datasets.splits import keep_split
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
@@ -56,6 +57,8 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
     table = config.model_dump(mode="json")
     if stage == "teacher":  # which has all labels
         del table["data"]["labelled"], table["data"]["labelled_per_batch"]
+    if isinstance(path := config.data.palette, Path):
+        table["data"]["palette content"] = _content(path)
     # Neither changes a batch.
     for key in ("check", "workers"):
         del table["data"][key]
@@ -114,7 +117,7 @@ def run(
     device = choose_device(config.device, world)
     # Rank 0 first: what it fetches, prepares and checks the others need not.
     own = config.data if world.main else config.data.model_copy(update={"check": False})
-    data = world.on_main_first(lambda: load_data(own, config.seed, config.distill.unlabelled_index))
+    data = world.on_main_first(lambda: load_data(own, config.distill.unlabelled_index))
     training, labelled = training_sets(config, data)
     text = f"{len(data.train)} training and {len(data.val)} validation images"
     if labelled is not None:
@@ -168,6 +171,9 @@ def run(
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
     for objective in objectives.values():
         dry_run(objective, side, device)
+    if (root := config.data.root) is not None:
+        path = config.run / "split.txt"
+        world.on_main(lambda: keep_split(data, root.expanduser(), path))
     for stage, objective in objectives.items():
         model_config = config.teacher if stage == "teacher" else config.student
         trainer = Trainer(

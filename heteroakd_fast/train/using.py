@@ -184,6 +184,7 @@ def _targets(given: Iterable[Path], output: Path) -> dict[Path, list[Path]]:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         if path.is_dir():
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            files = [file for file in files if not file.name.startswith(".")]
         if not files:
             raise DataError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:

@@ -382,7 +382,7 @@ def test_every_path_of_the_configuration_is_checked() -> None:
                 found.append(name)
         return found
 
-    assert len(paths(Config)) == 7
+    assert len(paths(Config)) == 8
     for path in paths(Config):
         with pytest.raises(ConfigError, match="expected a path without NUL"):
             parse_command_line([f"--{path.replace('_', '-')}", "\0"])

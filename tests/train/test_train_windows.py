@@ -77,7 +77,7 @@ def test_an_evaluation_by_windows(tmp_path: Path) -> None:
             asked.append(tuple(images.shape[2:]))
             return torch.zeros(len(images), 3, 4, 4)
 
-    data = load_data(config.data, config.seed)
+    data = load_data(config.data)
     evaluate(Asked(), data, Normalizer(config.data, CPU), config=config, device=CPU)
     assert set(asked) == {(16, 16)}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
 import logging
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,12 @@ def _conv(channels: int, out: int, stride: int = 1) -> nn.Sequential:
 def _double(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(_conv(channels, out), _conv(out, out))
 
+
+#: Where training loops keep the weights in a torch file: averages (timm, ConvNeXt) before the last
+#: ones (Lightning, mmengine).
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+#: Prefixes of torch.compile, of data parallelism, and of modules around a network.
+_WRAPPERS = ("_orig_mod.", "module.", "model.", "net.")
 
 #: Short names of architectures of transformers: the class without its ending and what it is.
 LIBRARY = {
@@ -188,7 +196,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         load_part(model, config.init)
     if config.weights is not None and not (config.arch in LIBRARY and config.weights.is_dir()):
         load_weights(model, config.weights)
-    return model
+    return model.float()  # images are; a folder in half precision is loaded as it is
 
 
 def _built(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -253,30 +261,47 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        # timm keeps its command line beside the weights; a namespace runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such weights file") from None
     except ModelError:
         raise
     except Exception as error:  # each reader has its own kinds of error for a broken file
-        raise ModelError(f"{path}: cannot be read as weights: {error}") from error
-    for nest in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
-            state = state[nest]
+        # torch advises to run whatever the file holds.
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason: object = error
+        if found:
+            reason = f"it holds a {found[1]}, which could run code; save its state dict alone"
+        raise ModelError(f"{path}: cannot be read as weights: {reason}") from error
+    nests = [n for n in _NESTS if isinstance(state, Mapping) and isinstance(state.get(n), Mapping)]
+    if nests:
+        state = state[nests[0]]
+    if len(nests) > 1:
+        log.info("%s: has %s; the first is taken", path, ", ".join(nests))
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise ModelError(
             f"{path}: holds a {type(state).__name__}, expected a mapping from names to tensors"
         )
-    # DistributedDataParallel puts this prefix before every name.
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The state as it is, and without each prefix that wrappers put before every name."""
+    yield state
+    for prefix in _WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            yield from _unwrapped({key.removeprefix(prefix): state[key] for key in state})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights into `model`; every name and shape must fit."""
-    state = read_state_dict(path)
     own = model.state_dict()
+    states = _unwrapped(read_state_dict(path))
+    state = max(states, key=lambda state: len(state.keys() & own.keys()))
     problems = [f"missing in the file: {key}" for key in own if key not in state]
     problems += [f"unknown to the model: {key}" for key in state if key not in own]
     problems += [
@@ -304,10 +329,10 @@ def load_part(model: nn.Module, path: Path) -> None:
     Names are tried as they are, and below each child of the model: the file of a backbone does not
     know that it is called `backbone` here.
     """
-    state = read_state_dict(path)
-    own = model.state_dict()
+    states = list(_unwrapped(read_state_dict(path)))
+    state, own = states[0], model.state_dict()
 
-    def fitting(prefix: str) -> dict[str, Tensor]:
+    def fitting(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
             prefix + key: value
             for key, value in state.items()
@@ -315,7 +340,7 @@ def load_part(model: nn.Module, path: Path) -> None:
         }
 
     prefixes = ["", *(f"{name}." for name, _ in model.named_children())]
-    found = max((fitting(prefix) for prefix in prefixes), key=len)
+    found = max((fitting(prefix, state) for prefix in prefixes for state in states), key=len)
     if not found:
         raise ModelError(
             f"{path}: none of its {len(state)} tensors fits the model by name and shape; "

@@ -6,16 +6,20 @@ import argparse
 import difflib
 import importlib
 import inspect
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import integrations
@@ -295,6 +299,40 @@ def _unwrapped(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     for prefix in _WRAPPERS:
         if state and all(key.startswith(prefix) for key in state):
             yield from _unwrapped({key.removeprefix(prefix): state[key] for key in state})
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def stored_statistics(weights: Path) -> tuple[Path, Statistics] | None:
+    """Mean and std of the images in [0, 1] that weights were trained with, and the file that has
+    them: this driver's own, or transformers' preprocessor_config.json beside them."""
+    stored: dict[str, Any] = {}
+    if weights.suffix == ".safetensors" and weights.is_file():
+        with suppress(OSError, SafetensorError), safe_open(weights, "pt") as file:
+            stored = file.metadata() or {}  # loading it reports what is wrong with it
+    if {"mean", "std"} <= stored.keys():
+        return weights, (tuple(json.loads(stored["mean"])), tuple(json.loads(stored["std"])))
+    beside = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
+    if not beside.is_file():
+        return None
+    try:
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        used = stored.get("do_normalize", True)
+        pair = (stored["image_mean"], stored["image_std"]) if used else (0.0, 1.0)
+        rescaled = stored.get("do_rescale", True)
+        scale = 255.0 * (stored.get("rescale_factor", 1 / 255) if rescaled else 1.0)
+        mean, std = (
+            tuple(round(float(v) / scale, 9) for v in np.broadcast_to(value, 3)) for value in pair
+        )
+        if min(std) <= 0.0:
+            raise ValueError(f"got image_std {pair[1]}, expected positive numbers")
+    except Exception as error:  # of each reader, and of whatever JSON holds
+        problem = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{beside}: no mean and std can be read: {problem}") from error
+    if stored.get("do_flip_channel_order"):
+        log.warning("%s: asks for BGR, and images are RGB here", beside)
+    return beside, (mean, std)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -6,7 +6,7 @@ Logits stay at the networks' own resolution; the losses upsample them on the fly
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -152,9 +152,11 @@ class DistillObjective(Objective):
         seed: int,
         process_group: Any = None,
         memory: TeacherMemory | None = None,
+        normalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """`normalize`: the student's images to the teacher's, if they are not the same."""
         super().__init__()
-        self.model, self.memory = student, memory
+        self.model, self.memory, self.normalize = student, memory, normalize
         # In a list, so that it is no submodule: not trained, not saved, not put in training mode.
         self._teacher = [teacher]
         self.taps = (FeatureTap(student, taps[0]), FeatureTap(teacher, taps[1])) if taps else None
@@ -206,6 +208,8 @@ class DistillObjective(Objective):
     @torch.no_grad()
     def teach(self, images: Tensor) -> Teaching:
         teacher = self._teacher[0]
+        if self.normalize is not None:
+            images = self.normalize(images)
         if self.taps is None:
             if self.memory is not None:
                 return Teaching(self.memory.logits(teacher, images), None)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import Config, DistillConfig, ModelConfig
 from .datasets import load_data
-from .datasets.batches import Order, TrainingSet
+from .datasets.batches import Normalizer, Order, TrainingSet
 from .datasets.images import SegmentationData, Source
 from .datasets.labelled import (
     Chosen,
@@ -30,7 +30,7 @@ from .engine import StageResult, Trainer, choose_device
 from .errors import ConfigError
 from .logs import say
 from .memory import too_large
-from .models import build_model, check_logits, count_parameters
+from .models import build_model, check_logits, count_parameters, stored_statistics
 from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory, dry_run
 from .parallel import synchronise_batch_norms
 
@@ -44,6 +44,8 @@ class Outcome:
     models: dict[str, nn.Module]
     results: dict[str, StageResult]
     distillation: DistillObjective | None
+    config: Config
+    """With the values that follow from the data and from weights files."""
 
 
 def fingerprint(config: Config, stage: str) -> dict[str, str]:
@@ -108,7 +110,7 @@ def run(
 ) -> Outcome:
     """Run or resume every stage, together with the other ranks; `memory`: of this teacher."""
     check_shares(config, world)
-    config = config.with_unlabelled_index()
+    config = with_statistics(config.with_unlabelled_index(), console)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device, world)
@@ -164,12 +166,13 @@ def run(
             seed=config.seed,
             process_group=world.process_group,
             memory=memory,
+            normalize=_teacher_normalizer(config, device),
         )
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
     for objective in objectives.values():
         dry_run(objective, side, device)
     for stage, objective in objectives.items():
-        model_config = config.teacher if stage == "teacher" else config.student
+        model_config = config.network(stage)
         trainer = Trainer(
             stage,
             objective,
@@ -195,7 +198,33 @@ def run(
             f"{results[stage].steps} steps, {results[stage].seconds:.0f} s, "
             f"val mIoU {results[stage].scores.miou:.4f}",
         )
-    return Outcome(data, device, models, results, distillation)
+    return Outcome(data, device, models, results, distillation, config)
+
+
+def with_statistics(config: Config, console: Console) -> Config:
+    """The same with each network's mean and std: set, or what comes with its weights."""
+    for role in ("teacher", "student"):
+        network: ModelConfig = getattr(config, role)
+        weights = network.weights or network.init
+        path, found = (weights and stored_statistics(weights)) or (None, None)
+        if found and network.mean is None:
+            own = dict(zip(("mean", "std"), found, strict=True))
+            config = config.model_copy(update={role: network.model_copy(update=own)})
+        data = config.data_of(role)
+        used, said = (data.mean, data.std), f"as {path} says"
+        if used != found:
+            said = "as configured" + (f"; {path} says {found[0]} and {found[1]}" if found else "")
+        if used != (config.data.mean, config.data.std) or used != (found or used):
+            say(console, f"{role}: images normalised with mean {used[0]} and std {used[1]}, {said}")
+    return config
+
+
+def _teacher_normalizer(config: Config, device: torch.device) -> Normalizer | None:
+    """From the student's images to the teacher's; None where they are the same."""
+    own, given = config.data_of("teacher"), config.data_of("distilled")
+    if (own.mean, own.std) == (given.mean, given.std):
+        return None
+    return Normalizer(own, device, config.scale.channels_last, given)
 
 
 def training_sets(

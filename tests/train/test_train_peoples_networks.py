@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor
-from train_helpers import same_weights
+from torch import Tensor, nn
+from train_helpers import QUIET, changed, same_weights, write_config
 
-from heteroakd_fast.train.config import ModelConfig
+from heteroakd_fast.train import pipeline
+from heteroakd_fast.train.config import Config, ModelConfig
 from heteroakd_fast.train.errors import ModelError
-from heteroakd_fast.train.models import build_model
+from heteroakd_fast.train.models import build_model, stored_statistics
+from heteroakd_fast.train.reading import load_config
+from heteroakd_fast.train.report import write_report
+from heteroakd_fast.train.using import load_student
 
 SEGFORMER: dict[str, Any] = {
     "hidden_sizes": [8, 8, 8, 8],
@@ -83,3 +92,100 @@ def test_weights_that_would_run_code(tmp_path: Path) -> None:
     config = ModelConfig(arch="unet", steps=1, weights=tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"holds a .*Settings, .* save its state dict alone$"):
         build_model(config, 3, seed=0)
+
+
+# -- mean and std --------------------------------------------------------------------------------
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def with_preprocessor(folder: Path, **values: Any) -> None:
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **values}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (HALF, HALF)),
+        ({"image_mean": 0.5, "rescale_factor": 1 / 255}, (HALF, HALF)),
+        ({"do_normalize": False}, ((0.0,) * 3, (1.0,) * 3)),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3}, (HALF, HALF)),
+        ({"image_mean": None}, "no mean and std can be read: TypeError"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "expected positive numbers"),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_statistics_of_transformers(
+    tmp_path: Path, values: dict[str, Any], expected: Any, folder: bool
+) -> None:
+    with_preprocessor(tmp_path, **values)
+    weights = tmp_path if folder else tmp_path / "w.pt"
+    if isinstance(expected, str):
+        with pytest.raises(ModelError, match=expected):
+            stored_statistics(weights)
+    else:
+        assert stored_statistics(weights) == (tmp_path / "preprocessor_config.json", expected)
+
+
+def said_of(config: Config) -> tuple[Config, list[str]]:
+    stream = io.StringIO()
+    resolved = pipeline.with_statistics(config, Console(file=stream, width=500))
+    return resolved, stream.getvalue().splitlines()
+
+
+def test_statistics_are_said_where_they_differ(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+    assert said_of(config) == (config, [])
+    with_preprocessor(tmp_path)
+    config = changed(config, teacher={"weights": tmp_path / "w.pt"})
+    resolved, lines = said_of(config)
+    assert resolved.data_of("teacher").std == HALF
+    assert resolved.data_of("alone") == config.data
+    assert len(lines) == 1
+    assert f"{HALF} and std {HALF}, as {tmp_path}" in lines[0]
+    set_ = changed(config, teacher={"mean": config.data.mean, "std": config.data.std})
+    resolved, lines = said_of(set_)
+    assert resolved == set_
+    assert "configured" in lines[0]
+    assert lines[0].endswith(f"says {HALF} and {HALF}")
+    with pytest.raises(ValueError, match="mean and std: set both or none"):
+        ModelConfig(arch="unet", steps=1, mean=HALF)
+
+
+class Means(nn.Module):
+    """Keeps the means of what it gets."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 1)
+        self.seen: list[float] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.std() > 0:  # not in a dry run
+            self.seen.append(float(images.mean()))
+        logits: Tensor = self.conv(images)
+        return logits
+
+
+def test_each_network_gets_images_in_its_own_way(tmp_path: Path) -> None:
+    """Images of 0 and 1 in turn: what a network gets has the mean (0.5 - mean) / std."""
+    path = write_config(tmp_path, steps=2)
+    for file in (tmp_path / "pictures" / "images").iterdir():
+        pixels = np.indices((40, 40)).sum(0) % 2 * np.uint8(255)
+        Image.fromarray(np.repeat(pixels[..., None], 3, 2).astype(np.uint8)).save(file)
+    own = {"arch": f"{__name__}:Means", "kwargs": {}, "tap": None}
+    config = changed(load_config(path), teacher={**own, "mean": HALF, "std": HALF}, student=own)
+    config = changed(config, data={"mean": (0.25,) * 3, "std": (0.5,) * 3})
+    outcome = pipeline.run(config, QUIET)
+    write_report(outcome, outcome.config, QUIET)
+    expected = {"teacher": 0.0, "alone": 0.5, "distilled": 0.5}
+    for stage, model in outcome.models.items():
+        assert isinstance(model, Means)
+        assert len(model.seen) >= 3
+        assert model.seen == pytest.approx([expected[stage]] * len(model.seen), abs=1e-5), stage
+        student = load_student(config.run, stage)  # type: ignore[arg-type]
+        image = np.asarray(Image.open(next((tmp_path / "pictures" / "images").iterdir())))
+        assert float(student.inputs(image).mean()) == pytest.approx(expected[stage], abs=1e-5)
+    used = stored_statistics(config.run / "teacher" / "model.safetensors")
+    assert used == (config.run / "teacher" / "model.safetensors", (HALF, HALF))

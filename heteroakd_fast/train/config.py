@@ -212,6 +212,9 @@ class ModelConfig(_Table):
     is taken, the rest starts from the seed."""
     tap: str | None = None
     """Dotted name of the module whose output is distilled; "name:NHWC" for one of [B, h, w, D]."""
+    output: int | str | None = None
+    """Name or index of the logits, where the network returns several; none: `logits`, `out`, or the
+    first."""
     mean: tuple[float, float, float] | None = None
     """Mean of the images that this network takes; none: what preprocessor_config.json beside its
     weights or a file of this driver says, else data.mean."""

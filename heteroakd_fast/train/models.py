@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,8 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         raise ModelError(
             f"arch {config.arch!r} gave a {type(model).__name__}, expected a torch.nn.Module"
         )
+    if config.output is not None:
+        model.register_forward_hook(partial(_chosen, config.output))
     if config.init is not None:
         load_part(model, config.init)
     if config.weights is not None and not (config.arch in LIBRARY and config.weights.is_dir()):
@@ -398,8 +401,41 @@ def logits_of(output: Any) -> Tensor:
     """The logits in whatever a segmentation model returns: a tensor, a mapping or an object."""
     try:
         return integrations.logits_of(output)
-    except TypeError as error:
-        raise ModelError(str(error)) from None
+    except TypeError:
+        raise ModelError(
+            f"the network returned {_described(output)}; expected a tensor, or logits or out in a "
+            "mapping or object; name the logits, or give their index, by student.output or "
+            "teacher.output"
+        ) from None
+
+
+def _chosen(key: int | str, module: nn.Module, inputs: Any, output: Any) -> Any:
+    """The part of a network's output that has the logits; a tensor is the logits alone (networks
+    with auxiliary heads often return that in evaluation mode)."""
+    if isinstance(output, Tensor):
+        return output
+    try:
+        if isinstance(key, int):
+            return (list(output.values()) if isinstance(output, Mapping) else output)[key]
+        return output[key] if isinstance(output, Mapping) else getattr(output, key)
+    except (LookupError, TypeError, AttributeError):
+        raise ModelError(
+            f"output: got {key!r}, but the network returned {_described(output)}"
+        ) from None
+
+
+def _described(output: Any) -> str:
+    """The type and the parts of what a network returned."""
+    parts: Any = getattr(output, "__dict__", {}).items()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif isinstance(output, tuple | list):
+        parts = enumerate(output)
+    shapes = (
+        f"{key}: {tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__}"
+        for key, part in parts
+    )
+    return f"a {type(output).__name__} ({', '.join(shapes)})"
 
 
 def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -410,14 +446,20 @@ def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_logits(
-    model: nn.Module, num_classes: int, side: tuple[int, int], device: torch.device
+    model: nn.Module,
+    num_classes: int,
+    side: tuple[int, int],
+    device: torch.device,
+    hint: str = "",
 ) -> None:
-    """One dry run, so that a model that does not fit fails early and not inside the loss."""
+    """One dry run, so that a model that does not fit fails early and not inside the loss. `hint`:
+    what to do if it cannot take images of that size."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            logits = forward_logits(model, torch.zeros(1, 3, *side, device=device))
+        with torch.no_grad(), integrations.low_resolution(model):
+            output = model(torch.zeros(1, 3, *side, device=device))
+        logits = logits_of(output)
     except UserError:
         raise
     except Exception as error:  # of whatever layer it is
@@ -425,13 +467,15 @@ def check_logits(
             raise
         raise ModelError(
             f"{type(model).__name__} cannot take an image of {side[1]} x {side[0]} pixels: {error}"
+            + hint
         ) from error
     finally:
         model.train(was_training)
     if logits.dim() != 4 or logits.shape[1] != num_classes:
-        raise ModelError(
-            f"logits have shape {tuple(logits.shape)}, expected (1, {num_classes}, h, w)"
-        )
+        text = f"logits have shape {tuple(logits.shape)}, expected (1, {num_classes}, h, w)"
+        if not isinstance(output, Tensor):
+            text += f"; of {_described(output)}, choose by student.output or teacher.output"
+        raise ModelError(text)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import BackendUnavailableError, ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
+from .. import ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
 from .._evaluate import Normalizer
 from ..functional import cross_entropy
 from ..modules import SharesGroup
 from .config import DistillConfig
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .models import forward_logits
 from .taps import FeatureTap, probe_channels
 
@@ -238,6 +238,7 @@ class DistillObjective(Objective):
                     "student_features": tap.take(),
                     "teacher_features": teaching.features,
                 }
+            self._check_graph(features["student_features"])
         own, cwd_normalizer = normalizer, None
         if isinstance(normalizer, Mapping):
             cwd_normalizer = normalizer.get("cwd")
@@ -262,6 +263,17 @@ class DistillObjective(Objective):
             denominators={**(output.denominators or {}), **cwd.denominators},
         )
 
+    def _check_graph(self, feature: Tensor | None) -> None:
+        if self.training and torch.is_grad_enabled() and feature is not None:
+            if feature.requires_grad:
+                return
+            assert self.taps is not None
+            raise ModelError(
+                f"student.tap {self.taps[0].name!r}: the feature has no gradient, so distilling it "
+                "would train nothing: what comes before it is frozen, or checkpointed with "
+                "use_reentrant=True; unfreeze it, use use_reentrant=False, or tap a later module"
+            )
+
     @torch.no_grad()
     def maps(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Per-pixel reliability of the teacher and discrepancy of both, as the loss sees them."""
@@ -278,15 +290,3 @@ def without_group(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.process_group = group
-
-
-def dry_run(objective: Objective, side: tuple[int, int], device: torch.device) -> None:
-    """One pass, so that what the loss or its backend refuses shows early."""
-    objective.eval()
-    images = torch.zeros(1, 3, *side, device=device)
-    target = torch.zeros(1, *side, dtype=torch.int64, device=device)
-    try:
-        with torch.no_grad(), without_group(objective):
-            objective(images, target)
-    except (BackendUnavailableError, TypeError, ValueError) as error:
-        raise ConfigError(f"distill: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from .config import Config, DistillConfig, ModelConfig
 from .datasets import load_data
+from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, Order, TrainingSet
 from .datasets.images import SegmentationData, Source
 from .datasets.labelled import (
@@ -27,12 +29,16 @@ from .datasets.labelled import (
 )
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .logs import say
 from .memory import too_large
 from .models import build_model, check_logits, count_parameters, stored_statistics
-from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory, dry_run
-from .parallel import synchronise_batch_norms
+from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory
+from .parallel import dry_run, synchronise_batch_norms
+from .scoring import autocast
+
+# Validation images whose shape is looked at, and shapes that networks are tried on.
+_READ_SHAPES, _TRIED_SHAPES = 8, 4
 
 
 @dataclass
@@ -128,12 +134,16 @@ def run(
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
 
-    def build(model_config: ModelConfig, seed: int) -> nn.Module:
-        model = build_model(model_config, data.num_classes, seed)
-        model = synchronise_batch_norms(model, config.scale, world, device).to(device)
-        if config.scale.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        check_logits(model, data.num_classes, side, device)
+    shapes = _shapes(config, data, side)
+
+    def build(stage: str, seed: int) -> nn.Module:
+        with _named(stage), autocast(device, config.amp):
+            model = build_model(config.network(stage), data.num_classes, seed)
+            model = synchronise_batch_norms(model, config.scale, world, device).to(device)
+            if config.scale.channels_last:
+                model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for shape, hint in shapes.items():
+                check_logits(model, data.num_classes, shape, device, hint)
         return model
 
     # All are built before the first is trained: a mistake in the student's part of the
@@ -142,12 +152,12 @@ def run(
     objectives: dict[str, Objective] = {}
     teacher: nn.Module | None = None
     if {"teacher", "distilled"} & set(config.stages):
-        teacher = build(config.teacher, 2 * config.seed)
+        teacher = build("teacher", 2 * config.seed)
         objectives["teacher"] = PlainObjective(
             teacher, distill["teacher"], data.ignore_index, world.process_group
         )
     if "alone" in config.stages:
-        alone = build(config.student, 2 * config.seed + 1)
+        alone = build("alone", 2 * config.seed + 1)
         objectives["alone"] = PlainObjective(
             alone, distill["alone"], data.ignore_index, world.process_group
         )
@@ -155,7 +165,7 @@ def run(
     if "distilled" in config.stages:
         assert teacher is not None
         objectives["distilled"] = distillation = DistillObjective(
-            build(config.student, 2 * config.seed + 1),
+            build("distilled", 2 * config.seed + 1),
             teacher,
             distill["distilled"],
             num_classes=data.num_classes,
@@ -169,8 +179,11 @@ def run(
             normalize=_teacher_normalizer(config, device),
         )
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
-    for objective in objectives.values():
-        dry_run(objective, side, device)
+    images = config.optim.batch_size // (world.size * config.optim.accumulate)
+    for stage, objective in objectives.items():
+        trains = stage in config.stages and config.network(stage).steps > 0
+        with _named(stage), autocast(device, config.amp):
+            dry_run(objective, side, device, images if trains else None)
     for stage, objective in objectives.items():
         model_config = config.network(stage)
         trainer = Trainer(
@@ -225,6 +238,16 @@ def _teacher_normalizer(config: Config, device: torch.device) -> Normalizer | No
     if (own.mean, own.std) == (given.mean, given.std):
         return None
     return Normalizer(own, device, config.scale.channels_last, given)
+
+
+@contextlib.contextmanager
+def _named(stage: str) -> Iterator[None]:
+    """Put the network's name before what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        role = "teacher" if stage == "teacher" else "student"
+        raise ModelError(f"{role}: {error}") from error
 
 
 def training_sets(
@@ -314,3 +337,20 @@ def _side(config: Config, data: SegmentationData) -> tuple[int, int]:
         return config.data.crop_size
     mask = data.train.read(0)[1]
     return mask.shape[0], mask.shape[1]
+
+
+def _shapes(
+    config: Config, data: SegmentationData, side: tuple[int, int]
+) -> dict[tuple[int, int], str]:
+    """Heights and widths that the networks meet, in training and in the first few validation images
+    of different shapes; and what to do where a network cannot take them."""
+    shapes = {side: "; data.crop decides the size of training images"}
+    for index in range(min(len(data.val), _READ_SHAPES)):
+        height, width = fit_image(data.val.read(index)[0], config.data).shape[:2]
+        if config.data.windows:
+            window = config.data.windows[0]
+            height, width = min(height, window[0]), min(width, window[1])
+        text = f"; {data.val.name(index)}, for validation, has this size: set data.window = "
+        text += f"{list(side)} to evaluate by windows of the training size, or data.resize"
+        shapes.setdefault((height, width), text)
+    return dict(list(shapes.items())[:_TRIED_SHAPES])

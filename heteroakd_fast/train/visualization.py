@@ -112,7 +112,8 @@ class Gallery:
             for name, model in models.items():
                 images = self._normalized(image, name)
                 sample[name] = predict(model, images, size, self.config.data)[0].cpu().numpy()
-            if isinstance(loss, DistillObjective):
+            # Whole images, which may not be what networks evaluated by windows can take.
+            if isinstance(loss, DistillObjective) and self.config.data.windows is None:
                 images = self._normalized(image, "distilled")
                 maps = loss.maps(images, target[None].to(self.device))
         for name in MAPS.keys() & maps.keys():

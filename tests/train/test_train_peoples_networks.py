@@ -6,8 +6,9 @@ import argparse
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,23 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_helpers import QUIET, changed, same_weights, write_config
+from torch.utils.checkpoint import checkpoint
+from train_helpers import (
+    CPU,
+    QUIET,
+    changed,
+    distilling,
+    plain,
+    same_weights,
+    weights_of,
+    write_config,
+)
 
 from heteroakd_fast.train import pipeline
-from heteroakd_fast.train.config import Config, ModelConfig
+from heteroakd_fast.train.config import Config, DistillConfig, ModelConfig
 from heteroakd_fast.train.errors import ModelError
-from heteroakd_fast.train.models import build_model, stored_statistics
+from heteroakd_fast.train.models import build_model, check_logits, stored_statistics
+from heteroakd_fast.train.parallel import dry_run
 from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.report import write_report
 from heteroakd_fast.train.using import load_student
@@ -189,3 +201,147 @@ def test_each_network_gets_images_in_its_own_way(tmp_path: Path) -> None:
         assert float(student.inputs(image).mean()) == pytest.approx(expected[stage], abs=1e-5)
     used = stored_statistics(config.run / "teacher" / "model.safetensors")
     assert used == (config.run / "teacher" / "model.safetensors", (HALF, HALF))
+
+
+# -- one pass before training --------------------------------------------------------------------
+
+
+class FixedGrid(nn.Module):
+    """Position embeddings for images of 32 x 32, as those of DPT."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 4, stride=4)
+        self.positions = nn.Parameter(torch.zeros(1, num_classes, 8, 8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.conv(images) + self.positions
+        return logits
+
+
+class PooledNorm(nn.Module):
+    """A batch norm of one value for an image, as that of DeepLabV3+."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 1)
+        self.norm = nn.BatchNorm2d(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.conv(images)
+        result: Tensor = logits + self.norm(logits.mean((2, 3), keepdim=True))
+        return result
+
+
+class Several(nn.Module):
+    """Auxiliary logits before the logits; in evaluation, the logits alone if `bare`."""
+
+    def __init__(self, num_classes: int, kind: Any = dict, bare: bool = False) -> None:
+        super().__init__()
+        self.aux, self.main = nn.Conv2d(3, 7, 1), nn.Conv2d(3, num_classes, 1)
+        self.kind, self.bare = kind, bare
+
+    def forward(self, images: Tensor) -> Any:
+        if self.bare and not self.training:
+            return self.main(images)
+        parts = {"aux": self.aux(images), "final": self.main(images)}
+        return parts if self.kind is dict else self.kind(parts.values())
+
+
+def namespace(parts: Iterable[Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(("aux", "final"), parts, strict=True)))
+
+
+class Frozen(nn.Module):
+    """What its tap gives has no gradient: frozen, or checkpointed by a copy of torch's own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+        self.kind = kind
+        self.body.requires_grad_(kind == "reentrant")
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.kind == "reentrant":
+            images = images.clone().requires_grad_(torch.is_grad_enabled())
+            logits: Tensor = self.head(checkpoint(self.body, images, use_reentrant=True))
+        else:
+            logits = self.head(self.body(images))
+        return logits
+
+
+def test_shapes_of_validation_are_tried(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, steps=1))
+    own = {"arch": f"{__name__}:FixedGrid", "kwargs": {}, "tap": None}
+    config = changed(config, student=own, teacher={"tap": None}, stages=("teacher", "distilled"))
+    with pytest.raises(ModelError, match=r"^student: .* 40 x 40 .*set data.window = \[32, 32\]"):
+        pipeline.run(config, QUIET)
+    assert not list(config.run.glob("*/*.safetensors"))
+    outcome = pipeline.run(changed(config, data={"window": 32}), QUIET)
+    write_report(outcome, outcome.config, QUIET)
+
+
+def test_a_batch_norm_of_one_value(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, steps=1))
+    own = {"arch": f"{__name__}:PooledNorm", "kwargs": {}, "tap": None}
+    config = changed(config, student=own, stages=("alone",))
+    message = "^student: PooledNorm: a batch norm has one value .* micro-batch of 1 images of 32 x"
+    with pytest.raises(ModelError, match=message):
+        pipeline.run(changed(config, optim={"accumulate": 2}), QUIET)
+    pipeline.run(config, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"), [(dict, "final"), (dict, 1), (tuple, 1), (list, -1), (namespace, "final")]
+)
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_output_that_holds_the_logits(kind: Any, output: int | str, bare: bool) -> None:
+    arch, kwargs = f"{__name__}:Several", {"kind": kind, "bare": bare}
+    config = ModelConfig.model_construct(arch=arch, kwargs=kwargs, output=output, steps=1)
+    model = build_model(config, 3, seed=0)
+    check_logits(model, 3, (8, 8), CPU)
+    assert model.train()(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "message"),
+    [
+        (dict, None, r"returned a dict \(aux: .*\); expected .* by student.output or teacher.outp"),
+        (
+            tuple,
+            None,
+            r"logits have shape \(1, 7, .* of a tuple \(0: .*\), choose by student.outp",
+        ),
+        (dict, "logit", r"output: got 'logit', but the network returned a dict \(aux: \(1, 7, 8"),
+        (tuple, 2, "output: got 2, but"),
+    ],
+)
+def test_several_outputs(kind: type, output: int | str | None, message: str) -> None:
+    arch, kwargs = f"{__name__}:Several", {"kind": kind}
+    config = ModelConfig.model_construct(arch=arch, kwargs=kwargs, output=output, steps=1)
+    with pytest.raises(ModelError, match=message):
+        check_logits(build_model(config, 3, seed=0), 3, (8, 8), CPU)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", ["frozen", "reentrant"])
+def test_features_without_a_graph(kind: str) -> None:
+    objective = distilling(Frozen(kind), Frozen("frozen"), DistillConfig(), taps=("body", "body"))
+    with pytest.raises(ModelError, match="use_reentrant=False"):
+        dry_run(objective, (8, 8), CPU, 2)
+    dry_run(objective, (8, 8), CPU)
+
+
+def test_a_network_that_is_frozen_as_a_whole(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+    with pytest.raises(ModelError, match="every parameter is frozen"):
+        dry_run(plain(nn.Conv2d(3, 3, 1).requires_grad_(False), config), (8, 8), CPU, 2)
+
+
+def test_a_dry_run_leaves_no_trace(tmp_path: Path) -> None:
+    objective = plain(PooledNorm(3), load_config(write_config(tmp_path)))
+    before, state = weights_of(objective), torch.get_rng_state()
+    dry_run(objective, (8, 8), CPU, 2)
+    same_weights(objective.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in objective.parameters())

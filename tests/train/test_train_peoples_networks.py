@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,7 +35,10 @@ from train_helpers import (
 
 from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.config import Config, DistillConfig, ModelConfig
+from heteroakd_fast.train.datasets import load_data
+from heteroakd_fast.train.datasets.batches import _augmented, _read
 from heteroakd_fast.train.errors import ModelError
+from heteroakd_fast.train.files import locked
 from heteroakd_fast.train.models import build_model, check_logits, stored_statistics
 from heteroakd_fast.train.parallel import dry_run
 from heteroakd_fast.train.reading import load_config
@@ -345,3 +351,39 @@ def test_a_dry_run_leaves_no_trace(tmp_path: Path) -> None:
     same_weights(objective.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in objective.parameters())
+
+
+# -- environments --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")]
+)
+def test_a_file_system_without_locks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=error))
+    with locked(tmp_path / "run", "run"):
+        assert (tmp_path / "run").is_dir()
+    assert f"file system has no locks ({error}); let no other run" in caplog.text
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=denied))
+    with pytest.raises(PermissionError), locked(tmp_path / "run", "run"):
+        pass
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("labelled", [None, 2])
+def test_workers_that_are_no_forks(tmp_path: Path, method: str, labelled: int | None) -> None:
+    config = changed(load_config(write_config(tmp_path)), data={"labelled": labelled})
+    config = config.with_unlabelled_index()
+    data = load_data(config.data, config.seed, config.distill.unlabelled_index)
+    source, order = pipeline.training_sets(config, data)[0]["distilled"]
+    read = partial(_augmented, source, config.data, order)
+    keys = [[(step, slot) for slot in range(2)] for step in range(2)]
+    found = list(_read(read, keys, 1, multiprocessing_context=method))
+    for one, other in zip(found, map(read, keys), strict=True):
+        assert all(map(torch.equal, one, other))

@@ -131,19 +131,19 @@ def run(
     side = _side(config, data)
     check_memory(config, side, world)
     distill = world.on_main(lambda: losses(config, training, data.num_classes))
+    shapes = world.on_main(lambda: _shapes(config, data, side))
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
 
-    shapes = _shapes(config, data, side)
-
     def build(stage: str, seed: int) -> nn.Module:
-        with _named(stage), autocast(device, config.amp):
+        with _named(stage):
             model = build_model(config.network(stage), data.num_classes, seed)
             model = synchronise_batch_norms(model, config.scale, world, device).to(device)
             if config.scale.channels_last:
                 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for shape, hint in shapes.items():
-                check_logits(model, data.num_classes, shape, device, hint)
+            with autocast(device, config.amp):
+                for shape, hint in shapes.items():
+                    check_logits(model, data.num_classes, shape, device, hint)
         return model
 
     # All are built before the first is trained: a mistake in the student's part of the

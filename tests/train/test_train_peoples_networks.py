@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from train_helpers import (
     write_config,
 )
 
-from heteroakd_fast.train import pipeline
+from heteroakd_fast.train import logs, pipeline
 from heteroakd_fast.train.config import Config, DistillConfig, ModelConfig
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import _augmented, _read
@@ -387,3 +388,15 @@ def test_workers_that_are_no_forks(tmp_path: Path, method: str, labelled: int | 
     found = list(_read(read, keys, 1, multiprocessing_context=method))
     for one, other in zip(found, map(read, keys), strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_tensorboard_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    logs._say_without_tensorboard.cache_clear()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for _ in range(2):
+        with logs.Records(tmp_path, 0, tensorboard=True) as records:
+            records.scalars({"loss": 1.0}, 1)
+    assert caplog.text.count("TensorBoard is not installed") == 1

@@ -115,4 +115,4 @@ def _run(options: Options, console: Console) -> None:
         console.quiet |= not world.main
         outcome = pipeline.run(config, console, options.front.resume_anyway, world)
         if world.main:
-            report.write_report(outcome, config, console)
+            report.write_report(outcome, outcome.config, console)

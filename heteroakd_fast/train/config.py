@@ -232,6 +232,14 @@ class ModelConfig(_Table):
     is taken, the rest starts from the seed."""
     tap: str | None = None
     """Dotted name of the module whose output is distilled; "name:NHWC" for one of [B, h, w, D]."""
+    output: int | str | None = None
+    """Name or index of the logits, where the network returns several; none: `logits`, `out`, or the
+    first."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the images that this network takes; none: what preprocessor_config.json beside its
+    weights or a file of this driver says, else data.mean."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Standard deviation, likewise."""
     steps: Steps
     """Training steps; 0 with weights: use them as they are."""
     lr: Positive | None = None
@@ -244,6 +252,7 @@ class ModelConfig(_Table):
     def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
         text = "steps = 0 needs weights: a network that was never trained cannot be used"
         yield self.steps > 0 or self.weights is not None, text
+        yield (self.mean is None) == (self.std is None), "mean and std: set both or none"
 
 
 class OptimConfig(_Table):
@@ -442,6 +451,15 @@ class Config(_Table):
         alone = "distilled" not in stages or "teacher" in stages
         text = "stages: has distilled without teacher; set teacher.weights, or add that stage"
         yield alone or teacher.weights is not None, text
+
+    def network(self, stage: str) -> ModelConfig:
+        """The network that a stage trains."""
+        return self.teacher if stage == "teacher" else self.student
+
+    def data_of(self, stage: str) -> DataConfig:
+        """`data` with the mean and std of the stage's network."""
+        own = self.network(stage).model_dump(include={"mean", "std"}, exclude_none=True)
+        return self.data.model_copy(update=own)
 
     @property
     def labelled_slots(self) -> int:

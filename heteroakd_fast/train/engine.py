@@ -172,8 +172,8 @@ class Trainer:
         self.training, self.folder, self.steps = training, folder, steps
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console, self.world = device, console, world
-        self.normalize = Normalizer(config.data, device, config.scale.channels_last)
-        self.gallery = Gallery(config, data, device, config.log.images)
+        self.normalize = Normalizer(config.data_of(name), device, config.scale.channels_last)
+        self.gallery = Gallery(config, data, device, config.log.images, name)
         self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
@@ -573,7 +573,7 @@ class Trainer:
             for key, value in self.objective.model.state_dict().items()
         }
         # For `load_student`; `format` as other writers of the format have it.
-        data, used = self.data, self.config.data
+        data, used = self.data, self.config.data_of(self.name)
         lists: dict[str, Any] = {"class_names": data.class_names, "palette": data.palette}
         lists |= {"mean": used.mean, "std": used.std}
         metadata = {"format": "pt", "stage": self.name, "config": as_toml(self.config)}

@@ -36,7 +36,7 @@ else:
 DEFAULT_RECIPE = "landcover"
 _ROLES = ("teacher", "student")
 # What belongs to one architecture, and not to another that a command line puts in its place.
-_OF_ARCH = ("kwargs", "tap", "weights", "init")
+_OF_ARCH = ("kwargs", "tap", "weights", "init", "output", "mean", "std")
 
 
 def embedded_recipes() -> dict[str, str]:

@@ -44,7 +44,7 @@ class Student:
     palette: Palette
     """RGB of each class, 0 to 255."""
     config: Config
-    """Of the run; `config.data` has mean, std and resize."""
+    """Of the run; `config.data_of(stage)` has mean, std and resize."""
     device: torch.device
 
     def inputs(self, image: Pixels) -> Tensor:
@@ -54,7 +54,7 @@ class Student:
             raise DataError(
                 f"image: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3], RGB"
             )
-        data = self.config.data
+        data = self.config.data_of(self.stage)
         return Normalizer(data, self.device)(image_tensor(fit_image(image, data))[None])
 
     def predict(self, image: Path | str | Pixels) -> Mask:
@@ -96,7 +96,7 @@ def load_student(
     if stage not in (None, metadata["stage"]):
         raise ModelError(f"{path}: got the stage {metadata['stage']}, expected {stage}")
     config = parse_config(metadata["config"], f"{path}, config")
-    network = config.teacher if metadata["stage"] == "teacher" else config.student
+    network = config.network(metadata["stage"])
     # The file has all weights: those that training began with need not be here, unless they are a
     # folder that transformers reads the architecture from.
     begun = network.weights if network.weights and network.weights.is_dir() else None

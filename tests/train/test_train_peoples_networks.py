@@ -381,7 +381,7 @@ def test_a_file_system_without_locks(
 def test_workers_that_are_no_forks(tmp_path: Path, method: str, labelled: int | None) -> None:
     config = changed(load_config(write_config(tmp_path)), data={"labelled": labelled})
     config = config.with_unlabelled_index()
-    data = load_data(config.data, config.seed, config.distill.unlabelled_index)
+    data = load_data(config.data, config.distill.unlabelled_index)
     source, order = pipeline.training_sets(config, data)[0]["distilled"]
     read = partial(_augmented, source, config.data, order)
     keys = [[(step, slot) for slot in range(2)] for step in range(2)]

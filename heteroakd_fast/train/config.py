@@ -236,8 +236,8 @@ class ModelConfig(_Table):
     """Name or index of the logits, where the network returns several; none: `logits`, `out`, or the
     first."""
     mean: tuple[float, float, float] | None = None
-    """Mean of the images that this network takes; none: what preprocessor_config.json beside its
-    weights or a file of this driver says, else data.mean."""
+    """Mean of the images that this network takes; none: that of its weights or init (in a file of
+    this driver, or in preprocessor_config.json beside them), else data.mean."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Standard deviation, likewise."""
     steps: Steps

@@ -314,28 +314,30 @@ def stored_statistics(weights: Path) -> tuple[Path, Statistics] | None:
     if weights.suffix == ".safetensors" and weights.is_file():
         with suppress(OSError, SafetensorError), safe_open(weights, "pt") as file:
             stored = file.metadata() or {}  # loading it reports what is wrong with it
-    if {"mean", "std"} <= stored.keys():
-        return weights, (tuple(json.loads(stored["mean"])), tuple(json.loads(stored["std"])))
     beside = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
-    if not beside.is_file():
+    path = weights if {"mean", "std"} <= stored.keys() else beside
+    if not path.is_file():
         return None
     try:
-        stored = json.loads(beside.read_text(encoding="utf-8"))
-        used = stored.get("do_normalize", True)
-        pair = (stored["image_mean"], stored["image_std"]) if used else (0.0, 1.0)
-        rescaled = stored.get("do_rescale", True)
-        scale = 255.0 * (stored.get("rescale_factor", 1 / 255) if rescaled else 1.0)
+        if path == weights:
+            pair, scale = (json.loads(stored["mean"]), json.loads(stored["std"])), 1.0
+        else:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            used, rescaled = stored.get("do_normalize", True), stored.get("do_rescale", True)
+            pair = (stored["image_mean"], stored["image_std"]) if used else (0.0, 1.0)
+            scale = 255.0 * (stored.get("rescale_factor", 1 / 255) if rescaled else 1.0)
         mean, std = (
             tuple(round(float(v) / scale, 9) for v in np.broadcast_to(value, 3)) for value in pair
         )
         if min(std) <= 0.0:
-            raise ValueError(f"got image_std {pair[1]}, expected positive numbers")
+            raise ValueError(f"got the std {pair[1]}, expected positive numbers")
     except Exception as error:  # of each reader, and of whatever JSON holds
         problem = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{beside}: no mean and std can be read: {problem}") from error
+        raise ModelError(f"{path}: no mean and std can be read ({problem}); correct it") from error
     if stored.get("do_flip_channel_order"):
-        log.warning("%s: asks for BGR, and images are RGB here", beside)
-    return beside, (mean, std)
+        text = "%s: asks for BGR, and images are RGB here; reverse the first layer's input channels"
+        log.warning(text, path)
+    return path, (mean, std)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

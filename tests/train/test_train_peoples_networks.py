@@ -130,7 +130,7 @@ def with_preprocessor(folder: Path, **values: Any) -> None:
         ({"image_mean": 0.5, "rescale_factor": 1 / 255}, (HALF, HALF)),
         ({"do_normalize": False}, ((0.0,) * 3, (1.0,) * 3)),
         ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3}, (HALF, HALF)),
-        ({"image_mean": None}, "no mean and std can be read: TypeError"),
+        ({"image_mean": None}, r"no mean and std can be read \(TypeError"),
         ({"image_std": [1.0, 0.0, 1.0]}, "expected positive numbers"),
     ],
 )
@@ -145,6 +145,16 @@ def test_statistics_of_transformers(
             stored_statistics(weights)
     else:
         assert stored_statistics(weights) == (tmp_path / "preprocessor_config.json", expected)
+
+
+def test_metadata_of_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"mean": "?", "std": "1"})
+    with pytest.raises(ModelError, match=r"w.safetensors: no mean and std .*JSONDecodeError"):
+        stored_statistics(path)
+    with_preprocessor(tmp_path, do_flip_channel_order=True)
+    stored_statistics(tmp_path)
+    assert "asks for BGR" in caplog.text
 
 
 def said_of(config: Config) -> tuple[Config, list[str]]:

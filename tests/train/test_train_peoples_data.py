@@ -192,7 +192,7 @@ RGBA = np.stack([GREY, GREY, GREY, ALPHA], 2)
         (Image.fromarray(GREY).convert("P"), "png"),
         (Image.fromarray(GREY).convert("CMYK"), "tif"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "mode", value),
 )
 def test_depths_and_modes_of_images(tmp_path: Path, image: Image.Image, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"

@@ -175,7 +175,9 @@ def test_fullgraph_compile(backend: str, case: str, dynamic: bool) -> None:
         output = functional.distillation_loss(student, target, teacher, **options)
         return output.loss, output.ce, output.valid
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    # the graph is the same for every backend: Inductor compiles it once
+    compiler = "inductor" if backend == "cpu" else "aot_eager"
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for seed, size in ((0, (13, 17)), (1, (11, 20)) if dynamic else (1, (13, 17))):
         batch = make_batch(dtype=torch.float32, size=size, seed=seed)
         results = []

@@ -69,12 +69,13 @@ def _main(argv: list[str] | None, console: Console) -> None:
     from .reading import as_toml, embedded_recipes, parse_command_line
 
     argv = sys.argv[1:] if argv is None else argv
+    only_check = argv[:1] == ["check"]
     if argv[:1] == ["predict"]:
         from .using import main
 
         return main(argv[1:], console)
     with quiet_broken_pipe():
-        options = parse_command_line(argv)
+        options = parse_command_line(argv[only_check:])
         if options.front.print_config:
             print(as_toml(options.config, with_run=options.run_named), end="")
             return
@@ -84,8 +85,23 @@ def _main(argv: list[str] | None, console: Console) -> None:
                 print(f"{name:<32} {text.splitlines()[0].removeprefix('#').strip()}")
             return
     # Plain lines on stderr: a handler of rich's would break paths in two.
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    _run(options, console)
+    level = logging.WARNING if only_check else logging.INFO  # what it prints itself
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    (_check if only_check else _run)(options, console)
+
+
+def _check(options: Options, console: Console) -> None:
+    """`heteroakd-train check`: the data as training would load them, all files of them."""
+    from .datasets import load_data
+    from .datasets.survey import describe
+    from .logs import say
+    from .pipeline import training_sets
+
+    config = options.config.with_unlabelled_index()
+    checked = config.data.model_copy(update={"check": True})
+    data = load_data(checked, config.distill.unlabelled_index)
+    training_sets(config, data)
+    say(console, describe(data))
 
 
 def _run(options: Options, console: Console) -> None:
@@ -99,4 +115,4 @@ def _run(options: Options, console: Console) -> None:
         console.quiet |= not world.main
         outcome = pipeline.run(config, console, options.front.resume_anyway, world)
         if world.main:
-            report.write_report(outcome, config, console)
+            report.write_report(outcome, outcome.config, console)

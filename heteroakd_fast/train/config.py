@@ -66,6 +66,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=16, le=32768)]
 Factor = Annotated[float, Field(gt=0.0, le=64.0)]
 FilePath = Annotated[Path, AfterValidator(_without_nul)]
@@ -82,8 +83,9 @@ class DataConfig(_Table):
     """landcover: satellite images, fetched once; folder: your own images/, masks/; cityscapes,
     voc, ade20k: as they are published, unpacked."""
     root: FilePath | None = None
-    """folder: holds images/ and masks/, or train/ and val/ with both; cityscapes: holds
-    leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k: ADEChallengeData2016."""
+    """folder: holds images/ and masks/, or train/ and val/ with both, or both with train/ and val/;
+    cityscapes: holds leftImg8bit/ and gtFine/; voc: VOCdevkit/VOC2012; ade20k:
+    ADEChallengeData2016."""
     num_classes: Annotated[int, Field(ge=1, le=4096)] | None = None
     """folder: number of classes."""
     class_names: tuple[str, ...] | None = None
@@ -92,8 +94,16 @@ class DataConfig(_Table):
     """Mask value that counts nowhere."""
     reduce_zero_label: bool = False
     """folder: mask value 0 counts nowhere, and value k is class k-1 (as in ade20k)."""
+    mask_suffix: str | None = None
+    """folder: what a mask's name has after that of its image, such as "_mask"; none: nothing, or
+    what is customary."""
+    palette: tuple[tuple[Byte, Byte, Byte], ...] | FilePath | None = None
+    """folder: the colour of each class in the masks, [r, g, b] each, or a file with lines
+    `name r g b`; colours after the first num_classes count nowhere."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """folder without train/ and val/: share held out."""
+    """folder without train/ and val/: share held out, about: each file by a hash of its name."""
+    split_seed: int = 0
+    """folder without train/ and val/: another number holds out other images."""
     voc_split: Literal["train", "trainaug"] = "train"
     """voc: train (1464 images), or trainaug (10582): SegmentationClassAug/ or SBD's cls/*.mat."""
     sbd_root: FilePath | None = None
@@ -155,7 +165,8 @@ class DataConfig(_Table):
         for key in () if draft else needed:
             text = f'data.{key} is required with data.kind = "{kind}"'
             yield getattr(self, key) is not None, text
-        only = dict.fromkeys(("num_classes", "class_names", "reduce_zero_label"), "folder")
+        own = ("num_classes", "class_names", "reduce_zero_label", "mask_suffix", "palette")
+        only = dict.fromkeys((*own, "split_seed"), "folder")
         for key, other in {**only, "voc_split": "voc", "sbd_root": "voc"}.items():
             unset = getattr(self, key) == type(self).model_fields[key].default
             yield unset or kind == other, f'data.{key} is only for data.kind = "{other}"'
@@ -175,6 +186,15 @@ class DataConfig(_Table):
         text = f"data.ignore_index is {ignored}, which is the last class in masks read with "
         text += "data.reduce_zero_label; take a larger value"
         yield not self.reduce_zero_label or ignored != count, text
+
+        colours = self.palette if isinstance(self.palette, tuple) else ((0, 0, 0),) * count
+        text = f"data.palette has {len(colours)} colours, data.num_classes is {count}"
+        yield len(colours) >= count, text
+        text = "data.palette does not go with data.reduce_zero_label; put the colour that counts "
+        text += "nowhere last"
+        yield self.palette is None or not self.reduce_zero_label, text
+        unique = len(set(colours)) == len(colours) or not isinstance(self.palette, tuple)
+        yield unique, "data.palette has a colour more than once"
 
         yield (
             self.window_stride is None or self.window is not None,
@@ -212,6 +232,14 @@ class ModelConfig(_Table):
     is taken, the rest starts from the seed."""
     tap: str | None = None
     """Dotted name of the module whose output is distilled; "name:NHWC" for one of [B, h, w, D]."""
+    output: int | str | None = None
+    """Name or index of the logits, where the network returns several; none: `logits`, `out`, or the
+    first."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the images that this network takes; none: that of its weights or init (in a file of
+    this driver, or in preprocessor_config.json beside them), else data.mean."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Standard deviation, likewise."""
     steps: Steps
     """Training steps; 0 with weights: use them as they are."""
     lr: Positive | None = None
@@ -224,6 +252,7 @@ class ModelConfig(_Table):
     def _rules(self, draft: bool) -> Iterator[tuple[bool, str]]:
         text = "steps = 0 needs weights: a network that was never trained cannot be used"
         yield self.steps > 0 or self.weights is not None, text
+        yield (self.mean is None) == (self.std is None), "mean and std: set both or none"
 
 
 class OptimConfig(_Table):
@@ -422,6 +451,15 @@ class Config(_Table):
         alone = "distilled" not in stages or "teacher" in stages
         text = "stages: has distilled without teacher; set teacher.weights, or add that stage"
         yield alone or teacher.weights is not None, text
+
+    def network(self, stage: str) -> ModelConfig:
+        """The network that a stage trains."""
+        return self.teacher if stage == "teacher" else self.student
+
+    def data_of(self, stage: str) -> DataConfig:
+        """`data` with the mean and std of the stage's network."""
+        own = self.network(stage).model_dump(include={"mean", "std"}, exclude_none=True)
+        return self.data.model_copy(update=own)
 
     @property
     def labelled_slots(self) -> int:

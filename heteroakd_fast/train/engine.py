@@ -19,9 +19,8 @@ from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .. import functional
 from .._evaluate import count_pixels
-from ..integrations.metrics import ConfusionMatrix, Scores
+from ..integrations.metrics import Scores
 from .checkpoint import (
     NOT_WRITTEN,
     check_finite,
@@ -32,17 +31,17 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, ModelConfig, OptimConfig
-from .datasets.batches import Normalizer, TrainingSet, evaluation_batches, training_batches
+from .datasets.batches import Normalizer, TrainingSet, training_batches
 from .datasets.images import SegmentationData
 from .distributed import ALONE, World
 from .errors import CheckpointError, ConfigError, StoppedError, TrainingError, shortened
 from .files import write_file
 from .logs import Records, StageProgress, say
-from .models import forward_logits, window_logits
 from .objectives import LossNormalizer, Objective, Teaching
-from .parallel import Parallel, rehearsal, uncompiled
+from .parallel import Parallel, rehearsal
 from .reading import as_toml
 from .resuming import check_content, check_types
+from .scoring import autocast, evaluate
 from .visualization import Gallery
 
 log = logging.getLogger("heteroakd_fast.train")
@@ -113,51 +112,6 @@ def optimizer_entry(config: OptimConfig) -> dict[str, Tensor]:
     return dict(optimizer.state[probe.weight])
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class ids at `size`."""
-    return functional.predict(forward_logits(model, images), size)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    data: SegmentationData,
-    normalize: Normalizer,
-    *,
-    config: Config,
-    device: torch.device,
-    world: World = ALONE,
-) -> Scores:
-    """Scores over the whole validation set, the images in full; each rank takes its share."""
-    was_training = model.training
-    model.eval()
-    matrix = ConfusionMatrix(data.num_classes, data.ignore_index, config.distill.unlabelled_index)
-    batches = evaluation_batches(
-        data.val,
-        config.optim.eval_batch_size,
-        config=config.data,
-        rank=world.rank,
-        world=world.size,
-    )
-    with autocast(device, config.amp), uncompiled():
-        for images, target in batches:
-            windows = config.data.windows
-            images = normalize(images)
-            logits = (
-                window_logits(model, images, *windows) if windows else forward_logits(model, images)
-            )
-            matrix.update(logits, target.to(device))
-    model.train(was_training)
-    matrix.counts = world.total(matrix.counts)
-    return matrix.scores()
-
-
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM is appended to; a later one interrupts at once."""
@@ -218,8 +172,8 @@ class Trainer:
         self.training, self.folder, self.steps = training, folder, steps
         self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
         self.device, self.console, self.world = device, console, world
-        self.normalize = Normalizer(config.data, device, config.scale.channels_last)
-        self.gallery = Gallery(config, data, device, config.log.images)
+        self.normalize = Normalizer(config.data_of(name), device, config.scale.channels_last)
+        self.gallery = Gallery(config, data, device, config.log.images, name)
         self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
         optim = optimizer_config(config.optim, model_config)
         self.lr = optim.lr
@@ -619,7 +573,7 @@ class Trainer:
             for key, value in self.objective.model.state_dict().items()
         }
         # For `load_student`; `format` as other writers of the format have it.
-        data, used = self.data, self.config.data
+        data, used = self.data, self.config.data_of(self.name)
         lists: dict[str, Any] = {"class_names": data.class_names, "palette": data.palette}
         lists |= {"mean": used.mean, "std": used.std}
         metadata = {"format": "pt", "stage": self.name, "config": as_toml(self.config)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -14,6 +16,10 @@ from .errors import DataError, TrainingError, UserError
 if TYPE_CHECKING:
     from .distributed import World
 
+log = logging.getLogger("heteroakd_fast.train")
+
+# What systems say of a file system that cannot lock, such as some of clusters.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 # The first letter of a file's mode, as `ls -l` shows it.
 _KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
 
@@ -100,6 +106,12 @@ def locked(folder: Path, what: str, world: World | None = None) -> Iterator[None
             raise TrainingError(
                 f"{folder}: another {what} is using this folder; wait for it or take another --run"
             ) from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            Path(lock.lock_file).unlink(missing_ok=True)
+            text = "%s: its file system has no locks (%s); let no other %s use it meanwhile"
+            log.warning(text, folder, error, what)
 
     try:
         if world is None:

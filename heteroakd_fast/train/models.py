@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
+import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import integrations
@@ -89,6 +96,12 @@ def _conv(channels: int, out: int, stride: int = 1) -> nn.Sequential:
 def _double(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(_conv(channels, out), _conv(out, out))
 
+
+#: Where training loops keep the weights in a torch file: averages (timm, ConvNeXt) before the last
+#: ones (Lightning, mmengine).
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+#: Prefixes of torch.compile, of data parallelism, and of modules around a network.
+_WRAPPERS = ("_orig_mod.", "module.", "model.", "net.")
 
 #: Short names of architectures of transformers: the class without its ending and what it is.
 LIBRARY = {
@@ -184,11 +197,13 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         raise ModelError(
             f"arch {config.arch!r} gave a {type(model).__name__}, expected a torch.nn.Module"
         )
+    if config.output is not None:
+        model.register_forward_hook(partial(_chosen, config.output))
     if config.init is not None:
         load_part(model, config.init)
     if config.weights is not None and not (config.arch in LIBRARY and config.weights.is_dir()):
         load_weights(model, config.weights)
-    return model
+    return model.float()  # images are; a folder in half precision is loaded as it is
 
 
 def _built(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -253,30 +268,83 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        # timm keeps its command line beside the weights; a namespace runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such weights file") from None
     except ModelError:
         raise
     except Exception as error:  # each reader has its own kinds of error for a broken file
-        raise ModelError(f"{path}: cannot be read as weights: {error}") from error
-    for nest in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
-            state = state[nest]
+        # torch advises to run whatever the file holds.
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason: object = error
+        if found:
+            reason = f"it holds a {found[1]}, which could run code; save its state dict alone"
+        raise ModelError(f"{path}: cannot be read as weights: {reason}") from error
+    nests = [n for n in _NESTS if isinstance(state, Mapping) and isinstance(state.get(n), Mapping)]
+    if nests:
+        state = state[nests[0]]
+    if len(nests) > 1:
+        log.info("%s: has %s; the first is taken", path, ", ".join(nests))
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise ModelError(
             f"{path}: holds a {type(state).__name__}, expected a mapping from names to tensors"
         )
-    # DistributedDataParallel puts this prefix before every name.
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The state as it is, and without each prefix that wrappers put before every name."""
+    yield state
+    for prefix in _WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            yield from _unwrapped({key.removeprefix(prefix): state[key] for key in state})
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def stored_statistics(weights: Path) -> tuple[Path, Statistics] | None:
+    """Mean and std of the images in [0, 1] that weights were trained with, and the file that has
+    them: this driver's own, or transformers' preprocessor_config.json beside them."""
+    stored: dict[str, Any] = {}
+    if weights.suffix == ".safetensors" and weights.is_file():
+        with suppress(OSError, SafetensorError), safe_open(weights, "pt") as file:
+            stored = file.metadata() or {}  # loading it reports what is wrong with it
+    beside = (weights if weights.is_dir() else weights.parent) / "preprocessor_config.json"
+    path = weights if {"mean", "std"} <= stored.keys() else beside
+    if not path.is_file():
+        return None
+    try:
+        if path == weights:
+            pair, scale = (json.loads(stored["mean"]), json.loads(stored["std"])), 1.0
+        else:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            used, rescaled = stored.get("do_normalize", True), stored.get("do_rescale", True)
+            pair = (stored["image_mean"], stored["image_std"]) if used else (0.0, 1.0)
+            scale = 255.0 * (stored.get("rescale_factor", 1 / 255) if rescaled else 1.0)
+        mean, std = (
+            tuple(round(float(v) / scale, 9) for v in np.broadcast_to(value, 3)) for value in pair
+        )
+        if min(std) <= 0.0:
+            raise ValueError(f"got the std {pair[1]}, expected positive numbers")
+    except Exception as error:  # of each reader, and of whatever JSON holds
+        problem = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: no mean and std can be read ({problem}); correct it") from error
+    if stored.get("do_flip_channel_order"):
+        text = "%s: asks for BGR, and images are RGB here; reverse the first layer's input channels"
+        log.warning(text, path)
+    return path, (mean, std)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights into `model`; every name and shape must fit."""
-    state = read_state_dict(path)
     own = model.state_dict()
+    states = _unwrapped(read_state_dict(path))
+    state = max(states, key=lambda state: len(state.keys() & own.keys()))
     problems = [f"missing in the file: {key}" for key in own if key not in state]
     problems += [f"unknown to the model: {key}" for key in state if key not in own]
     problems += [
@@ -304,10 +372,10 @@ def load_part(model: nn.Module, path: Path) -> None:
     Names are tried as they are, and below each child of the model: the file of a backbone does not
     know that it is called `backbone` here.
     """
-    state = read_state_dict(path)
-    own = model.state_dict()
+    states = list(_unwrapped(read_state_dict(path)))
+    state, own = states[0], model.state_dict()
 
-    def fitting(prefix: str) -> dict[str, Tensor]:
+    def fitting(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
             prefix + key: value
             for key, value in state.items()
@@ -315,7 +383,7 @@ def load_part(model: nn.Module, path: Path) -> None:
         }
 
     prefixes = ["", *(f"{name}." for name, _ in model.named_children())]
-    found = max((fitting(prefix) for prefix in prefixes), key=len)
+    found = max((fitting(prefix, state) for prefix in prefixes for state in states), key=len)
     if not found:
         raise ModelError(
             f"{path}: none of its {len(state)} tensors fits the model by name and shape; "
@@ -335,8 +403,41 @@ def logits_of(output: Any) -> Tensor:
     """The logits in whatever a segmentation model returns: a tensor, a mapping or an object."""
     try:
         return integrations.logits_of(output)
-    except TypeError as error:
-        raise ModelError(str(error)) from None
+    except TypeError:
+        raise ModelError(
+            f"the network returned {_described(output)}; expected a tensor, or logits or out in a "
+            "mapping or object; name the logits, or give their index, by student.output or "
+            "teacher.output"
+        ) from None
+
+
+def _chosen(key: int | str, module: nn.Module, inputs: Any, output: Any) -> Any:
+    """The part of a network's output that has the logits; a tensor is the logits alone (networks
+    with auxiliary heads often return that in evaluation mode)."""
+    if isinstance(output, Tensor):
+        return output
+    try:
+        if isinstance(key, int):
+            return (list(output.values()) if isinstance(output, Mapping) else output)[key]
+        return output[key] if isinstance(output, Mapping) else getattr(output, key)
+    except (LookupError, TypeError, AttributeError):
+        raise ModelError(
+            f"output: got {key!r}, but the network returned {_described(output)}"
+        ) from None
+
+
+def _described(output: Any) -> str:
+    """The type and the parts of what a network returned."""
+    parts: Any = getattr(output, "__dict__", {}).items()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif isinstance(output, tuple | list):
+        parts = enumerate(output)
+    shapes = (
+        f"{key}: {tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__}"
+        for key, part in parts
+    )
+    return f"a {type(output).__name__} ({', '.join(shapes)})"
 
 
 def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -346,42 +447,21 @@ def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits_of(output)
 
 
-def window_logits(
-    model: nn.Module, images: Tensor, sides: tuple[int, int], strides: tuple[int, int]
-) -> Tensor:
-    """Logits [B, C, H, W] at the size of the images: the mean over overlapping windows, the last of
-    which end at the images' borders (mmsegmentation's test mode "slide")."""
-    sums: Tensor | None = None
-    height, width = images.shape[2:]
-    counts = images.new_zeros(1, 1, height, width)
-    for top in _window_starts(height, sides[0], strides[0]):
-        for left in _window_starts(width, sides[1], strides[1]):
-            place = ..., slice(top, top + sides[0]), slice(left, left + sides[1])
-            window = images[place]
-            logits = forward_logits(model, window)
-            logits = F.interpolate(logits, size=window.shape[2:], mode="bilinear")
-            if sums is None:
-                sums = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)
-            sums[place] += logits
-            counts[place] += 1
-    assert sums is not None  # an image has a window
-    return sums / counts
-
-
-def _window_starts(size: int, side: int, stride: int) -> list[int]:
-    last = max(size - side, 0)
-    return [*range(0, last, stride), last]
-
-
 def check_logits(
-    model: nn.Module, num_classes: int, side: tuple[int, int], device: torch.device
+    model: nn.Module,
+    num_classes: int,
+    side: tuple[int, int],
+    device: torch.device,
+    hint: str = "",
 ) -> None:
-    """One dry run, so that a model that does not fit fails early and not inside the loss."""
+    """One dry run, so that a model that does not fit fails early and not inside the loss. `hint`:
+    what to do if it cannot take images of that size."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            logits = forward_logits(model, torch.zeros(1, 3, *side, device=device))
+        with torch.no_grad(), integrations.low_resolution(model):
+            output = model(torch.zeros(1, 3, *side, device=device))
+        logits = logits_of(output)
     except UserError:
         raise
     except Exception as error:  # of whatever layer it is
@@ -389,13 +469,15 @@ def check_logits(
             raise
         raise ModelError(
             f"{type(model).__name__} cannot take an image of {side[1]} x {side[0]} pixels: {error}"
+            + hint
         ) from error
     finally:
         model.train(was_training)
     if logits.dim() != 4 or logits.shape[1] != num_classes:
-        raise ModelError(
-            f"logits have shape {tuple(logits.shape)}, expected (1, {num_classes}, h, w)"
-        )
+        text = f"logits have shape {tuple(logits.shape)}, expected (1, {num_classes}, h, w)"
+        if not isinstance(output, Tensor):
+            text += f"; of {_described(output)}, choose by student.output or teacher.output"
+        raise ModelError(text)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -6,19 +6,19 @@ Logits stay at the networks' own resolution; the losses upsample them on the fly
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import BackendUnavailableError, ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
+from .. import ChannelWiseLoss, DistillationOutput, HeteroAKDLoss
 from .._evaluate import Normalizer
 from ..functional import cross_entropy
 from ..modules import SharesGroup
 from .config import DistillConfig
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .models import forward_logits
 from .taps import FeatureTap, probe_channels
 
@@ -152,9 +152,11 @@ class DistillObjective(Objective):
         seed: int,
         process_group: Any = None,
         memory: TeacherMemory | None = None,
+        normalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """`normalize`: the student's images to the teacher's, if they are not the same."""
         super().__init__()
-        self.model, self.memory = student, memory
+        self.model, self.memory, self.normalize = student, memory, normalize
         # In a list, so that it is no submodule: not trained, not saved, not put in training mode.
         self._teacher = [teacher]
         self.taps = (FeatureTap(student, taps[0]), FeatureTap(teacher, taps[1])) if taps else None
@@ -206,6 +208,8 @@ class DistillObjective(Objective):
     @torch.no_grad()
     def teach(self, images: Tensor) -> Teaching:
         teacher = self._teacher[0]
+        if self.normalize is not None:
+            images = self.normalize(images)
         if self.taps is None:
             if self.memory is not None:
                 return Teaching(self.memory.logits(teacher, images), None)
@@ -234,6 +238,7 @@ class DistillObjective(Objective):
                     "student_features": tap.take(),
                     "teacher_features": teaching.features,
                 }
+            self._check_graph(features["student_features"])
         own, cwd_normalizer = normalizer, None
         if isinstance(normalizer, Mapping):
             cwd_normalizer = normalizer.get("cwd")
@@ -258,6 +263,17 @@ class DistillObjective(Objective):
             denominators={**(output.denominators or {}), **cwd.denominators},
         )
 
+    def _check_graph(self, feature: Tensor | None) -> None:
+        if self.training and torch.is_grad_enabled() and feature is not None:
+            if feature.requires_grad:
+                return
+            assert self.taps is not None
+            raise ModelError(
+                f"student.tap {self.taps[0].name!r}: the feature has no gradient, so distilling it "
+                "would train nothing: what comes before it is frozen, or checkpointed with "
+                "use_reentrant=True; unfreeze it, use use_reentrant=False, or tap a later module"
+            )
+
     @torch.no_grad()
     def maps(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Per-pixel reliability of the teacher and discrepancy of both, as the loss sees them."""
@@ -274,15 +290,3 @@ def without_group(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.process_group = group
-
-
-def dry_run(objective: Objective, side: tuple[int, int], device: torch.device) -> None:
-    """One pass, so that what the loss or its backend refuses shows early."""
-    objective.eval()
-    images = torch.zeros(1, 3, *side, device=device)
-    target = torch.zeros(1, *side, dtype=torch.int64, device=device)
-    try:
-        with torch.no_grad(), without_group(objective):
-            objective(images, target)
-    except (BackendUnavailableError, TypeError, ValueError) as error:
-        raise ConfigError(f"distill: {error}") from error

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import BackendUnavailableError
 from .config import ScaleConfig
 from .distributed import World
-from .errors import ConfigError
+from .errors import ConfigError, ModelError, UserError
+from .memory import ran_out
 from .objectives import Objective, without_group
 
 
@@ -241,6 +243,42 @@ def rehearsal(objective: nn.Module, device: torch.device) -> Iterator[None]:
         own: dict[str, Tensor] = dict(objective.named_buffers())
         for name, buffer in buffers.items():
             own[name].copy_(buffer)
+
+
+def dry_run(
+    objective: Objective, side: tuple[int, int], device: torch.device, images: int | None = None
+) -> None:
+    """One pass, so that what the network, the loss or its backend refuses shows early.
+
+    `images`: of a micro-batch, in training mode and with a graph, as in a training step, but
+    without a trace; None: one image, in evaluation mode.
+    """
+    trains = images is not None
+    objective.train(trains)
+    batch = torch.zeros(images or 1, 3, *side, device=device)
+    target = torch.zeros(images or 1, *side, dtype=torch.int64, device=device)
+    name = type(objective.model).__name__
+    try:
+        with without_group(objective), rehearsal(objective, device), torch.set_grad_enabled(trains):
+            loss = objective(batch, target).loss
+        if trains and not loss.requires_grad:
+            raise ModelError(f"{name}: its loss has no gradient: every parameter is frozen")
+    except UserError:
+        raise
+    except Exception as error:  # of whatever layer it is
+        if ran_out(error):
+            raise
+        if "more than 1 value per channel" in str(error):
+            raise ModelError(
+                f"{name}: a batch norm has one value per channel for a micro-batch of {images} "
+                f"images of {side[1]} x {side[0]} pixels; take micro-batches of 2 or more "
+                "(optim.batch_size over ranks and optim.accumulate), or a larger data.crop"
+            ) from error
+        if isinstance(error, BackendUnavailableError | TypeError | ValueError):
+            raise ConfigError(f"distill: {error}") from error
+        raise ModelError(f"{name} cannot train on {images} images: {error}") from error
+    finally:
+        objective.eval()
 
 
 def synchronise_batch_norms(

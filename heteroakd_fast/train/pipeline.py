@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import nn
 
 from .config import Config, DistillConfig, ModelConfig
 from .datasets import load_data
-from .datasets.batches import Order, TrainingSet
+from .datasets.augment import fit_image
+from .datasets.batches import Normalizer, Order, TrainingSet
 from .datasets.images import SegmentationData, Source
 from .datasets.labelled import (
     Chosen,
@@ -25,14 +27,19 @@ from .datasets.labelled import (
     labelled_images,
     with_masks,
 )
+from .datasets.splits import keep_split
 from .distributed import ALONE, World
 from .engine import StageResult, Trainer, choose_device
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .logs import say
 from .memory import too_large
-from .models import build_model, check_logits, count_parameters
-from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory, dry_run
-from .parallel import synchronise_batch_norms
+from .models import build_model, check_logits, count_parameters, stored_statistics
+from .objectives import DistillObjective, Objective, PlainObjective, TeacherMemory
+from .parallel import dry_run, synchronise_batch_norms
+from .scoring import autocast
+
+# Validation images whose shape is looked at, and shapes that networks are tried on.
+_READ_SHAPES, _TRIED_SHAPES = 8, 4
 
 
 @dataclass
@@ -44,6 +51,8 @@ class Outcome:
     models: dict[str, nn.Module]
     results: dict[str, StageResult]
     distillation: DistillObjective | None
+    config: Config
+    """With the values that follow from the data and from weights files."""
 
 
 def fingerprint(config: Config, stage: str) -> dict[str, str]:
@@ -56,6 +65,8 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
     table = config.model_dump(mode="json")
     if stage == "teacher":  # which has all labels
         del table["data"]["labelled"], table["data"]["labelled_per_batch"]
+    if isinstance(path := config.data.palette, Path):
+        table["data"]["palette content"] = _content(path)
     # Neither changes a batch.
     for key in ("check", "workers"):
         del table["data"][key]
@@ -108,13 +119,13 @@ def run(
 ) -> Outcome:
     """Run or resume every stage, together with the other ranks; `memory`: of this teacher."""
     check_shares(config, world)
-    config = config.with_unlabelled_index()
+    config = with_statistics(config.with_unlabelled_index(), console)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device, world)
     # Rank 0 first: what it fetches, prepares and checks the others need not.
     own = config.data if world.main else config.data.model_copy(update={"check": False})
-    data = world.on_main_first(lambda: load_data(own, config.seed, config.distill.unlabelled_index))
+    data = world.on_main_first(lambda: load_data(own, config.distill.unlabelled_index))
     training, labelled = training_sets(config, data)
     text = f"{len(data.train)} training and {len(data.val)} validation images"
     if labelled is not None:
@@ -123,15 +134,19 @@ def run(
     side = _side(config, data)
     check_memory(config, side, world)
     distill = world.on_main(lambda: losses(config, training, data.num_classes))
+    shapes = world.on_main(lambda: _shapes(config, data, side))
     models: dict[str, nn.Module] = {}
     results: dict[str, StageResult] = {}
 
-    def build(model_config: ModelConfig, seed: int) -> nn.Module:
-        model = build_model(model_config, data.num_classes, seed)
-        model = synchronise_batch_norms(model, config.scale, world, device).to(device)
-        if config.scale.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        check_logits(model, data.num_classes, side, device)
+    def build(stage: str, seed: int) -> nn.Module:
+        with _named(stage):
+            model = build_model(config.network(stage), data.num_classes, seed)
+            model = synchronise_batch_norms(model, config.scale, world, device).to(device)
+            if config.scale.channels_last:
+                model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with autocast(device, config.amp):
+                for shape, hint in shapes.items():
+                    check_logits(model, data.num_classes, shape, device, hint)
         return model
 
     # All are built before the first is trained: a mistake in the student's part of the
@@ -140,12 +155,12 @@ def run(
     objectives: dict[str, Objective] = {}
     teacher: nn.Module | None = None
     if {"teacher", "distilled"} & set(config.stages):
-        teacher = build(config.teacher, 2 * config.seed)
+        teacher = build("teacher", 2 * config.seed)
         objectives["teacher"] = PlainObjective(
             teacher, distill["teacher"], data.ignore_index, world.process_group
         )
     if "alone" in config.stages:
-        alone = build(config.student, 2 * config.seed + 1)
+        alone = build("alone", 2 * config.seed + 1)
         objectives["alone"] = PlainObjective(
             alone, distill["alone"], data.ignore_index, world.process_group
         )
@@ -153,7 +168,7 @@ def run(
     if "distilled" in config.stages:
         assert teacher is not None
         objectives["distilled"] = distillation = DistillObjective(
-            build(config.student, 2 * config.seed + 1),
+            build("distilled", 2 * config.seed + 1),
             teacher,
             distill["distilled"],
             num_classes=data.num_classes,
@@ -164,12 +179,19 @@ def run(
             seed=config.seed,
             process_group=world.process_group,
             memory=memory,
+            normalize=_teacher_normalizer(config, device),
         )
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
-    for objective in objectives.values():
-        dry_run(objective, side, device)
+    images = config.optim.batch_size // (world.size * config.optim.accumulate)
     for stage, objective in objectives.items():
-        model_config = config.teacher if stage == "teacher" else config.student
+        trains = stage in config.stages and config.network(stage).steps > 0
+        with _named(stage), autocast(device, config.amp):
+            dry_run(objective, side, device, images if trains else None)
+    if (root := config.data.root) is not None:
+        path = config.run / "split.txt"
+        world.on_main(lambda: keep_split(data, root.expanduser(), path))
+    for stage, objective in objectives.items():
+        model_config = config.network(stage)
         trainer = Trainer(
             stage,
             objective,
@@ -195,7 +217,43 @@ def run(
             f"{results[stage].steps} steps, {results[stage].seconds:.0f} s, "
             f"val mIoU {results[stage].scores.miou:.4f}",
         )
-    return Outcome(data, device, models, results, distillation)
+    return Outcome(data, device, models, results, distillation, config)
+
+
+def with_statistics(config: Config, console: Console) -> Config:
+    """The same with each network's mean and std: set, or what comes with its weights."""
+    for role in ("teacher", "student"):
+        network: ModelConfig = getattr(config, role)
+        weights = network.weights or network.init
+        path, found = (weights and stored_statistics(weights)) or (None, None)
+        if found and network.mean is None:
+            own = dict(zip(("mean", "std"), found, strict=True))
+            config = config.model_copy(update={role: network.model_copy(update=own)})
+        data = config.data_of(role)
+        used, said = (data.mean, data.std), f"as {path} says"
+        if used != found:
+            said = "as configured" + (f"; {path} says {found[0]} and {found[1]}" if found else "")
+        if used != (config.data.mean, config.data.std) or used != (found or used):
+            say(console, f"{role}: images normalised with mean {used[0]} and std {used[1]}, {said}")
+    return config
+
+
+def _teacher_normalizer(config: Config, device: torch.device) -> Normalizer | None:
+    """From the student's images to the teacher's; None where they are the same."""
+    own, given = config.data_of("teacher"), config.data_of("distilled")
+    if (own.mean, own.std) == (given.mean, given.std):
+        return None
+    return Normalizer(own, device, config.scale.channels_last, given)
+
+
+@contextlib.contextmanager
+def _named(stage: str) -> Iterator[None]:
+    """Put the network's name before what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        role = "teacher" if stage == "teacher" else "student"
+        raise ModelError(f"{role}: {error}") from error
 
 
 def training_sets(
@@ -285,3 +343,20 @@ def _side(config: Config, data: SegmentationData) -> tuple[int, int]:
         return config.data.crop_size
     mask = data.train.read(0)[1]
     return mask.shape[0], mask.shape[1]
+
+
+def _shapes(
+    config: Config, data: SegmentationData, side: tuple[int, int]
+) -> dict[tuple[int, int], str]:
+    """Heights and widths that the networks meet, in training and in the first few validation images
+    of different shapes; and what to do where a network cannot take them."""
+    shapes = {side: "; data.crop decides the size of training images"}
+    for index in range(min(len(data.val), _READ_SHAPES)):
+        height, width = fit_image(data.val.read(index)[0], config.data).shape[:2]
+        if config.data.windows:
+            window = config.data.windows[0]
+            height, width = min(height, window[0]), min(width, window[1])
+        text = f"; {data.val.name(index)}, for validation, has this size: set data.window = "
+        text += f"{list(side)} to evaluate by windows of the training size, or data.resize"
+        shapes.setdefault((height, width), text)
+    return dict(list(shapes.items())[:_TRIED_SHAPES])

@@ -36,7 +36,7 @@ else:
 DEFAULT_RECIPE = "landcover"
 _ROLES = ("teacher", "student")
 # What belongs to one architecture, and not to another that a command line puts in its place.
-_OF_ARCH = ("kwargs", "tap", "weights", "init")
+_OF_ARCH = ("kwargs", "tap", "weights", "init", "output", "mean", "std")
 
 
 def embedded_recipes() -> dict[str, str]:
@@ -142,10 +142,12 @@ def _problems(error: ValidationError, table: dict[str, Any]) -> list[str]:
 
 
 def _describe(path: tuple[Any, ...], items: list[Any], table: dict[str, Any]) -> str:
-    item, (field, inner) = items[0], _at(path)
+    field, inner = _at(path)
+    # Of the types that a key may have, one may say more than that it is another.
+    item = next((item for item in items if item["type"] == "value_error"), items[0])
     key, kind, came = ".".join(map(str, item["loc"])), item["type"], item["input"]
     about = field.description.rstrip(".") if field and field.description else "a value"
-    if len(items) > 1:
+    if len(items) > 1 and kind != "value_error":
         return f"{'.'.join(path)}: got {reduce(getitem, path, table)!r}; expected: {about}"
     if kind == "extra_forbidden":
         known = list(_at(path[:-1])[1])
@@ -161,6 +163,7 @@ def _describe(path: tuple[Any, ...], items: list[Any], table: dict[str, Any]) ->
         return "holds text that is not Unicode (bytes of a file name that are not UTF-8)"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
+        key = ".".join(map(str, path)) if len(items) > 1 else key
         return message if message.startswith(key) else f"{key}: {message}"
     expected = f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{key}: got {came!r} ({type(came).__name__}); expected: {expected}"

@@ -22,12 +22,13 @@ from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, image_tensor
 from .datasets.folders import IMAGE_SUFFIXES
 from .datasets.images import Mask, Palette, Pixels, read_image
-from .engine import choose_device, predict
+from .engine import choose_device
 from .errors import DataError, ModelError, StoppedError
 from .files import write_file
 from .logs import say
 from .models import build_model, load_weights
 from .reading import parse_config
+from .scoring import predict
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Student:
     palette: Palette
     """RGB of each class, 0 to 255."""
     config: Config
-    """Of the run; `config.data` has mean, std and resize."""
+    """Of the run; `config.data_of(stage)` has mean, std and resize."""
     device: torch.device
 
     def inputs(self, image: Pixels) -> Tensor:
@@ -53,14 +54,15 @@ class Student:
             raise DataError(
                 f"image: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3], RGB"
             )
-        data = self.config.data
+        data = self.config.data_of(self.stage)
         return Normalizer(data, self.device)(image_tensor(fit_image(image, data))[None])
 
     def predict(self, image: Path | str | Pixels) -> Mask:
         """Class ids [H, W] of an image, a file or an array as in `inputs`, at its own size."""
         pixels = read_image(image) if isinstance(image, Path | str) else image
         inputs = self.inputs(pixels)
-        mask: Mask = predict(self.model, inputs, pixels.shape[:2])[0].cpu().numpy()
+        found = predict(self.model, inputs, pixels.shape[:2], self.config.data)
+        mask: Mask = found[0].cpu().numpy()
         return mask
 
     def draw(self, image: Pixels, mask: Mask) -> tuple[Image.Image, Image.Image]:
@@ -94,7 +96,7 @@ def load_student(
     if stage not in (None, metadata["stage"]):
         raise ModelError(f"{path}: got the stage {metadata['stage']}, expected {stage}")
     config = parse_config(metadata["config"], f"{path}, config")
-    network = config.teacher if metadata["stage"] == "teacher" else config.student
+    network = config.network(metadata["stage"])
     # The file has all weights: those that training began with need not be here, unless they are a
     # folder that transformers reads the architecture from.
     begun = network.weights if network.weights and network.weights.is_dir() else None
@@ -182,6 +184,7 @@ def _targets(given: Iterable[Path], output: Path) -> dict[Path, list[Path]]:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         if path.is_dir():
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            files = [file for file in files if not file.name.startswith(".")]
         if not files:
             raise DataError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:

@@ -25,6 +25,7 @@ from .datasets.images import Mask, Pixels, SegmentationData
 from .logs import Record, Records
 from .objectives import DistillObjective, Objective
 from .parallel import uncompiled
+from .scoring import autocast, predict
 
 TITLES = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 COLOURS = {"teacher": "#8a6bd6", "alone": "#8a94a3", "distilled": "#2f8fd8"}
@@ -58,10 +59,20 @@ class Gallery:
     """The same few validation images, whenever they are shown."""
 
     def __init__(
-        self, config: Config, data: SegmentationData, device: torch.device, count: int
+        self,
+        config: Config,
+        data: SegmentationData,
+        device: torch.device,
+        count: int,
+        stage: str = "distilled",
     ) -> None:
+        """`stage`: what a model whose name is none is of."""
         self.config, self.data, self.device, self.count = config, data, device, count
-        self.normalize = Normalizer(config.data, device, config.scale.channels_last)
+        self.stage = stage
+
+    def _normalized(self, image: Tensor, name: str) -> Tensor:
+        used = self.config.data_of(name if name in TITLES else self.stage)
+        return Normalizer(used, self.device, self.config.scale.channels_last)(image[None])
 
     @cached_property
     def _chosen(self) -> list[int]:
@@ -90,19 +101,20 @@ class Gallery:
 
     def sample(self, index: int, models: Models, loss: Objective | None) -> Sample:
         """One image, at the size of its label; networks are in evaluation mode."""
-        from .engine import autocast, predict  # which imports this module
-
         shown, label = self.data.val.read(index)
         sample: Sample = {"image": shown, "label": label}
         # The networks get what they get in an evaluation.
         image, target = to_tensors(fit_image(shown, self.config.data), label)
-        images, size = self.normalize(image[None]), (label.shape[0], label.shape[1])
+        size = label.shape[0], label.shape[1]
         maps: dict[str, Tensor] = {}
         # Not compiled, as in evaluations: images of many shapes.
         with autocast(self.device, self.config.amp), uncompiled():
             for name, model in models.items():
-                sample[name] = predict(model, images, size)[0].cpu().numpy()
-            if isinstance(loss, DistillObjective):
+                images = self._normalized(image, name)
+                sample[name] = predict(model, images, size, self.config.data)[0].cpu().numpy()
+            # Whole images, which may not be what networks evaluated by windows can take.
+            if isinstance(loss, DistillObjective) and self.config.data.windows is None:
+                images = self._normalized(image, "distilled")
                 maps = loss.maps(images, target[None].to(self.device))
         for name in MAPS.keys() & maps.keys():
             values = maps[name][0].float().cpu().numpy()

@@ -20,4 +20,4 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def data(config: Config) -> SegmentationData:
-    return load_data(config.data, config.seed)
+    return load_data(config.data)

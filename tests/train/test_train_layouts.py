@@ -30,10 +30,10 @@ from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.errors import DataError, DependencyError
 
 
-def load(kind: str, root: Path, seed: int = 0, **options: Any) -> SegmentationData:
+def load(kind: str, root: Path, **options: Any) -> SegmentationData:
     own: dict[str, Any] = {"num_classes": 3} if kind == "folder" else {}
     values = {"kind": kind, "root": root, "crop": 16, **own, **options}
-    return load_data(DataConfig(**values), seed)
+    return load_data(DataConfig(**values))
 
 
 def stems(source: object) -> list[str]:
@@ -228,7 +228,7 @@ def test_split_is_disjoint_complete_and_by_seed(tmp_path: Path) -> None:
     root = write_pictures(tmp_path / "data", count=10)
 
     def names(seed: int) -> tuple[set[str], set[str]]:
-        data = load("folder", root, seed)
+        data = load("folder", root, split_seed=seed)
         train, val = (
             {image.name for image, _ in source.pairs}  # type: ignore[attr-defined]
             for source in (data.train, data.val)
@@ -328,7 +328,7 @@ def test_a_bad_file_is_named(
     if damage == "negative":
         damage = holding(np.full(size, -1, np.int32), format="TIFF")
     elif damage == "colours":
-        damage = holding(np.zeros((*size, 3), np.uint8))
+        damage = holding(np.full((*size, 3), (1, 2, 3), np.uint8))
     damage(path)
     with pytest.raises(DataError) as caught:
         load(kind, root)
@@ -443,7 +443,7 @@ def test_different_sizes_need_a_crop(tmp_path: Path, kind: str) -> None:
         Image.open(path).crop((0, 0, 20, 20)).save(path)
     load(kind, root)
     with pytest.raises(DataError, match=r"2\.(jpg|png): 20 x 20 pixels, .*data\.crop"):
-        load(kind, root, seed=1, crop=None)
+        load(kind, root, crop=None)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def outcome_of(config: Config, stages: tuple[str, ...], names: tuple[str, ...]) 
         iou = tuple(0.25 * (number + 1) for _ in names[1:])
         scores = Scores(0.25 * (number + 1), 0.5, (math.nan, *iou))
         results[stage] = StageResult(scores, 0.9, 12.5, 40)
-    return Outcome(data, CPU, models, results, distillation)
+    return Outcome(data, CPU, models, results, distillation, config)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from heteroakd_fast.train.models import (
     load_weights,
     logits_of,
 )
-from heteroakd_fast.train.objectives import DistillObjective, PlainObjective, dry_run
+from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
+from heteroakd_fast.train.parallel import dry_run
 from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.taps import FeatureTap, probe_channels
 

@@ -16,9 +16,9 @@ from heteroakd_fast.train import pipeline
 from heteroakd_fast.train.config import Config
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import Normalizer
-from heteroakd_fast.train.engine import evaluate
 from heteroakd_fast.train.errors import ConfigError, DataError
 from heteroakd_fast.train.reading import load_config
+from heteroakd_fast.train.scoring import evaluate
 from heteroakd_fast.train.visualization import choose_samples
 
 UNLABELLED = 254
@@ -62,7 +62,7 @@ def test_diagnostics_are_logged(partly: Config) -> None:
 
 
 def test_unlabelled_pixels_are_not_scored(partly: Config) -> None:
-    data = load_data(partly.data, partly.seed, UNLABELLED)
+    data = load_data(partly.data, UNLABELLED)
     masks = np.concatenate([data.val.read(k)[1].ravel() for k in range(len(data.val))])
     assert (masks == UNLABELLED).any()
     normalize = Normalizer(partly.data, CPU)
@@ -74,14 +74,14 @@ def test_unlabelled_pixels_are_not_scored(partly: Config) -> None:
 
 def test_their_label_is_refused_where_nobody_named_it(partly: Config) -> None:
     with pytest.raises(DataError, match=r"has the value 254 .*, expected 0 to 2 or 255 \(ign"):
-        load_data(partly.data, partly.seed)
+        load_data(partly.data)
     masks = Path(str(partly.data.root)) / "masks"
     mask = np.asarray(Image.open(masks / "p1.png")).copy()
     mask[0, 0] = 77
     Image.fromarray(mask).save(masks / "p1.png")
     expected = r"value 77 .*, expected 0 to 2 or 255 \(ignored\), or 254 \(only the teacher labels"
     with pytest.raises(DataError, match=expected):
-        load_data(partly.data, partly.seed, UNLABELLED)
+        load_data(partly.data, UNLABELLED)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ from train_helpers import CPU, write_config
 
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import Normalizer
-from heteroakd_fast.train.engine import evaluate
 from heteroakd_fast.train.errors import ConfigError
-from heteroakd_fast.train.models import window_logits
 from heteroakd_fast.train.reading import load_config
+from heteroakd_fast.train.scoring import evaluate, window_logits
 
 
 class Quarter(nn.Module):
@@ -78,7 +77,7 @@ def test_an_evaluation_by_windows(tmp_path: Path) -> None:
             asked.append(tuple(images.shape[2:]))
             return torch.zeros(len(images), 3, 4, 4)
 
-    data = load_data(config.data, config.seed)
+    data = load_data(config.data)
     evaluate(Asked(), data, Normalizer(config.data, CPU), config=config, device=CPU)
     assert set(asked) == {(16, 16)}
 

@@ -6,9 +6,7 @@ from ..config import DataConfig
 from .images import SegmentationData
 
 
-def load_data(
-    config: DataConfig, seed: int, unlabelled_index: int | None = None
-) -> SegmentationData:
+def load_data(config: DataConfig, unlabelled_index: int | None = None) -> SegmentationData:
     """The data set the configuration names, prepared and checked; `unlabelled_index` is a value
     that the masks of a folder may have, too."""
     if config.kind == "landcover":
@@ -17,4 +15,4 @@ def load_data(
         return load_landcover(config.ignore_index)
     from .folders import load_layout
 
-    return load_layout(config, seed, unlabelled_index)
+    return load_layout(config, unlabelled_index)

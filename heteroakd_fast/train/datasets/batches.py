@@ -271,17 +271,29 @@ def evaluation_batches(
         yield _stacked(waiting)
 
 
+def _statistics(config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (config.mean, config.std))
+    return mean, std
+
+
 class Normalizer:
-    """uint8 images to what the networks take, on their device."""
+    """uint8 images, or those normalised as `given` says, to what a network takes, on its device."""
 
     def __init__(
-        self, config: DataConfig, device: torch.device, channels_last: bool = False
+        self,
+        config: DataConfig,
+        device: torch.device,
+        channels_last: bool = False,
+        given: DataConfig | None = None,
     ) -> None:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.mean = torch.tensor(config.mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(config.std, device=device).view(1, 3, 1, 1)
+        self.range = 255.0 if given is None else 1.0
+        self.mean, self.std = _statistics(config, device)
+        if given is not None:
+            mean, std = _statistics(given, device)
+            self.mean, self.std = (self.mean - mean) / std, self.std / std
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.mean.device, non_blocking=True)
-        normalized = (images.float() / 255.0 - self.mean) / self.std
+        normalized = (images.float() / self.range - self.mean) / self.std
         return normalized.contiguous(memory_format=self.memory_format)

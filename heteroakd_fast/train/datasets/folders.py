@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +25,13 @@ from .images import (
     read_mask,
     spread_palette,
 )
+from .survey import Pair, Survey, check_surveys, oddities, survey, table
 
-Pair = tuple[Path, Path | None]  # of an image and its mask
+log = logging.getLogger("heteroakd_fast.train")
 
 _UNLABELLED = 255  # in all published data sets; in VOC the border around objects
 # Of published data sets only so many files of each split are read before training.
 _FIRST = 4
-_SPLIT = 3  # its own random stream, see batches.py
 
 
 class Encoding:
@@ -82,6 +86,8 @@ class FileSource:
     encodings: tuple[tuple[str, Encoding], ...]
     #: Of every pixel of an image without a mask.
     ignore_index: int = _UNLABELLED
+    #: Of which masks have one for each value, where they are coded by colour.
+    colours: Palette | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -91,7 +97,10 @@ class FileSource:
         image = read_image(image_path)
         if mask_path is None:
             return image, np.full(image.shape[:2], self.ignore_index, np.int64)
-        values = (read_sbd_mask if mask_path.suffix == ".mat" else read_mask)(mask_path)
+        if mask_path.suffix == ".mat":
+            values = read_sbd_mask(mask_path)
+        else:
+            values = read_mask(mask_path, colours=self.colours)
         if image.shape[:2] != values.shape:
             turned = image.shape[1::-1] == values.shape
             raise DataError(
@@ -109,11 +118,9 @@ class FileSource:
 _Loaded = tuple[FileSource, FileSource, tuple[str, ...], Palette]
 
 
-def load_layout(
-    config: DataConfig, seed: int, unlabelled_index: int | None = None
-) -> SegmentationData:
-    """The training and validation set of `data.kind` in `data.root`, checked; `seed` splits a
-    folder that has no split, whose masks may have `unlabelled_index`, too.
+def load_layout(config: DataConfig, unlabelled_index: int | None = None) -> SegmentationData:
+    """The training and validation set of `data.kind` in `data.root`, checked; masks of a folder may
+    have `unlabelled_index`, too.
 
     Raises:
         DataError: something is missing or cannot be used.
@@ -122,39 +129,49 @@ def load_layout(
     assert config.root is not None  # the configuration requires it
     root = config.root.expanduser()
     train, val, names, palette = (
-        load(config, root) if load else _folder(config, root, seed, unlabelled_index)
+        load(config, root) if load else _folder(config, root, unlabelled_index)
     )
-    if config.check is not False:
-        _check_files(train, val, config)
     with_mask = tuple(index for index, (_, mask) in enumerate(train.pairs) if mask is not None)
     if not with_mask or any(mask is None for _, mask in val.pairs):
         raise DataError(
             f"{root}: holds no mask for training, or an image for validation without one"
         )
     some = with_mask if len(with_mask) < len(train) else None
-    return SegmentationData(train, val, names, palette, config.ignore_index, with_mask=some)
+    surveys = None if config.check is False else _check_files(train, val, config, names)
+    return SegmentationData(
+        train, val, names, palette, config.ignore_index, with_mask=some, surveys=surveys
+    )
 
 
-def _check_files(train: FileSource, val: FileSource, config: DataConfig) -> None:
-    """Read what `data.check` asks for, and find images that cannot share a batch."""
-    own = config.kind == "folder"
-    count = None if config.check or own else _FIRST
-    sizes = [train.read(index)[1].shape for index in range(len(train))[:count]]
-    for index in range(len(val))[:count]:
-        val.read(index)
-    # Of published sets the rest is seen to when batches are put together.
-    for (image, _), size in zip(train.pairs, sizes[: None if own else _FIRST], strict=False):
-        if size != sizes[0] and config.crop is None:
-            raise DataError(
-                f"{image}: {size[1]} x {size[0]} pixels, "
-                f"but {train.pairs[0][0].name} has {sizes[0][1]} x {sizes[0][0]}; "
-                "images of different sizes need data.crop"
-            )
+def _check_files(
+    train: FileSource, val: FileSource, config: DataConfig, names: tuple[str, ...]
+) -> tuple[Survey, Survey] | None:
+    """Read what `data.check` asks for, say what it is, and find what training would fail of."""
+    count = None if config.check or config.kind == "folder" else _FIRST
+
+    def surveyed(source: FileSource) -> Survey:
+        encodings = [(ending, e.expected, e.table.tolist()) for ending, e in source.encodings]
+        key = repr((encodings, source.colours))
+        return survey(source, len(names), source.pairs[:count], key)
+
+    first, second = surveyed(train), surveyed(val)
+    for split, found in (("training", first), ("validation", second)):
+        log.info("%s%s", "" if count is None else "the first of ", found.line(split))
+    check_surveys(first, second, config, names)
+    # A few files say nothing about classes, and of published sets other sizes are seen to when
+    # batches are put together.
+    if count is not None:
+        return None
+    if odd := oddities(first, second, config, names):
+        log.warning("%s: %s", config.root, "; ".join(odd))
+        log.info("shares of the pixels:\n%s", table(names, first, second))
+    return first, second
 
 
 def _listed(folder: Path, layout: str) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
+        # Hidden files are none of the data set: macOS leaves a ._name beside each name.
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder}: no such folder; expected {layout}") from None
 
@@ -174,13 +191,14 @@ def _pair_up(
     there = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
     found = {image: [p for p in paths if p in there] for image, paths in choices.items()}
     missing = [image for image, paths in found.items() if not paths]
-    if missing:
+    if missing and not some_without:
         expected = " or ".join(map(str, choices[missing[0]]))
-        if not some_without:
-            raise DataError(
-                f"{missing[0]}: has no mask {expected}{_more(missing)}; where only the teacher is "
-                'to label such images, set data.labelled = "masks"'
-            )
+        near = sorted(path.name for path in there if path.name.startswith(missing[0].stem))
+        hint = f"there is {near[0]}: data.mask_suffix names an ending; " if near else ""
+        raise DataError(
+            f"{missing[0]}: has no mask {expected}{_more(missing)}; {hint}where only the teacher "
+            'is to label such images, set data.labelled = "masks"'
+        )
     return tuple((image, paths[0] if paths else None) for image, paths in found.items())
 
 
@@ -236,7 +254,8 @@ def _cityscapes(config: DataConfig, root: Path) -> _Loaded:
             return tuple(Path(f"{stem}{ending}") for ending in (_TRAIN_IDS, _LABEL_IDS))
 
         nothing = f"{images}: holds no image CITY/*{_IMAGE}; expected {_CITYSCAPES_LAYOUT}"
-        pairs = _pair_up(sorted(images.glob(f"*/*{_IMAGE}")), choices, nothing)
+        found = sorted(images.glob(f"[!.]*/[!.]*{_IMAGE}"))
+        pairs = _pair_up(found, choices, nothing)
         return FileSource(pairs, ((_TRAIN_IDS, train_ids), (_LABEL_IDS, label_ids)))
 
     return split("train"), split("val"), CITYSCAPES, _CITYSCAPES_COLOURS
@@ -272,6 +291,17 @@ _ADE20K_LAYOUT = (
 def _ade20k(config: DataConfig, root: Path) -> _Loaded:
     if (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
+    full = [
+        *root.glob("ADE20K_20*"),
+        *root.glob("images/ADE"),
+        *root.glob("images/training/[!.]*/"),
+    ]
+    if any(path.is_dir() for path in full):
+        raise DataError(
+            f"{root}: holds the full ADE20K (a folder for each scene, thousands of classes); "
+            "expected ADEChallengeData2016.zip, the scene parsing benchmark of 150 classes, as "
+            f"{_ADE20K_LAYOUT}"
+        )
     encoding = Encoding.shifted(len(ADE20K), _UNLABELLED, config.ignore_index)
 
     def split(name: str) -> FileSource:
@@ -410,58 +440,160 @@ def read_sbd_mask(path: Path) -> Mask:
     return np.asarray(values, np.uint8 if values.dtype == np.uint8 else np.int64)
 
 
-# -- your own images: images/ and masks/ with the same stems, in train/ and val/ or split here -----
+# -- your own images: images/ and masks/ of the same names, split by folders or here ---------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+# The first that is there. A JPEG is found, too: reading it says why it is no mask.
+_MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".webp", ".jpg", ".jpeg")
+_ENDINGS = ("", "_mask", "-mask", "_label", "_labelIds", "_gt")
+# Customary names of folders; messages use the first.
+_IMAGES, _MASKS = ("images", "img_dir"), ("masks", "ann_dir", "labels", "annotations")
+_NAME_FIRST = re.compile(r"(?P<name>.*?)[\s,;:]+(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+):*")
+_NAME_LAST = re.compile(r"(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+)[\s,;]+(?P<name>.*\D.*)")
+_TRAIN, _VAL = ("train", "training"), ("val", "validation", "valid")
 
 
-def _folder(config: DataConfig, root: Path, seed: int, unlabelled_index: int | None) -> _Loaded:
+def _folder(config: DataConfig, root: Path, unlabelled_index: int | None) -> _Loaded:
     assert config.num_classes is not None  # the configuration requires it
     _listed(root, "data.root with images/ and masks/, or train/ and val/ with both")
     some_without = config.labelled is not None
-    if (root / "train").is_dir() or (root / "val").is_dir():
-        train, val = _pairs(root / "train", some_without), _pairs(root / "val")
+    train_folders, val_folders = _own_folders(root)
+    pairs = train = _pairs(*train_folders, config, some_without)
+    if val_folders:
+        val = _pairs(*val_folders, config)
     else:
-        pairs = _pairs(root, some_without)
-        masked = [pair for pair in pairs if pair[1] is not None]
+        # By hash: files that come or go later leave the others where they were.
+        masked = sorted((p for p in pairs if p[1]), key=lambda pair: _position(pair[0], config))
         if len(masked) < 2:
             raise DataError(
                 f"{root}: fewer than two images with a mask; at least two are needed, one of them "
                 "for validation"
             )
-        held_out = min(len(masked) - 1, max(1, round(len(masked) * config.val_fraction)))
-        order = np.random.default_rng((seed, _SPLIT)).permutation(len(masked))
-        val = tuple(masked[index] for index in sorted(order[:held_out]))
-        train = tuple(pair for pair in pairs if pair not in set(val))
+        below = sum(_position(image, config) < config.val_fraction for image, _ in masked)
+        held_out = set(masked[: min(len(masked) - 1, max(1, below))])
+        val = tuple(pair for pair in pairs if pair in held_out)
+        train = tuple(pair for pair in pairs if pair not in held_out)
     count, ignore = config.num_classes, config.ignore_index
     encode = Encoding.shifted if config.reduce_zero_label else Encoding.plain
     encoding = encode(count, ignore, ignore)
-    if unlabelled_index is not None:
+    names = tuple(f"class {index}" for index in range(count))
+    palette, colours = spread_palette(count), None
+    if config.palette is not None:
+        colours, found = _read_palette(config.palette, count)
+        names, palette = found or names, colours[:count]
+        places = {index: index if index < count else ignore for index in range(len(colours))}
+        encoding = Encoding(places, "colours of data.palette")
+    elif unlabelled_index is not None:
         encoding = encoding.also(unlabelled_index, "only the teacher labels it")
     encodings = (("", encoding),)
-    names = config.class_names or tuple(f"class {index}" for index in range(count))
-    training, validation = (FileSource(pairs, encodings, ignore) for pairs in (train, val))
-    return training, validation, names, spread_palette(count)
+    training, validation = (FileSource(pairs, encodings, ignore, colours) for pairs in (train, val))
+    return training, validation, config.class_names or names, palette
 
 
-def _pairs(folder: Path, some_without: bool = False) -> tuple[Pair, ...]:
-    layout = f"{folder}/images and {folder}/masks"
-    masks = folder / "masks"
-    images = [
-        path for path in _listed(folder / "images", layout) if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    _listed(masks, layout)
+def _read_palette(given: Palette | Path, count: int) -> tuple[Palette, tuple[str, ...]]:
+    """The colours, and the names of the first `count`, where a file has them."""
+    if not isinstance(given, Path):
+        return given, ()
+    try:
+        check_regular(given)
+        lines = given.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{given}: cannot be read as a palette: {error}") from None
+    entries: dict[tuple[int, int, int], str] = {}
+    for line in lines:
+        found = _NAME_LAST.fullmatch(line.strip()) or _NAME_FIRST.fullmatch(line.strip())
+        if found is None:
+            if any(letter.isdigit() for letter in line) and not line.startswith("#"):
+                raise DataError(f"{given}: has the line {line!r}, expected `name r g b`")
+            continue  # a comment or a heading
+        colour = (int(found["r"]), int(found["g"]), int(found["b"]))
+        if max(colour) > 255 or colour in entries:
+            raise DataError(f"{given}: {line!r} has a number above 255, or a colour of before")
+        entries[colour] = found["name"]
+    names = tuple(entries.values())[:count]
+    if len(names) < count or len(set(names)) < count:
+        raise DataError(
+            f"{given}: has {len(set(names))} classes of different names, expected "
+            f"data.num_classes = {count} or more lines `name r g b`"
+        )
+    return tuple(entries), names
+
+
+def _own_folders(root: Path) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:
+    """The folders of images and masks for training, and for validation where the folder is split:
+    as train/images or as images/train."""
+
+    def one_of(folder: Path, names: tuple[str, ...]) -> Path:
+        return next((p for name in names if (p := folder / name).is_dir()), folder / names[0])
+
+    def is_split(folder: Path) -> bool:
+        return any((folder / name).is_dir() for name in (*_TRAIN, *_VAL))
+
+    def both(folder: Path) -> tuple[Path, Path]:
+        return one_of(folder, _IMAGES), one_of(folder, _MASKS)
+
+    images, masks = both(root)
+    if is_split(root):
+        return both(one_of(root, _TRAIN)), both(one_of(root, _VAL))
+    if is_split(images):
+        train, val = ((one_of(images, part), one_of(masks, part)) for part in (_TRAIN, _VAL))
+        return train, val
+    return (images, masks), None
+
+
+def _stem(path: Path) -> str:
+    """The name that an image and its mask share; macOS writes accents as characters of their own,
+    other systems do not."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def _position(image: Path, config: DataConfig) -> float:
+    """A number in [0, 1) that depends on the name and the seed of the split alone."""
+    text = f"{config.split_seed} {_stem(image)}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text).digest()[:8], "big") / 2**64
+
+
+def _of_suffix(folder: Path, suffixes: Iterable[str], layout: str) -> list[Path]:
+    listed = _listed(folder, layout)
+    kept = [path for path in listed if path.suffix.lower() in suffixes]
+    if left_out := [path.name for path in listed if path.suffix.lower() not in suffixes]:
+        expected, names = ", ".join(sorted(suffixes)), ", ".join(left_out[:3])
+        log.warning(
+            "%s: %d of %d left out because of the suffix (%s%s), expected %s",
+            *(folder, len(left_out), len(listed), names, " ..." * (len(left_out) > 3), expected),
+        )
+    return kept
+
+
+def _pairs(
+    folder: Path, masks: Path, config: DataConfig, some_without: bool = False
+) -> tuple[Pair, ...]:
+    layout = f"{folder} and {masks}"
     stems: dict[str, Path] = {}
-    for path in images:
-        if (other := stems.setdefault(path.stem, path)) != path:
+    for path in _of_suffix(folder, IMAGE_SUFFIXES, layout):
+        if (other := stems.setdefault(_stem(path), path)) != path:
             raise DataError(
                 f"{path}: has the same stem as {other.name}; one mask cannot belong to both"
             )
-    return _pair_up(
-        images,
-        lambda image: tuple(
-            masks / f"{image.stem}{end}" for end in (".png", ".tif", ".PNG", ".TIF")
-        ),
-        f"{folder / 'images'}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})",
-        some_without,
-    )
+    there: dict[str, list[Path]] = {}
+    for path in _of_suffix(masks, _MASK_SUFFIXES, layout):
+        there.setdefault(_stem(path), []).append(path)
+    endings = _ENDINGS if config.mask_suffix is None else (config.mask_suffix,)
+
+    def choices(image: Path) -> tuple[Path, ...]:
+        stem = _stem(image)
+        # What is the name of another image belongs to that one.
+        names = [stem + end for end in endings if not end or stem + end not in stems]
+        found = [there[name] for name in names if name in there]
+        if len(found) > 1:
+            raise DataError(
+                f"{image}: has the masks {' and '.join(str(paths[0]) for paths in found)}; name "
+                'the ending that counts, such as data.mask_suffix = "_mask" (or "")'
+            )
+        by_suffix = sorted(
+            found[0] if found else (), key=lambda path: _MASK_SUFFIXES.index(path.suffix.lower())
+        )
+        return tuple(by_suffix) or (masks / f"{image.stem}{endings[0]}.png",)
+
+    nothing = f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    return _pair_up(stems.values(), choices, nothing, some_without)

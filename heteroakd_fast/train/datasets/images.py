@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
@@ -18,6 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import DataError
 from ..files import check_regular
 
+if TYPE_CHECKING:
+    from .survey import Survey
+
 Pixels = NDArray[np.uint8]  # H x W x 3
 Mask = NDArray[np.integer[Any]]  # H x W
 Palette = tuple[tuple[int, int, int], ...]
@@ -25,8 +28,21 @@ Palette = tuple[tuple[int, int, int], ...]
 #: Content of image files, whatever their names say. Pillow decodes dozens of formats more, and one
 #: of them by starting Ghostscript.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-# "P": the palette index is the class, whatever its colour. "1" (bilevel) arrives as booleans.
-_MASK_MODES = {"1", "L", "P", "I", "I;16", "I;16B"}
+# Their values go to 255 in images; those of all other modes that Pillow decodes do so anyway.
+_FULL = dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), (65535,)) | {"F": (1, 255)}
+# A page of this kind (TIFF's NewSubfileType) is a smaller copy or the mask of another.
+_COPY = 1 | 4
+
+
+class Form(NamedTuple):
+    """How an image file stores its pixels."""
+
+    mode: str
+    """Pillow's name."""
+    full: int
+    """The value that is white."""
+    least: float
+    greatest: float
 
 
 class Source(Protocol):
@@ -53,6 +69,8 @@ class SegmentationData:
     credit: str = ""
     with_mask: tuple[int, ...] | None = None
     """The training images that have a mask, where not all have one."""
+    surveys: tuple[Survey, Survey] | None = None
+    """What all files of both sets hold, where that was looked for."""
 
     @property
     def num_classes(self) -> int:
@@ -75,6 +93,10 @@ def _opened(name: Path | str, what: str, content: bytes | None) -> Iterator[Imag
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(name if content is None else io.BytesIO(content), formats=FORMATS)
         with image:
+            if image.format == "TIFF" and (pages := _pages(image)) > 1:
+                raise DataError(
+                    f"{name}: a TIFF of {pages} pages, expected one; save each by itself"
+                )
             yield image
     except DataError:
         raise
@@ -85,29 +107,101 @@ def _opened(name: Path | str, what: str, content: bytes | None) -> Iterator[Imag
                 with Path(name).open("rb") as file:
                     content = file.read(16)
             begins = f"content that begins with {content[:16]!r}" if content else "an empty file"
+            if content[:4] in (b"II*\0", b"MM\0*"):
+                begins = "a TIFF that Pillow does not know, such as several bands of floats"
             reason = f"got {begins}, expected {', '.join(FORMATS)}"
         raise DataError(f"{name}: cannot be read as {what}: {reason}") from None
 
 
+def _pages(image: Image.Image) -> int:
+    count = 0
+    for index in range(getattr(image, "n_frames", 1)):
+        image.seek(index)
+        count += not image.tag_v2.get(254, 0) & _COPY  # type: ignore[attr-defined]
+    image.seek(0)
+    return count
+
+
 def read_image(name: Path | str, content: bytes | None = None) -> Pixels:
-    """RGB pixels as they are meant to be seen: the EXIF orientation is applied."""
+    """RGB pixels as they are meant to be seen: the EXIF orientation is applied, deep greys are
+    scaled to 8 bits, and alpha is dropped."""
     with _opened(name, "an image", content) as image:
         image.load()  # here, where damage raises
         with contextlib.suppress(Exception):  # EXIF data that cannot be read name no orientation
             ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in _FULL:
+            values = np.asarray(image)
+            grey = np.rint(values * (255.0 / _deep(name, image.mode, values).full))
+            return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
         # It would be copied otherwise.
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_mask(name: Path | str, content: bytes | None = None) -> Mask:
-    """The values as the file has them: class ids in one channel."""
+def read_form(name: Path | str, pixels: Pixels) -> Form:
+    """How a file stores the image that was read from it as `pixels`."""
+    with _opened(name, "an image", None) as image:
+        if image.mode in _FULL:
+            return _deep(name, image.mode, np.asarray(image))
+        return Form(image.mode, 255, int(pixels.min()), int(pixels.max()))
+
+
+def _deep(name: Path | str, mode: str, values: NDArray[Any]) -> Form:
+    """The range of values that are not of 8 bits: of their type, and of floats the one that is
+    customary. A float above 1 that is almost black in 0 to 255 is more likely 0 to 1 overshot."""
+    least, greatest = values.min().item(), values.max().item()
+    for full in _FULL[mode]:
+        # NaN fails every comparison.
+        if least >= 0 and greatest <= full and (mode != "F" or full == 1 or greatest >= 2):
+            return Form(mode, full, least, greatest)
+    ranges = " or ".join(f"0 to {full}" for full in _FULL[mode])
+    raise DataError(
+        f"{name}: values from {least:g} to {greatest:g} (mode {mode}), expected {ranges}; rescale "
+        "the images, all by the same factor"
+    )
+
+
+def read_mask(
+    name: Path | str, content: bytes | None = None, colours: Palette | None = None
+) -> Mask:
+    """Class ids: the values as the file has them in one channel, or the places of its colours among
+    `colours`."""
     with _opened(name, "a mask", content) as image:
-        mode, values = image.mode, np.asarray(image)
-    if mode not in _MASK_MODES:
+        if image.format in ("JPEG", "MPO"):
+            raise DataError(
+                f"{name}: a mask as JPEG, whose compression changes class ids, expected PNG; "
+                "export the masks again (a converted JPEG is no better)"
+            )
+        mode = image.mode
+        values = np.asarray(image if colours is None else image.convert("RGB"))
+    if colours is not None:
+        return _places(name, values, colours)
+    # "P": the palette index is the class, whatever its colour. Alpha means nothing.
+    grey = mode in ("RGB", "RGBA") and (values[..., :1] == values[..., 1:3]).all()
+    if grey or mode in ("LA", "PA"):
+        values = values[..., 0]
+    if values.ndim != 2 or (values.dtype.kind == "f" and not (values == np.rint(values)).all()):
         raise DataError(
-            f"{name}: a mask of mode {mode}, expected class ids in one channel (grey or palette)"
+            f"{name}: a mask of mode {mode}, expected class ids in one channel (grey or palette); "
+            "where colours stand for classes, set data.palette"
         )
+    # "1" (bilevel) arrives as booleans.
     return values.astype(np.uint8 if values.dtype in (np.bool_, np.uint8) else np.int64, copy=False)
+
+
+def _places(name: Path | str, rgb: Pixels, colours: Palette) -> Mask:
+    """The index of each pixel's colour."""
+    weights = np.array([65536, 256, 1], np.int32)
+    codes, known = rgb @ weights, np.array(colours, np.int32) @ weights
+    order = np.argsort(known)
+    places: Mask = order[np.searchsorted(known, codes, sorter=order).clip(max=len(known) - 1)]
+    wrong = known[places] != codes
+    if wrong.any():
+        raise DataError(
+            f"{name}: has the colour {rgb[wrong][0].tolist()} ({wrong.sum()} pixels), which "
+            f"data.palette ({len(colours)} colours) does not; colours without a class go after the "
+            "first data.num_classes"
+        )
+    return places
 
 
 def palette_of(text: str) -> Palette:

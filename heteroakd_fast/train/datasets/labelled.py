@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def balanced_weights(source: Source, num_classes: int) -> tuple[float, ...]:
 def _named(source: Source, there: tuple[int, ...], names: tuple[str, ...]) -> tuple[int, ...]:
     known: dict[str, int] = {}
     for index in there:
-        path = Path(source.name(index))
+        path = Path(unicodedata.normalize("NFC", source.name(index)))
         known |= {path.stem: index, path.name: index}
+    names = tuple(unicodedata.normalize("NFC", name) for name in names)
     if unknown := [name for name in names if name not in known]:
         raise DataError(
             f"data.labelled names {unknown[0]!r}, and no training image with a mask is called so "

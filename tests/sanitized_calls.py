@@ -168,9 +168,9 @@ def check_cpu(sanitizer: str) -> None:
             check_plants(library, batch)
         # Loops over lanes are slow without optimisation. Neither step divides the number of terms:
         # every one of them has its turn.
-        step = 7
+        step = 5
         if isa.startswith("avx"):
-            step = 5
+            step = 3
             # a gradient that is written past the caches, to the end of its last row: that begins at
             # a multiple of 64 bytes, and ends at none
             large = make_batch(1, 3, (283, 2473), None, (283, 2473), torch.float32)

@@ -1,4 +1,4 @@
-"""Does it teach? Every method, both directions, many seeds: tables, a figure, the numbers.
+"""Does distillation help? Every method, both directions, many seeds: tables, figure, numbers.
 
     heteroakd-experiment [--quick] [--run FOLDER] [--seeds 10] ...
 
@@ -17,9 +17,10 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -35,6 +36,9 @@ from .errors import ConfigError
 from .files import write_atomically
 from .logs import finite, say
 from .reading import load_config
+
+if TYPE_CHECKING:
+    from .pipeline import Outcome
 
 #: "task" is the student alone, which all others are compared with.
 TITLES = {
@@ -194,26 +198,26 @@ class Notebook:
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # the half-written line of a killed run
 
-    def cell(self, config: Config, train: Any) -> Cell:
+    def cell(self, config: Config, train: Callable[[Config], Outcome]) -> Cell:
         """From the notebook, or by training; the run's folder is only needed in between."""
         from .pipeline import fingerprint
 
-        stage = config.stages[-1]
-        told = json.dumps(fingerprint(config.with_unlabelled_index(), stage), sort_keys=True)
+        told = json.dumps(fingerprint(config.with_unlabelled_index(), config.stages[-1]))
         key = hashlib.sha256(told.encode()).hexdigest()[:24]
         if key not in self.cells:
-            outcome = train(config)
-            result = outcome.results[stage]
-            named = zip(outcome.data.class_names, result.scores.class_iou, strict=True)
-            scores = result.scores.miou, result.scores.pixel_accuracy
-            cell = Cell(*scores, dict(named), round(result.seconds, 1))
+            self.cells[key] = cell = _cell(train(config), config.stages[-1])
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, **dataclasses.asdict(cell)}) + "\n")
-            self.cells[key] = cell
-            if stage != "teacher":
-                shutil.rmtree(config.run, ignore_errors=True)
+            shutil.rmtree(config.run, ignore_errors=True)
         return self.cells[key]
+
+
+def _cell(outcome: Outcome, stage: str) -> Cell:
+    result = outcome.results[stage]
+    named = zip(outcome.data.class_names, result.scores.class_iou, strict=True)
+    scores = result.scores.miou, result.scores.pixel_accuracy
+    return Cell(*scores, dict(named), round(result.seconds, 1))
 
 
 Cells = dict[Place, Cell]
@@ -229,17 +233,15 @@ def run(options: Options, console: Console) -> tuple[Cells, dict[str, Cell]]:
     memories = {pair: TeacherMemory() for pair in options.pairs}
     teachers: dict[str, Cell] = {}
     for pair in options.pairs:
-        config = configure(options, pair, None)
-        if not (config.run / "teacher" / "model.safetensors").exists():
-            pipeline.run(config, quiet)
-        teachers[pair] = notebook.cell(config, lambda config: pipeline.run(config, quiet))
+        config = configure(options, pair, None)  # its folder is kept: students need the weights
+        teachers[pair] = _cell(pipeline.run(config, quiet), "teacher")
         say(console, f"{pair}: teacher {_percent(teachers[pair].miou)}")
     cells: Cells = {}
     for place in places(options):
         memory = memories[place.pair]
         cell = notebook.cell(
             configure(options, place.pair, place.method, place.labelled, place.seed),
-            lambda config, memory=memory: pipeline.run(config, quiet, memory=memory),
+            partial(pipeline.run, console=quiet, memory=memory),
         )
         cells[place] = cell
         text = f"{place.pair}, {place.labelled} labels, seed {place.seed}, {_title(place.method)}"

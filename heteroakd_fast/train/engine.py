@@ -236,8 +236,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        found = self.world.on_main(lambda: load_checkpoint(self.folder))
-        state = found
+        state = self.world.on_main(lambda: load_checkpoint(self.folder))
         if state is None:
             return
         check_types(self.folder, state, self.name)

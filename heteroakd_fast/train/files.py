@@ -24,6 +24,12 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 _KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
 
 
+def cache_folder() -> Path:
+    """Where fetched files are kept; HETEROAKD_CACHE overrides it."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HETEROAKD_CACHE") or f"{base}/heteroakd_fast").expanduser()
+
+
 def check_regular(path: Path, error: type[UserError] = DataError) -> None:
     """Refuse what is no file with content of its own: opening a FIFO would wait for its writer.
 

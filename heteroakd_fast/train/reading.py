@@ -271,7 +271,8 @@ class _CommandLine:
     """Train a teacher, a student alone, and the same student distilled; compare them.
 
     Rerunning the same command resumes an interrupted run and skips what is finished.
-    Keys of the TOML file are options with dashes for underscores."""
+    Keys of the TOML file are options with dashes for underscores.
+    `heteroakd-train check ...` only reads the data; `heteroakd-train predict --help` uses a run."""
 
     keys: Annotated[_KEYS, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     config: tyro.conf.Positional[_Sources] = ()

@@ -105,9 +105,11 @@ def headline(results: Results) -> str:
     if results["gain"] is None:
         stage, miou = list(mious.items())[-1]
         return f"{TITLES[stage].capitalize()}: mIoU {miou} % (one seed)."
+    # The experiment is of the embedded data.
+    more = "; the experiment has ten" if results["config"]["data.kind"] == "landcover" else ""
     return (
         f"Distilled: mIoU {mious['distilled']} %, student alone {mious['alone']} %: gain "
-        f"{percent(results['gain'], '+')} points (one seed; the experiment has ten)."
+        f"{percent(results['gain'], '+')} points (one seed{more})."
     )
 
 
@@ -119,8 +121,8 @@ def notes(results: Results) -> list[str]:
     if teacher is not None and alone is not None and teacher < alone:
         found.append(
             f"The teacher ({percent(teacher)} %) is worse than the student alone "
-            f"({percent(alone)} %): there is nothing to learn from it; train it longer or take a "
-            "larger one."
+            f"({percent(alone)} %), so that distillation from it cannot help; train it longer or "
+            "take a larger one."
         )
     if absent := [name for name, scores in classes if None in scores.values()]:
         found.append(

@@ -39,7 +39,7 @@ def test_results(finished: tuple[Path, Path, str]) -> None:
     alone, distilled = (100 * results["stages"][s]["miou"] for s in ("alone", "distilled"))
     headline = (
         f"Distilled: mIoU {distilled:.1f} %, student alone {alone:.1f} %: gain "
-        f"{round(100 * gain, 1) + 0.0:+.1f} points (one seed; the experiment has ten)."
+        f"{round(100 * gain, 1) + 0.0:+.1f} points (one seed)."
     )
     assert printed.splitlines()[-1] == headline
     assert str(run / "report.html") in printed

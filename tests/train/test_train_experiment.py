@@ -93,7 +93,7 @@ def test_an_interrupted_experiment_trains_only_what_it_lacks(
     assert experiment("--seeds", "2", *more) == 0
     whole = (place / "run" / "results.json").read_text(encoding="utf-8")
     lines = (place / "run" / "cells.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + 2 * 2 + 2 * 2
+    assert len(lines) == 2 * 2 + 2 * 2
     table = (place / "run" / "table.md").read_text(encoding="utf-8")
     assert "| 2 labels | 3 labels |" in table
     assert not list((place / "run" / "pair").glob("kd-*"))  # not needed any more

@@ -349,7 +349,8 @@ def results_of(**mious: float) -> dict[str, Any]:
         stage: {"miou": miou, "pixel_accuracy": 0.5, "class_iou": {"a": miou, "b": miou}}
         for stage, miou in mious.items()
     }
-    return {"gain": mious["distilled"] - mious["alone"], "stages": stages}
+    gain = mious["distilled"] - mious["alone"]
+    return {"gain": gain, "stages": stages, "config": {"data.kind": "landcover"}}
 
 
 def test_headline_and_notes() -> None:
@@ -358,12 +359,14 @@ def test_headline_and_notes() -> None:
         "Distilled: mIoU 47.1 %, student alone 33.0 %: gain +14.1 points "
         "(one seed; the experiment has ten)."
     )
+    results["config"]["data.kind"] = "folder"
+    assert headline(results).endswith("gain +14.1 points (one seed).")
     assert notes(results) == []
     results = results_of(teacher=0.25, alone=0.4, distilled=0.39999)
     assert "gain +0.0 points" in headline(results)  # never minus zero
     assert notes(results) == [
-        "The teacher (25.0 %) is worse than the student alone (40.0 %): there is nothing to learn "
-        "from it; train it longer or take a larger one."
+        "The teacher (25.0 %) is worse than the student alone (40.0 %), so that distillation from "
+        "it cannot help; train it longer or take a larger one."
     ]
     results = results_of(teacher=0.6, alone=0.33, distilled=0.471)
     # A network that predicts the absent class has 0.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import check_regular, write_file
+from ..files import cache_folder, check_regular, write_file
 from .images import Mask, Pixels, SegmentationData, palette_of, read_image, read_mask
 
 log = logging.getLogger("heteroakd_fast.train")
@@ -101,12 +100,6 @@ class Tiles:
 
     def name(self, index: int) -> str:
         return f"tile {index}"
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept; HETEROAKD_CACHE overrides it."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HETEROAKD_CACHE") or f"{base}/heteroakd_fast").expanduser()
 
 
 def load_landcover(

@@ -14,9 +14,8 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError, UserError
-from ..files import write_file
+from ..files import cache_folder, write_file
 from .images import SegmentationData, Source, read_form
-from .landcover import cache_folder
 
 Pair = tuple[Path, Path | None]  # of an image and its mask
 

@@ -289,7 +289,8 @@ class Trainer:
             state["seconds"],
         )
         if len(state["random"]) == self.world.size:
-            restore_random_states(state["random"][self.world.rank])
+            rank = self.world.rank
+            restore_random_states(state["random"][rank], f"{self.folder}: random.{rank}")
         else:
             log.warning(
                 "%s: was trained on %d ranks so far, now on %d: dropout goes on with other masks",

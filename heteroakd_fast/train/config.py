@@ -456,6 +456,12 @@ class Config(_Table):
         """The network that a stage trains."""
         return self.teacher if stage == "teacher" else self.student
 
+    def optim_of(self, stage: str) -> OptimConfig:
+        """`optim` with what the stage's network says of itself."""
+        network = self.network(stage)
+        own = {"name": network.optimizer, "lr": network.lr, "weight_decay": network.weight_decay}
+        return self.optim.model_copy(update={k: v for k, v in own.items() if v is not None})
+
     def data_of(self, stage: str) -> DataConfig:
         """`data` with the mean and std of the stage's network."""
         own = self.network(stage).model_dump(include={"mean", "std"}, exclude_none=True)

@@ -199,7 +199,8 @@ class DistillObjective(Objective):
                 raise ModelError(
                     f"student.tap {tap.name!r}: the feature has no gradient, so distilling it "
                     "would train nothing: what comes before it is frozen, or checkpointed with "
-                    "use_reentrant=True; unfreeze it, use use_reentrant=False, or tap a later module"
+                    "use_reentrant=True; unfreeze it, use use_reentrant=False, or tap a later "
+                    "module"
                 )
             given |= {"student_features": feature, "teacher_features": teaching.features}
         own, of_cwd = normalizer, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import integrations
 from .errors import ModelError
+from .models import evaluating
 
 
 class FeatureTap(integrations.FeatureTap):
@@ -50,14 +51,10 @@ def probe_channels(
     Raises:
         ModelError: the axes of the feature that have the images' shape are not the last two.
     """
-    was_training = model.training
-    model.eval()  # a dry run in training mode would change the running statistics of BatchNorm
-    try:
-        with torch.no_grad(), tap.listening():
-            model(torch.zeros(1, 3, *side, device=device))
-            shape = tap.take().shape
-    finally:
-        model.train(was_training)
+    # A dry run in training mode would change the running statistics of batch norms.
+    with torch.no_grad(), evaluating(model), tap.listening():
+        model(torch.zeros(1, 3, *side, device=device))
+        shape = tap.take().shape
     if _is_grid(shape[1:3], side) and not _is_grid(shape[2:], side):
         raise ModelError(
             f"tap {tap.name!r}: gave {tuple(shape)} for images of {side}, so its channels seem to "

@@ -23,6 +23,7 @@ from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, to_tensors
 from .datasets.images import Mask, Pixels, SegmentationData
 from .logs import Record, Records
+from .models import evaluating
 from .objectives import DistillObjective, Objective
 from .parallel import uncompiled
 from .scoring import autocast, predict
@@ -87,16 +88,10 @@ class Gallery:
     def figure(self, models: Models, loss: Objective | None, titles: Mapping[str, str]) -> Figure:
         """Predictions and the loss's own maps; training goes on as if nobody had looked."""
         modules = [*models.values(), *([] if loss is None else [loss])]
-        modes = [(part, part.training) for module in modules for part in module.modules()]
         states = random_states()
-        try:
-            for module in modules:
-                module.eval()
+        with evaluating(*modules):
             samples = [self.sample(index, models, loss) for index in self._chosen]
-        finally:
-            for part, training in modes:
-                part.training = training
-            restore_random_states(states)
+        restore_random_states(states)
         return sample_figure(samples, self.data, titles, self.config.report.dpi)
 
     def sample(self, index: int, models: Models, loss: Objective | None) -> Sample:

@@ -159,7 +159,6 @@ def trainer(
         "training": pipeline.training_sets(config, data)[0]["alone"],
         "folder": config.run / folder,
         "steps": config.student.steps,
-        "model_config": config.student,
         "fingerprint": pipeline.fingerprint(config, "alone"),
         "device": CPU,
         "console": QUIET,

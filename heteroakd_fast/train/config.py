@@ -72,6 +72,10 @@ Factor = Annotated[float, Field(gt=0.0, le=64.0)]
 FilePath = Annotated[Path, AfterValidator(_without_nul)]
 
 
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 # Classes of the data sets that have their own.
 _CLASSES = {"landcover": 8, "cityscapes": 19, "voc": 21, "ade20k": 150}
 
@@ -143,16 +147,16 @@ class DataConfig(_Table):
     @property
     def crop_size(self) -> tuple[int, int] | None:
         """Height and width of the crop."""
-        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+        return None if self.crop is None else _both(self.crop)
 
     @property
     def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Sides and distances of the windows of an evaluation."""
         if self.window is None:
             return None
-        sides = (self.window, self.window) if isinstance(self.window, int) else self.window
-        step = self.window_stride or (2 * sides[0] // 3, 2 * sides[1] // 3)
-        return sides, (step, step) if isinstance(step, int) else step
+        height, width = _both(self.window)
+        stride = self.window_stride or (2 * height // 3, 2 * width // 3)
+        return (height, width), _both(stride)
 
     @property
     def count(self) -> int:

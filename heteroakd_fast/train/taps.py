@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import integrations
 from .errors import ModelError
 from .models import evaluating
-
-
-class FeatureTap(integrations.FeatureTap):
-    """As there; "name:NHWC" is for a module that gives [B, h, w, D]. Raises ModelError."""
-
-    tokens_hint = "; tokens have no grid here, tap a module behind them that gives a map"
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        name, _, layout = name.partition(":")
-        with _as_model_error():
-            if layout == "tokens":
-                raise ValueError(f"tap {name!r}{self.tokens_hint}")
-            super().__init__(model, name, layout or "NCHW")
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        with _as_model_error():
-            super()._keep(module, inputs, output)
-
-    def take(self) -> Tensor:
-        with _as_model_error():
-            return super().take()
 
 
 @contextmanager
@@ -41,6 +19,21 @@ def _as_model_error() -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(str(error)) from None
+
+
+class FeatureTap(integrations.FeatureTap):
+    """As there; "name:NHWC" is for a module that gives [B, h, w, D]. Raises ModelError."""
+
+    tokens_hint = "; tokens have no grid here, tap a module behind them that gives a map"
+    take = _as_model_error()(integrations.FeatureTap.take)
+    _keep = _as_model_error()(integrations.FeatureTap._keep)
+
+    @_as_model_error()
+    def __init__(self, model: nn.Module, name: str) -> None:
+        name, _, layout = name.partition(":")
+        if layout == "tokens":
+            raise ValueError(f"tap {name!r}{self.tokens_hint}")
+        super().__init__(model, name, layout or "NCHW")
 
 
 def probe_channels(

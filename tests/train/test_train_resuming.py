@@ -54,9 +54,7 @@ def resumed(path: Path, content: object) -> tuple[int, bytes, bytes]:
     newest.parent.mkdir(parents=True)
     write(newest, content)
     before = newest.read_bytes()
-    threads = torch.get_num_threads()
     code = main([str(path), "--stages", "alone"])
-    torch.set_num_threads(threads)
     return code, before, newest.read_bytes()
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,33 +141,32 @@ class StageResult:
     steps: int
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains one objective for a number of steps in a folder of its own."""
 
-    def __init__(
-        self,
-        name: str,
-        objective: Objective,
-        *,
-        config: Config,
-        data: SegmentationData,
-        training: TrainingSet,
-        folder: Path,
-        steps: int,
-        fingerprint: dict[str, str],
-        device: torch.device,
-        console: Console,
-        side: tuple[int, int],
-        world: World = ALONE,
-        resume_anyway: bool = False,
-    ) -> None:
-        self.name, self.objective, self.config, self.data = name, objective, config, data
-        self.training, self.folder, self.steps = training, folder, steps
-        self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
-        self.device, self.console, self.world = device, console, world
+    name: str
+    objective: Objective
+    _: KW_ONLY
+    config: Config
+    data: SegmentationData
+    training: TrainingSet
+    folder: Path
+    steps: int
+    fingerprint: dict[str, str]
+    device: torch.device
+    console: Console
+    side: tuple[int, int]
+    world: World = ALONE
+    resume_anyway: bool = False
+
+    def __post_init__(self) -> None:
+        name, objective, config, device = self.name, self.objective, self.config, self.device
         self.normalize = Normalizer(config.data_of(name), device, config.scale.channels_last)
-        self.gallery = Gallery(config, data, device, config.log.images, name)
-        self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
+        self.gallery = Gallery(config, self.data, device, config.log.images, name)
+        self.parallel = Parallel(
+            objective, config.scale, world=self.world, device=device, side=self.side
+        )
         optim = config.optim_of(name)
         self.lr = optim.lr
         self.optimizer = make_optimizer(self.parallel.module, optim)

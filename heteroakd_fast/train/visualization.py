@@ -6,6 +6,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -56,20 +57,16 @@ def choose_samples(data: SegmentationData, count: int) -> list[int]:
     return sorted(index for _, index in sorted(variety)[:count])
 
 
+@dataclass
 class Gallery:
     """The same few validation images, whenever they are shown."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: SegmentationData,
-        device: torch.device,
-        count: int,
-        stage: str = "distilled",
-    ) -> None:
-        """`stage`: what a model whose name is none is of."""
-        self.config, self.data, self.device, self.count = config, data, device, count
-        self.stage = stage
+    config: Config
+    data: SegmentationData
+    device: torch.device
+    count: int
+    stage: str = "distilled"
+    """What a model whose name is none is of."""
 
     def _normalized(self, image: Tensor, name: str) -> Tensor:
         used = self.config.data_of(name if name in TITLES else self.stage)

@@ -388,12 +388,13 @@ def overlaps(
 
 
 def dice(overlaps: Tensor, smooth: float = 0.0, log: bool = False) -> Tensor:
-    """Sum over the classes that occur of 1 - (2 TP + smooth) / (2 TP + FP + FN + smooth), or -log.
+    """Sum of 1 - (TP + smooth) / (TP + (FP + FN) / 2 + smooth), or -log, over the classes that occur.
 
     Milletari et al., 3DV 2016, as in segmentation_models_pytorch.
     """
     wrong, missed, right = overlaps
-    score = (2 * right + smooth) / (2 * right + wrong + missed + smooth).clamp(min=OVERLAP_EPS)
+    whole = (right + (wrong + missed) / 2 + smooth).clamp(min=OVERLAP_EPS)
+    score = (right + smooth) / whole
     loss = -score.clamp(min=OVERLAP_EPS).log() if log else 1 - score
     return torch.where(right + missed == 0, 0, loss).sum()
 

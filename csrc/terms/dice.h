@@ -1,7 +1,8 @@
 // Soft Dice loss: `dice` in reference.py, a function of three sums over the labelled pixels for each
 // class: FP of p_c at pixels of other classes, FN of 1 - p_c and TP of p_c at its own; p = softmax(z_s).
 //
-//     value    sum over the classes that occur of (FP + FN) / (2 TP + FP + FN + s), or -log of the rest
+//     value    sum over the classes that occur of m / (TP + m + s), m = (FP + FN) / 2, or -log of
+//              the rest
 //     g_c      p_c (f_c - sum p f),    f_c = u_c, of the label -v_c
 //     divided by C
 //
@@ -45,16 +46,15 @@ struct DiceTerm : TermDefaults {
 
   // A fraction missed / whole, whose parts are right + smooth and a FP + b FN; of a class without pixels
   // there is none. log: -log of the rest.
-  HAKD_FN static Settled overlap(const double* sums, double a, double b, double smooth, bool log,
-                                 double least_whole) {
+  HAKD_FN static Settled overlap(const double* sums, double a, double b, double smooth, bool log) {
     const double missed = a * sums[0] + b * sums[1], right = sums[2] + smooth;
     if (sums[1] + sums[2] == 0.0) return {0.0, {0.0, 0.0}};
     double whole = right + missed, value = missed / whole, per_right = missed / (whole * whole);
     double u = right / (whole * whole) * a, v = right / (whole * whole) * b + per_right;
-    if (whole < least_whole) {
-      value = 1.0 - right / least_whole;
+    if (whole < kOverlapEps) {
+      value = 1.0 - right / kOverlapEps;
       u = 0.0;
-      v = 1.0 / least_whole;
+      v = 1.0 / kOverlapEps;
     }
     if (log) {
       const double rest = 1.0 - value;
@@ -65,9 +65,8 @@ struct DiceTerm : TermDefaults {
     }
     return {value, {u, v}};
   }
-  // By halves, so that the true positives count once.
   HAKD_FN static Settled settle(const Options& o, const double* sums) {
-    return overlap(sums, 0.5, 0.5, 0.5 * o.number[0], o.choice[0] != 0, 0.5 * kOverlapEps);
+    return overlap(sums, 0.5, 0.5, o.number[0], o.choice[0] != 0);
   }
 
   // The derivative by p of the class with the largest e so far, which all others are taken relative to:

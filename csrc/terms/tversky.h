@@ -17,7 +17,7 @@ struct TverskyTerm : DiceTerm {
   static constexpr ChoiceRange kChoices[] = {{"", 0}};
 
   HAKD_FN static Settled settle(const Options& o, const double* sums) {
-    return overlap(sums, o.number[0], o.number[1], o.number[3], false, kOverlapEps);
+    return overlap(sums, o.number[0], o.number[1], o.number[3], false);
   }
   HAKD_FN static Conclusion conclude(const Options& o, double value, double classes) {
     const double mean = value / classes, gamma = o.number[2];

@@ -2,7 +2,8 @@
 each class, with p = softmax(z_s): FP of p_c at pixels of other classes, FN of 1 - p_c and TP of p_c
 at its own.
 
-value    sum over the classes that occur of (FP + FN) / (2 TP + FP + FN + s), or -log of the rest
+value    sum over the classes that occur of m / (TP + m + s), m = (FP + FN) / 2, or -log
+         of the rest
 g_c      p_c (f_c - sum p f),    f_c = u_c, of the label -v_c
 divided by C
 
@@ -47,16 +48,16 @@ def tally(t, c):
 
 
 def overlap(
-    sums: torch.Tensor, a: float, b: float, smooth: float, log: bool, least_whole: float
+    sums: torch.Tensor, a: float, b: float, smooth: float, log: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A fraction missed / whole [C], whose parts are right + smooth and a FP + b FN, and [2, C] its
     derivatives; of a class without pixels there is none. log: -log of the rest."""
     missed, right = a * sums[0] + b * sums[1], sums[2] + smooth
     whole = right + missed
-    small = whole < least_whole
-    value = torch.where(small, 1 - right / least_whole, missed / whole)
+    small = whole < OVERLAP_EPS
+    value = torch.where(small, 1 - right / OVERLAP_EPS, missed / whole)
     u = torch.where(small, 0, right / whole**2 * a)
-    v = torch.where(small, 1 / least_whole, right / whole**2 * b + missed / whole**2)
+    v = torch.where(small, 1 / OVERLAP_EPS, right / whole**2 * b + missed / whole**2)
     if log:
         rest = 1 - value
         least = rest < OVERLAP_EPS
@@ -67,8 +68,7 @@ def overlap(
 
 
 def settle(term: Any, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By halves, so that the true positives count once."""
-    value, numbers = overlap(sums, 0.5, 0.5, 0.5 * term.smooth, term.log, 0.5 * OVERLAP_EPS)
+    value, numbers = overlap(sums, 0.5, 0.5, term.smooth, term.log)
     return value.sum(), numbers
 
 

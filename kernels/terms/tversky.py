@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from .dice import (
-    OVERLAP_EPS,
     Known,
     Own,
     begin,
@@ -41,7 +40,7 @@ __all__ = [
 
 
 def settle(term: Any, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    value, numbers = overlap(sums, term.alpha, term.beta, term.smooth, False, OVERLAP_EPS)
+    value, numbers = overlap(sums, term.alpha, term.beta, term.smooth, False)
     mean = value.sum() / len(value)
     perfect = mean <= 0
     power = torch.where(perfect, 0, torch.where(perfect, 1, mean) ** (term.gamma - 1))

@@ -388,7 +388,7 @@ def overlaps(
 
 
 def dice(overlaps: Tensor, smooth: float = 0.0, log: bool = False) -> Tensor:
-    """Sum of 1 - (TP + smooth) / (TP + (FP + FN) / 2 + smooth), or -log, over the classes that occur.
+    """Of the classes that occur the sum of 1 - (TP + s) / (TP + (FP + FN) / 2 + s), or of -log.
 
     Milletari et al., 3DV 2016, as in segmentation_models_pytorch.
     """

@@ -342,8 +342,8 @@ class DKD(Term):
 class Dice(Term):
     """1 - (TP + smooth) / (TP + (FP + FN) / 2 + smooth) of each class, soft.
 
-    With p = softmax(z_s), TP_c is the sum of p_c and FN_c that of 1 - p_c over the pixels of class c,
-    FP_c that of p_c over those of other classes; over all labelled pixels of the call (of all
+    With p = softmax(z_s), TP_c is the sum of p_c and FN_c that of 1 - p_c over the pixels of class
+    c, FP_c that of p_c over those of other classes; over all labelled pixels of the call (of all
     images; each rank and micro-batch has its own). A class without a labelled pixel counts 0.
 
     Denominator: C, so that the mean is over all classes. Source: V-Net (Milletari et al., 3DV
@@ -352,8 +352,8 @@ class Dice(Term):
 
     Args:
         weight: of the term in the loss.
-        smooth: added to both sides of the fraction, from 0 to 1e6; half of what it is in formulas with
-            2 TP.
+        smooth: added to both sides of the fraction, from 0 to 1e6; half of what it is in formulas
+            with 2 TP.
         log: -log of the fraction instead of 1 - the fraction.
     """
 

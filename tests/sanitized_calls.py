@@ -166,16 +166,16 @@ def check_cpu(sanitizer: str) -> None:
         batch = make_batch(1, 5, (17, 9), None, (34, 18), dtypes[0], label_dtype=torch.uint8)
         if address:
             check_plants(library, batch)
-        # Loops over lanes are slow without optimisation. Neither step divides the number of terms:
-        # every one of them has its turn.
-        step = 5
+        # Loops over lanes are slow without optimisation.
+        step = 7
         if isa.startswith("avx"):
-            step = 3
+            step = 5
             # a gradient that is written past the caches, to the end of its last row: that begins at
             # a multiple of 64 bytes, and ends at none
             large = make_batch(1, 3, (283, 2473), None, (283, 2473), torch.float32)
             check_cases(library, places[::2], [Case(large, ["dense"] * 3, {})])
-        assert math.gcd(step, len(TERM_CASES)) == 1
+        while math.gcd(step, len(TERM_CASES)) > 1:  # or else not every term would have its turn
+            step += 1
         check_cases(library, places, islice(cases(dtypes), 0, None, step))
         batch.target[0, 20, 3] = 77
         with pytest.raises(ValueError, match="label 77 at"):

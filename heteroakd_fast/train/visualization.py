@@ -8,13 +8,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure  # not pyplot: servers have no screen
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,6 +25,9 @@ from .models import evaluating
 from .objectives import DistillObjective, Objective
 from .parallel import uncompiled
 from .scoring import autocast, predict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TITLES = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 COLOURS = {"teacher": "#8a6bd6", "alone": "#8a94a3", "distilled": "#2f8fd8"}
@@ -129,6 +129,11 @@ def sample_figure(
 
     Sizes are in inches and follow from the images, so that no layout leaves gaps between them.
     """
+    # Late: matplotlib takes long to import. No pyplot: servers have no screen.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     masks = [name for name in samples[0] if name not in {"image", *MAPS}]
     maps = [name for name in MAPS if name in samples[0]]
     names = ["image", *masks, *maps]
@@ -154,7 +159,7 @@ def sample_figure(
     width = len(names) * (cell + gap) + gap
     height = head + sum(heights) + gap * (len(samples) - 1) + foot
     # A dollar sign in a name begins no formula.
-    with mpl.rc_context({"text.parse_math": False, "font.size": 8}):
+    with rc_context({"text.parse_math": False, "font.size": 8}):
         figure = Figure(figsize=(width, height), dpi=dpi)
         axes = figure.subplots(len(samples), len(names), squeeze=False, height_ratios=heights)
         figure.subplots_adjust(gap / width, foot / height, 1 - gap / width, 1 - head / height)
@@ -190,6 +195,8 @@ def encoded(figure: Figure, kind: str) -> bytes:
 def curves(metrics: Mapping[str, Sequence[Record]]) -> Figure:
     """The mIoU of all stages and the terms of each one's loss over the steps; what a line ends at
     is in the legend."""
+    from matplotlib.figure import Figure
+
     panels: Any = defaultdict(lambda: defaultdict(list))
     mious = panels["validation mIoU, %"]
     for stage, records in metrics.items():

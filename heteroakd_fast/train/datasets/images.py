@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -214,5 +213,7 @@ def spread_palette(count: int) -> Palette:
     """Colours far apart: golden-ratio steps of hue, with brightness alternating."""
     index = np.arange(count)
     hsv = [index * 0.618034 % 1.0, 0.75 - 0.25 * (index % 2), 0.95 - 0.3 * (index % 3 == 1)]
+    from matplotlib.colors import hsv_to_rgb  # late: it takes long to import
+
     colours = np.rint(hsv_to_rgb(np.stack(hsv, 1)) * 255).astype(int).tolist()
     return tuple((red, green, blue) for red, green, blue in colours)

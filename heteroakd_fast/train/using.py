@@ -26,9 +26,10 @@ from .engine import choose_device
 from .errors import DataError, ModelError, StoppedError
 from .files import write_file
 from .logs import say
-from .models import build_model, load_weights
+from .models import build_model
 from .reading import parse_config
 from .scoring import predict
+from .weights import load_weights
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import DataError, DependencyError
+from ..errors import DataError, DependencyError, shortened
 from ..files import check_regular
 from .images import (
     Mask,
     Palette,
     Pixels,
     SegmentationData,
+    indexed_colours,
     palette_of,
     read_image,
     read_mask,
@@ -30,8 +32,10 @@ from .survey import Pair, Survey, check_surveys, oddities, survey, table
 log = logging.getLogger("heteroakd_fast.train")
 
 _UNLABELLED = 255  # in all published data sets; in VOC the border around objects
-# Of published data sets only so many files of each split are read before training.
-_FIRST = 4
+# Of published data sets so many files of each split are read before training.
+_SAMPLE = 32
+# What systems leave in folders.
+_LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 class Encoding:
@@ -106,7 +110,11 @@ class FileSource:
             raise DataError(
                 f"{mask_path}: {values.shape[1]} x {values.shape[0]} pixels, "
                 f"but its image {image_path} has {image.shape[1]} x {image.shape[0]}"
-                + (" (with its EXIF orientation, which masks do not have)" if turned else "")
+                + (
+                    " (with its EXIF orientation, which masks do not have)"
+                    if turned
+                    else "; export it again, or resize it without interpolation"
+                )
             )
         encoding = next(e for ending, e in self.encodings if mask_path.name.endswith(ending))
         return image, encoding.decode(values, mask_path)
@@ -134,6 +142,9 @@ def load_layout(config: DataConfig, unlabelled_index: int | None = None) -> Segm
     with_mask = tuple(index for index, (_, mask) in enumerate(train.pairs) if mask is not None)
     if not with_mask:
         raise DataError(f"{root}: no training image has a mask; the teacher needs some")
+    held_out = {image for image, _ in val.pairs}
+    if both := [image for image, _ in train.pairs if image in held_out]:
+        raise DataError(f"{both[0]}: is listed for training and for validation{_more(both)}")
     some = with_mask if len(with_mask) < len(train) else None
     surveys = None if config.check is False else _check_files(train, val, config, names)
     return SegmentationData(
@@ -145,42 +156,97 @@ def _check_files(
     train: FileSource, val: FileSource, config: DataConfig, names: tuple[str, ...]
 ) -> tuple[Survey, Survey] | None:
     """Read what `data.check` asks for, say what it is, and find what training would fail of."""
-    count = None if config.check or config.kind == "folder" else _FIRST
+
+    def sample(source: FileSource) -> FileSource:
+        """All of it, or files evenly spread over it."""
+        if config.check or config.kind == "folder" or len(source) <= _SAMPLE:
+            return source
+        places = np.linspace(0, len(source) - 1, _SAMPLE).astype(int).tolist()
+        return replace(source, pairs=tuple(source.pairs[place] for place in places))
 
     def surveyed(source: FileSource) -> Survey:
         encodings = [(ending, e.expected, e.table.tolist()) for ending, e in source.encodings]
-        key = repr((encodings, source.colours))
-        return survey(source, len(names), source.pairs[:count], key)
+        return survey(source, len(names), repr((encodings, source.colours)))
 
-    first, second = surveyed(train), surveyed(val)
-    for split, found in (("training", first), ("validation", second)):
-        log.info("%s%s", "" if count is None else "the first of ", found.line(split))
-    check_surveys(first, second, config, names)
-    # A few files say nothing about classes, and of published sets other sizes are seen to when
-    # batches are put together.
-    if count is not None:
-        return None
-    if odd := oddities(first, second, config, names):
+    samples = sample(train), sample(val)
+    first, second = map(surveyed, samples)
+    whole = samples == (train, val)
+    for split, found, source in (("training", first, train), ("validation", second, val)):
+        beginning = "" if whole else f"a sample of the {len(source)} images for "
+        log.info("%s%s", beginning, found.line(split))
+    check_surveys(first, second, config, names, whole)
+    if odd := oddities(first, second, config, names, whole):
         log.warning("%s: %s", config.root, "; ".join(odd))
         log.info("shares of the pixels:\n%s", table(names, first, second))
-    return first, second
+    _check_indexed_colours(samples[0], 0 if source.colours else len(names))
+    # A sample says nothing about classes.
+    return (first, second) if whole else None
+
+
+def _check_indexed_colours(source: FileSource, count: int) -> None:
+    """Refuse masks whose palettes have a colour at different places among the first `count`: a
+    program that numbers the colours of each file by itself wrote them.
+
+    Raises:
+        DataError: there are some.
+    """
+    known: dict[tuple[int, ...], tuple[int, Path]] = {}
+    for _, path in source.pairs:
+        if path is None or path.suffix.lower() != ".png" or not count:
+            continue
+        colours = indexed_colours(path)
+        for index, colour in enumerate(colours[:count]):
+            if colours.count(colour) > 1:
+                continue
+            before, other = known.setdefault(colour, (index, path))
+            if before != index:
+                raise DataError(
+                    f"{path}: the colour {list(colour)} has the index {index}, but {before} in "
+                    f"{other.name}: colours stand for classes, not indices; list them in "
+                    'data.palette (data.kind = "folder")'
+                )
+
+
+def _is_hidden(name: str) -> bool:
+    # macOS leaves a ._name beside each name.
+    return name.startswith(".") or name.lower() in _LEFT_BEHIND
 
 
 def _listed(folder: Path, layout: str) -> list[Path]:
     try:
-        # Hidden files are none of the data set: macOS leaves a ._name beside each name.
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{folder}: no such folder; expected {layout}") from None
+        there = next((parent for parent in folder.parents if parent.is_dir()), None)
+        raise DataError(f"{folder}: no such folder; expected {layout}{_holds(there)}") from None
+
+
+def _holds(folder: Path | None) -> str:
+    """What is in a folder, for messages."""
+    names = sorted(p.name for p in folder.iterdir() if not _is_hidden(p.name)) if folder else []
+    packed = [
+        name for name in names if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".7z"))
+    ]
+    unpack = f" (unpack {shortened(packed, 3)})" if packed else ""
+    return f"; {folder} holds {shortened(names, 6) or 'nothing'}{unpack}" if folder else ""
+
+
+def _below(root: Path, inside: str) -> Path | None:
+    """The folder that has `inside`: `root`, or one up to two folders deeper, as archives may have
+    it."""
+    found = (sorted(root.glob(f"{deeper}{inside}")) for deeper in ("", "*/", "*/*/"))
+    path = next((paths[0] for paths in found if paths), None)
+    return path and path.parents[inside.count("/")]
 
 
 def _pair_up(
     images: Iterable[Path],
     masks: Callable[[Path], tuple[Path, ...]],
     nothing: str = "",
+    own: bool = False,
     some_without: bool = False,
 ) -> tuple[Pair, ...]:
-    """Each image with the first of its possible masks that exists; `some_without`: or None."""
+    """Each image with the first of its possible masks that exists; `some_without`: or None; `own`:
+    in a folder of the user's."""
     choices = {image: masks(image) for image in images}
     if not choices:
         raise DataError(nothing)
@@ -190,14 +256,39 @@ def _pair_up(
     found = {image: [p for p in paths if p in there] for image, paths in choices.items()}
     missing = [image for image, paths in found.items() if not paths]
     if missing and not some_without:
-        expected = " or ".join(map(str, choices[missing[0]]))
-        near = sorted(path.name for path in there if path.name.startswith(missing[0].stem))
-        hint = f"there is {near[0]}: data.mask_suffix names an ending; " if near else ""
-        raise DataError(
-            f"{missing[0]}: has no mask {expected}{_more(missing)}; {hint}where only the teacher "
-            'is to label such images, set data.labelled = "masks"'
-        )
+        image, paths = missing[0], choices[missing[0]]
+        expected = " or ".join(map(str, paths))
+        near = sorted(path for path in there - {image} if _alike(path.name, image, paths[0]))
+        hint = ""
+        if near:
+            hint = f"; there is {near[0].name}"
+            if near[0].suffix.lower() not in _MASK_SUFFIXES:
+                hint += _EXPORT
+            elif near[0].parent not in {path.parent for path in paths}:
+                hint = f"; there is {near[0]}: images and masks have the same subfolders"
+            elif near[0].stem.casefold() == paths[0].stem.casefold():
+                hint += ": capitals count"
+            elif own:
+                hint += ": data.mask_suffix names an ending"
+        elif len(missing) == len(choices):
+            folder = paths[0].parent
+            images_there = any(path.suffix.lower() in _MASK_SUFFIXES for path in there)
+            hint = _holds(folder if folder.is_dir() else None) + _EXPORT * (not images_there)
+        if own and len(missing) < len(choices):
+            hint += '; where only the teacher is to label such images, set data.labelled = "masks"'
+        raise DataError(f"{image}: has no mask {expected}{_more(missing)}{hint}")
     return tuple((image, paths[0] if paths else None) for image, paths in found.items())
+
+
+_EXPORT = ", which is no image: export the annotations as images of class ids (PNG)"
+
+
+def _alike(name: str, image: Path, mask: Path) -> bool:
+    """Whether a file's name begins with what those of an image and its mask have in common, and is
+    not that of another number."""
+    start = os.path.commonprefix([image.stem, mask.stem])  # noqa: RUF071
+    ends = not (start[-1:].isalnum() and name[len(start) : len(start) + 1].isalnum())
+    return bool(start) and ends and name.casefold().startswith(start.casefold())
 
 
 def _more(missing: list[Path]) -> str:
@@ -243,7 +334,10 @@ def _cityscapes(config: DataConfig, root: Path) -> _Loaded:
     label_ids = Encoding(ids, f"label ids: 0 to 33 or {_UNLABELLED} (ignored)")
 
     def split(name: str) -> FileSource:
-        images, masks = root / "leftImg8bit" / name, root / "gtFine" / name
+        images, masks = (
+            (_below(root, f"{tree}/{name}") or root) / tree / name
+            for tree in ("leftImg8bit", "gtFine")
+        )
         for folder in (images, masks):
             _listed(folder, _CITYSCAPES_LAYOUT)
 
@@ -287,14 +381,9 @@ _ADE20K_LAYOUT = (
 
 
 def _ade20k(config: DataConfig, root: Path) -> _Loaded:
-    if (root / "ADEChallengeData2016").is_dir():
-        root = root / "ADEChallengeData2016"
-    full = [
-        *root.glob("ADE20K_20*"),
-        *root.glob("images/ADE"),
-        *root.glob("images/training/[!.]*/"),
-    ]
-    if any(path.is_dir() for path in full):
+    root = _below(root, "images/training") or root
+    full = ("ADE20K_20*/images/*", "images/ADE/*", "images/training/[!.]*/")
+    if any(path.is_dir() for pattern in full for path in root.glob(pattern)):
         raise DataError(
             f"{root}: holds the full ADE20K (a folder for each scene, thousands of classes); "
             "expected ADEChallengeData2016.zip, the scene parsing benchmark of 150 classes, as "
@@ -304,7 +393,7 @@ def _ade20k(config: DataConfig, root: Path) -> _Loaded:
 
     def split(name: str) -> FileSource:
         folder, masks = root / "images" / name, root / "annotations" / name
-        images = [path for path in _listed(folder, _ADE20K_LAYOUT) if path.suffix == ".jpg"]
+        images = [path for path in _listed(folder, _ADE20K_LAYOUT) if path.suffix.lower() == ".jpg"]
         _listed(masks, _ADE20K_LAYOUT)
         nothing = f"{folder}: holds no image *.jpg; expected {_ADE20K_LAYOUT}"
         pairs = _pair_up(images, lambda image: (masks / f"{image.stem}.png",), nothing)
@@ -345,13 +434,15 @@ def voc_palette(count: int) -> Palette:
 
 def _voc(config: DataConfig, root: Path) -> _Loaded:
     """The splits that ImageSets/Segmentation lists, or trainaug in place of train."""
-    places = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
-    found = [p for p in places if (p / "ImageSets").is_dir() or (p / "JPEGImages").is_dir()]
-    if not found:
-        raise DataError(
-            f"{root}: no such folder, or nothing of VOC 2012 in it; expected {_VOC_LAYOUT}"
-        )
-    root = found[0]
+    inside = ("JPEGImages", "ImageSets")
+    if not any((root / name).is_dir() for name in inside):
+        found = [path for name in inside if (path := _below(root, f"VOC2012/{name}"))]
+        if not found:
+            raise DataError(
+                f"{root}: no such folder, or nothing of VOC 2012 in it; expected {_VOC_LAYOUT}"
+                + _holds(root if root.is_dir() else None)
+            )
+        root = found[0] / "VOC2012"
     lists, own = root / "ImageSets" / "Segmentation", root / "SegmentationClass"
     there = {path.name for path in _listed(root / "JPEGImages", _VOC_LAYOUT)}
     _listed(own, _VOC_LAYOUT)
@@ -408,18 +499,25 @@ def _find_sbd(config: DataConfig, root: Path) -> Path:
 
 
 def _stems(path: Path, layout: str = f"expected {_VOC_LAYOUT}") -> list[str]:
-    """The images a list names: a stem a line, or a path or two."""
+    """The names of the images that a list has, without folders and suffixes."""
+    return [entry.rpartition("/")[2] for entry in _entries(path, layout)]
+
+
+def _entries(path: Path, layout: str) -> list[str]:
+    """The images that a list has, without suffixes: a name or a path a line, or a path and that of
+    its mask."""
     try:
         check_regular(path)
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such list; {layout}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a list of images: {error}") from None
-    stems = [Path(line.split()[0]).stem for line in lines if line.strip()]
-    if not stems:
+    names = [line.strip().strip("\"'").replace("\\", "/") for line in lines if line.strip()]
+    if not names:
         raise DataError(f"{path}: names no image; expected one a line, such as 2007_000032")
-    return stems
+    found = (_LISTED.match(name) for name in names)
+    return [match[1] if match else name for match, name in zip(found, names, strict=True)]
 
 
 def read_sbd_mask(path: Path) -> Mask:
@@ -441,41 +539,53 @@ def read_sbd_mask(path: Path) -> Mask:
 # -- your own images: images/ and masks/ of the same names, split by folders or here ---------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+_LISTED = re.compile(rf"(.*?)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?=[\s,;]|$)", re.I)
 # The first that is there. A JPEG is found, too: reading it says why it is no mask.
 _MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".webp", ".jpg", ".jpeg")
 _ENDINGS = ("", "_mask", "-mask", "_label", "_labelIds", "_gt")
-# Customary names of folders; messages use the first.
-_IMAGES, _MASKS = ("images", "img_dir"), ("masks", "ann_dir", "labels", "annotations")
-_NAME_FIRST = re.compile(r"(?P<name>.*?)[\s,;:]+(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+):*")
-_NAME_LAST = re.compile(r"(?P<r>\d+)[\s,;]+(?P<g>\d+)[\s,;]+(?P<b>\d+)[\s,;]+(?P<name>.*\D.*)")
+# Customary names of folders, whatever their capitals; messages use the first.
+_IMAGES = ("images", "img_dir", "image", "imgs", "jpegimages")
+_MASKS = ("masks", "ann_dir", "labels", "annotations", "mask", "label", "gt", "segmentationclass")
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "valid")
+# A line of a palette: perhaps a number, and a name before or after the colour.
+_GAP = r"[\s,;:]+"
+_INDEX, _RGB = rf"(?:\d+{_GAP})?", _GAP.join(rf"(?P<{channel}>\d+)" for channel in "rgb")
+_NAME = rf"(?!\d+{_GAP})(?P<name>.*?[^\d\s,;:].*?)"
+_PALETTE_LINES = tuple(
+    re.compile(form)
+    for form in (
+        rf"{_INDEX}{_NAME}{_GAP}{_RGB}",
+        rf"{_INDEX}{_RGB}{_GAP}{_NAME}",
+        rf"(?P<name>\d+){_GAP}{_RGB}",
+    )
+)
+_HEX = re.compile(r"(?<=\S)[\s,;:]*#([0-9a-fA-F]{6})\b")
 
 
 def _folder(config: DataConfig, root: Path, unlabelled_index: int | None) -> _Loaded:
     assert config.num_classes is not None  # the configuration requires it
     _listed(root, "data.root with images/ and masks/, or train/ and val/ with both")
     some_without = config.labelled is not None
-    train_folders, val_folders = _own_folders(root)
-    pairs = train = _pairs(*train_folders, config, some_without)
+    train_folders, val_folders = _own_folders(root, config)
     if val_folders:
-        val = _pairs(*val_folders, config)
+        train, val = _pairs(*train_folders, config, some_without), _pairs(*val_folders, config)
+    elif lists := _lists(root):
+        train = _pairs(*train_folders, config, some_without, lists[0])
+        val = _pairs(*train_folders, config, listed=lists[1])
+        log.info("%s: split as %s and %s have it", root, *(path.name for path in lists))
     else:
-        # By hash: files that come or go later leave the others where they were.
-        masked = sorted((p for p in pairs if p[1]), key=lambda pair: _position(pair[0], config))
-        if len(masked) < 2:
-            raise DataError(
-                f"{root}: fewer than two images with a mask; at least two are needed, one of them "
-                "for validation"
-            )
-        below = sum(_position(image, config) < config.val_fraction for image, _ in masked)
-        held_out = set(masked[: min(len(masked) - 1, max(1, below))])
-        val = tuple(pair for pair in pairs if pair in held_out)
-        train = tuple(pair for pair in pairs if pair not in held_out)
+        pairs = _pairs(*train_folders, config, some_without)
+        val = _held_out(root, pairs, config)
+        train = tuple(pair for pair in pairs if pair not in set(val))
     count, ignore = config.num_classes, config.ignore_index
     encode = Encoding.shifted if config.reduce_zero_label else Encoding.plain
     encoding = encode(count, ignore, ignore)
     names = tuple(f"class {index}" for index in range(count))
     palette, colours = spread_palette(count), None
+    encoding.expected += (
+        "; data.num_classes, data.ignore_index and data.reduce_zero_label say what values are, "
+        "data.palette the greys or colours that stand for classes"
+    )
     if config.palette is not None:
         colours, found = _read_palette(config.palette, count)
         names, palette = found or names, colours[:count]
@@ -486,6 +596,32 @@ def _folder(config: DataConfig, root: Path, unlabelled_index: int | None) -> _Lo
     encodings = (("", encoding),)
     training, validation = (FileSource(pairs, encodings, ignore, colours) for pairs in (train, val))
     return training, validation, config.class_names or names, palette
+
+
+def _lists(root: Path) -> list[Path] | None:
+    """The lists of images that a folder is split by."""
+    for place in (root, root / "splits", root / "ImageSets" / "Segmentation"):
+        lists = [place / f"{name}.txt" for name in ("train", "val")]
+        there = [path for path in lists if path.is_file()]
+        if len(there) == 2:
+            return lists
+        if there:
+            log.warning("%s: left out, for there is no train.txt and val.txt", there[0])
+    return None
+
+
+def _held_out(root: Path, pairs: tuple[Pair, ...], config: DataConfig) -> tuple[Pair, ...]:
+    """Those for validation, by hash: files that come or go later leave the others where they
+    were."""
+    masked = sorted((p for p in pairs if p[1]), key=lambda pair: _position(pair[0], config))
+    if len(masked) < 2:
+        raise DataError(
+            f"{root}: fewer than two images with a mask; at least two are needed, one of them "
+            "for validation"
+        )
+    below = sum(_position(image, config) < config.val_fraction for image, _ in masked)
+    held_out = set(masked[: min(len(masked) - 1, max(1, below))])
+    return tuple(pair for pair in pairs if pair in held_out)
 
 
 def _read_palette(given: Palette | Path, count: int) -> tuple[Palette, tuple[str, ...]]:
@@ -499,7 +635,9 @@ def _read_palette(given: Palette | Path, count: int) -> tuple[Palette, tuple[str
         raise DataError(f"{given}: cannot be read as a palette: {error}") from None
     entries: dict[tuple[int, int, int], str] = {}
     for line in lines:
-        found = _NAME_LAST.fullmatch(line.strip()) or _NAME_FIRST.fullmatch(line.strip())
+        plain = _HEX.sub(lambda m: " {} {} {}".format(*bytes.fromhex(m[1])), line)
+        plain = re.sub(r"[\"'()\[\]]", "", plain).strip(" \t,;:")
+        found = next((m for form in _PALETTE_LINES if (m := form.fullmatch(plain))), None)
         if found is None:
             if any(letter.isdigit() for letter in line) and not line.startswith("#"):
                 raise DataError(f"{given}: has the line {line!r}, expected `name r g b`")
@@ -517,72 +655,121 @@ def _read_palette(given: Palette | Path, count: int) -> tuple[Palette, tuple[str
     return tuple(entries), names
 
 
-def _own_folders(root: Path) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:
+def _own_folders(
+    root: Path, config: DataConfig
+) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:
     """The folders of images and masks for training, and for validation where the folder is split:
     as train/images or as images/train."""
 
     def one_of(folder: Path, names: tuple[str, ...]) -> Path:
-        return next((p for name in names if (p := folder / name).is_dir()), folder / names[0])
+        there = {}
+        if folder.is_dir():
+            there = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+        return next((there[name] for name in names if name in there), folder / names[0])
 
     def is_split(folder: Path) -> bool:
         return any((folder / name).is_dir() for name in (*_TRAIN, *_VAL))
 
     def both(folder: Path) -> tuple[Path, Path]:
-        return one_of(folder, _IMAGES), one_of(folder, _MASKS)
+        images, masks = one_of(folder, _IMAGES), one_of(folder, _MASKS)
+        if not images.is_dir() and _some(
+            folder, lambda path: path.suffix.lower() in IMAGE_SUFFIXES
+        ):
+            images = folder
+        endings = tuple(filter(None, _endings(config)))
+        if not masks.is_dir() and _some(images, lambda path: path.stem.endswith(endings)):
+            masks = images  # both in one folder, told apart by their names
+        return images, masks
 
-    images, masks = both(root)
     if is_split(root):
         return both(one_of(root, _TRAIN)), both(one_of(root, _VAL))
+    images, masks = both(root)
     if is_split(images):
         train, val = ((one_of(images, part), one_of(masks, part)) for part in (_TRAIN, _VAL))
         return train, val
     return (images, masks), None
 
 
-def _stem(path: Path) -> str:
+def _some(folder: Path, condition: Callable[[Path], bool]) -> bool:
+    return folder.is_dir() and any(map(condition, folder.iterdir()))
+
+
+def _endings(config: DataConfig) -> tuple[str, ...]:
+    return _ENDINGS if config.mask_suffix is None else (config.mask_suffix,)
+
+
+def _stem(name: str) -> str:
     """The name that an image and its mask share; macOS writes accents as characters of their own,
     other systems do not."""
-    return unicodedata.normalize("NFC", path.stem)
+    return unicodedata.normalize("NFC", name)
 
 
 def _position(image: Path, config: DataConfig) -> float:
     """A number in [0, 1) that depends on the name and the seed of the split alone."""
-    text = f"{config.split_seed} {_stem(image)}".encode(errors="surrogateescape")
+    text = f"{config.split_seed} {_stem(image.stem)}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text).digest()[:8], "big") / 2**64
 
 
-def _of_suffix(folder: Path, suffixes: Iterable[str], layout: str) -> list[Path]:
-    listed = _listed(folder, layout)
-    kept = [path for path in listed if path.suffix.lower() in suffixes]
-    if left_out := [path.name for path in listed if path.suffix.lower() not in suffixes]:
-        expected, names = ", ".join(sorted(suffixes)), ", ".join(left_out[:3])
-        log.warning(
-            "%s: %d of %d left out because of the suffix (%s%s), expected %s",
-            *(folder, len(left_out), len(listed), names, " ..." * (len(left_out) > 3), expected),
+def _of_suffix(
+    folder: Path, suffixes: Iterable[str], layout: str, without: Path | None = None
+) -> tuple[dict[str, list[Path]], str]:
+    """The files of a folder and of those in it, but for `without`, by their names without suffix;
+    and what is left out, for messages."""
+    _listed(folder, layout)
+    found: dict[str, list[Path]] = {}
+    left_out, visited = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not _is_hidden(name)
+            and Path(place, name) != without
+            and os.path.realpath(Path(place, name)) not in visited
         )
-    return kept
+        for name in sorted(name for name in names if not _is_hidden(name)):
+            path = Path(place, name)
+            if path.suffix.lower() in suffixes:
+                key = path.relative_to(folder).with_suffix("").as_posix()
+                found.setdefault(_stem(key), []).append(path)
+            else:
+                left_out.append(name)
+    if not left_out:
+        return found, ""
+    total, shown = sum(map(len, found.values())) + len(left_out), ", ".join(left_out[:3])
+    return found, (
+        f"{folder}: {len(left_out)} of {total} left out because of the suffix ({shown}"
+        f"{' ...' * (len(left_out) > 3)}), expected {', '.join(sorted(suffixes))}"
+    )
 
 
 def _pairs(
-    folder: Path, masks: Path, config: DataConfig, some_without: bool = False
+    folder: Path,
+    masks: Path,
+    config: DataConfig,
+    some_without: bool = False,
+    listed: Path | None = None,
 ) -> tuple[Pair, ...]:
     layout = f"{folder} and {masks}"
-    stems: dict[str, Path] = {}
-    for path in _of_suffix(folder, IMAGE_SUFFIXES, layout):
-        if (other := stems.setdefault(_stem(path), path)) != path:
+    images, images_left = _of_suffix(folder, IMAGE_SUFFIXES, layout, masks)
+    more = images_left and f" ({images_left})"
+    there, masks_left = _of_suffix(masks, _MASK_SUFFIXES, layout + more)
+    endings = _endings(config)
+    if folder == masks:
+        own = {stem + end for stem in images for end in endings if end}
+        images, masks_left = {k: v for k, v in images.items() if k not in own}, ""
+    for path, *others in images.values():
+        if others:
             raise DataError(
-                f"{path}: has the same stem as {other.name}; one mask cannot belong to both"
+                f"{others[0]}: has the same stem as {path.name}; one mask cannot belong to both"
             )
-    there: dict[str, list[Path]] = {}
-    for path in _of_suffix(masks, _MASK_SUFFIXES, layout):
-        there.setdefault(_stem(path), []).append(path)
-    endings = _ENDINGS if config.mask_suffix is None else (config.mask_suffix,)
+    stems = {path: stem for stem, (path,) in images.items()}
 
     def choices(image: Path) -> tuple[Path, ...]:
-        stem = _stem(image)
+        stem = stems[image]
         # What is the name of another image belongs to that one.
-        names = [stem + end for end in endings if not end or stem + end not in stems]
-        found = [there[name] for name in names if name in there]
+        names = [stem + end for end in endings if not end or stem + end not in images]
+        found = [there[name] for name in names if name in there and there[name] != [image]]
         if len(found) > 1:
             raise DataError(
                 f"{image}: has the masks {' and '.join(str(paths[0]) for paths in found)}; name "
@@ -591,7 +778,33 @@ def _pairs(
         by_suffix = sorted(
             found[0] if found else (), key=lambda path: _MASK_SUFFIXES.index(path.suffix.lower())
         )
-        return tuple(by_suffix) or (masks / f"{image.stem}{endings[0]}.png",)
+        first = next((end for end in endings if end or folder != masks), "")
+        return tuple(by_suffix) or (masks / f"{stem}{first}.png",)
 
-    nothing = f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
-    return _pair_up(stems.values(), choices, nothing, some_without)
+    nothing = f"{folder}: holds no image"
+    nothing = images_left or f"{nothing} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    used = _only(images, listed, folder) if listed else stems
+    pairs = _pair_up(used, choices, nothing, True, some_without)
+    for text in filter(None, (images_left, masks_left)):
+        log.warning(text)
+    return pairs
+
+
+def _only(images: dict[str, list[Path]], listed: Path, folder: Path) -> list[Path]:
+    """The images that a list has, in their own order."""
+    by_name: dict[str, list[str]] = {}
+    for key in images:
+        by_name.setdefault(key.rpartition("/")[2], []).append(key)
+    kept, unknown = set(), []
+    for entry in map(_stem, _entries(listed, "")):
+        alike = [
+            key
+            for key in by_name.get(entry.rpartition("/")[2], ())
+            if f"/{entry}".endswith(f"/{key}") or key.endswith(f"/{entry}")
+        ]
+        kept |= set(alike)
+        unknown += [] if alike else [entry]
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise DataError(f"{listed}: names {unknown[0]}{more}, and {folder} holds no such image")
+    return [path for key, (path,) in images.items() if key in kept]

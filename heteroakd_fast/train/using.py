@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .config import STAGES, Config, Stage
 from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, image_tensor
-from .datasets.folders import IMAGE_SUFFIXES
+from .datasets.folders import IMAGE_SUFFIXES, holds
 from .datasets.images import Mask, Palette, Pixels, read_image
 from .engine import choose_device
 from .errors import DataError, ModelError, StoppedError
@@ -187,7 +187,9 @@ def _targets(given: Iterable[Path], output: Path) -> dict[Path, list[Path]]:
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
             files = [file for file in files if not file.name.startswith(".")]
         if not files:
-            raise DataError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(
+                f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(path)}"
+            )
         for file in files:
             images[file] = [output / f"{file.stem}{end}.png" for end in ("", "-overlay")]
     if not images:

@@ -226,10 +226,10 @@ def subfolders_of_images(root: Path) -> None:
     ("change", "message"),
     [
         *(
-            (all_masks_as(f"{{}}.{suffix}"), rf"there is p0\.{suffix}, which is no image: export")
+            (all_masks_as(f"{{}}.{suffix}"), rf"there is p0\.{suffix}, which is not read: export")
             for suffix in ("npy", "npz", "mat", "txt", "json", "xml")
         ),
-        (nothing_but("coco.json"), r"masks holds coco\.json, which is no image: export the annot"),
+        (nothing_but("coco.json"), r"masks holds coco\.json, which is not read: export"),
         (labelme, r"masks: no such folder; .*6 of 12 left out .*p0\.json"),
         (zipped, r"images: no such folder; .*holds images\.zip, masks \(unpack images\.zip\)"),
         (images_as(".gif"), r"images: 6 of 6 left out because of the suffix .*expected \.bmp"),
@@ -306,6 +306,9 @@ def test_lists_split_a_folder(
         DataError, match=r"val\.txt: names p9 \(and 1 more\), and .*images holds no"
     ):
         load(root)
+    lists[1].write_text("p4", encoding="utf-16")
+    with pytest.raises(DataError, match=r"val\.txt: cannot be read as a list of images \(UTF-8\)"):
+        load(root)
     lists[1].write_text("p4\np2\n")
     with pytest.raises(DataError, match=r"p2\.png: is listed for training and for validation"):
         load(root)
@@ -330,6 +333,16 @@ def test_the_split_is_kept_with_the_run(
     keep_split(load(root), root, path)
     lines = path.read_text().splitlines()
     assert (len(lines), "train images/p0.png" in lines, len(set(lines))) == (6, True, 6)
+    keep_split(load(root), root, path)
+    for kind in ("images", "masks"):
+        (root / kind / "p1.png").rename(root / kind / "a\nb.png")
+    path.unlink()
+    for _ in range(2):
+        keep_split(load(root), root, path)
+    assert "images/a\\nb.png\n" in path.read_text()
+    for kind in ("images", "masks"):
+        (root / kind / "a\nb.png").rename(root / kind / "p1.png")
+    path.unlink()
     keep_split(load(root), root, path)
     assert not said(caplog, logging.WARNING)
     for kind in ("images", "masks"):

@@ -217,10 +217,10 @@ def _listed(folder: Path, layout: str) -> list[Path]:
         return sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
     except (FileNotFoundError, NotADirectoryError):
         there = next((parent for parent in folder.parents if parent.is_dir()), None)
-        raise DataError(f"{folder}: no such folder; expected {layout}{_holds(there)}") from None
+        raise DataError(f"{folder}: no such folder; expected {layout}{holds(there)}") from None
 
 
-def _holds(folder: Path | None) -> str:
+def holds(folder: Path | None) -> str:
     """What is in a folder, for messages."""
     names = sorted(p.name for p in folder.iterdir() if not _is_hidden(p.name)) if folder else []
     packed = [
@@ -273,14 +273,14 @@ def _pair_up(
         elif len(missing) == len(choices):
             folder = paths[0].parent
             images_there = any(path.suffix.lower() in _MASK_SUFFIXES for path in there)
-            hint = _holds(folder if folder.is_dir() else None) + _EXPORT * (not images_there)
+            hint = holds(folder if folder.is_dir() else None) + _EXPORT * (not images_there)
         if own and len(missing) < len(choices):
             hint += '; where only the teacher is to label such images, set data.labelled = "masks"'
         raise DataError(f"{image}: has no mask {expected}{_more(missing)}{hint}")
     return tuple((image, paths[0] if paths else None) for image, paths in found.items())
 
 
-_EXPORT = ", which is no image: export the annotations as images of class ids (PNG)"
+_EXPORT = ", which is not read: export masks as images of class ids (PNG)"
 
 
 def _alike(name: str, image: Path, mask: Path) -> bool:
@@ -440,7 +440,7 @@ def _voc(config: DataConfig, root: Path) -> _Loaded:
         if not found:
             raise DataError(
                 f"{root}: no such folder, or nothing of VOC 2012 in it; expected {_VOC_LAYOUT}"
-                + _holds(root if root.is_dir() else None)
+                + holds(root if root.is_dir() else None)
             )
         root = found[0] / "VOC2012"
     lists, own = root / "ImageSets" / "Segmentation", root / "SegmentationClass"
@@ -512,7 +512,7 @@ def _entries(path: Path, layout: str) -> list[str]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such list; {layout}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of images: {error}") from None
+        raise DataError(f"{path}: cannot be read as a list of images (UTF-8): {error}") from None
     names = [line.strip().strip("\"'").replace("\\", "/") for line in lines if line.strip()]
     if not names:
         raise DataError(f"{path}: names no image; expected one a line, such as 2007_000032")
@@ -582,10 +582,6 @@ def _folder(config: DataConfig, root: Path, unlabelled_index: int | None) -> _Lo
     encoding = encode(count, ignore, ignore)
     names = tuple(f"class {index}" for index in range(count))
     palette, colours = spread_palette(count), None
-    encoding.expected += (
-        "; data.num_classes, data.ignore_index and data.reduce_zero_label say what values are, "
-        "data.palette the greys or colours that stand for classes"
-    )
     if config.palette is not None:
         colours, found = _read_palette(config.palette, count)
         names, palette = found or names, colours[:count]
@@ -593,6 +589,10 @@ def _folder(config: DataConfig, root: Path, unlabelled_index: int | None) -> _Lo
         encoding = Encoding(places, "colours of data.palette")
     elif unlabelled_index is not None:
         encoding = encoding.also(unlabelled_index, "only the teacher labels it")
+    encoding.expected += (
+        "; data.num_classes, data.ignore_index and data.reduce_zero_label say what values are, "
+        "data.palette the greys or colours that stand for classes"
+    )
     encodings = (("", encoding),)
     training, validation = (FileSource(pairs, encodings, ignore, colours) for pairs in (train, val))
     return training, validation, config.class_names or names, palette
@@ -632,7 +632,7 @@ def _read_palette(given: Palette | Path, count: int) -> tuple[Palette, tuple[str
         check_regular(given)
         lines = given.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{given}: cannot be read as a palette: {error}") from None
+        raise DataError(f"{given}: cannot be read as a palette (UTF-8): {error}") from None
     entries: dict[tuple[int, int, int], str] = {}
     for line in lines:
         plain = _HEX.sub(lambda m: " {} {} {}".format(*bytes.fromhex(m[1])), line)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .config import STAGES, Config, Stage
 from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, image_tensor
-from .datasets.folders import IMAGE_SUFFIXES, holds
 from .datasets.images import Mask, Palette, Pixels, read_image
+from .datasets.pairs import IMAGE_SUFFIXES, holds
 from .engine import choose_device
 from .errors import DataError, ModelError, StoppedError
 from .files import write_file

@@ -19,15 +19,15 @@ from train_helpers import write_pictures
 
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import folders, load_data
-from heteroakd_fast.train.datasets.folders import (
-    _CITYSCAPES_COLOURS,
+from heteroakd_fast.train.datasets.images import SegmentationData
+from heteroakd_fast.train.datasets.pairs import FileSource
+from heteroakd_fast.train.datasets.published import (
     ADE20K,
     CITYSCAPES,
+    CITYSCAPES_COLOURS,
     VOC,
-    FileSource,
     voc_palette,
 )
-from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.errors import DataError, DependencyError
 
 
@@ -172,8 +172,8 @@ def test_class_lists() -> None:
     assert [ADE20K[index] for index, _ in some] == [name for _, name in some]
     for names, count in ((CITYSCAPES, 19), (VOC, 21), (ADE20K, 150)):
         assert len(set(names)) == len(names) == count
-    assert len(set(_CITYSCAPES_COLOURS)) == 19
-    assert _CITYSCAPES_COLOURS[5] == (153, 153, 153)
+    assert len(set(CITYSCAPES_COLOURS)) == 19
+    assert CITYSCAPES_COLOURS[5] == (153, 153, 153)
     assert len(set(voc_palette(256))) == 256
 
 

@@ -18,9 +18,9 @@ from train_helpers import write_pictures
 from heteroakd_fast.train.cli import main
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import load_data, survey
-from heteroakd_fast.train.datasets.folders import FileSource
 from heteroakd_fast.train.datasets.images import SegmentationData, Source, read_image, read_mask
 from heteroakd_fast.train.datasets.landcover import Tiles
+from heteroakd_fast.train.datasets.pairs import FileSource
 from heteroakd_fast.train.datasets.splits import keep_split
 from heteroakd_fast.train.errors import DataError
 

@@ -459,18 +459,18 @@ def check_teacher(
     weights: Mapping[str, str],
     hint: str = "",
 ) -> None:
-    """That it is there for the terms of these names, and requires no gradient that none sends.
+    """That it is there for the terms of these names, which need one, and requires no gradient that
+    none sends.
 
     weights: how the caller calls the weights of terms; hint: for one who has no teacher.
     """
     if teacher is None:
         for name in names:
-            if name != "ce" and not name.startswith("ce_"):
-                weight = weights[name.rstrip("0123456789").rstrip("_")]
-                raise ValueError(
-                    f"teacher_logits: got None, but {weight} is not 0; pass the teacher's "
-                    f"logits or set {weight} to 0{hint}"
-                )
+            weight = weights[name.rstrip("0123456789").rstrip("_")]
+            raise ValueError(
+                f"teacher_logits: got None, but {weight} is not 0; pass the teacher's "
+                f"logits or set {weight} to 0{hint}"
+            )
         if maps:
             raise ValueError("teacher_logits: got None, but return_maps=True needs them")
         return

@@ -48,7 +48,7 @@ from .spec import (
     plan,
     vector,
 )
-from .terms import TERM_WEIGHTS, TERMS, HeteroAKD
+from .terms import TERM_WEIGHTS, TERMS, WITHOUT_TEACHER, HeteroAKD
 
 __all__ = [
     "DEFAULTS",
@@ -249,7 +249,9 @@ def _check_part(
         weights = ", ".join(part.weights.values())
         raise ValueError(f"weights: every term has weight 0; give at least one of {weights}")
     classes = check_sides(part.student, target, part.teacher, part.called)
-    check_teacher(part.teacher, names, maps, part.weights, part.without_teacher)
+    kinds = {name: name.rstrip("0123456789").rstrip("_") for name in names}
+    needing = [name for name in names if kinds[name] not in WITHOUT_TEACHER]
+    check_teacher(part.teacher, needing, maps, part.weights, part.without_teacher)
     check_ignored_class(options["ignore_index"], classes, options["allow_ignored_class"])
     if class_weight is not None:
         check_class_weight(class_weight, classes, tensor_of(part.student), part.called)

@@ -22,7 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import CWD, DKD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
+from .terms import (
+    CWD,
+    DKD,
+    KD,
+    CrossEntropy,
+    Dice,
+    Feature,
+    HeteroAKD,
+    TeacherCrossEntropy,
+    Term,
+    Tversky,
+)
 
 __all__ = [
     "Knowledge",
@@ -31,6 +42,7 @@ __all__ = [
     "cross_entropy",
     "cwd",
     "diagnostics",
+    "dice",
     "dkd",
     "evaluate_knowledge",
     "feature",
@@ -40,13 +52,19 @@ __all__ = [
     "join_shares",
     "kd",
     "negative_log_likelihood",
+    "of_overlaps",
+    "overlaps",
     "project",
     "space_shares",
+    "tversky",
     "upsample",
 ]
 
 #: Keeps the paper's reliability defined where both sides are perfect; there it is one half.
 RELIABILITY_EPS = 1e-6
+
+#: Least denominator of an overlap and, before its logarithm, least overlap.
+OVERLAP_EPS = 1e-7
 
 # A term before its mean is taken: (numerator, denominator), both scalars.
 Fraction = tuple[Tensor, Tensor]
@@ -349,6 +367,65 @@ def dkd(
     return total, _valid_count(valid, pixel_weight)
 
 
+def overlaps(
+    student_z: Tensor, label: Tensor, valid: Tensor, pixel_weight: Tensor | None = None
+) -> Tensor:
+    """[3, C] float64: soft false positives, false negatives and true positives of each class."""
+    p = student_z.log_softmax(dim=1).exp()
+    is_label = _one_hot(student_z, label)
+    others = p.masked_fill(is_label, 0)
+    # 1 - p, whose value is not a difference; and whose gradient goes to p alone
+    missed = torch.where(is_label, others.sum(dim=1, keepdim=True).detach() + (p.detach() - p), 0)
+    parts = (others, missed, torch.where(is_label, p, 0))
+    return torch.stack(
+        [
+            torch.where(valid[:, None], _times(x, pixel_weight), 0).sum(
+                (0, 2, 3), dtype=torch.float64
+            )
+            for x in parts
+        ]
+    )
+
+
+def dice(overlaps: Tensor, smooth: float = 0.0, log: bool = False) -> Tensor:
+    """Sum of 1 - (TP + smooth) / (TP + (FP + FN) / 2 + smooth), or -log, over the classes that occur.
+
+    Milletari et al., 3DV 2016, as in segmentation_models_pytorch.
+    """
+    wrong, missed, right = overlaps
+    whole = (right + (wrong + missed) / 2 + smooth).clamp(min=OVERLAP_EPS)
+    score = (right + smooth) / whole
+    loss = -score.clamp(min=OVERLAP_EPS).log() if log else 1 - score
+    return torch.where(right + missed == 0, 0, loss).sum()
+
+
+def tversky(
+    overlaps: Tensor,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    gamma: float = 1.0,
+    smooth: float = 0.0,
+) -> Tensor:
+    """C times (the mean over classes of 1 - TP / (TP + alpha FP + beta FN))^gamma, smoothed.
+
+    Salehi et al., 2017, as in segmentation_models_pytorch.
+    """
+    wrong, missed, right = overlaps
+    denominator = (right + alpha * wrong + beta * missed + smooth).clamp(min=OVERLAP_EPS)
+    loss = 1 - (right + smooth) / denominator
+    mean = torch.where(right + missed == 0, 0, loss).mean().clamp(min=0.0)
+    perfect = mean == 0  # where the power has no derivative, or none that helps
+    return torch.where(perfect, 0, torch.where(perfect, 1, mean) ** gamma) * len(right)
+
+
+def of_overlaps(term: Term, overlaps: Tensor) -> Tensor:
+    """The numerator of a term over classes."""
+    if isinstance(term, Dice):
+        return dice(overlaps, term.smooth, term.log)
+    assert isinstance(term, Tversky), term
+    return tversky(overlaps, term.alpha, term.beta, term.gamma, term.smooth)
+
+
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
 
 
@@ -556,8 +633,10 @@ def fraction(
     class_weight: Tensor | None,
     knowledge: Knowledge | None,
     shares: tuple[Shares, Shares] | None,
+    slopes: Tensor | None,
 ) -> Fraction:
-    """Numerator and denominator of one term; arguments as in `reference_pass.terms_on_grid`."""
+    """Numerator and denominator of one term; arguments as in `reference_pass.terms_on_grid`,
+    but slopes: of this term."""
     label, labelled, valid, weight = pixels
     frozen_teacher_z = teacher_z.detach()
     if isinstance(term, (CrossEntropy, TeacherCrossEntropy)):
@@ -574,5 +653,9 @@ def fraction(
     if isinstance(term, DKD):
         parts = (term.alpha, term.beta, term.temperature)
         return dkd(student_z, frozen_teacher_z, label, labelled, *parts, weight)
+    if term.over_classes:
+        found = overlaps(student_z, label, labelled, weight)
+        numerator = of_overlaps(term, found) if slopes is None else (slopes * found).sum()
+        return numerator, labelled.any().double() * student_z.shape[1]
     assert isinstance(term, Feature), term
     return feature(student_z, frozen_teacher_z, valid, weight)

@@ -6,6 +6,7 @@ bands of rows (`backends/reference.py`). Autograd does the gradients in both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,7 @@ def terms_on_grid(
     options: Options,
     knowledge: Knowledge | None = None,
     shares: tuple[Shares, Shares] | None = None,
+    slopes: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Fraction], Tensor | None]:
     """The terms that are asked for, in their order, and what is written of each pixel, or None.
 
@@ -114,6 +116,8 @@ def terms_on_grid(
         options: what to compute.
         knowledge: what `evaluate_knowledge` found, if it was called already.
         shares: of `cwd`, where the rows are not all of the images.
+        slopes: by the names of terms over classes, where the pixels are not all: the derivatives
+            [3, C] of their values by `overlaps`, of which the numerator then is the linear form.
     """
     label, labelled, valid, weight = pixels
     mixing: HeteroAKD | None = options.find(HeteroAKD.name)
@@ -121,9 +125,19 @@ def terms_on_grid(
         knowledge = evaluate_knowledge(
             student_z, teacher_z, label, valid, mixing, options.maps, labelled, weight
         )
+    slopes_of = [(slopes or {}).get(term.name) for term in options.asked]
     fractions = [
-        fraction(term, student_z, teacher_z, pixels, class_weight, knowledge, shares)
-        for term in options.asked
+        fraction(
+            term,
+            student_z,
+            teacher_z,
+            pixels,
+            class_weight,
+            knowledge,
+            shares,
+            (slopes or {}).get(term.name),
+        )
+        for term, slope in zip(options.asked, slopes_of, strict=True)
     ]
     planes = []
     if options.maps and knowledge is not None:

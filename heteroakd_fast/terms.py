@@ -33,12 +33,15 @@ __all__ = [
     "KD",
     "TERMS",
     "TERM_WEIGHTS",
+    "WITHOUT_TEACHER",
     "CrossEntropy",
+    "Dice",
     "Feature",
     "FlatOptions",
     "HeteroAKD",
     "TeacherCrossEntropy",
     "Term",
+    "Tversky",
     "from_flat",
 ]
 
@@ -65,6 +68,25 @@ def _check_beta(value: object, name: str) -> float:
             f"{name.replace('beta', 'divergence')}='forward' and 'reverse'"
         )
     return number
+
+
+def _check_power(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.01 <= number <= 100.0:
+        raise ValueError(f"{name}: got {number}, expected [0.01, 100]")
+    return number
+
+
+def _check_flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+    return value
+
+
+def _flag(default: bool) -> Any:
+    """A field that is True or False."""
+    metadata = {"check": _check_flag, "flat": None, "choices": (False, True)}
+    return field(default=default, metadata=metadata)
 
 
 def _number(
@@ -121,6 +143,11 @@ class Term:
     @property
     def over_space(self) -> bool:
         """Whether it divides by sums over whole images."""
+        return False
+
+    @property
+    def over_classes(self) -> bool:
+        """Whether it is a function of sums over all pixels of the call, a few for each class."""
         return False
 
 
@@ -311,6 +338,74 @@ class DKD(Term):
     needs_label: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class Dice(Term):
+    """1 - (TP + smooth) / (TP + (FP + FN) / 2 + smooth) of each class, soft.
+
+    With p = softmax(z_s), TP_c is the sum of p_c and FN_c that of 1 - p_c over the pixels of class c,
+    FP_c that of p_c over those of other classes; over all labelled pixels of the call (of all
+    images; each rank and micro-batch has its own). A class without a labelled pixel counts 0.
+
+    Denominator: C, so that the mean is over all classes. Source: V-Net (Milletari et al., 3DV
+    2016); the values are those of `DiceLoss("multiclass")` of segmentation_models_pytorch on valid
+    pixels, its `eps` of 1e-7 included.
+
+    Args:
+        weight: of the term in the loss.
+        smooth: added to both sides of the fraction, from 0 to 1e6; half of what it is in formulas with
+            2 TP.
+        log: -log of the fraction instead of 1 - the fraction.
+    """
+
+    smooth: float = _number(0.0, _check_part)
+    log: bool = _flag(False)
+
+    name: ClassVar[str] = "dice"
+    needs_label: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    def denominator(self, weighted: bool) -> str:
+        return "classes"
+
+    @property
+    def over_classes(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Tversky(Term):
+    """(mean over classes of 1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth))^gamma, with TP,
+    FP and FN as of `Dice`, which alpha = beta = 0.5 and gamma = 1 are.
+
+    Denominator: C, as of `Dice`. Source: Tversky loss (Salehi et al., 2017), with the exponent of
+    the focal one; the values are those of `TverskyLoss("multiclass")` of
+    segmentation_models_pytorch on valid pixels.
+
+    Args:
+        weight: of the term in the loss.
+        alpha: weight of false positives, from 0 to 1e6.
+        beta: weight of false negatives, from 0 to 1e6.
+        gamma: exponent of the mean, from 0.01 to 100; where the mean is 0 the gradient is 0.
+        smooth: added to both sides of the fraction, from 0 to 1e6.
+    """
+
+    alpha: float = _number(0.5, _check_part)
+    beta: float = _number(0.5, _check_part)
+    gamma: float = _number(1.0, _check_power)
+    smooth: float = _number(0.0, _check_part)
+
+    name: ClassVar[str] = "tversky"
+    needs_label: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    def denominator(self, weighted: bool) -> str:
+        return "classes"
+
+    @property
+    def over_classes(self) -> bool:
+        return True
+
+
 #: Every term, in the order in which the operators number them.
 TERMS: Final[tuple[type[Term], ...]] = (
     CrossEntropy,
@@ -320,7 +415,13 @@ TERMS: Final[tuple[type[Term], ...]] = (
     Feature,
     CWD,
     DKD,
+    Dice,
+    Tversky,
 )
+
+
+#: Names of those that read no teacher's logits.
+WITHOUT_TEACHER: Final = frozenset(term.name for term in TERMS if not term.needs_teacher)
 
 
 class FlatOptions(TypedDict, total=False):

@@ -41,6 +41,7 @@ from .statistics import (
     SMALLEST_TOTAL,
     Model,
     Pixels,
+    add_tallies,
     find_totals,
     how,
     own_sums,
@@ -199,7 +200,8 @@ def distillation_pass(
     grad_totals,  # float64: scales of the groups, read if DIRECT
     maps,  # [planes, B, H, W] out: two if MAPS, then three if DIAGNOSTICS
     partials,  # [B * programs, ROW] float64 out
-    space,  # [softmaxes over space, 3, B, C]: see `reduce` in space.py
+    space,  # [softmaxes over space, 3, B, C]: see `reduce` in space.py, of a term over classes its
+    # numbers; where its sums are collected, [B * programs, tallies, C] float64 out
     programs,  # per image
     classes,
     label_h,
@@ -272,6 +274,7 @@ def distillation_pass(
     # --- what this call needs ------------------------------------------------------------------
     HALO: tl.constexpr = 1 if GRAD and STUDENT == CORNERS else 0
     NEEDS: tl.constexpr = terms.needs_of(TERMS, DIAGNOSTICS)
+    TALLIES: tl.constexpr = terms.tallies_of(TERMS)
     SOFT: tl.constexpr = NEEDS.pair or NEEDS.student_total
     VALUES: tl.constexpr = not (GRAD and STUDENT == DIRECT)
     HOW: tl.constexpr = how(
@@ -305,6 +308,11 @@ def distillation_pass(
     patch_plane = (chunks * (TI + 1)).to(tl.int64) * student_w
     batch = (tl.num_programs(0) // programs).to(tl.int64)
     slot_stride = batch * classes * patch_plane
+    space_step = batch * classes
+    if TALLIES > 0:
+        space += tl.program_id(0).to(tl.int64) * TALLIES * classes
+    else:
+        space += image * classes
     student += image * student_b
     teacher += image * teacher_b
     target += image * target_b
@@ -419,6 +427,8 @@ def distillation_pass(
             hard_exponent,
             class_weight,
             weight,
+            space,
+            space_step,
         )
         totals, weight_sum, least = find_totals(at, NEEDS, HOW)
         p = PassNumbers(temperature, 1.0 / temperature, scale, class_count, weight_sum)
@@ -426,6 +436,8 @@ def distillation_pass(
         if DIAGNOSTICS:
             first = maps + (2 if MAPS else 0) * maps_plane
             write_diagnostics(first, maps_plane, maps_place, totals, at, inside & own_lane, HOW)
+        if TALLIES > 0:
+            add_tallies(TERMS[0][0], TALLIES, totals, at, own_lane, step == 0, HOW)
         knowns = ()
         bounds = ()
         owns = ()
@@ -438,7 +450,14 @@ def distillation_pass(
             own = terms.start(TERMS[k][0], zero)
             if terms.traits(TERMS[k][0], TERMS[k][1]).has_loop:
                 own, bound, known, its_least = own_sums(
-                    TERMS[k][0], TERMS[k][1], term_numbers[k], p, known, at, HOW
+                    TERMS[k][0],
+                    TERMS[k][1],
+                    terms.place_over_space(TERMS, k),
+                    term_numbers[k],
+                    p,
+                    known,
+                    at,
+                    HOW,
                 )
                 least = tl.minimum(least, its_least)
             scale_of_term = gradient_scale(numbers[k][0], grad_totals, TERMS, k, GRAD, HOW)
@@ -502,8 +521,6 @@ def distillation_pass(
             owns, knowns = gradients(
                 p,
                 (term_numbers, knowns, bounds, owns, coefficients),
-                space + image * classes,
-                batch * classes,
                 gradient_plane,
                 class_step,
                 slot_stride,

@@ -6,7 +6,7 @@ import triton.language as tl
 from . import terms
 from .formulas import LOG2_E
 from .interpolation import DIRECT
-from .statistics import hard, read_class, weight_of
+from .statistics import read_class, weight_of, with_numbers
 from .terms.term import (
     CLASS_WEIGHT,
     NONE,
@@ -25,7 +25,7 @@ def source(FROM: tl.constexpr, k, c, own, at, HOW: tl.constexpr):
     """x_c or y_c of a gradient (terms/term.py); own: where it is the term's."""
     x = own
     if FROM == STUDENT_HARD:
-        x = hard(k.student_a, k.student_e, at, HOW)
+        x = k.student_hard
     elif FROM == STUDENT:
         x = k.student_e
     elif FROM == TEACHER:
@@ -94,9 +94,9 @@ def other(
     p,
     state,
     k,
-    weight,
-    shift,
-    step,
+    c,
+    at,
+    PLACE: tl.constexpr,
     SPACES: tl.constexpr,
     HOW: tl.constexpr,
 ):
@@ -106,10 +106,13 @@ def other(
     found = bound
     shares = (0.0, 0.0)
     logs = shares
+    if TRAITS.numbers_of_classes:
+        k = with_numbers(k, at, c, PLACE)
     if TRAITS.firsts > 0:
         found, known = terms.first(TERM, VARIANT, n, known, k, HOW.PTX)
         if SPACES > 0:
-            shares, logs = shares_of(found, weight, shift, step, SPACES)
+            shift = at.space + c + 3 * PLACE * at.space_step
+            shares, logs = shares_of(found, at.weight, shift, at.space_step, SPACES)
         if TRAITS.bounds > 0:
             found = (found[0] - bound[0], found[1] - bound[1])
     pair, own = terms.other(TERM, VARIANT, n, p, known, k, found, shares, logs, own, HOW.PTX)
@@ -120,8 +123,6 @@ def other(
 def gradients(
     p,
     state,  # of each term its numbers, what it knows, its maxima, its sums, its coefficients
-    space,
-    space_step,
     gradient_plane,
     class_stride,
     slot_stride,
@@ -156,9 +157,9 @@ def gradients(
                     p,
                     (numbers[i], known, bounds[i], own),
                     k,
-                    at.weight,
-                    space + c + 3 * terms.place_over_space(TERMS, i) * space_step,
-                    space_step,
+                    c,
+                    at,
+                    terms.place_over_space(TERMS, i),
                     terms.spaces(TERMS[i]),
                     HOW,
                 )

@@ -29,6 +29,7 @@ from .formulas import BITS_MASK
 from .interpolation import CORNERS, DIRECT, GATHER
 from .partials import FLAG, LABELLED, LABELLED_WEIGHT, ROW, SHARES, VALID, VALID_WEIGHT
 from .space import collect, reduce
+from .terms.term import COLLECTING
 
 __all__ = [
     "Pass",
@@ -326,7 +327,7 @@ def _space_statistics(
     """[softmaxes over space, 3, B, C]: see `reduce`; None without any."""
     batch, classes = one.logits.shape[:2]
     count = terms.place_over_space(entries, len(entries))
-    if count == 0:
+    if not any(terms.spaces(entry) for entry in entries):
         return None
     dtype = torch.promote_types(one.logits.dtype, torch.float32)
     programs = geometry.programs
@@ -359,12 +360,50 @@ def _space_statistics(
     return out
 
 
+def _numbers_of_classes(
+    one: Pass, target: Tensor, entries: Sequence[terms.Entry], space: Tensor | None
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """`space` with the numbers of terms over classes, and their values by their places."""
+    values: dict[int, Tensor] = {}
+    for k, term in enumerate(one.terms):
+        if not term.traits.numbers_of_classes:
+            continue
+        alone = one._replace(
+            teacher=None,
+            terms=(term._replace(variant=int(COLLECTING)),),
+            options=one.options._replace(maps=False, diagnostics=False),
+        )
+        tallies = _launch(alone, target, None, None, None, None).tallies
+        assert tallies is not None
+        settle = terms.member(term.code, "settle")
+        value, numbers = settle(term.term, tallies.sum(dim=0))
+        values[term.place] = value
+        batch, classes = one.logits.shape[:2]
+        if space is None:
+            count = terms.place_over_space(entries, len(entries))
+            dtype = torch.promote_types(one.logits.dtype, torch.float32)
+            space = one.logits.new_empty((count, 3, batch, classes), dtype=dtype)
+        space[terms.place_over_space(entries, k), :2] = numbers[:, None]
+    return space, values
+
+
 def has_ptx(logits: Tensor) -> bool:
     return logits.device.type == "cuda" and torch.version.hip is None
 
 
 def power_of(temperature: float) -> int:
     return int(temperature) if temperature in (1.0, 2.0, 4.0) else 0
+
+
+class _Launched(NamedTuple):
+    partials: Tensor
+    """the rows of partial sums"""
+    programs: int
+    """per image"""
+    values: dict[int, Tensor]
+    """of terms over classes, by their places"""
+    tallies: Tensor | None
+    """[programs, tallies, C] float64, where sums of such a term are collected"""
 
 
 def _launch(
@@ -374,8 +413,8 @@ def _launch(
     gradient: Tensor | None,
     grad_totals: Tensor | None,
     maps: Tensor | None,
-) -> tuple[Tensor, int]:
-    """Both kernels of the pass; returns the rows of partial sums and the programs per image."""
+) -> _Launched:
+    """Both kernels of the pass."""
     geometry = _geometry(one, target, gradient is not None)
     direct = geometry.tiles["STUDENT"] == int(DIRECT)
     programs = geometry.programs
@@ -398,7 +437,15 @@ def _launch(
         entries.append(terms.Entry(term.code, term.variant, slot, shares))
         numbers.append((bits_of(weight), *map(bits_of, others)))
     halo = int(gradient is not None and not direct)
-    space = _space_statistics(one, target, geometry, entries, numbers, halo)
+    tallies = terms.tallies_of(entries)
+    space: Tensor | None = None
+    values: dict[int, Tensor] = {}
+    if tallies:
+        shape = (geometry.grid[0], tallies, one.logits.shape[1])
+        space = one.logits.new_empty(shape, dtype=torch.float64)
+    else:
+        space = _space_statistics(one, target, geometry, entries, numbers, halo)
+        space, values = _numbers_of_classes(one, target, entries, space)
     arguments = [
         geometry.student,
         geometry.teacher,
@@ -438,7 +485,7 @@ def _launch(
             CAREFUL=careful,
             **geometry.tiles,
         )
-    return partials, programs
+    return _Launched(partials, programs, values, space if tallies else None)
 
 
 #: Values of `Term.denominator` that are sums of a term's own.
@@ -529,9 +576,10 @@ def forward(
             dtype = torch.promote_types(one.logits.dtype, torch.float32)
             shape = patch_shape(one.logits, len(one.slots()), target, one.options.align_corners)
             saved = one.logits.new_empty(shape, dtype=dtype)
-        partials, programs = _launch(one, target, class_weight, saved, None, maps)
+        launched = _launch(one, target, class_weight, saved, None, maps)
+        programs = launched.programs
         finish(
-            partials,
+            launched.partials,
             numerators,
             denominators,
             report,
@@ -543,6 +591,11 @@ def forward(
             one.unlabelled,
             one.pixel_weight is not None,
         )
+        for term in one.terms:
+            if term.place in launched.values:
+                numerators[term.place] = launched.values[term.place]
+                # it was the number of labelled pixels, or their weight
+                denominators[term.group] = (denominators[term.group] > 0) * one.logits.shape[1]
     return saved
 
 

@@ -183,7 +183,8 @@ def collect(
                 FLOAT,
             )
             zero = z_s * 0.0
-            k = Class(z_s, z_t, zero, zero, zero, zero, label == c, label == classes)
+            both = (zero, zero)
+            k = Class(z_s, z_t, zero, zero, zero, zero, label == c, label == classes, zero, both)
             known = terms.begin(TERM, VARIANT, n, (), zero, PTX)
             strength, _ = terms.first(TERM, VARIANT, n, known, k, PTX)
             strength = tl.where(valid, strength[FIRST], LOWEST)

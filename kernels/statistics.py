@@ -14,6 +14,7 @@ from .formulas import LOG2_E, log2, max_or_nan, negative_log_likelihood, power, 
 from .formulas import kl as kl_of
 from .interpolation import CORNERS, exactly_scaled, read_logits
 from .terms.term import Class, Totals
+from .tiles import over_pixels, over_program
 
 # A bound may lie so far above the maximum that totals are no smaller than this.
 SMALLEST_TOTAL = tl.constexpr(2.0**-32)
@@ -42,6 +43,8 @@ class Pixels(NamedTuple):
     hard_exponent: Any  # e at T = 1 is e to this power
     class_weight: Any
     weight: Any  # of the pixel, read if WEIGHTS
+    space: Any  # of the image, as in `distillation_pass`: [places, 3, B, C]
+    space_step: Any  # from one row to the next, B C
 
 
 class How(NamedTuple):
@@ -155,7 +158,9 @@ def read_class(at, c, student_plane, teacher_plane, BOTH: tl.constexpr, HOW: tl.
             HOW.FLOAT,
         )
         e_t = tl.exp2(a_t)
-    return Class(z_s, z_t, a_s, a_t, e_s, e_t, at.label == c, at.label == at.classes)
+    h = hard(a_s, e_s, at, HOW)
+    unlabelled = at.label == at.classes
+    return Class(z_s, z_t, a_s, a_t, e_s, e_t, at.label == c, unlabelled, h, (h, h))
 
 
 @triton.jit
@@ -227,8 +232,7 @@ def find_totals(at, NEEDS: tl.constexpr, HOW: tl.constexpr):
                 student_at_top = tl.where(above, k.student_a, student_at_top)
                 teacher_at_top = tl.where(above, k.teacher_a, teacher_at_top)
             if NEEDS.student_nll:
-                h = hard(k.student_a, k.student_e, at, HOW)
-                student_others += tl.where(k.is_label, 0.0, h)
+                student_others += tl.where(k.is_label, 0.0, k.student_hard)
                 if HOW.PICK_LABEL:
                     student_label = tl.where(k.is_label, k.student_a, student_label)
             if NEEDS.teacher_nll:
@@ -333,7 +337,55 @@ def tops(at, HOW: tl.constexpr):
 
 
 @triton.jit
-def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, bound, at, HOW: tl.constexpr):
+def with_numbers(k, at, c, PLACE: tl.constexpr):
+    """Class c with its two numbers of a term over classes."""
+    first = at.space + c + 3 * PLACE * at.space_step
+    return Class(
+        k.student_z,
+        k.teacher_z,
+        k.student_a,
+        k.teacher_a,
+        k.student_e,
+        k.teacher_e,
+        k.is_label,
+        k.unlabelled,
+        k.student_hard,
+        (tl.load(first), tl.load(first + at.space_step)),
+    )
+
+
+@triton.jit
+def add_tallies(TERM: tl.constexpr, COUNT: tl.constexpr, t, at, own, first, HOW: tl.constexpr):
+    """Adds the labelled pixels of a step to the sums of a term over classes, [COUNT, C] of this
+    program at `at.space`; first: whether nothing is there yet. A sum over the program for each
+    class and number: written for exactness and not for speed."""
+    counts = (t.labelled > 0.0) & own
+    plane = at.student.plane
+    for c in range(at.classes):
+        found = terms.tally(TERM, t, read_class(at, c, plane, plane, False, HOW))
+        for j in tl.static_range(COUNT):
+            x = found[j]
+            if HOW.WEIGHTS:
+                x = x * at.weight
+            total = over_program(over_pixels(tl.where(counts, x, 0.0)))
+            place = at.space + j * at.classes + c
+            tl.store(place, tl.where(first, 0.0, tl.load(place)) + total)
+        plane += at.student.class_stride
+    tl.debug_barrier()  # the next step reads what this one wrote
+
+
+@triton.jit
+def own_loop(
+    TERM: tl.constexpr,
+    VARIANT: tl.constexpr,
+    PLACE: tl.constexpr,
+    n,
+    p,
+    known,
+    bound,
+    at,
+    HOW: tl.constexpr,
+):
     """The sums of a term that has a loop, its maxima, and what it knows then."""
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)
     own = terms.start(TERM, tl.zeros(at.valid.shape, HOW.FLOAT))
@@ -341,6 +393,8 @@ def own_loop(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, bound, at, 
     teacher_plane = at.teacher.plane
     for c in range(at.classes):
         k = read_class(at, c, student_plane, teacher_plane, True, HOW)
+        if TRAITS.numbers_of_classes:
+            k = with_numbers(k, at, c, PLACE)
         above = bound
         if TRAITS.firsts > 0:
             found, known = terms.first(TERM, VARIANT, n, known, k, HOW.PTX)
@@ -373,7 +427,16 @@ def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, n, known, at, HOW: t
 
 
 @triton.jit
-def own_sums(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, at, HOW: tl.constexpr):
+def own_sums(
+    TERM: tl.constexpr,
+    VARIANT: tl.constexpr,
+    PLACE: tl.constexpr,
+    n,
+    p,
+    known,
+    at,
+    HOW: tl.constexpr,
+):
     """`own_loop`, and the smallest of the totals that a bound can make too small."""
     TRAITS: tl.constexpr = terms.traits(TERM, VARIANT)
     zero = tl.zeros(at.valid.shape, HOW.FLOAT)
@@ -383,11 +446,11 @@ def own_sums(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, at, HOW: tl
         lowest = -1e300 if HOW.FLOAT == tl.float64 else -2e38
         bound = (zero + lowest, zero + lowest)
     elif TRAITS.bounds > 0 and HOW.CAREFUL:
-        own, _, _ = own_loop(TERM, VARIANT, n, p, known, bound, at, HOW)
+        own, _, _ = own_loop(TERM, VARIANT, PLACE, n, p, known, bound, at, HOW)
         close = terms.least(TERM, own) > SMALLEST_TOTAL
         exact = exact_maxima(TERM, VARIANT, n, known, at, HOW)
         bound = (tl.where(close, zero, exact[0]), tl.where(close, zero, exact[1]))
-    own, bound, known = own_loop(TERM, VARIANT, n, p, known, bound, at, HOW)
+    own, bound, known = own_loop(TERM, VARIANT, PLACE, n, p, known, bound, at, HOW)
     if TRAITS.bounds > 0 and not TRAITS.rescales:
         least = tl.where(at.valid, terms.least(TERM, own), 1.0)
     return own, bound, known, least

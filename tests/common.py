@@ -14,7 +14,18 @@ from torch import Tensor
 
 from heteroakd_fast import backends, functional
 from heteroakd_fast.spec import LossSpec, plan
-from heteroakd_fast.terms import CWD, DKD, FLAT, FLAT_DEFAULTS, Term, check_flat, from_flat
+from heteroakd_fast.terms import (
+    CWD,
+    DKD,
+    FLAT,
+    FLAT_DEFAULTS,
+    WITHOUT_TEACHER,
+    Dice,
+    Term,
+    Tversky,
+    check_flat,
+    from_flat,
+)
 
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
@@ -63,6 +74,8 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     },
     "cwd": {"ce_weight": 0.0, "terms": (CWD(1.3, temperature=2.5),)},
     "dkd": {"ce_weight": 0.0, "terms": (DKD(0.6, alpha=0.7, beta=2.0, temperature=1.5),)},
+    "dice": {"ce_weight": 0.0, "terms": (Dice(0.8, smooth=0.5, log=True),)},
+    "tversky": {"ce_weight": 0.0, "terms": (Tversky(0.7, alpha=0.3, beta=0.8, gamma=0.75),)},
     "all": {
         "ce_weight": 0.9,
         "teacher_ce_weight": 0.8,
@@ -346,7 +359,7 @@ def reads(side: str, **options: Any) -> set[str]:
     asked = {name for name in names if options.get(f"{name}_weight")}
     asked |= {"ce"} if options.get("ce_weight", 1.0) else set()
     asked |= {term.name for term in options.get("terms", ())}
-    return asked - {"teacher_ce" if side == "student" else "ce"}
+    return asked - ({"teacher_ce"} if side == "student" else WITHOUT_TEACHER)
 
 
 def has_isa(isa: str) -> bool:

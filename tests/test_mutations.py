@@ -101,6 +101,13 @@ COMPILED = (
         "scale",
         _values("test_every_term", "cpu", "cwd", F32),
     ),
+    Compiled(
+        "dice: true positives that do not follow the false negatives",
+        "terms/dice.h",
+        "* b + per_right",
+        "* b",
+        _values("test_every_term", "cpu", "dice", F32),
+    ),
     # the CPU kernels
     Compiled(
         "cpu: a tap of weight zero is read",

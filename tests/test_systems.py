@@ -59,7 +59,7 @@ def test_the_compiled_terms_have_the_options_of_pythons() -> None:
 
     def options_of(struct: str) -> tuple[list[str], list[tuple[str, int]]]:
         base, body = re.findall(rf"struct {struct} : (\w+) {{(.*?)\n}};", text, re.S)[0]
-        if base != "TermDefaults":
+        if base != "TermDefaults" and "kNumbers" not in body:
             return options_of(base)
         own = "".join(re.findall(r"kNumbers\[\] = {(.*?)};", body, re.S))
         own = own.replace("kTemperatureRange", '"temperature"')

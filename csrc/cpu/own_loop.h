@@ -12,12 +12,14 @@ namespace heteroakd::cpu::HAKD_ISA {
 template <typename T>
 struct LoopTiles {
   const T *student_z, *teacher_z, *student_e, *teacher_e;
+  const T* student_hard;  // e at T = 1 is this to `power`
+  int power;
   T* first[kMostFirsts];  // first.v, where it is kept
   T *own_x, *own_y;       // for the gradient; may be first[0] and first[1]
   Lanes<T> student_m, teacher_m;
   const int32_t* labels;
   const T* weights;       // of the pixels, or null
-  const T* shift[kMostFirsts];    // [C], of terms over space
+  const T* shift[kMostFirsts];    // [C], of terms over space; of those over classes, the numbers
   const T* inverse[kMostFirsts];
   const T* log[kMostFirsts];
 };
@@ -35,6 +37,9 @@ HAKD_FN Class<Lanes<T>, Mask<T>> class_of(int64_t c, const LoopTiles<T>& tiles, 
   k.teacher_a = kHasA ? (k.teacher_z - tiles.teacher_m) * F(scale) : F(T(0));
   k.student_e = F::load(tiles.student_e + c * N);
   k.teacher_e = F::load(tiles.teacher_e + c * N);
+  k.student_hard = F::load(tiles.student_hard + c * N);
+  if (tiles.power > 1) k.student_hard = power<2>(k.student_hard);
+  if (tiles.power > 2) k.student_hard = power<2>(k.student_hard);
   k.is_label = is_class(labels, static_cast<int32_t>(c));
   k.unlabelled = unlabelled;
   return k;
@@ -54,7 +59,8 @@ First<Lanes<T>> find_first(const Pass<T>& p, const LoopTiles<T>& all,
   const Mask<T> unlabelled = is_class(labels, static_cast<int32_t>(p.classes));
   First<F> maxima{{F(-kInfinity<T>), F(-kInfinity<T>)}};
   for (int64_t c = 0; c < p.classes; ++c) {
-    const auto k = class_of<T, true>(c, tiles, pass.scale, labels, unlabelled);
+    auto k = class_of<T, true>(c, tiles, pass.scale, labels, unlabelled);
+    for (int i = 0; i < 2 && Term::kTallies > 0; ++i) k.space[i] = F(tiles.shift[i][c]);
     const First<F> first = Term::first(kVariant, numbers, pass, known, k);
     for (int i = 0; i < Term::kFirsts; ++i) {
       first.v[i].store(tiles.first[i] + c * N);
@@ -102,6 +108,7 @@ typename Term::template Own<Lanes<T>> own_loop(const Pass<T>& p, const LoopTiles
       k.space[i] = exp2(below * F(T(kLog2E))) * (weight * F(tiles.inverse[i][c]));
       k.space_log[i] = F(tiles.log[i][c]);
     }
+    for (int i = 0; i < 2 && Term::kTallies > 0; ++i) k.space[i] = F(tiles.shift[i][c]);
     const Pair<F> pair = Term::other(kVariant, numbers, pass, known, k, first, own);
     if constexpr (Term::student(kVariant) == From::kOwn) pair.x.store(tiles.own_x + c * N);
     if constexpr (Term::other_from(kVariant) == From::kOwn) pair.y.store(tiles.own_y + c * N);

@@ -125,6 +125,9 @@ struct Pass {
   const T* space_shift[kTerms];    // [kMostFirsts][B][C]: the maximum
   const T* space_inverse[kTerms];  // 1 / sum
   const T* space_log[kTerms];      // maximum + log(sum)
+  // Terms over classes: their sums while they are collected, then space_shift and space_inverse [C] are
+  // the numbers that `settle` found.
+  double* tallies;  // [kMostTallies][B * bands][C]
 };
 
 // dst = sum over gradients of scale[k] * gradient[k], row by row of the logits; see combine().

@@ -170,7 +170,7 @@ class Runner {
       edges.emplace(pass_.gradient_count * bands() * pass_.classes * width_);
       pass_.edges = edges->get();
     }
-    collect_space();
+    collect();
     run();
     if (pass_.gradients) add_edges();
 
@@ -185,10 +185,13 @@ class Runner {
       if (!terms_.asks(k)) return;
       // A sum of divergences is never negative, its rounding may be. A NaN comes through.
       const bool clamps = Term::is_divergence(pass_.variant[k]) && s[k * 2] < 0.0;
-      numerators[terms_.position[k]] = clamps ? 0.0 : s[k * 2];
+      numerators[terms_.position[k]] = Term::kTallies > 0 ? value_[k] : clamps ? 0.0 : s[k * 2];
       double denominator = 0.0;
       switch (Term::denominator(pass_.variant[k], pass_.class_weight != nullptr)) {
         case Denominator::kValid: denominator = pixels_of(Term::kNeedsLabel); break;
+        case Denominator::kClasses:
+          denominator = pixels_of(true) > 0.0 ? static_cast<double>(pass_.classes) : 0.0;
+          break;
         case Denominator::kImages:
           denominator = static_cast<double>(images_with_pixels() * pass_.classes);
           break;
@@ -215,7 +218,7 @@ class Runner {
                            : T(0);
     }
     set_order();
-    collect_space();
+    collect();
     run();
     return gradient;
   }
@@ -367,25 +370,21 @@ class Runner {
     });
   }
 
-  // Terms over space: the softmax over the valid pixels of an image and class, by a pass of its own
-  // for each.
-  void collect_space() {
+  // What terms over space and over classes divide by, by a pass of its own for each.
+  void collect() {
     for_each_term([&](auto tag, int k) {
       using Term = typename decltype(tag)::type;
       const int spaces = Term::spaces(pass_.variant[k]);
       if (terms_.asks(k) && spaces > 0) collect_space(k, spaces, Term::needs(pass_.variant[k]));
+      if constexpr (Term::kTallies > 0) {
+        if (terms_.asks(k)) collect_classes<Term>();
+      }
     });
   }
 
-  void collect_space(int term, int spaces, const Needs& needs) {
-    const int64_t classes = pass_.classes;
-    Uninitialised<T> maxima(kMostFirsts * bands() * classes);
-    Uninitialised<T> partial(kMostFirsts * bands() * classes);
-    const Pass<T> whole = pass_;
+  void run_alone(int term, const Needs& needs) {
     pass_.collected = term;
     pass_.needs = needs;
-    pass_.space_maximum = maxima.get();
-    pass_.space_sum = partial.get();
     pass_.values = pass_.gradients = pass_.maps = pass_.diagnostics = false;
     for (int k = 0; k < kTerms; ++k) {
       pass_.has[k] = k == term;
@@ -393,6 +392,50 @@ class Runner {
       pass_.gradient_of[k] = -1;
     }
     run();
+  }
+
+  // The sums over all labelled pixels, and what the term makes of them.
+  template <class Term>
+  void collect_classes() {
+    constexpr int term = index_of<Term>;
+    const int64_t classes = pass_.classes;
+    Uninitialised<double> tallies(kMostTallies * bands() * classes);
+    const Pass<T> whole = pass_;
+    pass_.tallies = tallies.get();
+    run_alone(term, Term::needs(pass_.variant[term]));
+    pass_ = whole;
+    std::vector<Settled> settled(static_cast<size_t>(classes));
+    double value = 0.0;
+    for (int64_t c = 0; c < classes; ++c) {
+      double sums[kMostTallies] = {};
+      for (int64_t i = 0; i < kMostTallies * bands(); ++i) {
+        sums[i / bands()] += tallies.get()[i * classes + c];
+      }
+      settled[static_cast<size_t>(c)] = Term::settle(terms_.options[term], sums);
+      value += settled[static_cast<size_t>(c)].value;
+    }
+    const Conclusion all =
+        Term::conclude(terms_.options[term], value, static_cast<double>(classes));
+    value_[term] = all.value;
+    space_shift_[term].clear();
+    space_inverse_[term].clear();
+    for (const Settled& one : settled) {
+      space_shift_[term].push_back(static_cast<T>(one.number[0] * all.factor));
+      space_inverse_[term].push_back(static_cast<T>(one.number[1] * all.factor));
+    }
+    pass_.space_shift[term] = space_shift_[term].data();
+    pass_.space_inverse[term] = space_inverse_[term].data();
+  }
+
+  // The softmax over the valid pixels of an image and class.
+  void collect_space(int term, int spaces, const Needs& needs) {
+    const int64_t classes = pass_.classes;
+    Uninitialised<T> maxima(kMostFirsts * bands() * classes);
+    Uninitialised<T> partial(kMostFirsts * bands() * classes);
+    const Pass<T> whole = pass_;
+    pass_.space_maximum = maxima.get();
+    pass_.space_sum = partial.get();
+    run_alone(term, needs);
     pass_ = whole;
     const auto count = static_cast<size_t>(spaces * pass_.batch * classes);
     space_shift_[term].assign(count, T(0));
@@ -436,6 +479,7 @@ class Runner {
   std::optional<Tensor> weight_, pixel_weight_;
   std::vector<LabelReport> report_;
   std::vector<double> sums_;
+  double value_[kTerms] = {};  // of terms over classes
   std::vector<T> space_shift_[kTerms], space_inverse_[kTerms], space_log_[kTerms];  // as in Pass
 };
 

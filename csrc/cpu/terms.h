@@ -92,6 +92,9 @@ class Terms {
     if (p.collected < 0) return;
     space_maximum_ = arena.take<T>(kMostFirsts * tile);
     space_sum_ = arena.take<T>(kMostFirsts * tile);
+    if (p.tallies == nullptr) return;
+    tallies_ = arena.take<T>(kMostTallies * tile);
+    tally_sums_ = arena.take<double>(kMostTallies * tile);
   }
 
   void begin(int64_t image) {
@@ -102,6 +105,10 @@ class Terms {
       space_maximum_[i] = T(-1e30);
       space_sum_[i] = T(0);
     }
+    for (int64_t i = 0; i < kMostTallies * p.classes * N && p.tallies != nullptr; ++i) {
+      tallies_[i] = T(0);
+      tally_sums_[i] = 0.0;
+    }
   }
 
   // The band's sums leave it, lane after lane.
@@ -111,7 +118,9 @@ class Terms {
       sums[k] = 0.0;
       for (int l = 0; l < N; ++l) sums[k] += lane_sums_[k * N + l];
     }
-    if (p.collected >= 0) reduce_space(band);
+    if (p.collected < 0) return;
+    if (p.tallies != nullptr) return reduce_tallies(band);
+    reduce_space(band);
   }
 
   // Four rows by the way of chain.h: `process` then finds exponentials and sums. False where that
@@ -373,6 +382,10 @@ class Terms {
   HAKD_FN void pixels(const Group<T>& group) {
     constexpr int k = index_of<Term>;
     const int32_t v = p.variant[k];
+    if constexpr (Term::kTallies > 0) {
+      if (p.collected == k) tally<Term, kRows>(group);
+      if (!p.gradients) return;  // its value is known
+    }
     const auto& numbers = p.term_numbers.template of<Term>();
     const F zero(T(0));
     typename Term::template Known<F> known[kRows];
@@ -427,6 +440,67 @@ class Terms {
     if (p.has_shares[k]) add_to(lane_sums_ + (k * 2 + 1) * N, share);
   }
 
+  HAKD_FN LoopTiles<T> tiles_of(const Group<T>& group, int r) const {
+    const int64_t tile = p.classes * N;
+    LoopTiles<T> tiles;
+    tiles.student_z = student_z + r * tile;
+    tiles.student_e = student_e_ + r * tile;
+    tiles.teacher_z = teacher_z + r * tile;
+    tiles.teacher_e = teacher_e_ + r * tile;
+    tiles.student_hard = power_ == 0 ? hard_ + r * tile : student_e_ + r * tile;
+    tiles.power = power_;
+    tiles.student_m = F::load(student_maximum + r * N);
+    tiles.teacher_m = F::load(teacher_maximum + r * N);
+    tiles.labels = group.labels[r];
+    tiles.weights = weights_of(group, r);
+    return tiles;
+  }
+
+  // Sums of a term over classes. Few addends are added up in T before they are in double.
+  template <class Term, int kRows>
+  void tally(const Group<T>& group) {
+    LoopTiles<T> tiles[kRows];
+    Labels<T> labels[kRows];
+    F weight[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      tiles[r] = tiles_of(group, r);
+      labels[r] = load_labels<T>(group.labels[r]);
+      weight[r] = weights == nullptr ? F(T(1)) : F::load(weights_of(group, r));
+    }
+    const int64_t tile = p.classes * N;
+    for (int64_t c = 0; c < p.classes; ++c) {
+      Tally<F> sum;
+      for (int j = 0; j < Term::kTallies; ++j) sum.v[j] = F::load(tallies_ + j * tile + c * N);
+      for (int r = 0; r < kRows; ++r) {
+        const Mask<T> valid = is_labelled(labels[r], p.classes);
+        const auto one = class_of<T, false>(c, tiles[r], scale_, labels[r], valid);
+        const Tally<F> found = Term::tally(totals_[r], one);
+        for (int j = 0; j < Term::kTallies; ++j) {
+          sum.v[j] = sum.v[j] + select(valid, weight[r] * found.v[j], F(T(0)));
+        }
+      }
+      for (int j = 0; j < Term::kTallies; ++j) sum.v[j].store(tallies_ + j * tile + c * N);
+    }
+    if (++tallied_ % 16 == 0) flush_tallies();
+  }
+
+  void flush_tallies() {
+    for (int64_t i = 0; i < kMostTallies * p.classes * N; ++i) {
+      tally_sums_[i] += static_cast<double>(tallies_[i]);
+      tallies_[i] = T(0);
+    }
+  }
+
+  void reduce_tallies(int64_t band) {
+    flush_tallies();
+    const int64_t bands = p.batch * p.bands_per_image;
+    for (int64_t i = 0; i < kMostTallies * p.classes; ++i) {
+      double sum = 0.0;
+      for (int l = 0; l < N; ++l) sum += tally_sums_[i * N + l];
+      p.tallies[(i / p.classes * bands + band) * p.classes + i % p.classes] = sum;
+    }
+  }
+
   // The loops over classes of one term and row.
   template <class Term, int32_t kVariant>
   typename Term::template Own<F> loop(const Group<T>& group, int r, Mask<T> valid,
@@ -435,15 +509,7 @@ class Terms {
     constexpr bool kBounds = Term::bounds(kVariant) > 0;
     constexpr int32_t kLoopVariant = kBounds ? kVariant & ~Term::kFirstBits : kVariant;
     const int64_t tile = p.classes * N;
-    LoopTiles<T> tiles;
-    tiles.student_z = student_z + r * tile;
-    tiles.student_e = student_e_ + r * tile;
-    tiles.teacher_z = teacher_z + r * tile;
-    tiles.teacher_e = teacher_e_ + r * tile;
-    tiles.student_m = F::load(student_maximum + r * N);
-    tiles.teacher_m = F::load(teacher_maximum + r * N);
-    tiles.labels = group.labels[r];
-    tiles.weights = weights_of(group, r);
+    LoopTiles<T> tiles = tiles_of(group, r);
     // a tile of `first` that the gradient reads, too, there is for every row
     const bool own_x = Term::student(kVariant) == From::kOwn;
     const bool own_y = Term::other_from(kVariant) == From::kOwn;
@@ -451,6 +517,10 @@ class Terms {
     tiles.own_y = own_y ? own_tiles_[k][1] + r * tile : nullptr;
     tiles.first[0] = own_x ? tiles.own_x : own_tiles_[k][0];
     tiles.first[1] = own_y ? tiles.own_y : own_tiles_[k][1];
+    if (Term::kTallies > 0) {
+      tiles.shift[0] = p.space_shift[k];
+      tiles.shift[1] = p.space_inverse[k];
+    }
     for (int i = 0; i < Term::spaces(kVariant) && p.space_shift[k] != nullptr; ++i) {
       const int64_t first = (i * p.batch + image_) * p.classes;
       tiles.shift[i] = p.space_shift[k] + first;
@@ -572,6 +642,9 @@ class Terms {
   T *student_e_ = nullptr, *teacher_e_ = nullptr, *hard_ = nullptr, *coefficients_ = nullptr;
   // Of each term tiles for first.v, x and y: of every row where the gradient reads them.
   T* own_tiles_[kTerms][kMostFirsts] = {};
+  T* tallies_ = nullptr;  // [kMostTallies][C][N]
+  double* tally_sums_ = nullptr;
+  int64_t tallied_ = 0;
   T *chain_scratch_ = nullptr, *space_maximum_ = nullptr, *space_sum_ = nullptr;
   ChainSide<T> chain_student_{}, chain_teacher_{};
   Totals<F> totals_[kMaxRows];

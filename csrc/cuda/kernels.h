@@ -31,6 +31,8 @@ const Kernel* segments_fixed(const Pass&);
 const Kernel& segments(const Pass&, bool wide);
 // Maxima and sums of exp over each image, of the term `collected`.
 const Kernel& space_statistics(bool wide);
+// Sums over the labelled pixels of each class, of the term `collected`.
+const Kernel& class_tallies(bool wide);
 
 // Bytes of shared memory that a warp needs besides the staged logits, and for each staged class.
 int64_t staging_bytes(int32_t models);
@@ -46,6 +48,7 @@ struct Finish {
   int32_t group[kTerms];     // of its denominator
   Denominator denominator[kTerms];
   bool is_divergence[kTerms], needs_label[kTerms];
+  const double* value[kTerms];  // of a term over classes, or null
   int32_t share_of[kTerms];  // where its share stands in a row of partials, -1: it has none
   double* numerators;
   double* denominators;
@@ -95,5 +98,18 @@ struct SpaceReduce {
   void* log;      // [images, C]
 };
 void launch_reduce_space(const SpaceReduce&, cudaStream_t);
+
+// What a term over classes makes of its sums.
+struct Settle {
+  const double* tallies;  // [rows, kMostTallies, C]
+  int64_t rows;
+  int32_t term, classes;
+  Options options;
+  bool wide;
+  double* sums;   // [kMostTallies, C] in between
+  double* value;  // [1] out
+  void* numbers;  // [2, C] out, of the arithmetic's type
+};
+void launch_settle(const Settle&, cudaStream_t);
 
 }  // namespace heteroakd::cuda

@@ -112,6 +112,8 @@ class Runner {
   }
 
   bool on_labels() const { return pass_.student.source == Source::kLabels; }
+  // Of a term over classes, once `start` was called; else null.
+  const double* value_of(int term) const { return value_[term]; }
   ScalarType dtype() const { return wide_ ? ScalarType::Double : ScalarType::Float; }
   Pass& pass() { return pass_; }
   int64_t chunks() const { return pass_.columns / pass_.per_row; }
@@ -148,6 +150,10 @@ class Runner {
     for_each_term([&](auto tag, int k) {
       const int spaces = decltype(tag)::type::spaces(terms_.variant[k]);
       if (terms_.asks(k) && spaces > 0) collect_space(k, spaces, rows, stream);
+      using Term = typename decltype(tag)::type;
+      if (terms_.asks(k) && Term::kTallies > 0) {
+        collect_classes(k, Term::needs(terms_.variant[k]), pass_.batch * rows, stream);
+      }
     });
     kernel_->launch(pass_, grid(), warps * pass_.warp_bytes, stream, kernel_->name);
     return rows;
@@ -303,6 +309,34 @@ class Runner {
     for (const Tensor& tensor : {found, shift, inverse, log}) space_.push_back(tensor);
   }
 
+  // The sums of a term over classes, and what it makes of them.
+  void collect_classes(int term, const Needs& needs, int64_t rows, cudaStream_t stream) {
+    const int64_t classes = pass_.classes;
+    Tensor tallies = torch::stable::new_empty(student_, {rows, kMostTallies, classes},
+                                              ScalarType::Double);
+    Tensor sums = torch::stable::new_empty(student_, {kMostTallies * classes + 1},
+                                           ScalarType::Double);
+    Tensor numbers = torch::stable::new_empty(student_, {2, classes}, dtype());
+    Pass alone = pass_;
+    alone.collected = term;
+    alone.tallies = static_cast<double*>(tallies.mutable_data_ptr());
+    alone.needs = needs;
+    alone.maps = alone.diagnostics = false;
+    if (!needs.teacher) alone.teacher.source = Source::kNone;
+    for (int k = 0; k < kTerms; ++k) alone.has[k] = k == term;
+    const Kernel& kernel = class_tallies(wide_);
+    kernel.launch(alone, grid(), 0, stream, kernel.name);
+    auto* found = static_cast<double*>(sums.mutable_data_ptr());
+    launch_settle({alone.tallies, rows, term, pass_.classes, pass_.options[term], wide_, found,
+                   found + kMostTallies * classes, numbers.mutable_data_ptr()},
+                  stream);
+    value_[term] = found + kMostTallies * classes;
+    char* first = static_cast<char*>(numbers.mutable_data_ptr());
+    pass_.space_shift[term] = first;
+    pass_.space_inverse[term] = first + classes * (wide_ ? 8 : 4);
+    for (const Tensor& tensor : {tallies, sums, numbers}) space_.push_back(tensor);
+  }
+
   static constexpr int kCe = index_of<CrossEntropyTerm>, kKd = index_of<KdTerm>,
                        kHetero = index_of<HeteroTerm>;
 
@@ -315,6 +349,7 @@ class Runner {
   // for this stream.
   std::optional<Tensor> weight_, pixel_weight_, partials_, counts_;
   std::vector<Tensor> space_;
+  const double* value_[kTerms] = {};
 };
 
 bool lies_on(const Tensor& logits, const Tensor& target) {
@@ -365,6 +400,7 @@ Tensor forward(const Tensor& logits, const std::optional<Tensor>& teacher, const
     finish.denominator[k] = Term::denominator(terms.variant[k], class_weight.has_value());
     finish.is_divergence[k] = Term::is_divergence(terms.variant[k]);
     finish.needs_label[k] = Term::kNeedsLabel;
+    finish.value[k] = run.value_of(k);
     finish.share_of[k] = Term::kHasShares ? kFirstShare + share_index_of<Term> : -1;
   });
   finish.numerators = static_cast<double*>(results.numerators.mutable_data_ptr());

@@ -104,6 +104,9 @@ struct Pass {
   const void* space_shift[kTerms];    // [kMostFirsts, B, C]: the maximum over an image's pixels
   const void* space_inverse[kTerms];  // 1 / sum exp(first - shift)
   const void* space_log[kTerms];      // shift + log(sum)
+  // Terms over classes: sums of the term `collected`, by warps, then space_shift and space_inverse [C]
+  // are the numbers that `settle` found.
+  double* tallies;  // [B * programs, kMostTallies, C]
 };
 
 }  // namespace heteroakd::cuda

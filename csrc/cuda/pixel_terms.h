@@ -89,6 +89,15 @@ class PixelTerms {
     return found;
   }
 
+  // Of a term over classes: the numbers of class c.
+  template <class Term>
+  HAKD_DEVICE void find_numbers(int32_t c, Class<F, bool>& k) const {
+    if constexpr (Term::kTallies > 0) {
+      k.space[0] = static_cast<const F*>(p.space_shift[index_of<Term>])[c];
+      k.space[1] = static_cast<const F*>(p.space_inverse[index_of<Term>])[c];
+    }
+  }
+
   // When the totals of pixel i are known.
   HAKD_DEVICE void begin(const Totals<F>& t, int i) {
     constexpr F lowest = sizeof(F) == 8 ? F(-1e300) : F(-2e38);
@@ -292,6 +301,7 @@ class PixelTerms {
     Pair<F> pair{F(0), F(0)};
     AnyClass k = known;
     if constexpr (Term::kFirsts > 0) find_shares<Term>(c, k, i);
+    find_numbers<Term>(c, k);
     if (Term::has_value_loop(v)) {
       pair = add_other<Term>(k, i, s.known[i], s.own[i]);
     } else if (own) {

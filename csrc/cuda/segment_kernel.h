@@ -188,4 +188,31 @@ __global__ void __launch_bounds__(kSegmentThreads)
   });
 }
 
+// Terms over classes: their sums over the labelled pixels of a warp. Of each class a sum over the warp
+// for each of the numbers: written for exactness and not for speed.
+template <typename F, int S>
+__global__ void __launch_bounds__(kSegmentThreads)
+    tally_kernel(const __grid_constant__ Pass p) {
+  const Thread thread = this_thread<kSegmentThreads>(p);
+  const Numbers<F> n = numbers_of<All, F>(p);
+  const int64_t count = static_cast<int64_t>(kMostTallies) * p.classes;
+  double* out = p.tallies + thread.row * count;
+  for (int64_t i = thread.lane; i < count; i += kWarpSize) out[i] = 0.0;
+  __syncwarp();
+  for_each_segment<F, S>(
+      p, thread.image, thread.column,
+      [&](Segment<F, S>& at, int32_t wide, int32_t i, int32_t j, const RowWriter<F>&) {
+        Sums<F> unused = no_sums<F>();
+        read_labels(p, thread.image, thread.column.own ? wide : 0, at, unused);
+        if (!any_valid(at)) return;
+        SegmentPass<F, All, S, Hold::kNever> pass(p, n, thread.image, at, i, j, nullptr, 0);
+        for_each([&](auto tag) {
+          using Term = typename decltype(tag)::type;
+          if constexpr (Term::kTallies > 0) {
+            if (p.collected == index_of<Term>) pass.template tally<Term>(out, thread.lane);
+          }
+        });
+      });
+}
+
 }  // namespace heteroakd::cuda

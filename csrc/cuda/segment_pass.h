@@ -13,6 +13,7 @@
 
 #include "pixel_terms.h"
 #include "segment.h"
+#include "warp_sums.h"
 
 namespace heteroakd::cuda {
 
@@ -47,29 +48,24 @@ class SegmentPass {
   // All lanes of the warp take part. rows: where gradients go unless the student lies on the label
   // grid.
   HAKD_DEVICE void run(const RowWriter<F>& rows, Sums<F>& sums) {
-    find_maxima();
     Totals<F> t[S];
-#pragma unroll
-    for (int i = 0; i < S; ++i) t[i] = no_totals<F>();
-    if (soft<Set>(p) || Set::needs(p).student_nll) find_statistics(t);
+    find_all_totals(t);
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      find_totals<Set>(
-          p, t[i],
-          Set::needs(p).student_nll ? label_logit(p.student, student_, student_m_, i) : F(0),
-          Set::needs(p).teacher_nll ? label_logit(p.teacher, teacher_, teacher_m_, i) : F(0),
-          at.label[i]);
       if (p.diagnostics && at.inside[i]) write_diagnostics(t[i], i);
       terms_.begin(t[i], i);
     }
     if (terms_.some([&](auto tag) { return bounds_apart<decltype(tag)>(); })) {
-      for_each_class([&](auto tag, const Class<F, bool>& k, int i) {
+      for_each_class([&](auto tag, int32_t, const Class<F, bool>& k, int i) {
         if (bounds_apart<decltype(tag)>()) terms_.template add_first<Of<decltype(tag)>>(k, i);
       });
     }
     if (terms_.some([&](auto tag) { return has_loop<decltype(tag)>(); })) {
-      for_each_class([&](auto tag, const Class<F, bool>& k, int i) {
-        if (has_loop<decltype(tag)>()) terms_.template add_own<Of<decltype(tag)>>(k, i);
+      for_each_class([&](auto tag, int32_t c, const Class<F, bool>& k, int i) {
+        if (!has_loop<decltype(tag)>()) return;
+        Class<F, bool> own = k;
+        terms_.template find_numbers<Of<decltype(tag)>>(c, own);
+        terms_.template add_own<Of<decltype(tag)>>(own, i);
       });
     }
 #pragma unroll
@@ -82,9 +78,50 @@ class SegmentPass {
     for (int i = 0; i < S; ++i) terms_.finish(i, at.label[i] >= 0, sums);
   }
 
+  // Adds the pixels that have a label to the sums of a term over classes: out [kMostTallies, C], this
+  // warp's.
+  template <class Term>
+  HAKD_DEVICE void tally(double* out, int32_t lane) {
+    Totals<F> t[S];
+    find_all_totals(t);
+#pragma unroll 1
+    for (int32_t c = 0; c < p.classes; ++c) {
+      F z[S], sum[kMostTallies] = {};
+      read_student(c, z);
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        const bool labelled = at.label[i] >= 0 && at.label[i] < p.classes;
+        const Tally<F> found = Term::tally(t[i], class_of(c, z[i], z[i], i, false));
+        const F weight = p.pixel_weight == nullptr || !labelled
+                             ? F(1)
+                             : weight_at<F>(p, place_of(p, image_, at.y, at.x + i));
+        for (int j = 0; j < Term::kTallies; ++j) sum[j] += labelled ? weight * found.v[j] : F(0);
+      }
+      for (int j = 0; j < Term::kTallies; ++j) {
+        const F total = over_warp(sum[j]);
+        if (lane == 0) out[static_cast<int64_t>(j) * p.classes + c] += static_cast<double>(total);
+      }
+    }
+  }
+
  private:
   template <class Tag>
   using Of = typename Tag::type;
+
+  HAKD_DEVICE void find_all_totals(Totals<F> (&t)[S]) {
+    find_maxima();
+#pragma unroll
+    for (int i = 0; i < S; ++i) t[i] = no_totals<F>();
+    if (soft<Set>(p) || Set::needs(p).student_nll) find_statistics(t);
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      find_totals<Set>(
+          p, t[i],
+          Set::needs(p).student_nll ? label_logit(p.student, student_, student_m_, i) : F(0),
+          Set::needs(p).teacher_nll ? label_logit(p.teacher, teacher_, teacher_m_, i) : F(0),
+          at.label[i]);
+    }
+  }
 
   // Whether a term has a loop over classes of its own, and one before that for its bounds.
   template <class Tag>
@@ -293,6 +330,7 @@ class SegmentPass {
       k.teacher_a = teacher_a(z_t, i);
       k.teacher_e = exp2(k.teacher_a);
     }
+    k.student_hard = hard(k.student_a, k.student_e);
     k.is_label = at.label[i] == c;
     k.unlabelled = at.label[i] == p.classes;
     return k;
@@ -308,7 +346,7 @@ class SegmentPass {
     write_plane(p, plane + 2, image_, at.y, x, valid, agrees ? F(1) : F(0));
   }
 
-  // f(tag, class, i) for every class, pixel and term.
+  // f(tag, c, class, i) for every class, pixel and term.
   template <class Function>
   HAKD_DEVICE void for_each_class(const Function& f) {
 #pragma unroll 1
@@ -319,7 +357,7 @@ class SegmentPass {
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         const Class<F, bool> k = class_of(c, z_s[i], z_t[i], i, Set::teacher(p));
-        terms_.for_each_here([&](auto tag) { f(tag, k, i); });
+        terms_.for_each_here([&](auto tag) { f(tag, c, k, i); });
       }
     }
   }
@@ -345,7 +383,7 @@ class SegmentPass {
 #pragma unroll
       for (int i = 0; i < S; ++i) {
         const Class<F, bool> k = class_of(c, z_s[i], z_t[i], i, Set::teacher(p));
-        terms_.find_gradients(c, k, hard(k.student_a, k.student_e), i, at.label[i] >= 0, g[i]);
+        terms_.find_gradients(c, k, k.student_hard, i, at.label[i] >= 0, g[i]);
       }
       if (!p.gradients) continue;
       if (on_labels) {

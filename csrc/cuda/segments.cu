@@ -19,6 +19,10 @@ constexpr Kernel kSpace = {"space", kSegmentThreads, kSegmentPixels, 0,
                            start_segments<space_kernel<float, kSegmentPixels>>};
 constexpr Kernel kWideSpace = {"space in double", kSegmentThreads, kWideSegmentPixels, 0,
                                start_segments<space_kernel<double, kWideSegmentPixels>>};
+constexpr Kernel kTally = {"tally", kSegmentThreads, kSegmentPixels, 0,
+                           start_segments<tally_kernel<float, kSegmentPixels>>};
+constexpr Kernel kWideTally = {"tally in double", kSegmentThreads, kWideSegmentPixels, 0,
+                               start_segments<tally_kernel<double, kWideSegmentPixels>>};
 
 }  // namespace
 
@@ -28,6 +32,7 @@ const Kernel& segments(const Pass& pass, bool wide) {
   while (!found->covers(pass)) ++found;
   return found->kernel;
 }
+const Kernel& class_tallies(bool wide) { return wide ? kWideTally : kTally; }
 const Kernel& space_statistics(bool wide) { return wide ? kWideSpace : kSpace; }
 
 }  // namespace heteroakd::cuda

@@ -3,7 +3,8 @@
 // finish_sums: a block per column of `partials`, which it reads once. combine_gradients: the sum over
 // terms of the scale times the gradient of each group, in the dtype and the strides of the logits; reads
 // each saved gradient and writes the result once: 4 (K (chunk_rows + 1) / chunk_rows + 1) bytes per
-// logit, memory bound. reduce_space: the denominators of softmaxes over space.
+// logit, memory bound. reduce_space: the denominators of softmaxes over space. settle: what terms over
+// classes make of their sums.
 #include "kernels.h"
 #include "memory.h"
 #include "runtime.h"
@@ -53,13 +54,21 @@ __global__ void __launch_bounds__(kSumThreads) finish_sums_kernel(const __grid_c
   for (int k = 0; k < kTerms; ++k) {
     if (f.position[k] < 0) continue;
     // A sum of divergences is never negative, its rounding may be. A NaN comes through.
-    if (column == k) f.numerators[f.position[k]] = f.is_divergence[k] ? max_or_nan(0.0, total) : total;
+    if (column == k) {
+      f.numerators[f.position[k]] = f.value[k] != nullptr ? *f.value[k]
+                                    : f.is_divergence[k]  ? max_or_nan(0.0, total)
+                                                          : total;
+    }
     const Denominator kind = f.denominator[k];
     double* denominator = f.denominators + f.group[k];
     if (kind == Denominator::kValid && column == kValid) {
       *denominator = f.weighted         ? f.pixels[f.needs_label[k] ? 1 : 2]
                      : f.pixels == nullptr || !f.needs_label[k] ? total
                                                                 : f.pixels[0];
+    }
+    if (kind == Denominator::kClasses && column == kValid) {
+      const double pixels = f.pixels == nullptr ? total : f.pixels[f.weighted ? 1 : 0];
+      *denominator = pixels > 0.0 ? f.classes : 0.0;
     }
     if (kind == Denominator::kImages && column == kValid) {
       *denominator = images_with_pixels * f.classes;
@@ -205,6 +214,44 @@ __global__ void __launch_bounds__(kSpaceThreads)
   static_cast<F*>(r.log)[at] = static_cast<F>(static_cast<double>(largest) + ::log(total));
 }
 
+// A block per class and number.
+__global__ void __launch_bounds__(kSumThreads) add_tallies_kernel(const __grid_constant__ Settle s) {
+  HAKD_SHARED_MEMORY(double, memory);
+  const int64_t count = static_cast<int64_t>(kMostTallies) * s.classes;
+  double sum = 0.0;
+  for (int64_t row = threadIdx.x; row < s.rows; row += kSumThreads) {
+    sum += s.tallies[row * count + blockIdx.x];
+  }
+  sum = over_block(sum, memory);
+  if (threadIdx.x == 0) s.sums[blockIdx.x] = sum;
+}
+
+// One block.
+template <class Term, typename F>
+__global__ void __launch_bounds__(kSumThreads) settle_kernel(const __grid_constant__ Settle s) {
+  HAKD_SHARED_MEMORY(double, memory);
+  const auto settled = [&](int32_t c) {
+    double sums[kMostTallies];
+    for (int j = 0; j < kMostTallies; ++j) sums[j] = s.sums[j * static_cast<int64_t>(s.classes) + c];
+    return Term::settle(s.options, sums);
+  };
+  double value = 0.0;
+  for (auto c = static_cast<int32_t>(threadIdx.x); c < s.classes; c += kSumThreads) {
+    value += settled(c).value;
+  }
+  value = over_block(value, memory);
+  if (threadIdx.x == 0) memory[0] = value;
+  __syncthreads();
+  const Conclusion all = Term::conclude(s.options, memory[0], s.classes);
+  if (threadIdx.x == 0) *s.value = all.value;
+  F* numbers = static_cast<F*>(s.numbers);
+  for (auto c = static_cast<int32_t>(threadIdx.x); c < s.classes; c += kSumThreads) {
+    const Settled one = settled(c);
+    numbers[c] = static_cast<F>(one.number[0] * all.factor);
+    numbers[s.classes + c] = static_cast<F>(one.number[1] * all.factor);
+  }
+}
+
 }  // namespace
 
 void launch_finish_sums(const Finish& f, cudaStream_t stream) {
@@ -231,6 +278,20 @@ void launch_combine_gradients(const Combine& k, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20));
   launch(k.wide ? combine_gradients_kernel<double> : combine_gradients_kernel<float>, grid,
          dim3(kCombineThreads), 0, stream, "combine_gradients", k);
+}
+
+void launch_settle(const Settle& s, cudaStream_t stream) {
+  constexpr size_t bytes = kSumThreads * sizeof(double);
+  launch(add_tallies_kernel, dim3(static_cast<unsigned>(kMostTallies * s.classes)),
+         dim3(kSumThreads), bytes, stream, "add_tallies", s);
+  for_each_term([&](auto tag, int k) {
+    using Term = typename decltype(tag)::type;
+    if constexpr (Term::kTallies > 0) {
+      if (k != s.term) return;
+      launch(s.wide ? settle_kernel<Term, double> : settle_kernel<Term, float>, dim3(1),
+             dim3(kSumThreads), bytes, stream, "settle", s);
+    }
+  });
 }
 
 void launch_reduce_space(const SpaceReduce& r, cudaStream_t stream) {

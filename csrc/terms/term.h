@@ -12,6 +12,13 @@
 //     pixel        value, share of the denominator and coefficients of the gradient
 //     denominator  what the sum of the values is divided by
 //
+// A term over classes is a function of sums over all pixels of the call, a few for each class, which a
+// pass of its own collects before:
+//
+//     tally        what is added up of a class at a pixel
+//     settle       of these sums of a class its addend of the value, and two numbers of it (`Class::space`)
+//     conclude     of the sum of the addends the value, and what the numbers are multiplied by
+//
 // The kernels own the loops: `F` is a pixel or a vector of pixels, `M` what comparing two of them
 // gives, `S` a number of the call. Options that decide which code runs are a term's `variant`: an
 // argument that is a constant where a kernel is compiled for it. A new term: CONTRIBUTING.md.
@@ -78,7 +85,7 @@ struct Needs {
   }
 };
 
-enum class Denominator : int32_t { kValid, kClassWeight, kShares, kImages };
+enum class Denominator : int32_t { kValid, kClassWeight, kShares, kImages, kClasses };
 
 // Where x_c and y_c of the gradient come from.
 enum class From : int32_t {
@@ -154,7 +161,9 @@ template <typename F, typename M>
 struct Class {
   F student_z, teacher_z, student_a, teacher_a, student_e, teacher_e;
   M is_label, unlabelled;  // unlabelled: no class of the pixel is
-  // Of terms over space: the pixel's share of the softmax of first.v[k], and log of what that divided by.
+  F student_hard;              // e of the student at T = 1
+  // Of terms over space: the pixel's share of the softmax of first.v[k], and log of what that divided by;
+  // of terms over classes: the numbers of the class.
   F space[2], space_log[2];
   static constexpr bool kBounded = false;
 };
@@ -181,6 +190,21 @@ struct Coefficients {
   F value;  // of a value loop: what Own::sum is multiplied by
   F share;  // of the denominator
   F student, other, label;
+};
+
+constexpr int kMostTallies = 3;
+
+template <typename F>
+struct Tally {
+  F v[kMostTallies];
+};
+
+struct Settled {
+  double value, number[2];
+};
+
+struct Conclusion {
+  double value, factor;
 };
 
 // What a term has that does not say otherwise.
@@ -215,6 +239,7 @@ struct TermDefaults {
   static constexpr bool kHasValueLoop = false;  // of some variant
   static constexpr bool kHasShares = false;     // of some variant: a denominator of its own
   static constexpr bool kOverSpace = false;     // of some variant: `spaces`
+  static constexpr int kTallies = 0;            // of a term over classes: how many sums it has
 
   HAKD_FN static constexpr bool has_label(int32_t) { return false; }
   HAKD_FN static constexpr Denominator denominator(int32_t, bool) { return Denominator::kValid; }
@@ -235,6 +260,12 @@ struct TermDefaults {
   HAKD_FN static First<F> first(int32_t, const N&, const PassNumbers<S>&, K&, const Class<F, M>&) {
     return {F(0), F(0)};
   }
+  template <typename F, typename M>
+  HAKD_FN static Tally<F> tally(const Totals<F>&, const Class<F, M>&) {
+    return {};
+  }
+  HAKD_FN static Settled settle(const Options&, const double*) { return {}; }
+  HAKD_FN static Conclusion conclude(const Options&, double value, double) { return {value, 1.0}; }
   // Where the sums of `other` begin, if not at 0.
   template <typename K, typename F, typename O>
   HAKD_FN static void start(int32_t, const K&, const Totals<F>&, O&) {}

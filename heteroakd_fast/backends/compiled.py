@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import _extension
 from ..labels import check_label_report
 from ..spec import groups_of
+from ..terms import WITHOUT_TEACHER
 from . import Call, Sums
 
 __all__ = [
@@ -177,7 +178,7 @@ def _on_label_grid(call: Call, logits: Tensor | None) -> bool:
 
 
 def _student_reads_teacher(call: Call) -> bool:
-    alone = {"ce", "teacher_ce"}
+    alone = WITHOUT_TEACHER | {"teacher_ce"}
     return call.spec.maps or not alone.issuperset(groups_of(call.spec.structure))
 
 

@@ -8,7 +8,7 @@ own resolution and nothing else; backward adds them up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference, reference_pass
 from ..labels import checked_counts
 from ..spec import groups_of
-from ..terms import CWD, HeteroAKD, TeacherCrossEntropy
+from ..terms import CWD, HeteroAKD, TeacherCrossEntropy, Term
 from . import Call, Sums, reference_evaluation
 from .compiled import compute_dtype
 
@@ -103,16 +103,34 @@ class ReferenceBackend:
         budget = reference_evaluation.elements_of_band(target.device)
         images = max(1, budget // (classes * height * width))
         rows = max(1, budget // (classes * width * images))
-        for first in range(0, batch, images):
-            chunk = slice(first, first + images)
-            weight = None if pixel_weight is None else pixel_weight[chunk]
-            pixels = reference_pass.pixels_of(target[chunk], weight, classes, options, dtype)
-            bands = [
-                _Band(slice(y, y + rows), pixels.rows(slice(y, y + rows)))
-                for y in range(0, height, rows)
-            ]
-            for side in sides:
-                side.open(chunk)
+
+        def chunks() -> Iterator[tuple[slice, reference.Pixels, list[_Band]]]:
+            """Images that are worked on together, their pixels, and these by bands of rows."""
+            for first in range(0, batch, images):
+                chunk = slice(first, first + images)
+                weight = None if pixel_weight is None else pixel_weight[chunk]
+                pixels = reference_pass.pixels_of(target[chunk], weight, classes, options, dtype)
+                bands = [
+                    _Band(slice(y, y + rows), pixels.rows(slice(y, y + rows)))
+                    for y in range(0, height, rows)
+                ]
+                for side in sides:
+                    side.open(chunk)
+                yield chunk, pixels, bands
+
+        slopes: dict[str, Tensor] = {}
+        if any(term.over_classes for term in options.asked):
+            found = numerators.new_zeros(3, classes)
+            for _, _, bands in chunks():
+                for band in bands:
+                    pixels = band.pixels
+                    found += reference.overlaps(
+                        sides[0].on_grid(band), pixels.label, pixels.labelled, pixels.weight
+                    )
+            for k, term in enumerate(options.asked):
+                if term.over_classes:
+                    numerators[k], slopes[term.name] = _settle(term, found)
+        for chunk, pixels, bands in chunks():
             knowledge: list[reference.Knowledge | None] = [None] * len(bands)
             shares = None
             for term in options.asked:
@@ -126,11 +144,15 @@ class ReferenceBackend:
                     leaf.requires_grad_(bool(side.groups))
                 with torch.enable_grad():
                     fractions, band_maps = reference_pass.terms_on_grid(
-                        z[0], z[-1], band.pixels, class_weight, options, known, shares
+                        z[0], z[-1], band.pixels, class_weight, options, known, shares, slopes
                     )
                 for k, (numerator, denominator) in enumerate(fractions):
+                    term = options.asked[k]
+                    if term.over_classes:  # which count once, not in each of the bands
+                        denominators[k] = torch.maximum(denominators[k], denominator)
+                        continue
                     numerators[k] += numerator.detach()
-                    if not options.asked[k].over_space:
+                    if not term.over_space:
                         denominators[k] += denominator.detach()
                 for leaf, side in zip(z, sides, strict=True):
                     for slot, members in enumerate(side.groups.values()):
@@ -226,6 +248,14 @@ def _shares(side: _Side, bands: list[_Band], term: CWD) -> reference.Shares:
             for band in bands
         ]
     )
+
+
+def _settle(term: Term, found: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of a term over classes, and its derivatives by `found`."""
+    leaf = found.clone().requires_grad_()
+    with torch.enable_grad():
+        value = reference.of_overlaps(term, leaf)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
 def _combine(gradients: Tensor, scales: list[Tensor], logits: Tensor) -> Tensor:

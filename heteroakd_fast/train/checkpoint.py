@@ -39,20 +39,12 @@ def non_finite(state: Mapping[str, Any], prefix: str = "") -> set[str]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             found |= non_finite(value, f"{name}.")
-        elif isinstance(value, Tensor) and not _own_memory(value).isfinite().all():
-            found.add(name)
+        elif isinstance(value, Tensor):
+            if value.layout == torch.strided:  # an axis that was expanded is looked at once
+                value = value[tuple(slice(None if n else 1) for n in value.stride())]
+            if not value.isfinite().all():
+                found.add(name)
     return found
-
-
-def _own_memory(value: Tensor) -> Tensor:
-    """A tensor; one that shows its memory many times over (`expand`) as the memory alone, so that
-    it takes no more to check than it took to write."""
-    if value.layout != torch.strided:
-        return value
-    memory = value.untyped_storage()
-    if value.numel() * value.element_size() <= memory.nbytes():
-        return value
-    return torch.empty(0, dtype=value.dtype, device=value.device).set_(memory)
 
 
 def check_finite(path: Path, state: Mapping[str, Any], then: str = "") -> None:
@@ -160,31 +152,33 @@ def _read(path: Path) -> dict[str, Any]:
 def random_states() -> dict[str, Any]:
     """Every global random state that a model or a loss may draw from."""
     # The legacy generator: a user's model may draw from it.
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         # As a tensor: a numpy array is not allowed by weights_only.
-        "numpy": (
-            name,
-            torch.from_numpy(np.asarray(keys, np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    name, keys, position, has_gauss, gauss = states["numpy"]
-    assert isinstance(keys, Tensor)
-    numpy_state = (name, keys.numpy().astype(np.uint32), position, has_gauss, gauss)
-    np.random.set_state(numpy_state)  # noqa: NPY002
-    cuda = states.get("cuda", [])
-    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+def restore_random_states(states: dict[str, Any], name: str = "random states") -> None:
+    """Go on drawing where `states` were taken.
+
+    Raises:
+        CheckpointError: a generator does not take its state; `name` says whose it is.
+    """
+    try:
+        kind, keys, position, *rest = states["numpy"]
+        if not 0 <= position <= 624:  # numpy takes what it is given
+            raise ValueError(f"numpy's position is {position}, expected 0 to 624")
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, *rest))  # noqa: NPY002
+        torch.set_rng_state(states["torch"])
+        random.setstate(states["python"])
+        cuda = states.get("cuda", [])
+        if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
+    except Exception as error:  # each generator has its own
+        raise CheckpointError(f"{name}: {error}; take a new --run folder") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .. import _requirements
 from .._pipes import quiet_broken_pipe
 from .errors import UserError
-from .files import locked as locked  # comparison.py takes it from here
+from .files import locked
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -30,10 +29,9 @@ from rich.text import Text
 
 from .. import __version__
 from .._pipes import quiet_broken_pipe
-from .cli import locked
 from .config import Config
 from .errors import ConfigError
-from .files import write_atomically
+from .files import locked, write_file
 from .logs import finite, say
 from .reading import load_config
 
@@ -51,10 +49,11 @@ TITLES = {
     "kmm": "HeteroAKD, KMM only",
     "kem": "HeteroAKD, KEM only",
 }
-BASE, OURS, RIVALS = "task", "heteroakd", ("kd", "kd-t2")
+OURS, RIVALS = "heteroakd", ("kd", "kd-t2")
+FEW = ("task", "kd-t2", OURS)
 DIRECTIONS = {
-    "Transformer -> CNN": "pair-tiny-segformer-unet",
-    "CNN -> Transformer": "pair-tiny-unet-segformer",
+    "pair-tiny-segformer-unet": "Transformer -> CNN",
+    "pair-tiny-unet-segformer": "CNN -> Transformer",
 }
 _RESAMPLES = 10_000
 
@@ -69,7 +68,7 @@ class Options:
     """Three methods, three seeds, the first number of labels only."""
     data: str = "landcover"
     """Recipe or file with the data."""
-    pairs: tuple[str, ...] = tuple(DIRECTIONS.values())
+    pairs: tuple[str, ...] = tuple(DIRECTIONS)
     """Recipes or files with a teacher and a student each."""
     methods: tuple[str, ...] = tuple(TITLES)
     """Recipes or files of methods; the first is what the others are compared with."""
@@ -79,7 +78,7 @@ class Options:
     """Students of each method there."""
     more_labelled: tuple[int, ...] = (24, 48, 192)
     """Further numbers of labelled images."""
-    more_methods: tuple[str, ...] = (BASE, "kd-t2", OURS)
+    more_methods: tuple[str, ...] = FEW
     """Methods there."""
     more_seeds: int = 5
     """Students of each method there."""
@@ -94,6 +93,11 @@ class Options:
     """auto, cpu, cuda ..."""
     workers: int = 0
     """Processes that read images."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """All numbers of labelled images."""
+        return sorted({self.labelled, *self.more_labelled})
 
 
 class Place(NamedTuple):
@@ -113,6 +117,10 @@ class Cell:
     pixel_accuracy: float
     class_iou: dict[str, float]
     seconds: float
+
+
+Cells = dict[Place, Cell]
+Teachers = dict[str, Cell]
 
 
 def check(options: Options) -> None:
@@ -143,32 +151,28 @@ def configure(
     options: Options, pair: str, method: str | None, labelled: int | None = None, seed: int = 0
 ) -> Config:
     """The configuration of one run; without a method, the teacher's."""
-    config = load_config(options.data, pair, *([method] if method else []))
+    labelled = labelled or options.labelled
+    role, steps = ("student", options.steps) if method else ("teacher", options.teacher_steps)
+    name = f"{Path(method).stem}-{labelled}-seed{seed}" if method else "teacher"
     folder = options.run / Path(pair).stem
-    teacher, student = config.teacher, config.student
-    if options.steps is not None:
-        student = student.model_copy(update={"steps": options.steps})
-    if options.teacher_steps is not None:
-        teacher = teacher.model_copy(update={"steps": options.teacher_steps})
-    data = {"workers": options.workers, "labelled": labelled or options.labelled}
-    common = {
+    overrides: dict[str, Any] = {
+        "run": folder / name,
         "device": options.device,
         "threads": options.threads,
         "seed": seed,
-        "data": config.data.model_copy(update=data),
-        # A line a minute is enough of each of so many runs.
-        "log": config.log.model_copy(update={"eval_every": 10**9, "tensorboard": False}),
+        "data": {"workers": options.workers, "labelled": labelled},
+        # Scores are those of the last step.
+        "log": {"eval_every": 10**9, "tensorboard": False},
+        role: {} if steps is None else {"steps": steps},
     }
     if method is None:
-        own = {"stages": ("teacher",), "run": folder / "teacher", "teacher": teacher}
-    else:
-        name = f"{Path(method).stem}-{data['labelled']}-seed{seed}"
-        own = {"run": folder / name, "student": student}
-        if config.stages != ("alone",):
-            weights = folder / "teacher" / "teacher" / "model.safetensors"
-            used = teacher.model_copy(update={"weights": weights, "steps": 0})
-            own |= {"stages": ("distilled",), "teacher": used}
-    return config.model_copy(update={**common, **own})
+        return load_config(options.data, pair, overrides={**overrides, "stages": ["teacher"]})
+    config = load_config(options.data, pair, method, overrides=overrides)
+    if config.stages == ("alone",):
+        return config
+    weights = folder / "teacher" / "teacher" / "model.safetensors"
+    used = config.teacher.model_copy(update={"weights": weights, "steps": 0})
+    return config.model_copy(update={"stages": ("distilled",), "teacher": used})
 
 
 def places(options: Options) -> Iterator[Place]:
@@ -189,8 +193,7 @@ class Notebook:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cells: dict[str, Cell] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for line in lines:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 known = json.loads(line)
                 key = known.pop("key")
@@ -206,7 +209,6 @@ class Notebook:
         key = hashlib.sha256(told.encode()).hexdigest()[:24]
         if key not in self.cells:
             self.cells[key] = cell = _cell(train(config), config.stages[-1])
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, **dataclasses.asdict(cell)}) + "\n")
             shutil.rmtree(config.run, ignore_errors=True)
@@ -220,10 +222,7 @@ def _cell(outcome: Outcome, stage: str) -> Cell:
     return Cell(*scores, dict(named), round(result.seconds, 1))
 
 
-Cells = dict[Place, Cell]
-
-
-def run(options: Options, console: Console) -> tuple[Cells, dict[str, Cell]]:
+def run(options: Options, console: Console) -> tuple[Cells, Teachers]:
     """Train what is not trained yet. Returns the students and each pair's teacher."""
     from . import pipeline
     from .objectives import TeacherMemory
@@ -231,21 +230,19 @@ def run(options: Options, console: Console) -> tuple[Cells, dict[str, Cell]]:
     quiet = Console(quiet=True)
     notebook = Notebook(options.run / "cells.jsonl")
     memories = {pair: TeacherMemory() for pair in options.pairs}
-    teachers: dict[str, Cell] = {}
+    teachers: Teachers = {}
     for pair in options.pairs:
         config = configure(options, pair, None)  # its folder is kept: students need the weights
         teachers[pair] = _cell(pipeline.run(config, quiet), "teacher")
-        say(console, f"{pair}: teacher {_percent(teachers[pair].miou)}")
+        say(console, f"{pair}: teacher {100 * teachers[pair].miou:.1f} %")
     cells: Cells = {}
     for place in places(options):
-        memory = memories[place.pair]
-        cell = notebook.cell(
+        cells[place] = cell = notebook.cell(
             configure(options, place.pair, place.method, place.labelled, place.seed),
-            partial(pipeline.run, console=quiet, memory=memory),
+            partial(pipeline.run, console=quiet, memory=memories[place.pair]),
         )
-        cells[place] = cell
         text = f"{place.pair}, {place.labelled} labels, seed {place.seed}, {_title(place.method)}"
-        say(console, f"{text}: {_percent(cell.miou)} ({cell.seconds:.0f} s)")
+        say(console, f"{text}: {100 * cell.miou:.1f} % ({cell.seconds:.0f} s)")
     return cells, teachers
 
 
@@ -254,48 +251,56 @@ def run(options: Options, console: Console) -> tuple[Cells, dict[str, Cell]]:
 
 class Gain(NamedTuple):
     """Of one method over another, in points of mIoU: the mean, and where 95 % of the means lie if
-    the seeds are drawn again (bootstrap)."""
+    the seeds are drawn again (bootstrap); NaN of one seed."""
 
     mean: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
 
     def __str__(self) -> str:
-        if math.isnan(self.low):  # one seed
-            return f"{round(self.mean, 1) + 0.0:+.1f}"
-        low, high = (round(value, 1) + 0.0 for value in (self.low, self.high))
-        return f"{round(self.mean, 1) + 0.0:+.1f} ({low:+.1f} to {high:+.1f})"
+        middle, low, high = (f"{round(value, 1) + 0.0:+.1f}" for value in self)
+        return middle if math.isnan(self.low) else f"{middle} ({low} to {high})"
+
+
+def of_method(cells: Cells, pair: str, labelled: int, method: str) -> dict[int, Cell]:
+    """The students of a method, by seed."""
+    return {
+        place.seed: cell for place, cell in cells.items() if place[:3] == (pair, labelled, method)
+    }
 
 
 def scores(cells: Cells, pair: str, labelled: int, method: str) -> dict[int, float]:
     """mIoU in percent, by seed."""
-    return {
-        place.seed: 100 * cell.miou
-        for place, cell in cells.items()
-        if (place.pair, place.labelled, place.method) == (pair, labelled, method)
-    }
+    found = of_method(cells, pair, labelled, method)
+    return {seed: 100 * cell.miou for seed, cell in found.items()}
+
+
+def class_means(cells: Cells, pair: str, labelled: int, method: str) -> list[float]:
+    """IoU of each class in percent, over the seeds that have one; NaN where none has."""
+    found = of_method(cells, pair, labelled, method).values()
+    values = np.array([list(cell.class_iou.values()) for cell in found])
+    means: list[float] = np.ma.masked_invalid(100 * values).mean(0).filled(math.nan).tolist()
+    return means
 
 
 def gain(one: dict[int, float], other: dict[int, float]) -> Gain:
     """Of one over the other, seed by seed."""
     gains = np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
     if len(gains) < 2:
-        return Gain(float(gains.mean()) if len(gains) else math.nan, math.nan, math.nan)
+        return Gain(float(gains.mean()) if len(gains) else math.nan)
     drawn = np.random.default_rng(0).choice(gains, (_RESAMPLES, len(gains))).mean(1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Gain(float(gains.mean()), float(low), float(high))
+    return Gain(float(gains.mean()), *np.quantile(drawn, (0.025, 0.975)).tolist())
 
 
 def verdict(options: Options, cells: Cells) -> str:
     """Whether HeteroAKD beats the better of the KDs, in a sentence; nothing without both."""
     said, clear = [], True
     for pair in options.pairs:
-        ours = scores(cells, pair, options.labelled, OURS)
-        rivals = [scores(cells, pair, options.labelled, rival) for rival in RIVALS]
+        ours, *rivals = (scores(cells, pair, options.labelled, m) for m in (OURS, *RIVALS))
         rivals = [rival for rival in rivals if rival]
         if not ours or not rivals:
             return ""
-        found = gain(ours, max(rivals, key=lambda rival: statistics.mean(rival.values())))
+        found = gain(ours, max(rivals, key=lambda rival: mean(rival.values())))
         clear &= found.low > 0
         said.append(f"{_direction(pair)} {found}")
     head = "HeteroAKD beats KD" if clear else "HeteroAKD does not beat KD beyond the interval"
@@ -305,170 +310,135 @@ def verdict(options: Options, cells: Cells) -> str:
     )
 
 
-def markdown(options: Options, cells: Cells, teachers: dict[str, Cell]) -> str:
-    """The tables for a document."""
+Rows = list[list[str]]  # the first: of titles
+
+
+def by_method(options: Options, cells: Cells, teachers: Teachers) -> Rows:
+    """Scores with the first number of labels, and gains over the first method and over KD."""
+    base = options.methods[0]
     rival = next((name for name in reversed(RIVALS) if name in options.methods), None)
-    over = f" | gain over {_title(rival)}" if rival else ""
-    base = _title(options.methods[0])
-    lines = [
-        verdict(options, cells),
-        "",
-        f"| direction | method, {options.labelled} labels | mIoU, % (mean ± sd) "
-        f"| gain over {base}{over} |",
-        "|---" * (5 if rival else 4) + "|",
-    ]
+    others = [base, rival] if rival else [base]
+    head = ["direction", f"method, {options.labelled} labels", "mIoU, % (mean ± sd)"]
+    rows = [[*head, *(f"gain over {_title(other)}" for other in others)]]
     for pair in options.pairs:
-        teacher = f"| {_direction(pair)} | teacher, all labels | {100 * teachers[pair].miou:.1f} |"
-        lines.append(teacher + " |" * (2 if rival else 1))
-        alone = scores(cells, pair, options.labelled, options.methods[0])
-        for method in options.methods:
-            own = scores(cells, pair, options.labelled, method)
-            gains = [gain(own, alone) if method != options.methods[0] else ""]
-            if rival:
-                compared = method not in (options.methods[0], rival)
-                other = scores(cells, pair, options.labelled, rival)
-                gains.append(gain(own, other) if compared else "")
-            lines.append(f"| | {_title(method)} | {_spread(own)} | {' | '.join(map(str, gains))} |")
-    lines += ["", *_by_labels(options, cells), "", *_by_class(options, cells)]
-    return "\n".join(lines) + "\n"
+        teacher = f"{100 * teachers[pair].miou:.1f}"
+        rows.append([_direction(pair), "teacher, all labels", teacher, *[""] * len(others)])
+        own = {m: scores(cells, pair, options.labelled, m) for m in options.methods}
+        for method, values in own.items():
+            spread = f"{mean(values.values()):.1f}"
+            spread += f" ± {stdev(values.values()):.1f}" if len(values) > 1 else ""
+            over = ("" if method in (base, m) else str(gain(values, own[m])) for m in others)
+            rows.append(["", _title(method), spread, *over])
+    return rows
 
 
-def _by_labels(options: Options, cells: Cells) -> list[str]:
-    numbers = sorted({options.labelled, *options.more_labelled})
-    if len(numbers) < 2:
-        return []
-    head = [f"{number} labels" for number in numbers]
-    lines = [f"| direction | method | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+def by_labels(options: Options, cells: Cells) -> Rows:
+    """Scores and gains of the methods that were trained with every number of labels."""
+    base = options.more_methods[0]
+    rows = [["direction", "method", *(f"{number} labels" for number in options.numbers)]]
     for pair in options.pairs:
         for method in options.more_methods:
-            row = []
-            for number in numbers:
-                own = scores(cells, pair, number, method)
-                alone = scores(cells, pair, number, options.more_methods[0])
-                more = "" if method == options.more_methods[0] else f", {gain(own, alone)}"
-                row.append(f"{statistics.mean(own.values()):.1f}{more}" if own else "")
-            lines.append(f"| {_direction(pair)} | {_title(method)} | {' | '.join(row)} |")
-    return lines
+            row = [_direction(pair), _title(method)]
+            for number in options.numbers:
+                own, alone = (scores(cells, pair, number, m) for m in (method, base))
+                more = "" if method == base else f", {gain(own, alone)}"
+                row.append(f"{mean(own.values()):.1f}{more}" if own else "")
+            rows.append(row)
+    return rows
 
 
-def _by_class(options: Options, cells: Cells) -> list[str]:
-    names = list(next(iter(cells.values())).class_iou)
-    lines = [f"| direction | IoU by class, % | {' | '.join(names)} |"]
-    lines.append("|---" * (2 + len(names)) + "|")
+def by_class(options: Options, cells: Cells) -> Rows:
+    """IoU of each class with the first number of labels."""
+    rows = [["direction", "IoU by class, %", *next(iter(cells.values())).class_iou]]
     for pair in options.pairs:
         for method in options.methods:
-            means = class_means(options, cells, pair, method)
-            row = " | ".join("-" if math.isnan(value) else f"{value:.1f}" for value in means)
-            lines.append(f"| {_direction(pair)} | {_title(method)} | {row} |")
-    return lines
+            means = class_means(cells, pair, options.labelled, method)
+            shown = ("-" if math.isnan(value) else f"{value:.1f}" for value in means)
+            rows.append([_direction(pair), _title(method), *shown])
+    return rows
 
 
-def class_means(options: Options, cells: Cells, pair: str, method: str) -> list[float]:
-    """IoU of each class in percent, over the seeds that have one."""
-    rows = [
-        list(cell.class_iou.values())
-        for place, cell in cells.items()
-        if (place.pair, place.labelled, place.method) == (pair, options.labelled, method)
-    ]
-    columns = (
-        [value for value in column if not math.isnan(value)] for column in zip(*rows, strict=True)
-    )
-    return [100 * statistics.mean(column) if column else math.nan for column in columns]
+def markdown(rows: Rows) -> str:
+    """A table for a document."""
+    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
 
 
-def draw(options: Options, cells: Cells, teachers: dict[str, Cell], path: Path) -> None:
-    """A row for each direction: mIoU over the number of labels, and what classes gain."""
-    # Late and without a display: it takes long to import, and servers have no screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(options: Options, cells: Cells, teachers: Teachers) -> bytes:
+    """A PNG with a row for each direction: mIoU over the number of labels; what classes gain."""
+    from matplotlib.figure import Figure  # late: it takes long to import
 
-    rows = len(options.pairs)
-    figure = Figure(figsize=(10.5, 3.4 * rows), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    numbers = sorted({options.labelled, *options.more_labelled})
-    base = options.methods[0]
-    names = list(next(iter(cells.values())).class_iou)
-    panels = figure.subplots(rows, 2, squeeze=False)
+    from .visualization import encoded
+
+    base, names = options.methods[0], list(next(iter(cells.values())).class_iou)
+    shown = [m for m in options.methods if m in (OURS, *RIVALS)] or list(options.methods[1:])
+    size = (10.5, 3.4 * len(options.pairs))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    panels = figure.subplots(len(options.pairs), 2, squeeze=False)
     for (left, right), pair in zip(panels, options.pairs, strict=True):
         for index, method in enumerate(dict.fromkeys((*options.more_methods, *options.methods))):
-            by_number = {n: scores(cells, pair, n, method) for n in numbers}
-            known = [n for n in numbers if by_number[n]]
-            if not known:
+            known = {n: list(scores(cells, pair, n, method).values()) for n in options.numbers}
+            points = [(n, values) for n, values in known.items() if values]
+            if not points:
                 continue
-            means = [statistics.mean(by_number[n].values()) for n in known]
-            colour = "0.45" if method == base else f"C{index}"
-            left.plot(known, means, marker="o", color=colour, label=_title(method), markersize=4)
-            for n in known:
-                values = list(by_number[n].values())
-                left.scatter([n] * len(values), values, color=colour, s=6, alpha=0.5)
-        teacher = 100 * teachers[pair].miou
-        left.axhline(teacher, color="C3", linestyle="--", linewidth=1, label="teacher, all labels")
-        left.set_xscale("log")
-        left.set_xticks(numbers, [str(n) for n in numbers])
-        left.minorticks_off()
+            style = {"color": "0.45" if method == base else f"C{index}"}
+            means = [(n, mean(values)) for n, values in points]
+            left.plot(*np.transpose(means), "o-", label=_title(method), markersize=4, **style)
+            for n, values in points:
+                left.scatter([n] * len(values), values, s=6, alpha=0.5, **style)
+        line = {"color": "C3", "linestyle": "--", "linewidth": 1, "label": "teacher, all labels"}
+        left.axhline(100 * teachers[pair].miou, **line)
         left.set(xlabel="labelled images", ylabel="validation mIoU, %", title=_direction(pair))
-        left.legend(fontsize=7, frameon=False)
-        alone = class_means(options, cells, pair, base)
-        shown = [m for m in options.methods if m in (OURS, *RIVALS)] or list(options.methods[1:])
+        left.set_xscale("log")
+        left.set_xticks(options.numbers, [str(n) for n in options.numbers])
+        left.minorticks_off()
+        alone, width = class_means(cells, pair, options.labelled, base), 0.8 / max(1, len(shown))
         for index, method in enumerate(shown):
-            gains = np.subtract(class_means(options, cells, pair, method), alone)
-            places = np.arange(len(names)) + (index - (len(shown) - 1) / 2) * 0.8 / len(shown)
-            right.bar(places, gains, 0.8 / len(shown), label=_title(method))
+            gains = np.subtract(class_means(cells, pair, options.labelled, method), alone)
+            centres = np.arange(len(names)) + (index - (len(shown) - 1) / 2) * width
+            right.bar(centres, gains, width, label=_title(method))
         right.axhline(0.0, color="0.3", linewidth=0.8)
         right.set_xticks(range(len(names)), [n.replace("$", r"\$") for n in names], rotation=30)
         right.set_title(f"{options.labelled} labels: IoU over {_title(base)}, points", fontsize=10)
-        right.legend(fontsize=7, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, (buffer.getbuffer(),))
-
-
-def _spread(values: dict[int, float]) -> str:
-    mean = f"{statistics.mean(values.values()):.1f}"
-    return mean + (f" ± {statistics.stdev(values.values()):.1f}" if len(values) > 1 else "")
+        for panel in (left, right):
+            panel.legend(fontsize=7, frameon=False)
+    return encoded(figure, "png")
 
 
 def _direction(pair: str) -> str:
-    return next((name for name, recipe in DIRECTIONS.items() if recipe == pair), Path(pair).stem)
+    return DIRECTIONS.get(pair, Path(pair).stem)
 
 
 def _title(method: str) -> str:
     return TITLES.get(method, Path(method).stem)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def report(options: Options, cells: Cells, teachers: dict[str, Cell], console: Console) -> None:
+def report(options: Options, cells: Cells, teachers: Teachers, console: Console) -> None:
     """Write results.json, table.md and experiment.png into the folder; print the table."""
     content = {
         "options": {name: str(value) for name, value in dataclasses.asdict(options).items()},
         "version": __version__,
-        # NaN (labels that are all ignored) is no JSON.
-        "teachers": {pair: finite(dataclasses.asdict(cell)) for pair, cell in teachers.items()},
-        "students": [
-            {**place._asdict(), **finite(dataclasses.asdict(cell))} for place, cell in cells.items()
-        ],
+        "teachers": {pair: dataclasses.asdict(cell) for pair, cell in teachers.items()},
+        "students": [{**place._asdict(), **dataclasses.asdict(c)} for place, c in cells.items()],
     }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(options.run / "results.json", (text.encode(),))
-    tables = markdown(options, cells, teachers).encode("utf-8")
-    write_atomically(options.run / "table.md", (tables,))
-    draw(options, cells, teachers, options.run / "experiment.png")
-    view = Table(title=f"Validation mIoU, %, {options.labelled} labels, seeds: {options.seeds}")
-    for column in ("direction", "method", "mean and sd", "gain, 95 % interval"):
-        view.add_column(column)
-    for pair in options.pairs:
-        alone = scores(cells, pair, options.labelled, options.methods[0])
-        for method in options.methods:
-            own = scores(cells, pair, options.labelled, method)
-            over = "" if method == options.methods[0] else str(gain(own, alone))
-            view.add_row(Text(_direction(pair)), Text(_title(method)), _spread(own), over)
+    main_table, said = by_method(options, cells, teachers), verdict(options, cells)
+    tables = [main_table, by_labels(options, cells), by_class(options, cells)]
+    if not options.more_labelled:
+        del tables[1]
+    text = "\n\n".join([said, *map(markdown, tables)]) + "\n"
+    # `finite`: NaN (labels that are all ignored) is no JSON.
+    write_file(options.run / "results.json", json.dumps(finite(content), indent=1).encode())
+    write_file(options.run / "table.md", text.encode())
+    write_file(options.run / "experiment.png", draw(options, cells, teachers))
+    head, *rows = main_table
+    view = Table(*head, title=f"Validation, seeds: {options.seeds}; gains with 95 % intervals")
+    for row in rows:
+        view.add_row(*map(Text, row))  # a name of the user's holds no markup
     console.print(view)
-    if said := verdict(options, cells):
-        say(console, said)
-    say(console, f"Written: {options.run}/results.json, table.md, experiment.png")
+    for line in filter(
+        None, (said, f"Written: {options.run}/results.json, table.md, experiment.png")
+    ):
+        say(console, line)
 
 
 def main(argv: list[str] | None, console: Console) -> None:
@@ -476,8 +446,7 @@ def main(argv: list[str] | None, console: Console) -> None:
     with quiet_broken_pipe():
         options = tyro.cli(Options, prog="heteroakd-experiment", args=argv, description=__doc__)
     if options.quick:
-        few = (BASE, "kd-t2", OURS)
-        options = dataclasses.replace(options, methods=few, seeds=3, more_labelled=())
+        options = dataclasses.replace(options, methods=FEW, seeds=3, more_labelled=())
     check(options)
     with locked(options.run, "experiment"):
         report(options, *run(options, console), console)

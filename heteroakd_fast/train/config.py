@@ -72,6 +72,10 @@ Factor = Annotated[float, Field(gt=0.0, le=64.0)]
 FilePath = Annotated[Path, AfterValidator(_without_nul)]
 
 
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 # Classes of the data sets that have their own.
 _CLASSES = {"landcover": 8, "cityscapes": 19, "voc": 21, "ade20k": 150}
 
@@ -144,16 +148,16 @@ class DataConfig(_Table):
     @property
     def crop_size(self) -> tuple[int, int] | None:
         """Height and width of the crop."""
-        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+        return None if self.crop is None else _both(self.crop)
 
     @property
     def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Sides and distances of the windows of an evaluation."""
         if self.window is None:
             return None
-        sides = (self.window, self.window) if isinstance(self.window, int) else self.window
-        step = self.window_stride or (2 * sides[0] // 3, 2 * sides[1] // 3)
-        return sides, (step, step) if isinstance(step, int) else step
+        height, width = _both(self.window)
+        stride = self.window_stride or (2 * height // 3, 2 * width // 3)
+        return (height, width), _both(stride)
 
     @property
     def count(self) -> int:
@@ -456,6 +460,12 @@ class Config(_Table):
     def network(self, stage: str) -> ModelConfig:
         """The network that a stage trains."""
         return self.teacher if stage == "teacher" else self.student
+
+    def optim_of(self, stage: str) -> OptimConfig:
+        """`optim` with what the stage's network says of itself."""
+        network = self.network(stage)
+        own = {"name": network.optimizer, "lr": network.lr, "weight_decay": network.weight_decay}
+        return self.optim.model_copy(update={k: v for k, v in own.items() if v is not None})
 
     def data_of(self, stage: str) -> DataConfig:
         """`data` with the mean and std of the stage's network."""

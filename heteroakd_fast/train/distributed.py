@@ -21,16 +21,7 @@ from .errors import ConfigError, TrainingError, UserError
 T = TypeVar("T")
 
 # What a collective says when its other end is gone, in the words of gloo and NCCL.
-_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Connection refused",
-    "Timed out waiting",
-    "gloo",
-    "NCCL",
-    "Socket",
-)
+_SIGNS = ("gloo", "NCCL", "Connection ", "Broken pipe", "Timed out waiting", "Socket")
 
 
 @dataclass(frozen=True)

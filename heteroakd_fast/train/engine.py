@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +30,7 @@ from .checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from .config import Config, ModelConfig, OptimConfig
+from .config import Config, OptimConfig
 from .datasets.batches import Normalizer, TrainingSet, training_batches
 from .datasets.images import SegmentationData
 from .distributed import ALONE, World
@@ -83,12 +83,6 @@ def learning_rate(step: int, steps: int, peak: float, config: OptimConfig) -> fl
         return peak * (step + 1) / config.warmup_steps
     left = (steps - step) / max(1, steps - config.warmup_steps)
     return peak * float(left**config.power)
-
-
-def optimizer_config(optim: OptimConfig, model: ModelConfig) -> OptimConfig:
-    """What the network says of itself, on top of what holds for all."""
-    own = {"name": model.optimizer, "lr": model.lr, "weight_decay": model.weight_decay}
-    return optim.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 def make_optimizer(objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -147,35 +141,33 @@ class StageResult:
     steps: int
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains one objective for a number of steps in a folder of its own."""
 
-    def __init__(
-        self,
-        name: str,
-        objective: Objective,
-        *,
-        config: Config,
-        data: SegmentationData,
-        training: TrainingSet,
-        folder: Path,
-        steps: int,
-        model_config: ModelConfig,
-        fingerprint: dict[str, str],
-        device: torch.device,
-        console: Console,
-        side: tuple[int, int],
-        world: World = ALONE,
-        resume_anyway: bool = False,
-    ) -> None:
-        self.name, self.objective, self.config, self.data = name, objective, config, data
-        self.training, self.folder, self.steps = training, folder, steps
-        self.fingerprint, self.resume_anyway = fingerprint, resume_anyway
-        self.device, self.console, self.world = device, console, world
+    name: str
+    objective: Objective
+    _: KW_ONLY
+    config: Config
+    data: SegmentationData
+    training: TrainingSet
+    folder: Path
+    steps: int
+    fingerprint: dict[str, str]
+    device: torch.device
+    console: Console
+    side: tuple[int, int]
+    world: World = ALONE
+    resume_anyway: bool = False
+
+    def __post_init__(self) -> None:
+        name, objective, config, device = self.name, self.objective, self.config, self.device
         self.normalize = Normalizer(config.data_of(name), device, config.scale.channels_last)
-        self.gallery = Gallery(config, data, device, config.log.images, name)
-        self.parallel = Parallel(objective, config.scale, world=world, device=device, side=side)
-        optim = optimizer_config(config.optim, model_config)
+        self.gallery = Gallery(config, self.data, device, config.log.images, name)
+        self.parallel = Parallel(
+            objective, config.scale, world=self.world, device=device, side=self.side
+        )
+        optim = config.optim_of(name)
         self.lr = optim.lr
         self.optimizer = make_optimizer(self.parallel.module, optim)
         self._entry = optimizer_entry(optim)
@@ -283,13 +275,11 @@ class Trainer:
             ) from None
         if state["scaler"]:  # of a run without fp16 there is none to go on with
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_miou, self.seconds = (
-            state["step"],
-            state["best_miou"],
-            state["seconds"],
-        )
+        self.step, self.best_miou = state["step"], state["best_miou"]
+        self.seconds, self._names = state["seconds"], state["names"]
         if len(state["random"]) == self.world.size:
-            restore_random_states(state["random"][self.world.rank])
+            rank = self.world.rank
+            restore_random_states(state["random"][rank], f"{self.folder}: random.{rank}")
         else:
             log.warning(
                 "%s: was trained on %d ranks so far, now on %d: dropout goes on with other masks",
@@ -298,17 +288,10 @@ class Trainer:
                 self.world.size,
             )
             torch.manual_seed(self.config.seed + self.world.rank * _RANK_SEED + self.step)
-        self._names = state["names"]
-        self._rows = [] if state["rows"] is None else list(state["rows"].to(self.device))
-        if state["scores"] is not None:
-            scores = state["scores"]
-            self.scores = Scores(
-                scores["miou"], scores["pixel_accuracy"], tuple(scores["class_iou"])
-            )
-        if changed:
-            # The terms may be others, and what was not the last step may be it now.
-            self._rows.clear()
-            self.scores = None
+        # With other keys the terms may be others, and what was not the last step may be it now.
+        if not changed:
+            self._rows = [] if state["rows"] is None else list(state["rows"].to(self.device))
+            self.scores = Scores(**state["scores"]) if state["scores"] else None
         if self.step < self.steps:
             say(self.console, f"{self.name}: going on at step {self.step}")
 
@@ -501,45 +484,22 @@ class Trainer:
         terms = dict(zip(self._names, rows.mean(0).tolist(), strict=True))
         # Of rank 0, which writes them.
         seen = {name: value.tolist() for name, value in self._diagnostics.items()}
-        means = {name: value for name, value in seen.items() if name != "class_loss"}
-        rate = self.optimizer.param_groups[0]["lr"]
         records.line(
-            {"kind": "train", "step": self.step, "lr": rate, **terms, **seen}
-            | {"seconds": round(self.seconds, 2), "wait": round(progress.waiting, 3)}
-        )
-        records.scalars(
-            {f"train/{name}": value for name, value in {**terms, **means}.items()}
-            | {"train/lr": rate, "train/wait": progress.waiting},
-            self.step,
+            {"kind": "train", "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+            | {**terms, **seen, "wait": round(progress.waiting, 3)}
+            | {"seconds": round(self.seconds, 2)}
         )
         return terms
 
     def _evaluate(self, progress: StageProgress, records: Records) -> None:
         self._check_finite()
         self.parallel.collect()
-        self.scores = scores = evaluate(
-            self.objective.model,
-            self.data,
-            self.normalize,
-            config=self.config,
-            device=self.device,
-            world=self.world,
-        )
-        per_class = dict(zip(self.data.class_names, scores.class_iou, strict=True))
-        records.line(
-            {
-                "kind": "val",
-                "step": self.step,
-                "miou": scores.miou,
-                "pixel_accuracy": scores.pixel_accuracy,
-                "class_iou": per_class,
-            }
-        )
-        records.scalars(
-            {"val/miou": scores.miou, "val/pixel_accuracy": scores.pixel_accuracy}
-            | {f"val iou/{name}": value for name, value in per_class.items()},
-            self.step,
-        )
+        options: Any = {"config": self.config, "device": self.device, "world": self.world}
+        scores = evaluate(self.objective.model, self.data, self.normalize, **options)
+        per_class = zip(self.data.class_names, scores.class_iou, strict=True)
+        own = {**asdict(scores), "class_iou": dict(per_class)}
+        records.line({"kind": "val", "step": self.step, **own})
+        self.scores = scores
         self.gallery.show(records, self.objective, self.step)
         progress.say(
             f"{self.name} step {self.step}: val mIoU {scores.miou:.4f}, "

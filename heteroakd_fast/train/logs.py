@@ -83,18 +83,21 @@ class Records(AbstractContextManager["Records"]):
             file.close()
 
     def line(self, record: Record) -> None:
+        """Write down numbers of a "kind" at a "step", and show those that TensorBoard can."""
         if self._file is not None:
             try:
                 self._file.write(_encoded(record))
             except OSError as error:
                 # A full disk does not say where.
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
         if self.tensorboard is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self.tensorboard.add_scalar(name, value, step)
+            kind, per_class = record["kind"], record.get("class_iou", {})
+            shown = {f"{kind}/{name}": value for name, value in record.items() if name != "seconds"}
+            for name, value in (
+                shown | {f"{kind} iou/{n}": v for n, v in per_class.items()}
+            ).items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self.tensorboard.add_scalar(name, value, record["step"])
 
 
 def _encoded(record: Record) -> bytes:

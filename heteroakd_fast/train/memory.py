@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,13 +30,7 @@ def too_large(size: float) -> str | None:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an allocation failed, on the CPU or on another device."""
-    text = str(error).lower()
-    signs = (
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "cannot allocate memory",
-    )
+    signs = "out of memory|not enough memory|(can't|cannot) allocate memory"
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(sign in text for sign in signs)
+        isinstance(error, RuntimeError | OSError) and re.search(signs, str(error), re.I) is not None
     )

@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -383,6 +383,19 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__} ({', '.join(shapes)})"
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In the block evaluation mode; behind it, every part is in its own mode again."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def forward_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits [B, C, h, w] of a forward pass, before an upsampling that the loss does itself."""
     with integrations.low_resolution(model):
@@ -399,10 +412,8 @@ def check_logits(
 ) -> None:
     """One dry run, so that a model that does not fit fails early and not inside the loss. `hint`:
     what to do if it cannot take images of that size."""
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), integrations.low_resolution(model):
+        with torch.no_grad(), evaluating(model), integrations.low_resolution(model):
             output = model(torch.zeros(1, 3, *side, device=device))
         logits = logits_of(output)
     except UserError:
@@ -414,8 +425,6 @@ def check_logits(
             f"{type(model).__name__} cannot take an image of {side[1]} x {side[0]} pixels: {error}"
             + hint
         ) from error
-    finally:
-        model.train(was_training)
     if logits.dim() != 4 or logits.shape[1] != num_classes:
         text = f"logits have shape {tuple(logits.shape)}, expected (1, {num_classes}, h, w)"
         if not isinstance(output, Tensor):

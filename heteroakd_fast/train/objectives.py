@@ -57,7 +57,12 @@ class TeacherMemory:
 
 
 class Objective(SharesGroup, nn.Module):
-    """A model with its loss; `model` and `loss` are what is trained and saved."""
+    """A model with its loss; `model` and `loss` are what is trained and saved.
+
+    Called with images and their labels it gives a `DistillationOutput`. Keywords: `teaching`, asked
+    for where it is not given; `normalizer`, which replaces denominators as `DistillationOutput`
+    names them; `return_maps`; `diagnostics`.
+    """
 
     model: nn.Module
     loss: nn.Module
@@ -65,24 +70,6 @@ class Objective(SharesGroup, nn.Module):
     """The ranks that share a batch; None: this one alone."""
     knows_denominators: bool
     """Whether what the terms divide by follows from the labels alone."""
-
-    def __call__(
-        self,
-        images: Tensor,
-        target: Tensor,
-        *,
-        teaching: Teaching | None = None,
-        normalizer: LossNormalizer | None = None,
-        return_maps: bool = False,
-        diagnostics: bool = False,
-    ) -> DistillationOutput:
-        """Loss of a batch. `teaching` is asked for where it is not given; `normalizer` replaces
-        denominators, as `DistillationOutput.denominators` names them."""
-        looks = {"return_maps": return_maps, "diagnostics": diagnostics}
-        output: DistillationOutput = super().__call__(
-            images, target, teaching=teaching, normalizer=normalizer, **looks
-        )
-        return output
 
     def teach(self, images: Tensor) -> Teaching | None:
         """The teacher's part, which needs no gradient; None without a teacher."""
@@ -99,11 +86,7 @@ class PlainObjective(Objective):
     """Cross entropy against the labels."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: DistillConfig,
-        ignore_index: int,
-        process_group: Any = None,
+        self, model: nn.Module, config: DistillConfig, ignore_index: int, process_group: Any = None
     ) -> None:
         super().__init__()
         self.model, self.loss = model, nn.Module()
@@ -113,26 +96,12 @@ class PlainObjective(Objective):
         self.knows_denominators = config.class_weight is None and config.resolution == "label"
 
     def forward(
-        self,
-        images: Tensor,
-        target: Tensor,
-        *,
-        teaching: Teaching | None = None,
-        normalizer: LossNormalizer | None = None,
-        return_maps: bool = False,
-        diagnostics: bool = False,
+        self, images: Tensor, target: Tensor, *, teaching: None = None, **asked: Any
     ) -> DistillationOutput:
         logits = forward_logits(self.model, images)
         weight = self.class_weight and torch.tensor(self.class_weight, device=logits.device)
-        return cross_entropy(
-            logits,
-            target,
-            normalizer=normalizer,
-            diagnostics=diagnostics,
-            class_weight=weight,
-            process_group=self.process_group,
-            **self.options,
-        )
+        options = {**self.options, "class_weight": weight, "process_group": self.process_group}
+        return cross_entropy(logits, target, **options, **asked)
 
 
 class DistillObjective(Objective):
@@ -160,13 +129,8 @@ class DistillObjective(Objective):
         # In a list, so that it is no submodule: not trained, not saved, not put in training mode.
         self._teacher = [teacher]
         self.taps = (FeatureTap(student, taps[0]), FeatureTap(teacher, taps[1])) if taps else None
-        channels: tuple[int | None, int | None] = (None, None)
-        if self.taps:
-            channels = (
-                probe_channels(student, self.taps[0], side, device),
-                probe_channels(teacher, self.taps[1], side, device),
-            )
-        shared: dict[str, Any] = {"ignore_index": ignore_index}
+        pairs = zip((student, teacher), self.taps or (), strict=False)
+        channels = [probe_channels(model, tap, side, device) for model, tap in pairs]
         self.cwd_weight = config.cwd_weight
         weighted = config.class_weight is not None
         counted = {"valid"} if config.resolution == "label" and not config.cwd_weight else set()
@@ -174,15 +138,13 @@ class DistillObjective(Objective):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                loss = HeteroAKDLoss(
-                    num_classes, channels[0], channels[1], **shared, **config.of_loss()
-                )
-                self.loss = loss.to(device)
+                options = {**config.of_loss(), "ignore_index": ignore_index}
+                self.loss = HeteroAKDLoss(num_classes, *channels, **options).to(device)
                 self.cwd = ChannelWiseLoss(
                     temperature=config.cwd_temperature,
                     resolution="logits",
+                    ignore_index=ignore_index,
                     unlabelled_index=config.unlabelled_index,
-                    **shared,
                 )
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"distill: {error}") from error
@@ -210,12 +172,11 @@ class DistillObjective(Objective):
         teacher = self._teacher[0]
         if self.normalize is not None:
             images = self.normalize(images)
-        if self.taps is None:
-            if self.memory is not None:
-                return Teaching(self.memory.logits(teacher, images), None)
-            return Teaching(forward_logits(teacher, images), None)
-        with self.taps[1].listening() as tap:
-            return Teaching(forward_logits(teacher, images), tap.take())
+        if self.taps is not None:
+            with self.taps[1].listening() as tap:
+                return Teaching(forward_logits(teacher, images), tap.take())
+        ask = forward_logits if self.memory is None else self.memory.logits
+        return Teaching(ask(teacher, images), None)
 
     def forward(
         self,
@@ -224,55 +185,39 @@ class DistillObjective(Objective):
         *,
         teaching: Teaching | None = None,
         normalizer: LossNormalizer | None = None,
-        return_maps: bool = False,
-        diagnostics: bool = False,
+        **looks: bool,
     ) -> DistillationOutput:
         teaching = self.teach(images) if teaching is None else teaching
-        features: dict[str, Tensor | None] = {}
+        given: dict[str, Any] = {"teacher_logits": teaching.logits}
         if self.taps is None:
             student_logits = forward_logits(self.model, images)
         else:
             with self.taps[0].listening() as tap:
                 student_logits = forward_logits(self.model, images)
-                features = {
-                    "student_features": tap.take(),
-                    "teacher_features": teaching.features,
-                }
-            self._check_graph(features["student_features"])
-        own, cwd_normalizer = normalizer, None
+                feature = tap.take()
+            if self.training and torch.is_grad_enabled() and not feature.requires_grad:
+                raise ModelError(
+                    f"student.tap {tap.name!r}: the feature has no gradient, so distilling it "
+                    "would train nothing: what comes before it is frozen, or checkpointed with "
+                    "use_reentrant=True; unfreeze it, use use_reentrant=False, or tap a later "
+                    "module"
+                )
+            given |= {"student_features": feature, "teacher_features": teaching.features}
+        own, of_cwd = normalizer, None
         if isinstance(normalizer, Mapping):
-            cwd_normalizer = normalizer.get("cwd")
             own = {name: value for name, value in normalizer.items() if name != "cwd"}
+            of_cwd = normalizer.get("cwd")
         output: DistillationOutput = self.loss(
-            student_logits,
-            target,
-            teacher_logits=teaching.logits,
-            normalizer=own,
-            return_maps=return_maps,
-            diagnostics=diagnostics,
-            **features,
+            student_logits, target, normalizer=own, **given, **looks
         )
         if not self.cwd_weight:
             return output
-        cwd = self.cwd(
-            student_logits, target, teacher_logits=teaching.logits, normalizer=cwd_normalizer
-        )
+        cwd = self.cwd(student_logits, target, teaching.logits, normalizer=of_cwd)
         return output._replace(
             loss=output.loss + self.cwd_weight * cwd.loss,
             terms={**output.terms, **cwd.terms},
             denominators={**(output.denominators or {}), **cwd.denominators},
         )
-
-    def _check_graph(self, feature: Tensor | None) -> None:
-        if self.training and torch.is_grad_enabled() and feature is not None:
-            if feature.requires_grad:
-                return
-            assert self.taps is not None
-            raise ModelError(
-                f"student.tap {self.taps[0].name!r}: the feature has no gradient, so distilling it "
-                "would train nothing: what comes before it is frozen, or checkpointed with "
-                "use_reentrant=True; unfreeze it, use use_reentrant=False, or tap a later module"
-            )
 
     @torch.no_grad()
     def maps(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from .config import ScaleConfig
 from .distributed import World
 from .errors import ConfigError, ModelError, UserError
 from .memory import ran_out
+from .models import evaluating
 from .objectives import Objective, without_group
 
 
@@ -214,23 +215,19 @@ def unused_parameters(
     objective: Objective, device: torch.device, side: tuple[int, int]
 ) -> list[str]:
     """Parameters that no loss reaches (a classifier left in a backbone): DDP must know of them."""
-    images = torch.zeros(1, 3, *side, device=device)
-    target = torch.zeros(1, *side, dtype=torch.int64, device=device)
-    before = [parameter.grad for parameter in objective.parameters()]
-    was_training = objective.training
-    objective.eval()  # a pass in training mode would change running statistics
-    try:
-        with without_group(objective):
-            objective(images, target).loss.backward()
-        return [
-            name
-            for name, parameter in objective.named_parameters()
-            if parameter.requires_grad and parameter.grad is None
-        ]
-    finally:
-        objective.train(was_training)
-        for parameter, grad in zip(objective.parameters(), before, strict=True):
-            parameter.grad = grad
+    # A pass in training mode would change running statistics.
+    with evaluating(objective), without_group(objective):
+        objective(*_blank(1, side, device)).loss.backward()
+    named = objective.named_parameters()
+    unused = [name for name, p in named if p.requires_grad and p.grad is None]
+    objective.zero_grad()
+    return unused
+
+
+def _blank(count: int, side: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and labels of zeros."""
+    images = torch.zeros(count, 3, *side, device=device)
+    return images, torch.zeros(count, *side, dtype=torch.int64, device=device)
 
 
 @contextmanager
@@ -255,12 +252,10 @@ def dry_run(
     """
     trains = images is not None
     objective.train(trains)
-    batch = torch.zeros(images or 1, 3, *side, device=device)
-    target = torch.zeros(images or 1, *side, dtype=torch.int64, device=device)
     name = type(objective.model).__name__
     try:
         with without_group(objective), rehearsal(objective, device), torch.set_grad_enabled(trains):
-            loss = objective(batch, target).loss
+            loss = objective(*_blank(images or 1, side, device)).loss
         if trains and not loss.requires_grad:
             raise ModelError(f"{name}: its loss has no gradient: every parameter is frozen")
     except UserError:

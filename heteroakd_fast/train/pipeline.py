@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .config import Config, DistillConfig, ModelConfig
+from .config import STAGES, Config, DistillConfig, ModelConfig
 from .datasets import load_data
 from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, Order, TrainingSet
@@ -62,29 +62,23 @@ def fingerprint(config: Config, stage: str) -> dict[str, str]:
         "alone": ("seed", "amp", "data", "student", "optim", "scale"),
         "distilled": ("seed", "amp", "data", "teacher", "student", "optim", "distill", "scale"),
     }[stage]
-    table = config.model_dump(mode="json")
+    # These change no batch, and nothing that is computed, up to rounding.
+    left_out = {"data": {"check", "workers"}, "scale": {"parallel", "timeout"}}
+    left_out["optim"] = {"accumulate", "eval_batch_size"}
     if stage == "teacher":  # which has all labels
-        del table["data"]["labelled"], table["data"]["labelled_per_batch"]
+        left_out["data"] |= {"labelled", "labelled_per_batch"}
+    if stage != "distilled":
+        left_out |= {"teacher": {"tap"}, "student": {"tap"}}
+        kept = config.distill.of_cross_entropy().keys() - {"backend"}
+        left_out["distill"] = DistillConfig.model_fields.keys() - kept
+        sections += ("distill",)
+    table = config.model_dump(mode="json", exclude=left_out)
     if isinstance(path := config.data.palette, Path):
         table["data"]["palette content"] = _content(path)
-    # Neither changes a batch.
-    for key in ("check", "workers"):
-        del table["data"][key]
-    # Nor do these change what is computed, up to rounding.
-    for key in ("parallel", "timeout"):
-        del table["scale"][key]
-    for key in ("accumulate", "eval_batch_size"):
-        del table["optim"][key]
     for role in ("teacher", "student"):
         for key in ("weights", "init"):
             if (path := getattr(getattr(config, role), key)) is not None:
                 table[role][f"{key} content"] = _content(path)
-    if stage != "distilled":
-        for role in ("teacher", "student"):
-            del table[role]["tap"]
-        kept = config.distill.of_cross_entropy().keys() - {"backend"}
-        table["distill"] = {key: table["distill"][key] for key in kept}
-        sections += ("distill",)
     return _flat({name: table[name] for name in sections})
 
 
@@ -135,10 +129,10 @@ def run(
     check_memory(config, side, world)
     distill = world.on_main(lambda: losses(config, training, data.num_classes))
     shapes = world.on_main(lambda: _shapes(config, data, side))
-    models: dict[str, nn.Module] = {}
-    results: dict[str, StageResult] = {}
 
-    def build(stage: str, seed: int) -> nn.Module:
+    def build(stage: str) -> nn.Module:
+        # Both students start from the same weights and see the same batches.
+        seed = 2 * config.seed + (stage != "teacher")
         with _named(stage):
             model = build_model(config.network(stage), data.num_classes, seed)
             model = synchronise_batch_norms(model, config.scale, world, device).to(device)
@@ -151,35 +145,28 @@ def run(
 
     # All are built before the first is trained: a mistake in the student's part of the
     # configuration should not show up only when the teacher has been trained.
-    # Both students start from the same weights and see the same batches.
-    objectives: dict[str, Objective] = {}
-    teacher: nn.Module | None = None
-    if {"teacher", "distilled"} & set(config.stages):
-        teacher = build("teacher", 2 * config.seed)
-        objectives["teacher"] = PlainObjective(
-            teacher, distill["teacher"], data.ignore_index, world.process_group
-        )
-    if "alone" in config.stages:
-        alone = build("alone", 2 * config.seed + 1)
-        objectives["alone"] = PlainObjective(
-            alone, distill["alone"], data.ignore_index, world.process_group
-        )
+    needed = {*config.stages, *(["teacher"] if "distilled" in config.stages else [])}
+    models: dict[str, nn.Module] = {s: build(s) for s in STAGES if s in needed}
+    shared = {"ignore_index": data.ignore_index, "process_group": world.process_group}
+    objectives: dict[str, Objective] = {
+        stage: PlainObjective(model, distill[stage], **shared)
+        for stage, model in models.items()
+        if stage != "distilled"
+    }
     distillation = None
-    if "distilled" in config.stages:
-        assert teacher is not None
+    if "distilled" in models:
         objectives["distilled"] = distillation = DistillObjective(
-            build("distilled", 2 * config.seed + 1),
-            teacher,
+            models["distilled"],
+            models["teacher"],
             distill["distilled"],
             num_classes=data.num_classes,
-            ignore_index=data.ignore_index,
             taps=config.taps,
             side=side,
             device=device,
             seed=config.seed,
-            process_group=world.process_group,
             memory=memory,
             normalize=_teacher_normalizer(config, device),
+            **shared,
         )
         distillation.loss = synchronise_batch_norms(distillation.loss, config.scale, world, device)
     images = config.optim.batch_size // (world.size * config.optim.accumulate)
@@ -190,9 +177,9 @@ def run(
     if (root := config.data.root) is not None:
         path = config.run / "split.txt"
         world.on_main(lambda: keep_split(data, root.expanduser(), path))
+    results: dict[str, StageResult] = {}
     for stage, objective in objectives.items():
-        model_config = config.network(stage)
-        trainer = Trainer(
+        results[stage] = result = Trainer(
             stage,
             objective,
             config=config,
@@ -200,23 +187,17 @@ def run(
             training=training[stage],
             folder=config.run / stage,
             # A teacher that is only used is only evaluated.
-            steps=model_config.steps if stage in config.stages else 0,
-            model_config=model_config,
+            steps=config.network(stage).steps if stage in config.stages else 0,
             fingerprint=fingerprint(config, stage),
             device=device,
             console=console,
             side=side,
             world=world,
             resume_anyway=resume_anyway,
-        )
-        models[stage] = objective.model
-        results[stage] = trainer.run()
-        say(
-            console,
-            f"{stage}: {count_parameters(objective.model) / 1e6:.2f} M parameters, "
-            f"{results[stage].steps} steps, {results[stage].seconds:.0f} s, "
-            f"val mIoU {results[stage].scores.miou:.4f}",
-        )
+        ).run()
+        text = f"{stage}: {count_parameters(objective.model) / 1e6:.2f} M parameters, "
+        text += f"{result.steps} steps, {result.seconds:.0f} s, "
+        say(console, f"{text}val mIoU {result.scores.miou:.4f}")
     return Outcome(data, device, models, results, distillation, config)
 
 

@@ -49,14 +49,16 @@ def embedded_recipes() -> dict[str, str]:
     }
 
 
-def load_config(*sources: str | Path) -> Config:
-    """Read TOML files or embedded recipes, the later ones on top of the earlier; validate them.
+def load_config(*sources: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read TOML files or embedded recipes, the later ones on top of the earlier, and `overrides`
+    on top of all; validate them.
 
     Recipes alone that name no data stand on the embedded land-cover example; a file of the user's
     own does not, or a forgotten table would go unnoticed.
     """
     table, name, folder = _load_tables([str(source) for source in sources])
-    table.setdefault("run", folder)
+    table = {"run": folder, **table}
+    _merge(table, overrides or {})
     return _validate(table, name)
 
 

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from .. import __version__
 from .config import Config
-from .errors import TrainingError, shortened
-from .files import write_atomically
+from .errors import shortened
+from .files import write_file
 from .logs import finite, read_metrics, say
 from .models import count_parameters
 from .pipeline import Outcome, fingerprint
@@ -37,18 +37,16 @@ def write_report(outcome: Outcome, config: Config, console: Console) -> None:
     mious = rows(results)[-2][1]
     titles = {stage: f"{TITLES[stage]}\nmIoU {percent(miou)} %" for stage, miou in mious.items()}
     figure = encoded(gallery.figure(outcome.models, outcome.distillation, titles), "png")
-    files = {
-        config.run / "report.html": render(outcome, config, results, figure).encode(),
-        config.run / "report.png": figure,
-        config.run / "results.json": json.dumps(results, indent=2, allow_nan=False).encode(),
+    contents = {
+        "report.html": render(outcome, config, results, figure).encode(),
+        "report.png": figure,
+        "results.json": json.dumps(results, indent=2, allow_nan=False).encode(),
     }
-    for path, content in files.items():
-        try:
-            write_atomically(path, (content,))
-        except OSError as error:
-            raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
+    for name, content in contents.items():
+        write_file(config.run / name, content)
+    files = ", ".join(str(config.run / name) for name in contents)
     console.print(table(results))
-    for line in (*notes(results), f"Written: {', '.join(map(str, files))}", headline(results)):
+    for line in (*notes(results), f"Written: {files}", headline(results)):
         say(console, line)
 
 

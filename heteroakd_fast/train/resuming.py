@@ -1,63 +1,79 @@
 """What a checkpoint holds, compared with the run that is to go on from it.
 
 A checksum says that a file is as it was written, not that what was written fits: everything that a
-run takes over is compared before any of it is used, so that it is refused in one message or taken
-over as a whole.
+run takes over is compared before any of it is used.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from .checkpoint import random_states, restore_random_states
+from .checkpoint import random_states
 from .errors import CheckpointError, shortened
 
-#: What a checkpoint holds, see `Trainer._state`, by the types of it.
-CONTENT: dict[str, type | tuple[type, ...]] = {
-    "stage": str,
-    "step": int,
-    "model": Mapping,
-    "loss": Mapping,
-    "never_finite": list,
-    "optimizer": dict,
-    "optimized": list,
-    "scaler": dict,
-    "random": list,
-    "best_miou": float,
-    "scores": (dict, type(None)),
-    "seconds": float,
-    "names": list,
-    "rows": (Tensor, type(None)),
-    "fingerprint": dict,
-}
+#: Of 0 to 1; NaN is the score of a class that is nowhere.
+Score = Annotated[float, Field(ge=0.0, le=1.0)]
+_STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+@with_config(_STRICT)
+class SavedScores(TypedDict):
+    """`Scores` as a mapping."""
+
+    miou: Score
+    pixel_accuracy: Score
+    class_iou: tuple[Score, ...]
+
+
+@with_config(_STRICT)
+class State(TypedDict):
+    """The content of a checkpoint."""
+
+    stage: str
+    step: Annotated[int, Field(ge=0)]
+    model: dict[str, Any]
+    loss: dict[str, Any]
+    never_finite: list[str]
+    optimizer: dict[str, Any]
+    optimized: list[str]
+    """Parameters that no loss reached have no state; of all others it must be there."""
+    scaler: dict[str, Any]
+    random: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    best_miou: Annotated[float, Field(ge=-1.0, le=1.0, allow_inf_nan=False)]
+    scores: SavedScores | None
+    seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    names: list[str]
+    rows: Tensor | None
+    fingerprint: dict[str, str]
+
+
+_STATE = TypeAdapter(State)
 
 
 def check_types(folder: Path, state: Mapping[str, Any], stage: str) -> None:
-    """Refuse a state with other keys, with values of other types, or of another stage.
+    """Refuse what is no `State` of the stage.
 
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: names every key, what it has and what was expected.
     """
-    if lacking := sorted(CONTENT.keys() - state.keys()):
+    if lacking := sorted(State.__annotations__.keys() - state.keys()):
         raise CheckpointError(
             f"{folder}: the checkpoint lacks {', '.join(lacking)}: written by another version; "
             "use a new --run folder, or go on with that version"
         )
-    problems = [f"unknown key {key!r}" for key in state if key not in CONTENT]
-    problems += [
-        f"{key}: got {_shown(state[key])}"
-        for key, kind in CONTENT.items()
-        if not isinstance(state[key], kind) or isinstance(state[key], bool)
-    ]
-    if not problems and state["stage"] != stage:
-        problems = [f"stage: got {state['stage']!r}, expected {stage!r}"]
-    _refuse(folder, problems)
+    try:
+        _STATE.validate_python(state)
+    except ValidationError as error:
+        _refuse(folder, [_described(**problem) for problem in error.errors(include_url=False)])
+    if state["stage"] != stage:
+        _refuse(folder, [f"stage: got {state['stage']!r}, expected {stage!r}"])
 
 
 def check_content(
@@ -80,32 +96,43 @@ def check_content(
     Raises:
         CheckpointError: something does not.
     """
-    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    problems = [
-        *(text for key in like for text in _differences(state[key], like[key], key)),
-        *_strings("never_finite", state["never_finite"]),
-        *_strings("names", state["names"]),
-        *_progress(state, steps),
-        *_scores(state["scores"], classes),
-    ]
-    if not problems and (wrong := sorted(trained.keys() & set(state["never_finite"]))):
+    trained = {name: p.data for name, p in objective.named_parameters() if p.requires_grad}
+    kept = {
+        name: {k: trained[name] if v.shape == (3, 2) else v for k, v in entry.items()}
+        for name in state["optimized"]
+        if name in trained
+    }
+    of_rank = _without_cuda(random_states())
+    of_rank["python"] = (*of_rank["python"][:2], None)
+    like = {**like, "optimizer": kept, "random": [of_rank] * len(state["random"])}
+    state = {**state, "random": list(map(_without_cuda, state["random"]))}
+    problems = [text for key in like for text in _differences(state[key], like[key], key)]
+    if steps is not None and state["step"] > steps:
+        problems.append(f"step: got {state['step']}, expected 0 to {steps}")
+    if wrong := sorted(trained.keys() & set(state["never_finite"])):
         problems.append(f"never_finite: has {shortened(wrong, 3)}, which are trained")
-    problems += _optimizer(state, trained, entry)
-    rows = state["rows"]
-    columns = len(state["names"])
-    fits = rows is None or (
-        rows.dim() == 2 and rows.shape[1] == columns and rows.is_floating_point()
-    )
-    if not fits:
-        problems.append(f"rows: got {_shown(rows)}, expected floating point (n, {columns})")
-    if not state["random"]:
-        problems.append("random: got no state, expected one for each rank")
-    for rank, states in enumerate(state["random"]):
-        problems += _random(states, f"random.{rank}")
+    if state["scores"] is not None and len(found := state["scores"]["class_iou"]) != classes:
+        problems.append(f"scores.class_iou: got {_kind(found)}, expected tuple of {classes}")
+    rows, columns = state["rows"], len(state["names"])
+    if rows is not None and not (rows.is_floating_point() and rows.shape[1:] == (columns,)):
+        problems.append(f"rows: got {_kind(rows)}, expected floating point (n, {columns})")
+    for name, values in () if problems or "step" not in entry else state["optimizer"].items():
+        if not 1 <= values["step"] <= state["step"]:
+            came = f"{float(values['step']):g}, expected 1 to {state['step']}"
+            problems.append(f"optimizer.{name}.step: got {came}")
     _refuse(folder, problems)
 
 
-def _refuse(folder: Path, problems: Sequence[str]) -> None:
+def _described(loc: tuple[Any, ...], input: Any, msg: str, **_: Any) -> str:
+    value = f" {input!r}" if isinstance(input, int | float | str) else ""
+    return f"{'.'.join(map(str, loc))}: got {_kind(input)}{value}; {msg}"
+
+
+def _without_cuda(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in states.items() if key != "cuda"}
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(
@@ -115,91 +142,24 @@ def _refuse(folder: Path, problems: Sequence[str]) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided else f" {value.layout}"
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{layout}"
-    return f"{type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple) else "")
+    sized = isinstance(value, tuple | list)
+    return f"{type(value).__name__} of {len(value)}" if sized else type(value).__name__
 
 
 def _differences(found: Any, like: Any, name: str) -> Iterator[str]:
-    """Other types, keys, lengths, shapes and dtypes."""
+    """Other types, keys, lengths, shapes and dtypes. None stands for a float or none."""
     if isinstance(like, Mapping) and isinstance(found, Mapping):
         yield from (f"{name}.{key}: missing" for key in like if key not in found)
         yield from (f"{name}.{key}: unknown" for key in found if key not in like)
         for key in (key for key in like if key in found):
             yield from _differences(found[key], like[key], f"{name}.{key}")
-    elif isinstance(like, tuple) and isinstance(found, tuple) and len(found) == len(like):
+    elif _kind(found) != _kind(like):
+        if like is not None or not isinstance(found, float):
+            yield f"{name}: got {_kind(found)}, expected {_kind(like)}"
+    elif isinstance(like, tuple | list):
         for index, (one, other) in enumerate(zip(found, like, strict=True)):
             yield from _differences(one, other, f"{name}.{index}")
-    elif _shown(found) != _shown(like):
-        yield f"{name}: got {_shown(found)}, expected {_shown(like)}"
-
-
-def _strings(name: str, values: list[Any]) -> Iterator[str]:
-    if not all(isinstance(value, str) for value in values):
-        yield f"{name}: got {shortened(list(map(_shown, values)), 3)}, expected names"
-
-
-def _progress(state: Mapping[str, Any], steps: int | None) -> Iterator[str]:
-    step, best, seconds = state["step"], state["best_miou"], state["seconds"]
-    if not 0 <= step <= (step if steps is None else steps):
-        yield f"step: got {step}, expected 0 to {steps}"
-    if not -1.0 <= best <= 1.0:
-        yield f"best_miou: got {best}, expected -1 to 1"
-    if not 0.0 <= seconds < math.inf:
-        yield f"seconds: got {seconds}, expected 0 or more"
-
-
-def _scores(scores: dict[str, Any] | None, classes: int) -> Iterator[str]:
-    if scores is None:
-        return
-    like = {"miou": 0.0, "pixel_accuracy": 0.0, "class_iou": (0.0,) * classes}
-    problems = list(_differences(scores, like, "scores"))
-    yield from problems
-    values = () if problems else (scores["miou"], scores["pixel_accuracy"], *scores["class_iou"])
-    # NaN is the score of a class that is nowhere.
-    if bad := [value for value in values if value < 0.0 or value > 1.0]:
-        yield f"scores: got {bad[0]}, expected 0 to 1"
-
-
-def _optimizer(
-    state: Mapping[str, Any], trained: Mapping[str, nn.Parameter], entry: Mapping[str, Tensor]
-) -> Iterator[str]:
-    own, optimized = state["optimizer"], state["optimized"]
-    for name in sorted(map(str, own.keys() ^ set(map(str, optimized)))):
-        yield f"optimizer.{name}: " + ("missing" if name in optimized else "unknown")
-    for name, found in own.items():
-        if name not in trained:
-            yield f"optimizer.{name}: unknown to the model"
-            continue
-        like = {k: trained[name].data if v.shape == (3, 2) else v for k, v in entry.items()}
-        problems = list(_differences(found, like, f"optimizer.{name}"))
-        yield from problems
-        count = None if problems or "step" not in like else float(found["step"])
-        if count is not None and not 1 <= count <= state["step"]:
-            yield f"optimizer.{name}.step: got {count:g}, expected 1 to {state['step']}"
-
-
-def _random(states: Any, name: str) -> Iterator[str]:
-    like = {key: value for key, value in random_states().items() if key != "cuda"}
-    found = states
-    if isinstance(states, dict):
-        found = {key: value for key, value in states.items() if key != "cuda"}
-        # Of the last Gaussian number that was drawn, or None: of either type.
-        python = states.get("python")
-        if isinstance(python, tuple) and len(python) == 3 and isinstance(python[2], float | None):
-            like["python"] = (*like["python"][:2], python[2])
-    problems = list(_differences(found, like, name))
-    yield from problems
-    if problems:
-        return
-    before = random_states()
-    try:
-        if not 0 <= found["numpy"][2] <= 624:  # numpy takes what it is given
-            raise ValueError(f"numpy's position is {found['numpy'][2]}, expected 0 to 624")
-        restore_random_states(found)
-    except Exception as error:  # each generator has its own
-        yield f"{name}: {error}"
-    finally:
-        restore_random_states(before)

@@ -12,7 +12,7 @@ from .config import Config, DataConfig
 from .datasets.batches import Normalizer, evaluation_batches
 from .datasets.images import SegmentationData
 from .distributed import ALONE, World
-from .models import forward_logits
+from .models import evaluating, forward_logits
 from .parallel import uncompiled
 
 
@@ -70,20 +70,14 @@ def evaluate(
     world: World = ALONE,
 ) -> Scores:
     """Scores over the whole validation set, the images in full; each rank takes its share."""
-    was_training = model.training
-    model.eval()
     matrix = ConfusionMatrix(data.num_classes, data.ignore_index, config.distill.unlabelled_index)
+    share = {"rank": world.rank, "world": world.size}
     batches = evaluation_batches(
-        data.val,
-        config.optim.eval_batch_size,
-        config=config.data,
-        rank=world.rank,
-        world=world.size,
+        data.val, config.optim.eval_batch_size, config=config.data, **share
     )
-    with autocast(device, config.amp), uncompiled():
+    with evaluating(model), autocast(device, config.amp), uncompiled():
         for images, target in batches:
             logits = _logits(model, normalize(images), config.data)
             matrix.update(logits, target.to(device))
-    model.train(was_training)
     matrix.counts = world.total(matrix.counts)
     return matrix.scores()

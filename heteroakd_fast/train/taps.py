@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import integrations
 from .errors import ModelError
-
-
-class FeatureTap(integrations.FeatureTap):
-    """As there; "name:NHWC" is for a module that gives [B, h, w, D]. Raises ModelError."""
-
-    tokens_hint = "; tokens have no grid here, tap a module behind them that gives a map"
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        name, _, layout = name.partition(":")
-        with _as_model_error():
-            if layout == "tokens":
-                raise ValueError(f"tap {name!r}{self.tokens_hint}")
-            super().__init__(model, name, layout or "NCHW")
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        with _as_model_error():
-            super()._keep(module, inputs, output)
-
-    def take(self) -> Tensor:
-        with _as_model_error():
-            return super().take()
+from .models import evaluating
 
 
 @contextmanager
@@ -42,6 +21,21 @@ def _as_model_error() -> Iterator[None]:
         raise ModelError(str(error)) from None
 
 
+class FeatureTap(integrations.FeatureTap):
+    """As there; "name:NHWC" is for a module that gives [B, h, w, D]. Raises ModelError."""
+
+    tokens_hint = "; tokens have no grid here, tap a module behind them that gives a map"
+    take = _as_model_error()(integrations.FeatureTap.take)
+    _keep = _as_model_error()(integrations.FeatureTap._keep)
+
+    @_as_model_error()
+    def __init__(self, model: nn.Module, name: str) -> None:
+        name, _, layout = name.partition(":")
+        if layout == "tokens":
+            raise ValueError(f"tap {name!r}{self.tokens_hint}")
+        super().__init__(model, name, layout or "NCHW")
+
+
 def probe_channels(
     model: nn.Module, tap: FeatureTap, side: tuple[int, int], device: torch.device
 ) -> int:
@@ -50,14 +44,10 @@ def probe_channels(
     Raises:
         ModelError: the axes of the feature that have the images' shape are not the last two.
     """
-    was_training = model.training
-    model.eval()  # a dry run in training mode would change the running statistics of BatchNorm
-    try:
-        with torch.no_grad(), tap.listening():
-            model(torch.zeros(1, 3, *side, device=device))
-            shape = tap.take().shape
-    finally:
-        model.train(was_training)
+    # A dry run in training mode would change the running statistics of batch norms.
+    with torch.no_grad(), evaluating(model), tap.listening():
+        model(torch.zeros(1, 3, *side, device=device))
+        shape = tap.take().shape
     if _is_grid(shape[1:3], side) and not _is_grid(shape[2:], side):
         raise ModelError(
             f"tap {tap.name!r}: gave {tuple(shape)} for images of {side}, so its channels seem to "

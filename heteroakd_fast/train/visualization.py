@@ -6,6 +6,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, to_tensors
 from .datasets.images import Mask, Pixels, SegmentationData
 from .logs import Record, Records
+from .models import evaluating
 from .objectives import DistillObjective, Objective
 from .parallel import uncompiled
 from .scoring import autocast, predict
@@ -55,20 +57,16 @@ def choose_samples(data: SegmentationData, count: int) -> list[int]:
     return sorted(index for _, index in sorted(variety)[:count])
 
 
+@dataclass
 class Gallery:
     """The same few validation images, whenever they are shown."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: SegmentationData,
-        device: torch.device,
-        count: int,
-        stage: str = "distilled",
-    ) -> None:
-        """`stage`: what a model whose name is none is of."""
-        self.config, self.data, self.device, self.count = config, data, device, count
-        self.stage = stage
+    config: Config
+    data: SegmentationData
+    device: torch.device
+    count: int
+    stage: str = "distilled"
+    """What a model whose name is none is of."""
 
     def _normalized(self, image: Tensor, name: str) -> Tensor:
         used = self.config.data_of(name if name in TITLES else self.stage)
@@ -87,16 +85,10 @@ class Gallery:
     def figure(self, models: Models, loss: Objective | None, titles: Mapping[str, str]) -> Figure:
         """Predictions and the loss's own maps; training goes on as if nobody had looked."""
         modules = [*models.values(), *([] if loss is None else [loss])]
-        modes = [(part, part.training) for module in modules for part in module.modules()]
         states = random_states()
-        try:
-            for module in modules:
-                module.eval()
+        with evaluating(*modules):
             samples = [self.sample(index, models, loss) for index in self._chosen]
-        finally:
-            for part, training in modes:
-                part.training = training
-            restore_random_states(states)
+        restore_random_states(states)
         return sample_figure(samples, self.data, titles, self.config.report.dpi)
 
     def sample(self, index: int, models: Models, loss: Objective | None) -> Sample:

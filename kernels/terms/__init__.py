@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from . import ce, cwd, dkd, feature, hetero, kd, paper
+from . import ce, cwd, dice, dkd, feature, hetero, kd, paper, tversky
 from . import term as defaults
 from .term import OWN, First, Needs
 from .term import Traits as Traits
 
-FILES = (ce, kd, hetero, paper, feature, cwd, dkd)
+FILES = (ce, kd, hetero, paper, feature, cwd, dkd, dice, tversky)
 COUNT = tl.constexpr(len(FILES))
 CE, KD, HETERO, FEATURE = (tl.constexpr(FILES.index(file)) for file in (ce, kd, hetero, feature))
 
@@ -86,8 +86,16 @@ def spaces(entry):
 
 @triton.constexpr_function
 def place_over_space(entries, k):
-    """Where they are among those of all terms; of len(entries), how many there are."""
-    return sum([spaces(entry) for entry in entries[:k]])
+    """Where they are among those of all terms; of len(entries), how many there are. Numbers of
+    classes have a place as well."""
+    own = [traits(entry[0], entry[1]).numbers_of_classes for entry in entries[:k]]
+    return sum([spaces(entry) for entry in entries[:k]]) + sum(own)
+
+
+@triton.constexpr_function
+def tallies_of(entries):
+    """Of the pass that collects sums of one term over classes: how many there are."""
+    return sum([traits(entry[0], entry[1]).tallies for entry in entries])
 
 
 @triton.constexpr_function
@@ -121,7 +129,8 @@ def some_late(entries, maps):
 @triton.constexpr_function
 def has_other(entry, maps):
     """Whether the loop over gradients asks for `other`."""
-    return sums_late(entry, maps) or (entry[2] >= 0 and traits(entry[0], entry[1]).other == OWN)
+    its = traits(entry[0], entry[1])
+    return sums_late(entry, maps) or (entry[2] >= 0 and OWN in (its.student, its.other))
 
 
 @triton.constexpr_function
@@ -187,6 +196,11 @@ def other(
     own = member(TERM, "Own")(*own)
     found = First(above, shares, logs)
     return member(TERM, "other")(VARIANT, n, p, known, c, found, own, PTX)
+
+
+@triton.jit
+def tally(TERM: tl.constexpr, t, c):
+    return member(TERM, "tally")(t, c)
 
 
 @triton.jit

@@ -21,6 +21,12 @@ and a term answers, with no loop of its own, from sums over the classes of a pix
     pixel    value, share of the denominator and coefficients of the gradient
     factor   what the sum of the values over pixels has for a factor
 
+A term over classes is a function of sums over all pixels of the call, a few for each class, which
+a pass of its own (variant COLLECTING) finds before:
+
+    tally    what is added up of a class at a pixel
+    settle   of these sums the value, and two numbers of each class (`Class.numbers`); in torch
+
 Nothing is written to: what `first` and `other` change they return. A file has those functions that
 its term needs, with the arguments of `__init__.py`; defaults are at the end of this one. What the
 sum of the values is divided by says `Term.denominator` of terms.py.
@@ -44,6 +50,9 @@ STUDENT_Z = tl.constexpr(4)
 TEACHER_Z = tl.constexpr(5)
 CLASS_WEIGHT = tl.constexpr(6)  # w_c, 1 without class weights
 OWN = tl.constexpr(7)  # `other`
+
+# The variant of a term over classes in the pass that collects its sums.
+COLLECTING = tl.constexpr(1 << 20)
 
 
 # --- what a term asks for ------------------------------------------------------------------------
@@ -79,6 +88,10 @@ class Traits(NamedTuple):
     is_divergence: bool = True
     # Whether its gradient stands apart from those of the terms with the same denominator.
     own_gradient: bool = False
+    # Of a term over classes: whether it reads numbers of the class, and how many sums its variant
+    # COLLECTING has.
+    numbers_of_classes: bool = False
+    tallies: int = 0
 
 
 # --- what a term gets ----------------------------------------------------------------------------
@@ -129,6 +142,8 @@ class Class(NamedTuple):
     teacher_e: Any
     is_label: Any
     unlabelled: Any  # no class of the pixel is
+    student_hard: Any  # e of the student at T = 1
+    numbers: Any  # two, of a term over classes
 
 
 class First(NamedTuple):

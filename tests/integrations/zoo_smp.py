@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from heteroakd_fast import HeteroAKDLoss, functional
+from heteroakd_fast import HeteroAKDLoss, functional, terms
 from heteroakd_fast.integrations import FrozenTeacher
 from heteroakd_fast.integrations.smp import DistillationLoss, low_resolution
 
@@ -120,6 +122,34 @@ def test_cross_entropy_alone_is_that_of_smp() -> None:
     torch.testing.assert_close(
         ours(logits, target), F.cross_entropy(logits, target, ignore_index=255)
     )
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1.5])
+@pytest.mark.parametrize(
+    ("term", "theirs"),
+    [
+        (terms.Dice(), smp.losses.DiceLoss),
+        (terms.Dice(log=True), partial(smp.losses.DiceLoss, log_loss=True)),
+        (terms.Tversky(), smp.losses.TverskyLoss),
+        (
+            terms.Tversky(alpha=0.3, beta=0.8, gamma=0.75),
+            partial(smp.losses.TverskyLoss, alpha=0.3, beta=0.8, gamma=0.75),
+        ),
+    ],
+)
+def test_overlaps_are_those_of_smp(term: terms.Term, theirs: Any, smooth: float) -> None:
+    """With ignored pixels, and a class that no pixel has."""
+    low = 2.0 * torch.randn(2, tiny.CLASSES, 8, 6)
+    target = torch.randint(0, tiny.CLASSES - 1, (2, 32, 24))
+    target[0, :9] = 255
+    logits = [low.clone().requires_grad_() for _ in range(2)]
+    found = functional.segmentation_loss(logits[0], target, terms=[replace(term, smooth=smooth)])
+    full = F.interpolate(logits[1], (32, 24), mode="bilinear", align_corners=False)
+    expected = theirs("multiclass", ignore_index=255, smooth=smooth)(full, target)
+    torch.testing.assert_close(found.loss, expected)
+    (3.0 * found.loss).backward()
+    (3.0 * expected).backward()
+    torch.testing.assert_close(logits[0].grad, logits[1].grad, rtol=1e-4, atol=1e-8)
 
 
 def test_example() -> None:

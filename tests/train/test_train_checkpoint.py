@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
-import resource
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from train_helpers import small_disk
 
 from heteroakd_fast.train.checkpoint import (
     NEWEST,
@@ -90,16 +89,9 @@ def test_both_damaged(folder: Path) -> None:
 def test_full_disk_leaves_the_earlier_ones(folder: Path) -> None:
     big = {"step": 3, "model": {"w": torch.zeros(200_000)}}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A write beyond the limit fails half-way, as on a full disk (the signal would end the process).
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(CheckpointError, match=f"step 3 cannot be written.*intact: {NEWEST}"):
-            save_checkpoint(folder, big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    expected = f"step 3 cannot be written.*intact: {NEWEST}"
+    with small_disk(100_000), pytest.raises(CheckpointError, match=expected):
+        save_checkpoint(folder, big)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert loaded_step(folder) == 2
 

@@ -350,15 +350,16 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    line = {"kind": "train", "step": 3, "loss": 0.5, "kd": float("nan"), "seconds": 1.0}
     with Records(tmp_path, 0, tensorboard=True) as records:
-        records.scalars({"train/loss": 0.5, "train/kd": float("nan")}, 3)
+        records.line(line)
+        records.line({"kind": "val", "step": 4, "miou": 0.25, "class_iou": {"a": 0.125}})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["train/loss"]
+    assert sorted(events.Tags()["scalars"]) == ["train/loss", "val iou/a", "val/miou"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
     with Records(tmp_path / "silent", 0, tensorboard=True, enabled=False) as records:
-        records.scalars({"train/loss": 0.5}, 3)
-        records.line({"step": 3})
+        records.line(line)
     assert not (tmp_path / "silent").exists()
     with Records(tmp_path / "off", 0, tensorboard=False) as records:
-        records.scalars({"train/loss": 0.5}, 3)
+        records.line(line)
     assert [path.name for path in (tmp_path / "off").iterdir()] == ["metrics.jsonl"]

@@ -608,5 +608,5 @@ def test_tensorboard_that_is_not_installed(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for _ in range(2):
         with logs.Records(tmp_path, 0, tensorboard=True) as records:
-            records.scalars({"loss": 1.0}, 1)
+            records.line({"kind": "train", "step": 1, "loss": 1.0})
     assert caplog.text.count("TensorBoard is not installed") == 1

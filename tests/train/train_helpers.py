@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +162,6 @@ def trainer(
         "training": pipeline.training_sets(config, data)[0]["alone"],
         "folder": config.run / folder,
         "steps": config.student.steps,
-        "model_config": config.student,
         "fingerprint": pipeline.fingerprint(config, "alone"),
         "device": CPU,
         "console": QUIET,
@@ -190,6 +192,19 @@ def after_step(run: Trainer, step: int, action: Callable[[], Any]) -> None:
             action()
 
     run._step = stepped  # type: ignore[method-assign]
+
+
+@contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """Writes beyond the limit fail half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def saved_step(folder: Path) -> int:

@@ -105,9 +105,10 @@ class DataConfig(_Table):
     """folder: the colour of each class in the masks, [r, g, b] each, or a file with lines
     `name r g b`; colours after the first num_classes count nowhere."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """folder without train/ and val/: share held out, about: each file by a hash of its name."""
+    """folder without train and val, as folders or lists: share held out, about: each file by a hash
+    of its name."""
     split_seed: int = 0
-    """folder without train/ and val/: another number holds out other images."""
+    """folder without train and val: another number holds out other images."""
     voc_split: Literal["train", "trainaug"] = "train"
     """voc: train (1464 images), or trainaug (10582): SegmentationClassAug/ or SBD's cls/*.mat."""
     sbd_root: FilePath | None = None
@@ -136,7 +137,7 @@ class DataConfig(_Table):
     labelled_per_batch: Annotated[int, Field(ge=0)] | None = None
     """Images of a batch that are drawn from the labelled ones, the rest from all; none: half."""
     check: bool | None = None
-    """Read files once before training; none: all of a folder, a few of a published data set."""
+    """Read files once before training; none: all of a folder, a sample of a published data set."""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that read images; 0: the training process itself."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import inspect
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,10 +23,12 @@ from torch import Tensor, nn
 
 from .. import integrations
 from .._requirements import pip_command
+from .checkpoint import non_finite
 from .config import ModelConfig
-from .errors import DependencyError, ModelError, UserError
+from .errors import DependencyError, ModelError, UserError, shortened
 from .files import check_regular
 from .memory import ran_out, too_large
+from .weights import load_part, load_weights
 
 log = logging.getLogger("heteroakd_fast.train")
 
@@ -97,12 +97,6 @@ def _double(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(_conv(channels, out), _conv(out, out))
 
 
-#: Where training loops keep the weights in a torch file: averages (timm, ConvNeXt) before the last
-#: ones (Lightning, mmengine).
-_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-#: Prefixes of torch.compile, of data parallelism, and of modules around a network.
-_WRAPPERS = ("_orig_mod.", "module.", "model.", "net.")
-
 #: Short names of architectures of transformers: the class without its ending and what it is.
 LIBRARY = {
     "segformer": "Segformer",  # Transformer, logits at stride 4
@@ -125,25 +119,17 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
             + pip_command("train")
         ) from None
     model_class = getattr(transformers, f"{LIBRARY[name]}ForSemanticSegmentation")
-    model: nn.Module
     if weights is not None and weights.is_dir():
-        for path in weights.iterdir():
-            if not path.is_dir():
-                check_regular(path, ModelError)
-        # A folder in the library's own layout: it translates the key names of older versions.
-        model, loaded = model_class.from_pretrained(
-            weights, local_files_only=True, output_loading_info=True
-        )
+        model, loaded = _from_folder(model_class, weights)
+        # The library starts what the folder lacks at random, and only warns.
+        if missing := sorted(loaded["missing_keys"]):
+            raise ModelError(
+                f"{weights}: is not the whole of arch {name!r}, it lacks {shortened(missing, 3)}; "
+                "a part goes into init"
+            )
         found = int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
         if found != num_classes:
             raise ModelError(f"{weights}: has {found} classes, the data has {num_classes}")
-        # The library starts what the folder lacks at random, and only warns.
-        if missing := sorted(loaded["missing_keys"]):
-            more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
-            raise ModelError(
-                f"{weights}: is not the whole of arch {name!r}, it lacks "
-                f"{', '.join(missing[:3])}{more}; a part goes into init"
-            )
         return model
     config_class = getattr(transformers, f"{LIBRARY[name]}Config")
     if name == "upernet":
@@ -158,8 +144,68 @@ def _from_library(name: str, num_classes: int, weights: Path | None, kwargs: Any
         )
     if "use_auxiliary_head" in known:  # whose logits no loss here looks at
         kwargs = {"use_auxiliary_head": False, **kwargs}
-    model = model_class(config_class(**{**kwargs, "num_labels": num_classes}))
-    return model
+    built: nn.Module = model_class(config_class(**{**kwargs, "num_labels": num_classes}))
+    return built
+
+
+def _from_folder(model_class: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]:
+    """What is in a folder of transformers, which translates the names of older versions, and what
+    is not.
+
+    Raises:
+        ModelError: it cannot be read, or is that of another architecture.
+    """
+    from transformers.utils import logging as messages
+
+    for path in folder.iterdir():
+        if not path.is_dir():
+            check_regular(path, ModelError)
+            with path.open("rb") as file:
+                if file.read(8) == b"version ":
+                    raise ModelError(f"{path}: got a Git LFS pointer: run `git lfs pull`")
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, expected = described.get("model_type"), model_class.config_class.model_type
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder}: holds no config.json that can be read ({error}); expected a folder that "
+            "save_pretrained wrote"
+        ) from None
+    if kind != expected or "quantization_config" in described:
+        found = "quantised weights" if kind == expected else f"a {kind!r}"
+        raise ModelError(
+            f"{folder}: config.json describes {found}, expected {expected!r} in floats"
+        )
+    before = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(logging.CRITICAL)  # what it would say is in our message
+    messages.disable_progress_bar()
+    try:
+        model, loaded = model_class.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # of whatever file it is
+        text = f"{folder}: cannot be read as a folder of transformers: {error}"
+        raise ModelError(text) from error
+    finally:
+        messages.set_verbosity(before[0])
+        if before[1]:
+            messages.enable_progress_bar()
+    not_finite = non_finite(dict(model.named_parameters()))
+    if bad := sorted(not_finite - set(loaded["missing_keys"])):
+        raise ModelError(f"{folder}: got values that are not finite in {shortened(bad, 4)}")
+    return model, loaded
+
+
+def _init(model: nn.Module, config: ModelConfig) -> None:
+    """Take over what `init` has."""
+    assert config.init is not None
+    if config.arch not in LIBRARY or not config.init.is_dir():
+        return load_part(model, config.init)
+    options = {"config": model.config, "ignore_mismatched_sizes": True}
+    read, loaded = _from_folder(type(model), config.init, **options)
+    left = {key for key, *_ in loaded["mismatched_keys"]} | set(loaded["missing_keys"])
+    state = {key: value for key, value in read.state_dict().items() if key not in left}
+    return load_part(model, config.init, state)
 
 
 def _with_backbone(kwargs: dict[str, Any], transformers: Any) -> dict[str, Any]:
@@ -200,7 +246,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     if config.output is not None:
         model.register_forward_hook(partial(_chosen, config.output))
     if config.init is not None:
-        load_part(model, config.init)
+        _init(model, config)
     if config.weights is not None and not (config.arch in LIBRARY and config.weights.is_dir()):
         load_weights(model, config.weights)
     return model.float()  # images are; a folder in half precision is loaded as it is
@@ -260,50 +306,6 @@ def _imported(path: str) -> Any:
     return found
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file or of a torch file (read without unpickling code)."""
-    try:
-        check_regular(path, ModelError)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # timm keeps its command line beside the weights; a namespace runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such weights file") from None
-    except ModelError:
-        raise
-    except Exception as error:  # each reader has its own kinds of error for a broken file
-        # torch advises to run whatever the file holds.
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        reason: object = error
-        if found:
-            reason = f"it holds a {found[1]}, which could run code; save its state dict alone"
-        raise ModelError(f"{path}: cannot be read as weights: {reason}") from error
-    nests = [n for n in _NESTS if isinstance(state, Mapping) and isinstance(state.get(n), Mapping)]
-    if nests:
-        state = state[nests[0]]
-    if len(nests) > 1:
-        log.info("%s: has %s; the first is taken", path, ", ".join(nests))
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ModelError(
-            f"{path}: holds a {type(state).__name__}, expected a mapping from names to tensors"
-        )
-    return dict(state)
-
-
-def _unwrapped(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The state as it is, and without each prefix that wrappers put before every name."""
-    yield state
-    for prefix in _WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
-            yield from _unwrapped({key.removeprefix(prefix): state[key] for key in state})
-
-
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -338,65 +340,6 @@ def stored_statistics(weights: Path) -> tuple[Path, Statistics] | None:
         text = "%s: asks for BGR, and images are RGB here; reverse the first layer's input channels"
         log.warning(text, path)
     return path, (mean, std)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load weights into `model`; every name and shape must fit."""
-    own = model.state_dict()
-    states = _unwrapped(read_state_dict(path))
-    state = max(states, key=lambda state: len(state.keys() & own.keys()))
-    problems = [f"missing in the file: {key}" for key in own if key not in state]
-    problems += [f"unknown to the model: {key}" for key in state if key not in own]
-    problems += [
-        f"{key}: shape {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:12])
-        more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ModelError(f"{path}: does not fit the model ({len(problems)} keys):\n  {shown}{more}")
-    _load(model, state, path)
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(state)
-    except Exception as error:  # of tensors that names and shapes do not tell from others
-        raise ModelError(f"{path}: cannot be loaded into the model: {error}") from None
-
-
-def load_part(model: nn.Module, path: Path) -> None:
-    """Take over what fits by name and shape, such as the backbone of a pretrained network.
-
-    Names are tried as they are, and below each child of the model: the file of a backbone does not
-    know that it is called `backbone` here.
-    """
-    states = list(_unwrapped(read_state_dict(path)))
-    state, own = states[0], model.state_dict()
-
-    def fitting(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            prefix + key: value
-            for key, value in state.items()
-            if prefix + key in own and own[prefix + key].shape == value.shape
-        }
-
-    prefixes = ["", *(f"{name}." for name, _ in model.named_children())]
-    found = max((fitting(prefix, state) for prefix in prefixes for state in states), key=len)
-    if not found:
-        raise ModelError(
-            f"{path}: none of its {len(state)} tensors fits the model by name and shape; "
-            f"the file has {', '.join(list(state)[:3])}, the model {', '.join(list(own)[:3])}"
-        )
-    _load(model, {**own, **found}, path)
-    log.info(
-        "%s: %d of its %d tensors taken over, %d of the model's start from the seed",
-        path,
-        len(found),
-        len(state),
-        len(own) - len(found),
-    )
 
 
 def logits_of(output: Any) -> Tensor:

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from .config import STAGES, Config, Stage
 from .datasets.augment import fit_image
 from .datasets.batches import Normalizer, image_tensor
-from .datasets.folders import IMAGE_SUFFIXES
 from .datasets.images import Mask, Palette, Pixels, read_image
+from .datasets.pairs import IMAGE_SUFFIXES, holds
 from .engine import choose_device
 from .errors import DataError, ModelError, StoppedError
 from .files import write_file
 from .logs import say
-from .models import build_model, load_weights
+from .models import build_model
 from .reading import parse_config
 from .scoring import predict
+from .weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ def _targets(given: Iterable[Path], output: Path) -> dict[Path, list[Path]]:
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
             files = [file for file in files if not file.name.startswith(".")]
         if not files:
-            raise DataError(f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(
+                f"{path}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(path)}"
+            )
         for file in files:
             images[file] = [output / f"{file.stem}{end}.png" for end in ("", "-overlay")]
     if not images:

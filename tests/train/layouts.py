@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from heteroakd_fast.train.datasets.folders import voc_palette
+from heteroakd_fast.train.datasets.published import voc_palette
 
 Values = NDArray[np.uint8]
 

@@ -24,8 +24,9 @@ import heteroakd_fast.train
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import load_data
 from heteroakd_fast.train.datasets.batches import evaluation_batches, training_batches
-from heteroakd_fast.train.datasets.folders import _stems, read_sbd_mask
 from heteroakd_fast.train.datasets.images import FORMATS, read_image, read_mask
+from heteroakd_fast.train.datasets.pairs import read_sbd_mask
+from heteroakd_fast.train.datasets.published import stems_of
 from heteroakd_fast.train.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -193,7 +194,7 @@ def link(target: str) -> Callable[[Path], None]:
     return lambda path: path.symlink_to(target)
 
 
-@pytest.mark.parametrize("read", [read_image, read_mask, read_sbd_mask, _stems])
+@pytest.mark.parametrize("read", [read_image, read_mask, read_sbd_mask, stems_of])
 @pytest.mark.parametrize(
     ("make", "kind"),
     [(os.mkfifo, "a FIFO"), (Path.mkdir, "a directory"), (link("/dev/null"), "a device")],

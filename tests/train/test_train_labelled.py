@@ -65,7 +65,8 @@ def test_the_seed_draws_them(config: Config) -> None:
     assert half is not None
     assert len(half) == round(len(data.train) / 2)
     names = [Path(data.train.name(k)).name for k in (2, 0)]
-    for some in (tuple(names), tuple(Path(name).stem for name in names)):
+    stems = [Path(name).stem for name in names]
+    for some in (tuple(names), tuple(stems), tuple(f"images/{name}" for name in stems)):
         assert labelled_images(data, asked(config, some).data, 0) == (0, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,16 +18,16 @@ from PIL import Image
 from train_helpers import write_pictures
 
 from heteroakd_fast.train.config import DataConfig
-from heteroakd_fast.train.datasets import load_data
-from heteroakd_fast.train.datasets.folders import (
-    _CITYSCAPES_COLOURS,
+from heteroakd_fast.train.datasets import folders, load_data
+from heteroakd_fast.train.datasets.images import SegmentationData
+from heteroakd_fast.train.datasets.pairs import FileSource
+from heteroakd_fast.train.datasets.published import (
     ADE20K,
     CITYSCAPES,
+    CITYSCAPES_COLOURS,
     VOC,
-    FileSource,
     voc_palette,
 )
-from heteroakd_fast.train.datasets.images import SegmentationData
 from heteroakd_fast.train.errors import DataError, DependencyError
 
 
@@ -171,8 +172,8 @@ def test_class_lists() -> None:
     assert [ADE20K[index] for index, _ in some] == [name for _, name in some]
     for names, count in ((CITYSCAPES, 19), (VOC, 21), (ADE20K, 150)):
         assert len(set(names)) == len(names) == count
-    assert len(set(_CITYSCAPES_COLOURS)) == 19
-    assert _CITYSCAPES_COLOURS[5] == (153, 153, 153)
+    assert len(set(CITYSCAPES_COLOURS)) == 19
+    assert CITYSCAPES_COLOURS[5] == (153, 153, 153)
     assert len(set(voc_palette(256))) == 256
 
 
@@ -344,7 +345,11 @@ def test_a_bad_file_is_named(
 
 
 @PUBLISHED
-def test_only_the_first_few_are_read_unless_asked(tmp_path: Path, kind: str) -> None:
+def test_only_a_sample_is_read_unless_asked(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_SAMPLE", 4)
+    caplog.set_level(logging.INFO)
     root = tree(kind, tmp_path)
     image, mask = (root / name for name in TRAIN_FILES[kind])
     lists = root / "ImageSets" / "Segmentation"
@@ -361,11 +366,62 @@ def test_only_the_first_few_are_read_unless_asked(tmp_path: Path, kind: str) -> 
         if kind == "voc":
             with (lists / "train.txt").open("a") as file:
                 file.write(f"{names[0].stem}\n")
-    broken = names[1]
-    broken.write_bytes(b"")
-    assert len(load(kind, root).train) == 8
-    with pytest.raises(DataError, match=broken.name):
+    data = load(kind, root)
+    assert (len(data.train), data.surveys) == (8, None)
+    assert "a sample of the 8 images for training: 4 images, RGB" in caplog.text
+    assert "in no mask" not in caplog.text
+    # Evenly spread: the last is in it, the one before is not.
+    before, last = (mask for _, mask in data.train.pairs[-2:])  # type: ignore[attr-defined]
+    before.write_bytes(b"")
+    load(kind, root)
+    with pytest.raises(DataError, match=before.name):
         load(kind, root, check=True)
+    last.write_bytes(b"")
+    with pytest.raises(DataError, match=last.name):
+        load(kind, root)
+
+
+@PUBLISHED
+def test_archives_may_have_folders_around(tmp_path: Path, kind: str) -> None:
+    root = tree(kind, tmp_path / "x" / "archive")
+    top = tmp_path / "x"
+    assert len(load(kind, top).train) == 3
+    if kind == "cityscapes":  # one around each of its archives
+        for name in ("leftImg8bit", "gtFine"):
+            (top / f"{name}_trainvaltest").mkdir()
+            (root / name).rename(top / f"{name}_trainvaltest" / name)
+        assert len(load(kind, top).train) == 3
+
+
+def test_what_is_there_instead_is_named(tmp_path: Path) -> None:
+    root = write_cityscapes(tmp_path)
+    (root / "gtFine").rename(root / "gtCoarse")
+    (root / "gtFine_trainvaltest.zip").touch()
+    with pytest.raises(
+        DataError,
+        match=r"gtFine/train: no such folder.*; \S+ holds gtCoarse, gtFine_trainvaltest.zip, "
+        r"leftImg8bit \(unpack gtFine_trainvaltest.zip\)$",
+    ):
+        load("cityscapes", root)
+    (root / "gtCoarse").rename(root / "gtFine")
+    for path in root.rglob("*labelIds.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"labelIds\.png \(and 2 more\); there is aachen\S+_color"):
+        load("cityscapes", root)
+
+
+@pytest.mark.parametrize(
+    "line", ["\ufeff{0}\r", "C:\\data\\JPEGImages\\{0}.jpg", '"{0}.jpg"', "{0}.jpg,{0}.png"]
+)
+def test_lists_as_people_write_them(tmp_path: Path, line: str) -> None:
+    root = write_voc(tmp_path)
+    path = root / "ImageSets" / "Segmentation" / "train.txt"
+    lines = [line.format(stem) for stem in layouts.VOC_TRAIN]
+    path.write_text("\n".join(lines[:1] + [text.lstrip("\ufeff") for text in lines[1:]]), "utf-8")
+    assert stems(load("voc", root).train) == list(layouts.VOC_TRAIN)
+    path.write_text("\n".join([*layouts.VOC_TRAIN, layouts.VOC_VAL[0]]))
+    with pytest.raises(DataError, match=r"2007_v0\.jpg: is listed for training and for validation"):
+        load("voc", root)
 
 
 @PUBLISHED

@@ -19,13 +19,13 @@ from heteroakd_fast.train.models import (
     build_model,
     check_logits,
     count_parameters,
-    load_weights,
     logits_of,
 )
 from heteroakd_fast.train.objectives import DistillObjective, PlainObjective
 from heteroakd_fast.train.parallel import dry_run
 from heteroakd_fast.train.reading import load_config
 from heteroakd_fast.train.taps import FeatureTap, probe_channels
+from heteroakd_fast.train.weights import load_weights
 
 
 def custom(num_classes: int, hidden: int = 4) -> nn.Module:
@@ -158,7 +158,7 @@ def test_weights_in_the_folder_layout_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["unet", "test_train_models:custom"])
 def test_a_folder_is_no_weights_file(tmp_path: Path, arch: str) -> None:
     """A teacher that silently stays untrained would teach all the same."""
-    with pytest.raises(ModelError, match="got a directory, expected a regular file"):
+    with pytest.raises(ModelError, match="holds no weights; name one file"):
         build_model(ModelConfig(arch=arch, weights=tmp_path, steps=0), 3, seed=0)
 
 

@@ -18,9 +18,9 @@ from train_helpers import write_pictures
 from heteroakd_fast.train.cli import main
 from heteroakd_fast.train.config import DataConfig
 from heteroakd_fast.train.datasets import load_data, survey
-from heteroakd_fast.train.datasets.folders import FileSource
 from heteroakd_fast.train.datasets.images import SegmentationData, Source, read_image, read_mask
 from heteroakd_fast.train.datasets.landcover import Tiles
+from heteroakd_fast.train.datasets.pairs import FileSource
 from heteroakd_fast.train.datasets.splits import keep_split
 from heteroakd_fast.train.errors import DataError
 
@@ -127,6 +127,134 @@ def test_hidden_and_other_files(root: Path, caplog: pytest.LogCaptureFixture) ->
     assert "images: 4 of 10 left out because of the suffix (q0.gif, q1.gif, q2.gif ...)" in said[0]
 
 
+def moved(root: Path, change: Any) -> None:
+    """Every image and mask to where `change` says, of its folder and name."""
+    for kind in ("images", "masks"):
+        for path in sorted((root / kind).iterdir()):
+            target = root / change(kind, path.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        if not any((root / kind).iterdir()):
+            (root / kind).rmdir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kind, name: f"{kind}/{int(name[1]) % 2}/{name}",
+        lambda kind, name: f"{kind}/{name[1]}/a/image.png",
+        lambda kind, name: f"{kind.title()}/{name}",
+        lambda kind, name: f"{'imgs' if kind == 'images' else 'gt'}/{name}",
+        lambda kind, name: f"images/{name if kind == 'images' else name[:2] + '_mask.png'}",
+        lambda kind, name: name if kind == "images" else f"{name[:2]}_mask.png",
+        lambda kind, name: name if kind == "images" else f"masks/{name}",
+    ],
+    ids=["subfolders", "same names", "capitals", "other words", "together", "flat", "root"],
+)
+def test_other_customary_folders(root: Path, change: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def read(data: SegmentationData) -> set[tuple[bytes, bytes]]:
+        pairs = [*map(data.train.read, range(len(data.train)))]
+        pairs += map(data.val.read, range(len(data.val)))
+        return {(image.tobytes(), mask.tobytes()) for image, mask in pairs}
+
+    before = read(load(root))
+    moved(root, change)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (next(root.rglob("*.png")).parent / name).touch()
+    assert read(load(root)) == before
+    assert not said(caplog, logging.WARNING)
+
+
+def test_links(root: Path) -> None:
+    (root / "images").rename(root.parent / "elsewhere")
+    (root / "images").mkdir()
+    (root / "images" / "a").symlink_to(root.parent / "elsewhere")
+    (root / "images" / "a" / "loop").symlink_to(root / "images")
+    moved(root, lambda kind, name: f"{kind}/{name if kind == 'images' else 'a/' + name}")
+    assert len(names(load(root).train)) == 5
+    (root / "images" / "a" / "p1.png").unlink()
+    (root / "images" / "a" / "p1.png").symlink_to("nothing.png")
+    with pytest.raises(DataError, match=r"p1\.png: cannot be read as an image: .* link to nothing"):
+        load(root)
+
+
+def all_masks_as(name: str) -> Any:
+    def change(root: Path) -> None:
+        for path in list((root / "masks").iterdir()):
+            path.rename(path.with_name(name.format(path.stem)))
+
+    return change
+
+
+def nothing_but(name: str) -> Any:
+    def change(root: Path) -> None:
+        for path in (root / "masks").iterdir():
+            path.unlink()
+        (root / "masks" / name).touch()
+
+    return change
+
+
+def zipped(root: Path) -> None:
+    (root / "images").rename(root.parent / "x")
+    (root / "images.zip").touch()
+
+
+def images_as(suffix: str) -> Any:
+    def change(root: Path) -> None:
+        for path in list((root / "images").iterdir()):
+            path.rename(path.with_suffix(suffix))
+
+    return change
+
+
+def labelme(root: Path) -> None:
+    (root / "masks").rename(root.parent / "x")
+    for index in range(6):
+        (root / "images" / f"p{index}.json").touch()
+
+
+def one_deeper(root: Path) -> None:
+    moved(root, lambda kind, name: f"deeper/{kind}/{name}")
+
+
+def subfolders_of_images(root: Path) -> None:
+    moved(root, lambda kind, name: f"{kind}/{'a/' * (kind == 'images')}{name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (all_masks_as(f"{{}}.{suffix}"), rf"there is p0\.{suffix}, which is not read: export")
+            for suffix in ("npy", "npz", "mat", "txt", "json", "xml")
+        ),
+        (nothing_but("coco.json"), r"masks holds coco\.json, which is not read: export"),
+        (labelme, r"masks: no such folder; .*6 of 12 left out .*p0\.json"),
+        (zipped, r"images: no such folder; .*holds images\.zip, masks \(unpack images\.zip\)"),
+        (images_as(".gif"), r"images: 6 of 6 left out because of the suffix .*expected \.bmp"),
+        (one_deeper, r"images: no such folder; .* holds deeper$"),
+        (subfolders_of_images, r"a/p0\.png: has no mask .*masks/a/p0\.png"),
+    ],
+)
+def test_what_is_no_mask_is_told_in_one_message(
+    root: Path, change: Any, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(root)
+    with pytest.raises(DataError, match=message):
+        load(root)
+    assert not said(caplog, logging.WARNING)
+
+
+def test_capitals_and_other_numbers(root: Path) -> None:
+    (root / "masks" / "p0.png").rename(root / "masks" / "P0.PNG")
+    with pytest.raises(DataError, match=r"p0\.png: has no mask .*; there is P0\.PNG: capitals"):
+        load(root)
+    (root / "masks" / "P0.PNG").rename(root / "masks" / "p00.png")
+    with pytest.raises(DataError, match=r"p0\.png: has no mask (?!.*p00)"):
+        load(root)
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_accents_in_names(root: Path, forms: tuple[str, str]) -> None:
     for folder, form in zip(("images", "masks"), forms, strict=True):
@@ -153,6 +281,51 @@ def test_files_that_come_later_move_no_other(tmp_path: Path) -> None:
     assert 5 <= len(after.val) <= 15
 
 
+@pytest.mark.parametrize("place", [".", "splits", "ImageSets/Segmentation"])
+@pytest.mark.parametrize(
+    "line", ["{}", "{}.png\r", "/somewhere/else/images/{}.png", "images/{0}.png masks/{0}.png"]
+)
+def test_lists_split_a_folder(
+    root: Path, place: str, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / place).mkdir(parents=True, exist_ok=True)
+    for index in (0, 5):
+        for kind in ("images", "masks"):
+            (root / kind / f"p{index}.png").rename(root / kind / f"p {index}.png")
+    lists = [root / place / "train.txt", root / place / "val.txt"]
+    lists[0].write_text("\n".join(line.format(name) for name in ("p 0", "p2", "p3", "p2")))
+    load(root)
+    assert "there is no train.txt and val.txt" in said(caplog, logging.WARNING)
+    lists[1].write_text("\ufeff" + "\n".join(line.format(name) for name in ("p4", "p 5")) + "\n\n")
+    (root / "masks" / "p1.png").unlink()  # in none of them
+    data = load(root)
+    assert names(data.train) == ["p 0.png", "p2.png", "p3.png"]
+    assert names(data.val) == ["p 5.png", "p4.png"]
+    lists[1].write_text("p4\np9\np8\n")
+    with pytest.raises(
+        DataError, match=r"val\.txt: names p9 \(and 1 more\), and .*images holds no"
+    ):
+        load(root)
+    lists[1].write_text("p4", encoding="utf-16")
+    with pytest.raises(DataError, match=r"val\.txt: cannot be read as a list of images \(UTF-8\)"):
+        load(root)
+    lists[1].write_text("p4\np2\n")
+    with pytest.raises(DataError, match=r"p2\.png: is listed for training and for validation"):
+        load(root)
+
+
+def test_images_in_both_splits_are_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    moved(root, lambda kind, name: f"{'train' if int(name[1]) < 4 else 'val'}/{kind}/{name}")
+    load(root)
+    assert not said(caplog, logging.WARNING)
+    for kind in ("images", "masks"):
+        (root / "val" / kind / "z.png").write_bytes((root / "train" / kind / "p1.png").read_bytes())
+    load(root)
+    assert "1 images are both in training and in validation (z.png)" in said(
+        caplog, logging.WARNING
+    )
+
+
 def test_the_split_is_kept_with_the_run(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +333,16 @@ def test_the_split_is_kept_with_the_run(
     keep_split(load(root), root, path)
     lines = path.read_text().splitlines()
     assert (len(lines), "train images/p0.png" in lines, len(set(lines))) == (6, True, 6)
+    keep_split(load(root), root, path)
+    for kind in ("images", "masks"):
+        (root / kind / "p1.png").rename(root / kind / "a\nb.png")
+    path.unlink()
+    for _ in range(2):
+        keep_split(load(root), root, path)
+    assert "images/a\\nb.png\n" in path.read_text()
+    for kind in ("images", "masks"):
+        (root / kind / "a\nb.png").rename(root / kind / "p1.png")
+    path.unlink()
     keep_split(load(root), root, path)
     assert not said(caplog, logging.WARNING)
     for kind in ("images", "masks"):
@@ -252,6 +435,15 @@ def test_pages(tmp_path: Path, read: Any) -> None:
     assert read(path).shape[:2] == (2, 2)
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_frames(tmp_path: Path, read: Any, suffix: str) -> None:
+    pages, path = [Image.fromarray(GREY // k) for k in (1, 2)], tmp_path / f"image.{suffix}"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    with pytest.raises(DataError, match=rf"a {suffix.upper()} of 2 frames, expected one"):
+        read(path)
+
+
 def repaint(root: Path, paint: Any, suffix: str = "png") -> None:
     for path in list((root / "images").iterdir()):
         values = paint(np.asarray(Image.open(path)).mean(2))
@@ -293,6 +485,12 @@ LISTS = {
     "names first": "# ours\nroad 128 64 128\nside walk 244 35 232\nhouse 70 70 70\nvoid 0 0 0\n",
     "names last": "128 64 128\troad\n244 35 232\tside walk\n70 70 70\thouse\n0 0 0\tvoid\n",
     "comma": "name,r,g,b\nroad,128,64,128\nside walk,244,35,232\nhouse,70,70,70\nvoid,0,0,0\n",
+    "BOM": "\ufeffroad 128 64 128\r\n\r\nside walk 244 35 232\r\nhouse 70 70 70\r\nvoid 0 0 0\r\n",
+    "ends": 'road,128,64,128,\n"side walk",244,35,232,\nhouse,70,70,70,\nvoid,0,0,0,\n',
+    "hex": "road #804080\nside walk #F423E8\nhouse: #464646\nvoid #000000\n",
+    "brackets": "road: [128, 64, 128]\nside walk: (244, 35, 232)\nhouse: [70,70,70]\nvoid [0,0,0]",
+    "numbers": "0\troad\t128\t64\t128\n1 side walk 244 35 232\n2 house 70 70 70\n3 void 0 0 0\n",
+    "numbers first": "0 128 64 128 road\n1 244 35 232 side walk\n2 70 70 70 house\n3 0 0 0 void\n",
 }
 
 
@@ -348,7 +546,7 @@ def test_palettes_that_do_not_fit(root: Path, options: dict[str, Any], message: 
 def test_binary_masks_in_black_and_white(root: Path) -> None:
     expected = load(root).train.read(0)[1] == 1
     remask(root, lambda mask: (mask == 1) * np.uint8(255))
-    with pytest.raises(DataError, match=r"hold 0 and 255 alone.*never occurs.*data\.palette"):
+    with pytest.raises(DataError, match=r"no other class: 0 and 255 alone.*data\.palette"):
         load(root, num_classes=2)
     mask = load(root, num_classes=2, palette=((0, 0, 0), (255, 255, 255))).train.read(0)[1]
     np.testing.assert_array_equal(mask, expected)
@@ -374,6 +572,52 @@ def test_class_ids_in_other_modes(root: Path, form: Any) -> None:
         path.unlink()
         Image.fromarray(values).save(path.with_suffix(".tif"))
     np.testing.assert_array_equal(load(root).train.read(0)[1], before)
+
+
+def test_masks_in_the_alpha_channel(root: Path) -> None:
+    remask(root, lambda mask: np.stack([mask * 0] * 3 + [mask], 2))
+    with pytest.raises(DataError, match=r"p0\.png: a mask of one colour, .* its alpha channel"):
+        load(root)
+
+
+def test_masks_that_are_to_be_turned(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in (root / "masks").iterdir():
+        Image.open(path).save(path, exif=exif)
+    with pytest.raises(DataError, match=r"p0\.png: a mask with an EXIF orientation, expected none"):
+        load(root)
+
+
+def test_palettes_that_number_colours_by_themselves(root: Path) -> None:
+    """As `convert("P")` and editors write them; grey levels and other palettes are fine."""
+    colours = [(10, 20, 30), (40, 50, 60), (70, 80, 90)]
+    for number, path in enumerate(sorted((root / "masks").iterdir())):
+        image = Image.open(path).point(lambda value: min(value, 2))
+        image.putpalette([channel for colour in colours for channel in colour])
+        image.save(path)
+        if number == 4:
+            load(root)
+            colours.insert(0, colours.pop())
+    with pytest.raises(
+        DataError, match=r"\d\.png: the colour \[.*\] has the index \d, but \d in p\d.png.*palette"
+    ):
+        load(root)
+    load(root, palette=tuple(colours))
+
+
+def test_values_that_mean_something_else(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remask(root, lambda mask: np.where(mask < 3, mask + 1, mask).astype(np.uint8))
+    with pytest.raises(DataError, match=r"value 3 .*; data\.num_classes, data\.ignore_index and"):
+        load(root)
+    load(root, num_classes=4)
+    assert "class 0: in no mask at all (where classes begin with 1, set" in caplog.text
+    load(root, reduce_zero_label=True)
+    remask(root, lambda mask: mask * 0)
+    with pytest.raises(
+        DataError, match="hold class 0 and no other class, so that there is nothing"
+    ):
+        load(root)
 
 
 def test_masks_as_jpeg(root: Path) -> None:
@@ -472,7 +716,7 @@ def test_published_data_from_a_mac(
     with caplog.at_level(logging.INFO, "heteroakd_fast.train"):
         data = load_data(DataConfig(kind=kind, root=folder))
     assert (len(data.train), len(data.val)) == (3, 2)
-    assert "the first of training: 3 images, RGB from 0 to " in said(caplog, logging.INFO)
+    assert "training: 3 images, RGB from 0 to " in said(caplog, logging.INFO)
 
 
 def test_tiles_are_described_too() -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -106,11 +107,210 @@ class Settings:
     """Whatever a training loop keeps beside its weights."""
 
 
-def test_weights_that_would_run_code(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "settings": Settings()}, tmp_path / "w.pt")
+def test_what_could_run_code_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("code of the file was run")
+
+    caplog.set_level(logging.INFO)
     config = ModelConfig(arch="unet", steps=1, weights=tmp_path / "w.pt")
-    with pytest.raises(ModelError, match=r"holds a .*Settings, .* save its state dict alone$"):
+    source = build_model(config.model_copy(update={"weights": None}), 3, seed=1)
+    beside = {"settings": Settings(), "log": tmp_path, "best": np.float64(0.5)}
+    saved = {"state_dict": source.state_dict(), "hyper_parameters": beside}
+    torch.save(saved, tmp_path / "w.pt")
+    monkeypatch.setattr(Settings, "__new__", refuse)
+    same_weights(build_model(config, 3, seed=2).state_dict(), source.state_dict())
+    assert "scalar, numpy.dtype, pathlib.PosixPath and 1 more are left out" in caplog.text
+    monkeypatch.undo()
+    for content in (Settings(), source):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(ModelError, match=r"holds a .*(Settings|UNet), .* state dict alone$"):
+            build_model(config, 3, seed=0)
+    torch.save(saved, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelError, match="which could run code"):
         build_model(config, 3, seed=0)
+
+
+def zipped(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"content")
+
+
+def shorter(path: Path, state: State) -> None:
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)  # type: ignore[operator]
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def changed_weights(change: Callable[[Tensor], Tensor]) -> Callable[[Path, State], None]:
+    return lambda path, state: torch.save(
+        {k: change(v) if v.is_floating_point() else v for k, v in state.items()}, path
+    )
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n"
+
+
+@pytest.mark.parametrize("key", ["weights", "init"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.pth", LFS, "got a Git LFS pointer and not the file: run `git lfs pull`"),
+        ("w.safetensors", LFS, "got a Git LFS pointer"),
+        ("w.pth", b"\n<!DOCTYPE html><html>", "got an HTML or XML page.*download the file again"),
+        ("w.pth", b"", "got an empty file"),
+        ("w.h5", b"\x89HDF\r\n\x1a\n", "got HDF5"),
+        ("w.onnx", b"\x08\x07\x12\x07pytorch", "got ONNX"),
+        ("w.pkl", b"\x80\x04\x95\x0b.", "neither safetensors nor a state dict"),
+        ("w.bin", bytes(range(200)), "neither safetensors nor a state dict"),
+        ("w.zip", lambda path, _: zipped(path, "w.pth"), "a zip archive of w.pth: unpack"),
+        (
+            "w.pt",
+            lambda path, _: zipped(path, "w/constants.pkl"),
+            "got a TorchScript program: save",
+        ),
+        ("w.pth", shorter, "got an archive that is cut short"),
+        ("w.safetensors", shorter, "damaged or cut short"),
+        ("w.pth", lambda path, _: torch.save({}, path), "holds no tensor"),
+        ("w.pth", lambda path, _: torch.save({"state_dict": {}, "a": 1}, path), "has no weights"),
+        (
+            "w.pth",
+            lambda path, state: torch.save({"g": state, "d": state}, path),
+            r"has weights in g, d .*, expected a mapping",
+        ),
+        ("w.pth", changed_weights(lambda v: v.to(torch.int8)), "int8.*expected dense floats"),
+        ("w.pth", changed_weights(lambda v: v.to("meta")), "no content"),
+        ("w.pth", changed_weights(lambda v: v * torch.nan), "not finite in classifier"),
+    ],
+)
+def test_files_that_hold_no_weights(
+    tmp_path: Path, name: str, content: Any, message: str, key: str
+) -> None:
+    config, path = ModelConfig(arch="unet", steps=1), tmp_path / name
+    state = build_model(config, 3, seed=1).state_dict()
+    path.write_bytes(content) if isinstance(content, bytes) else content(path, state)
+    config = config.model_copy(update={key: path})
+    with pytest.raises(ModelError, match=f"^{path}: .*{message}") as caught:
+        build_model(config, 3, seed=0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path, state: save_file(state, path / "w.pth"),
+        lambda path, state: torch.save(state, path / "w.safetensors"),
+        lambda path, state: torch.save(
+            {"model": state} | {"optimizer": {"state": {}, "param_groups": []}}, path / "w.pth"
+        ),
+        lambda path, state: torch.save({"epoch": 1, "model_state_dict": state}, path / "w.pth"),
+        lambda path, state: torch.save({"net": state, "acc": 0.5}, path / "w.pth"),
+        lambda path, state: torch.save(
+            {"state_dict": {k: v * 0 for k, v in state.items()}, "ema_state_dict": state},
+            path / "w.pth",
+        ),
+        lambda path, state: torch.save(
+            {**prefixed("model.", state), "criterion.weight": torch.ones(3)}, path / "w.pth"
+        ),
+        lambda path, state: torch.save(
+            {**prefixed("module.", state), "n_averaged": torch.tensor(3)}, path / "w.pth"
+        ),
+        lambda path, state: torch.save(
+            state | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
+            path / "w.pth",
+        ),
+        lambda path, state: torch.save(
+            {k: v for k, v in state.items() if "num_batches" not in k}, path / "w.pth"
+        ),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_weights_in_other_customary_forms(tmp_path: Path, save: Any, folder: bool) -> None:
+    config = ModelConfig(arch="unet", steps=1)
+    source = build_model(config, 3, seed=1).state_dict()
+    save(tmp_path, source)
+    (path,) = tmp_path.iterdir()
+    (tmp_path / "notes.txt").touch()
+    there = config.model_copy(update={"weights": tmp_path if folder else path})
+    same_weights(build_model(there, 3, seed=2).state_dict(), source)
+
+
+def test_weights_in_shards(tmp_path: Path) -> None:
+    config = ModelConfig(arch="unet", steps=1)
+    source = build_model(config, 3, seed=1).state_dict()
+    shards: list[State] = [{}, {}]
+    for number, (name, value) in enumerate(source.items()):
+        shards[number % 2][name] = value
+    places = {name: f"w-{k}.safetensors" for k, shard in enumerate(shards) for name in shard}
+    for k, shard in enumerate(shards):
+        save_file(shard, tmp_path / f"w-{k}.safetensors")
+    there = config.model_copy(update={"weights": tmp_path})
+    with pytest.raises(ModelError, match="holds w-0.safetensors, w-1.safetensors; name one file"):
+        build_model(there, 3, seed=2)
+    (tmp_path / "w.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    same_weights(build_model(there, 3, seed=2).state_dict(), source)
+    (tmp_path / "w-1.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"index\.json: names w-1.safetensors, which .* lacks"):
+        build_model(there, 3, seed=2)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """What save_pretrained writes."""
+    config = ModelConfig(arch="segformer", kwargs=SEGFORMER, steps=1)
+    build_model(config, 3, seed=1).save_pretrained(tmp_path / "w")  # type: ignore[operator]
+    return tmp_path / "w"
+
+
+def rewritten(**values: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json that can be read"),
+        (rewritten(model_type="dpt"), "describes a 'dpt', expected 'segformer'"),
+        (rewritten(quantization_config={"quant_method": "gptq"}), "describes quantised weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(LFS), "got a Git LFS pointer"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read as a folder of t"),
+    ],
+)
+@pytest.mark.parametrize("key", ["weights", "init"])
+def test_folders_of_transformers_that_cannot_be_used(
+    written: Path, damage: Any, message: str, key: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(written)
+    config = ModelConfig(arch="segformer", kwargs=SEGFORMER, steps=1, **{key: written})
+    with pytest.raises(ModelError, match=message) as caught:
+        build_model(config, 3, seed=0)
+    assert str(caught.value).startswith(str(written))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pretrained_part_in_a_folder_of_transformers(
+    written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = ModelConfig(arch="segformer", kwargs=SEGFORMER, steps=1)
+    whole = build_model(config, 3, seed=1)
+    whole.segformer.save_pretrained(tmp_path / "part")  # type: ignore[union-attr,operator]
+    for folder, classes, beside in ((written, 5, 2), (tmp_path / "part", 3, 16)):
+        model = build_model(config.model_copy(update={"init": folder}), classes, seed=2)
+        same_weights(
+            model.segformer.state_dict(),
+            whole.segformer.state_dict(),  # type: ignore[union-attr,operator]
+        )
+        assert f", {beside} of the model's start from the seed" in caplog.text
+    # A file knows the names of the version that wrote it alone.
+    file = config.model_copy(update={"weights": written / "model.safetensors"})
+    with pytest.raises(ModelError, match="give its folder, whose names are translated"):
+        build_model(file, 3, seed=2)
 
 
 # -- mean and std --------------------------------------------------------------------------------

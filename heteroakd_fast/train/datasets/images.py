@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 from ..files import check_regular
@@ -42,6 +42,8 @@ class Form(NamedTuple):
     """The value that is white."""
     least: float
     greatest: float
+    turned: bool = False
+    """Whether its EXIF orientation turns it."""
 
 
 class Source(Protocol):
@@ -92,15 +94,22 @@ def _opened(name: Path | str, what: str, content: bytes | None) -> Iterator[Imag
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(name if content is None else io.BytesIO(content), formats=FORMATS)
         with image:
-            if image.format == "TIFF" and (pages := _pages(image)) > 1:
+            # JPEGs of phones may have a second picture (MPO); the first is the one that counts.
+            frames = {"TIFF": _pages, "PNG": _frames, "WEBP": _frames}.get(image.format or "")
+            if frames and (count := frames(image)) > 1:
+                kind = "pages" if image.format == "TIFF" else "frames"
                 raise DataError(
-                    f"{name}: a TIFF of {pages} pages, expected one; save each by itself"
+                    f"{name}: a {image.format} of {count} {kind}, expected one; save each by itself"
                 )
             yield image
     except DataError:
         raise
     except Exception as error:  # decoders let through whatever a broken file makes them meet
         reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror + " (a link to nothing)" * Path(name).is_symlink()
+        elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            reason = f"{reason.rstrip('.')}; cut it into smaller ones"
         if isinstance(error, UnidentifiedImageError):
             if content is None:
                 with Path(name).open("rb") as file:
@@ -112,9 +121,13 @@ def _opened(name: Path | str, what: str, content: bytes | None) -> Iterator[Imag
         raise DataError(f"{name}: cannot be read as {what}: {reason}") from None
 
 
+def _frames(image: Image.Image) -> int:
+    return getattr(image, "n_frames", 1)
+
+
 def _pages(image: Image.Image) -> int:
     count = 0
-    for index in range(getattr(image, "n_frames", 1)):
+    for index in range(_frames(image)):
         image.seek(index)
         count += not image.tag_v2.get(254, 0) & _COPY  # type: ignore[attr-defined]
     image.seek(0)
@@ -139,9 +152,16 @@ def read_image(name: Path | str, content: bytes | None = None) -> Pixels:
 def read_form(name: Path | str, pixels: Pixels) -> Form:
     """How a file stores the image that was read from it as `pixels`."""
     with _opened(name, "an image", None) as image:
+        form = Form(image.mode, 255, int(pixels.min()), int(pixels.max()))
         if image.mode in _FULL:
-            return _deep(name, image.mode, np.asarray(image))
-        return Form(image.mode, 255, int(pixels.min()), int(pixels.max()))
+            form = _deep(name, image.mode, np.asarray(image))
+        return form._replace(turned=_orientation(image) != 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    with contextlib.suppress(Exception):  # EXIF data that cannot be read name none
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def _deep(name: Path | str, mode: str, values: NDArray[Any]) -> Form:
@@ -172,16 +192,26 @@ def read_mask(
             )
         mode = image.mode
         values = np.asarray(image if colours is None else image.convert("RGB"))
+        if _orientation(image) != 1:
+            raise DataError(
+                f"{name}: a mask with an EXIF orientation, expected none; save it as it is to be "
+                "seen"
+            )
     if colours is not None:
         return _places(name, values, colours)
     # "P": the palette index is the class, whatever its colour. Alpha means nothing.
+    if mode in ("LA", "RGBA") and _plain(values[..., :-1]) and not _plain(values[..., -1:]):
+        raise DataError(
+            f"{name}: a mask of one colour, with what it shows in its alpha channel; save that as "
+            "grey"
+        )
     grey = mode in ("RGB", "RGBA") and (values[..., :1] == values[..., 1:3]).all()
     if grey or mode in ("LA", "PA"):
         values = values[..., 0]
     if values.ndim != 2 or (values.dtype.kind == "f" and not (values == np.rint(values)).all()):
         raise DataError(
             f"{name}: a mask of mode {mode}, expected class ids in one channel (grey or palette); "
-            "where colours stand for classes, set data.palette"
+            'where colours stand for classes, set data.palette (only for data.kind = "folder")'
         )
     # "1" (bilevel) arrives as booleans.
     return values.astype(np.uint8 if values.dtype in (np.bool_, np.uint8) else np.int64, copy=False)
@@ -198,9 +228,21 @@ def _places(name: Path | str, rgb: Pixels, colours: Palette) -> Mask:
         raise DataError(
             f"{name}: has the colour {rgb[wrong][0].tolist()} ({wrong.sum()} pixels), which "
             f"data.palette ({len(colours)} colours) does not; colours without a class go after the "
-            "first data.num_classes"
+            "first data.num_classes, and where edges are smoothed or colours approximate (JPEG), "
+            "export the masks again"
         )
     return places
+
+
+def _plain(values: NDArray[Any]) -> bool:
+    return bool((values == values[:1, :1]).all())
+
+
+def indexed_colours(name: Path | str) -> list[tuple[int, ...]]:
+    """The colours of the indices of a palette file; none of another."""
+    with _opened(name, "a mask", None) as image:
+        flat = (image.getpalette() or []) if image.mode == "P" else []
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
 def palette_of(text: str) -> Palette:

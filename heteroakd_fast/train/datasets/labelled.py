@@ -103,14 +103,22 @@ def balanced_weights(source: Source, num_classes: int) -> tuple[float, ...]:
 
 
 def _named(source: Source, there: tuple[int, ...], names: tuple[str, ...]) -> tuple[int, ...]:
-    known: dict[str, int] = {}
+    """The images of these names or ends of paths, with or without suffix."""
+    known: dict[str, list[tuple[int, Path]]] = {}
     for index in there:
         path = Path(unicodedata.normalize("NFC", source.name(index)))
-        known |= {path.stem: index, path.name: index}
-    names = tuple(unicodedata.normalize("NFC", name) for name in names)
-    if unknown := [name for name in names if name not in known]:
-        raise DataError(
-            f"data.labelled names {unknown[0]!r}, and no training image with a mask is called so "
-            f"(there are {', '.join(sorted(Path(source.name(i)).name for i in there[:3]))} ...)"
-        )
-    return tuple(sorted({known[name] for name in names}))
+        for form in (path, path.with_suffix("")):
+            known.setdefault(form.name, []).append((index, form))
+    found: set[int] = set()
+    for name in names:
+        wanted = Path(unicodedata.normalize("NFC", name))
+        parts = wanted.parts
+        alike = {i for i, p in known.get(wanted.name, ()) if p.parts[-len(parts) :] == parts}
+        if not alike:
+            shown = ", ".join(sorted(Path(source.name(index)).name for index in there[:3]))
+            raise DataError(
+                f"data.labelled names {name!r}, and no training image with a mask is called so "
+                f"(there are {shown} ...)"
+            )
+        found |= alike
+    return tuple(sorted(found))

@@ -16,7 +16,7 @@ def keep_split(data: SegmentationData, root: Path, path: Path) -> None:
     """Write the split that a run begins with to `path`, a line `train NAME` or `val NAME` for each
     image; where there is one already, say how this one differs."""
     split = {
-        Path(source.name(index)).relative_to(root).as_posix(): part
+        Path(source.name(index)).relative_to(root).as_posix().replace("\n", "\\n"): part
         for part, source in (("train", data.train), ("val", data.val))
         for index in range(len(source))
     }

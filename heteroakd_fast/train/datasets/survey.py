@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import DataError, UserError
+from ..errors import DataError, UserError, shortened
 from ..files import cache_folder, write_file
 from .images import SegmentationData, Source, read_form
 
 Pair = tuple[Path, Path | None]  # of an image and its mask
 
-_VERSION = 1  # of what the cache holds
+_VERSION = 2  # of what the cache holds
 _MOMENT = 2.0  # what is scanned in fewer seconds is not kept
 _DARK = 32  # of 255
 _MUCH_IGNORED = 0.1
@@ -36,6 +36,10 @@ class Survey(NamedTuple):
     """Width, height, and the first image that has them."""
     pixels: list[int]
     """Of each class; the last: of none."""
+    turned: int
+    """Images that their EXIF orientation turns."""
+    seen: dict[str, str]
+    """A digest of the pixels of each image that is not of one colour, and the image."""
 
     @property
     def ignored(self) -> float:
@@ -53,22 +57,21 @@ class Survey(NamedTuple):
             f"{mode} from {least:g} to {greatest:g} of {full:g}"
             for mode, full, least, greatest in self.forms
         ]
-        sizes = [f"{width} x {height}" for width, height, _ in self.sizes]
-        more = f" and {len(sizes) - _SHOWN} more sizes" if len(sizes) > _SHOWN else ""
-        shown = f"{', '.join(forms)}; {', '.join(sizes[:_SHOWN])}{more}".removeprefix("; ")
-        return f"{split}: {self.images} images, {shown} pixels"
+        sizes = shortened([f"{width} x {height}" for width, height, _ in self.sizes], _SHOWN)
+        shown = f"{', '.join(forms)}; {sizes}".removeprefix("; ")
+        turned = f" ({self.turned} turned as their EXIF data say)" if self.turned else ""
+        return f"{split}: {self.images} images{turned}, {shown} pixels"
 
 
-def survey(
-    source: Source, classes: int, files: Sequence[Pair] | None = None, key: str = ""
-) -> Survey:
-    """Read all images and masks of a source, or those of its first `files`; what took a while is
-    kept in the cache, by names, sizes and times of the files, and by `key`: whatever else decides.
+def survey(source: Source, classes: int, key: str = "") -> Survey:
+    """Read all images and masks of a source. Of files, what took a while is kept in the cache, by
+    their names, sizes and times, and by `key`: whatever else decides.
 
     Raises:
         DataError: one cannot be read.
     """
-    path = None if files is None else _cache_path(files, f"{_VERSION} {classes} {key}")
+    files: Sequence[Pair] = getattr(source, "pairs", ())
+    path = _cache_path(files, f"{_VERSION} {classes} {key}") if files else None
     if path is not None:
         with suppress(OSError, ValueError, TypeError):
             return Survey(**json.loads(path.read_bytes()))
@@ -76,20 +79,24 @@ def survey(
     forms: dict[str, list[str | float]] = {}
     sizes: dict[tuple[int, int], list[str | int]] = {}
     pixels = np.zeros(classes + 1, np.int64)
-    count = len(source) if files is None else len(files)
-    for index in range(count):
+    turned, seen = 0, {}
+    for index in range(len(source)):
         image, mask = source.read(index)
         height, width = mask.shape
         sizes.setdefault((width, height), [width, height, source.name(index)])
-        if files is not None:
+        if image.min() < image.max():
+            seen[hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()] = source.name(index)
+        if files:
             form = read_form(files[index][0], image)
+            turned += form.turned
             name = f"{form.mode} in [0, {form.full}]" if form.mode == "F" else form.mode
-            kept = forms.setdefault(name, [name, *form[1:]])
+            kept = forms.setdefault(name, [name, form.full, form.least, form.greatest])
             kept[2:] = min(kept[2], form.least), max(kept[3], form.greatest)  # type: ignore[type-var]
-        if files is None or files[index][1] is not None:
+        if not files or files[index][1] is not None:
             found = np.bincount(mask.ravel(), minlength=classes)
             pixels += [*found[:classes], found[classes:].sum()]
-    result = Survey(count, list(forms.values()), list(sizes.values()), pixels.tolist())
+    whole = list(forms.values()), list(sizes.values()), pixels.tolist()
+    result = Survey(len(source), *whole, turned, seen)
     if path is not None and time.monotonic() - started > _MOMENT:
         with suppress(UserError):  # it can be made again
             write_file(path, json.dumps(result._asdict()).encode())
@@ -119,8 +126,10 @@ def table(names: Sequence[str], train: Survey, val: Survey) -> str:
     return "\n".join(lines)
 
 
-def check_surveys(train: Survey, val: Survey, config: DataConfig, names: Sequence[str]) -> None:
-    """Refuse what nothing could be learned from.
+def check_surveys(
+    train: Survey, val: Survey, config: DataConfig, names: Sequence[str], whole: bool
+) -> None:
+    """Refuse what nothing could be learned from; `whole`: all files were read.
 
     Raises:
         DataError: it is in the files.
@@ -140,30 +149,45 @@ def check_surveys(train: Survey, val: Survey, config: DataConfig, names: Sequenc
         )
     if not any(train.pixels[:-1]):
         raise DataError(f"{config.root}: no pixel of a training mask has a class: all are ignored")
-    as_they_are = config.palette is None and not config.reduce_zero_label
-    binary = as_they_are and config.num_classes == 2 and config.ignore_index == 255
-    if binary and train.ignored and 1 in train.absent & val.absent:
+    there = set(range(len(names))) - train.absent
+    if not whole or len(there) > 1:
+        return
+    text = f"{config.root}: the masks hold {names[min(there)]} and no other class"
+    if as_they_are(config) and there == {0} and train.ignored and config.ignore_index == 255:
         raise DataError(
-            f"{config.root}: the masks hold 0 and 255 alone, and 255 is data.ignore_index: "
-            f"{names[1]} never occurs, and a network would be trained on {names[0]} alone; where "
-            "255 is the foreground, set data.palette = [[0, 0, 0], [255, 255, 255]]"
+            f"{text}: 0 and 255 alone, and 255 is data.ignore_index; where 255 is the foreground, "
+            "set data.num_classes = 2 and data.palette = [[0, 0, 0], [255, 255, 255]]"
         )
+    raise DataError(
+        f"{text}, so that there is nothing to learn; the background is a class, too: expected "
+        "masks with two classes or more"
+    )
 
 
-def oddities(train: Survey, val: Survey, config: DataConfig, names: Sequence[str]) -> list[str]:
+def as_they_are(config: DataConfig) -> bool:
+    """Whether values in masks are classes."""
+    return config.palette is None and not config.reduce_zero_label
+
+
+def oddities(
+    train: Survey, val: Survey, config: DataConfig, names: Sequence[str], whole: bool
+) -> list[str]:
     """What may be meant, and often is not."""
     found = []
-    for text, absent in (
-        ("in no mask at all", train.absent & val.absent),
-        ("in no training mask, but in those for validation", train.absent - val.absent),
-    ):
-        if absent:
-            shown = [names[index] for index in sorted(absent)]
-            more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-            found.append(f"{', '.join(shown[:_SHOWN])}{more}: {text}")
+    absent = {
+        "in no mask at all": train.absent & val.absent,
+        "in no training mask, but in those for validation": train.absent - val.absent,
+    }
+    for text, classes in absent.items() if whole else ():
+        if classes:
+            found.append(
+                f"{shortened([names[index] for index in sorted(classes)], _SHOWN)}: {text}"
+            )
+            if 0 in classes and as_they_are(config) and config.kind == "folder":
+                found[-1] += " (where classes begin with 1, set data.reduce_zero_label = true)"
     if not any(val.pixels[:-1]):
         found.append("no pixel of a validation mask has a class: there is nothing to score")
-    if train.ignored > _MUCH_IGNORED:
+    if train.ignored > _MUCH_IGNORED and config.kind == "folder":  # others are known for it
         found.append(f"{train.ignored:.1%} of the pixels of training masks are ignored")
     for mode, full, _, most in train.forms:
         if 255 * float(most) / float(full) < _DARK:
@@ -171,6 +195,11 @@ def oddities(train: Survey, val: Survey, config: DataConfig, names: Sequence[str
                 f"images of mode {mode} never exceed {most:g} of {full:g}: they are almost black; "
                 "rescale them, all by the same factor"
             )
+    if both := [Path(val.seen[key]).name for key in train.seen.keys() & val.seen.keys()]:
+        found.append(
+            f"{len(both)} images are both in training and in validation "
+            f"({shortened(sorted(both), _SHOWN)}): scores of what was learned by heart"
+        )
     return found
 
 

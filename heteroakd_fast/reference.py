@@ -8,8 +8,9 @@ and it is the ground truth of the tests. `reference_pass.py` makes a call's pass
 
 Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C, H, W];
 `label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where there is none).
-`valid` are the pixels that a term counts: labelled ones for cross entropies and `dkd`, unlabelled
-ones too for the others; `pixel_weight` [B, H, W] or None multiplies their shares in every sum.
+`valid` are the pixels that a term counts: labelled ones for cross entropies, `dkd` and `focal`,
+unlabelled ones too for the others; `pixel_weight` [B, H, W] or None multiplies their shares in
+every sum.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import CWD, DKD, KD, CrossEntropy, Feature, HeteroAKD, TeacherCrossEntropy, Term
+from .terms import CWD, DKD, KD, CrossEntropy, Feature, Focal, HeteroAKD, TeacherCrossEntropy, Term
 
 __all__ = [
     "Knowledge",
@@ -34,6 +35,7 @@ __all__ = [
     "dkd",
     "evaluate_knowledge",
     "feature",
+    "focal",
     "fraction",
     "hetero",
     "join_over_space",
@@ -349,6 +351,30 @@ def dkd(
     return total, _valid_count(valid, pixel_weight)
 
 
+def focal(
+    z: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    gamma: float = 2.0,
+    alpha: float = 1.0,
+    class_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Fraction:
+    """alpha (1 - p_y)^gamma (-log p_y), a weighted mean like that of `cross_entropy`.
+
+    Lin et al., ICCV 2017, Eq. 4, of a softmax.
+    """
+    nll = negative_log_likelihood(z, label)
+    label_weight = torch.ones_like(nll) if class_weight is None else class_weight[label]
+    if z.shape[1] > 1:  # of one class the likelihood is 1
+        x = z - z.amax(dim=1, keepdim=True).detach()
+        others = x.masked_fill(_one_hot(z, label), -torch.inf)
+        log_rest = others.logsumexp(dim=1) - x.logsumexp(dim=1)
+        nll = (gamma * log_rest).exp() * nll
+    total = _total(alpha * label_weight * nll, valid, pixel_weight)
+    return total, _total(label_weight, valid, pixel_weight)
+
+
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
 
 
@@ -574,5 +600,8 @@ def fraction(
     if isinstance(term, DKD):
         parts = (term.alpha, term.beta, term.temperature)
         return dkd(student_z, frozen_teacher_z, label, labelled, *parts, weight)
+    if isinstance(term, Focal):
+        assert term.alpha is not None
+        return focal(student_z, label, labelled, term.gamma, term.alpha, class_weight, weight)
     assert isinstance(term, Feature), term
     return feature(student_z, frozen_teacher_z, valid, weight)

@@ -6,7 +6,7 @@
 
 Notation: z_s, z_t [C] are the logits of student and teacher at a pixel of the label grid, y its
 label, V the pixels that a term counts, softmax_T(z) = softmax(z / T). V are the pixels whose label
-is not `ignore_index` and, of the terms that need a label (the cross entropies and DKD), not
+is not `ignore_index` and, of the terms that need a label (the cross entropies, DKD and Focal), not
 `unlabelled_index` either. With `pixel_weight` a pixel's share in a sum over V, |V| included, is
 multiplied by its weight.
 
@@ -36,6 +36,7 @@ __all__ = [
     "CrossEntropy",
     "Feature",
     "FlatOptions",
+    "Focal",
     "HeteroAKD",
     "TeacherCrossEntropy",
     "Term",
@@ -57,6 +58,17 @@ def _check_part(value: object, name: str) -> float:
     return number
 
 
+def _check_factor(value: object, name: str) -> float:
+    return 1.0 if value is None else _check_part(value, name)
+
+
+def _check_gamma(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.0 <= number <= 16.0:
+        raise ValueError(f"{name}: got {number}, expected [0, 16]")
+    return number
+
+
 def _check_beta(value: object, name: str) -> float:
     number = check_number(value, name)
     if not 0.0 < number < 1.0:
@@ -68,7 +80,9 @@ def _check_beta(value: object, name: str) -> float:
 
 
 def _number(
-    default: float, check: Callable[[object, str], float] = check_number, flat: str | None = None
+    default: float | None,
+    check: Callable[[object, str], float] = check_number,
+    flat: str | None = None,
 ) -> Any:
     """A field that is a number; flat: its keyword in `FLAT`, its own name if None."""
     return field(default=default, metadata={"check": check, "flat": flat})
@@ -311,6 +325,34 @@ class DKD(Term):
     needs_label: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class Focal(Term):
+    """alpha (1 - p_y)^gamma (-log p_y) with p = softmax(z_s): `CrossEntropy` less its easy pixels,
+    and with gamma 0 and alpha 1 the cross entropy itself, its class weights included.
+
+    Denominator: |V|, or with class weights the sum of w_y over V. Source: Focal Loss for Dense
+    Object Detection (Lin et al., ICCV 2017), Eq. 4, of a softmax in the place of their sigmoid.
+    The losses of that name in segmentation_models_pytorch (mode "multiclass") and mmsegmentation
+    are others: C binary ones of sigmoid(z_c), summed over the classes in the one and averaged in
+    the other; weights tuned for those do not carry over.
+
+    Args:
+        weight: of the term in the loss.
+        gamma: from 0 to 16.
+        alpha: a factor, from 0 to 1e6; None (default) is 1.
+    """
+
+    gamma: float = _number(2.0, _check_gamma)
+    alpha: float | None = _number(None, _check_factor)
+
+    name: ClassVar[str] = "focal"
+    needs_label: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    def denominator(self, weighted: bool) -> str:
+        return "class_weight" if weighted else "valid"
+
+
 #: Every term, in the order in which the operators number them.
 TERMS: Final[tuple[type[Term], ...]] = (
     CrossEntropy,
@@ -320,6 +362,7 @@ TERMS: Final[tuple[type[Term], ...]] = (
     Feature,
     CWD,
     DKD,
+    Focal,
 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heteroakd_fast import backends, functional
 from heteroakd_fast.spec import LossSpec, plan
-from heteroakd_fast.terms import CWD, DKD, FLAT, FLAT_DEFAULTS, Term, check_flat, from_flat
+from heteroakd_fast.terms import CWD, DKD, FLAT, FLAT_DEFAULTS, Focal, Term, check_flat, from_flat
 
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
@@ -63,6 +63,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     },
     "cwd": {"ce_weight": 0.0, "terms": (CWD(1.3, temperature=2.5),)},
     "dkd": {"ce_weight": 0.0, "terms": (DKD(0.6, alpha=0.7, beta=2.0, temperature=1.5),)},
+    "focal": {"ce_weight": 0.0, "terms": (Focal(1.2, gamma=1.5, alpha=0.4),)},
     "all": {
         "ce_weight": 0.9,
         "teacher_ce_weight": 0.8,
@@ -345,7 +346,8 @@ def reads(side: str, **options: Any) -> set[str]:
     names = ("teacher_ce", "kd", "hetero", "feature")
     asked = {name for name in names if options.get(f"{name}_weight")}
     asked |= {"ce"} if options.get("ce_weight", 1.0) else set()
-    asked |= {term.name for term in options.get("terms", ())}
+    given = options.get("terms", ())
+    asked |= {term.name for term in given if side == "student" or term.needs_teacher}
     return asked - {"teacher_ce" if side == "student" else "ce"}
 
 

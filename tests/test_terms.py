@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import BACKENDS, TERM_CASES, make_batch, terms_of, truth
 
 import heteroakd_fast as hf
@@ -22,6 +23,7 @@ from heteroakd_fast.terms import (
     TERMS,
     CrossEntropy,
     Feature,
+    Focal,
     HeteroAKD,
     TeacherCrossEntropy,
 )
@@ -149,6 +151,44 @@ def test_weights_of_a_group(weights: tuple[float, ...], evaluation: str) -> None
         )
 
 
+# --- public formulas, written as a researcher writes them ----------------------------------------
+
+
+def on_label_grid() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of both sides and labels of the valid pixels, [pixels, C]; student's with a graph."""
+    size, valid = BATCH.target.shape[1:], BATCH.target != 255
+    z = [F.interpolate(x.double(), size, mode="bilinear") for x in (BATCH.student, BATCH.teacher)]
+    student, teacher = (x.permute(0, 2, 3, 1)[valid] for x in z)
+    return student.requires_grad_(), teacher, BATCH.target[valid]
+
+
+def assert_is(term: Any, public: Any) -> None:
+    """The kernels' value, and its gradient by logits on the label grid, are those of `public`."""
+    student, teacher, label = on_label_grid()
+    expected = public(student, teacher, label)
+    (wanted,) = torch.autograd.grad(expected, student)
+    z_s, z_t = (x.detach().T[None, :, None].float() for x in (student, teacher))
+    z_s.requires_grad_()
+    got = functional.segmentation_loss(z_s, label[None, None], z_t, terms=[term]).loss
+    assert got.item() == pytest.approx(expected.item(), rel=2e-6)
+    (grad,) = torch.autograd.grad(got, z_s)
+    assert (grad[0, :, 0].T - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_focal_is_the_public_formula() -> None:
+    def public(z: torch.Tensor, _: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        log_p = F.log_softmax(z, dim=1).gather(1, y[:, None])
+        return (-0.25 * (1 - log_p.exp()) ** 2 * log_p).mean()
+
+    assert_is(Focal(alpha=0.25), public)
+    weight = torch.rand(5) + 0.1
+    losses = [
+        functional.segmentation_loss(*BATCH.arguments, terms=[term], class_weight=weight).loss
+        for term in (Focal(gamma=0.0), CrossEntropy())
+    ]
+    torch.testing.assert_close(*losses)
+
+
 # --- the classes ---------------------------------------------------------------------------------
 
 
@@ -165,6 +205,8 @@ def of_terms(**options: Any) -> Any:
             lambda: KD(divergence="backward"),
             "divergence: got 'backward', expected one of 'forward'",
         ),
+        (lambda: Focal(gamma=-1.0), r"gamma: got -1.0, expected \[0, 16\]"),
+        (lambda: Focal(alpha=-1.0), "alpha: got -1.0"),
         (lambda: KD(beta=1.0), "beta: got 1.0.*divergence='forward'"),
         (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing: got 1.5"),
         (lambda: HeteroAKD(preset="paper", mix="probs"), "mix: got 'probs'"),

@@ -5,6 +5,7 @@
 #include "cwd.h"
 #include "dkd.h"
 #include "feature.h"
+#include "focal.h"
 #include "hetero.h"
 #include "kd.h"
 #include "paper.h"
@@ -20,10 +21,10 @@ struct TermTypes {
 // stand for several terms of the kernels (`takes` tells which) and `kTeacherCe` for cross entropy
 // in the pass over the teacher's logits.
 using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm,
-                           CwdTerm, DkdTerm>;
+                           CwdTerm, DkdTerm, FocalTerm>;
 constexpr int kTerms = AllTerms::kCount;
-constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6};
-constexpr int64_t kTeacherCe = 1, kPublicTerms = 7;
+constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7};
+constexpr int64_t kTeacherCe = 1, kPublicTerms = 8;
 constexpr int kMostGradients = kPublicTerms - 1;  // of the student's logits
 
 constexpr int kMostFirsts = 2;

@@ -23,7 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import CWD, DKD, KD, CrossEntropy, Feature, Focal, HeteroAKD, TeacherCrossEntropy, Term
+from .terms import (
+    CWD,
+    DKD,
+    KD,
+    OFA,
+    CrossEntropy,
+    Feature,
+    Focal,
+    HeteroAKD,
+    TeacherCrossEntropy,
+    Term,
+)
 
 __all__ = [
     "Knowledge",
@@ -42,6 +53,7 @@ __all__ = [
     "join_shares",
     "kd",
     "negative_log_likelihood",
+    "ofa",
     "project",
     "space_shares",
     "upsample",
@@ -375,6 +387,29 @@ def focal(
     return total, _total(label_weight, valid, pixel_weight)
 
 
+def ofa(
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    labelled: Tensor,
+    valid: Tensor,
+    eps: float = 1.0,
+    temperature: float = 1.0,
+    pixel_weight: Tensor | None = None,
+) -> Fraction:
+    """-sum_c ((p_t,c + [c = y])^eps - [c = y]) log p_s,c; without a label there is no [c = y].
+
+    Hao et al., NeurIPS 2023, as their code has it.
+    """
+    log_p_s = (student_z / temperature).log_softmax(dim=1)
+    log_p_t = (teacher_z / temperature).log_softmax(dim=1)
+    of_label = (eps * log_p_t.exp().log1p()).expm1()
+    is_label = _one_hot(student_z, label) & labelled[:, None]
+    target = torch.where(is_label, of_label, (eps * log_p_t).exp())
+    total = _total(-(target * log_p_s).sum(dim=1), valid, pixel_weight)
+    return total, _valid_count(valid, pixel_weight)
+
+
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
 
 
@@ -603,5 +638,8 @@ def fraction(
     if isinstance(term, Focal):
         assert term.alpha is not None
         return focal(student_z, label, labelled, term.gamma, term.alpha, class_weight, weight)
+    if isinstance(term, OFA):
+        both = (student_z, frozen_teacher_z, label, labelled, valid)
+        return ofa(*both, term.eps, term.temperature, weight)
     assert isinstance(term, Feature), term
     return feature(student_z, frozen_teacher_z, valid, weight)

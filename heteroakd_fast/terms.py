@@ -31,6 +31,7 @@ __all__ = [
     "FLAT_TERMS",
     "FLAT_WEIGHTS",
     "KD",
+    "OFA",
     "TERMS",
     "TERM_WEIGHTS",
     "CrossEntropy",
@@ -55,6 +56,13 @@ def _check_part(value: object, name: str) -> float:
     number = check_number(value, name)
     if not 0.0 <= number <= 1e6:
         raise ValueError(f"{name}: got {number}, expected [0, 1e6]")
+    return number
+
+
+def _check_exponent(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.01 <= number <= 16.0:
+        raise ValueError(f"{name}: got {number}, expected [0.01, 16]")
     return number
 
 
@@ -353,6 +361,28 @@ class Focal(Term):
         return "class_weight" if weighted else "valid"
 
 
+@dataclass(frozen=True)
+class OFA(Term):
+    """-sum_c ((p_t,c + [c = y])^eps - [c = y]) log p_s,c with p = softmax_T(z): the soft cross
+    entropy, which for eps > 1 asks more of the label than the teacher gives it, and less of the
+    other classes. eps 1 is KL(p_t || p_s) plus the entropy of p_t.
+
+    There is no factor T^2. A pixel without a label has no [c = y]: its target is p_t^eps.
+    Denominator: |V|. Source: One-for-All (Hao et al., NeurIPS 2023), as their code has it
+    (`ofa_loss`); published with T 1 and eps from 1 to 1.5.
+
+    Args:
+        weight: of the term in the loss.
+        eps: the exponent, from 0.01 to 16.
+        temperature: T, from 1e-4 to 1e4.
+    """
+
+    eps: float = _number(1.0, _check_exponent)
+    temperature: float = _number(1.0, check_temperature)
+
+    name: ClassVar[str] = "ofa"
+
+
 #: Every term, in the order in which the operators number them.
 TERMS: Final[tuple[type[Term], ...]] = (
     CrossEntropy,
@@ -363,6 +393,7 @@ TERMS: Final[tuple[type[Term], ...]] = (
     CWD,
     DKD,
     Focal,
+    OFA,
 )
 
 

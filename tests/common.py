@@ -14,7 +14,17 @@ from torch import Tensor
 
 from heteroakd_fast import backends, functional
 from heteroakd_fast.spec import LossSpec, plan
-from heteroakd_fast.terms import CWD, DKD, FLAT, FLAT_DEFAULTS, Focal, Term, check_flat, from_flat
+from heteroakd_fast.terms import (
+    CWD,
+    DKD,
+    FLAT,
+    FLAT_DEFAULTS,
+    OFA,
+    Focal,
+    Term,
+    check_flat,
+    from_flat,
+)
 
 DTYPES_16 = (torch.bfloat16, torch.float16)
 # Those that run on this machine; `test_backends.py` says which ones must.
@@ -64,6 +74,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     "cwd": {"ce_weight": 0.0, "terms": (CWD(1.3, temperature=2.5),)},
     "dkd": {"ce_weight": 0.0, "terms": (DKD(0.6, alpha=0.7, beta=2.0, temperature=1.5),)},
     "focal": {"ce_weight": 0.0, "terms": (Focal(1.2, gamma=1.5, alpha=0.4),)},
+    "ofa": {"ce_weight": 0.0, "terms": (OFA(0.7, eps=1.3, temperature=1.5),)},
     "all": {
         "ce_weight": 0.9,
         "teacher_ce_weight": 0.8,

@@ -20,6 +20,7 @@ from heteroakd_fast.terms import (
     FLAT_DEFAULTS,
     FLAT_TERMS,
     KD,
+    OFA,
     TERMS,
     CrossEntropy,
     Feature,
@@ -189,6 +190,27 @@ def test_focal_is_the_public_formula() -> None:
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize(("eps", "temperature"), [(1.0, 1.0), (1.5, 2.0), (0.5, 1.0)])
+def test_ofa_is_the_public_formula(eps: float, temperature: float) -> None:
+    def public(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        p_s, p_t = (F.softmax(z / temperature, dim=1) for z in (s, t))
+        one_hot = F.one_hot(y, s.shape[1])
+        target = (p_t + one_hot) ** eps - one_hot
+        return -(target * torch.log(p_s)).sum(dim=1).mean()
+
+    assert_is(OFA(eps=eps, temperature=temperature), public)
+
+
+def test_ofa_without_labels_has_the_teachers_power_for_a_target() -> None:
+    student, teacher, _ = on_label_grid()
+    z_s, z_t = (x.detach().T[None, :, None] for x in (student, teacher))
+    target = torch.full((1, 1, len(student)), 254)
+    terms = [OFA(eps=1.5)]
+    got = functional.segmentation_loss(z_s, target, z_t, terms=terms, unlabelled_index=254)
+    p_t, log_p_s = teacher.softmax(dim=1), student.log_softmax(dim=1)
+    torch.testing.assert_close(got.loss, -(p_t**1.5 * log_p_s).sum(dim=1).mean())
+
+
 # --- the classes ---------------------------------------------------------------------------------
 
 
@@ -207,6 +229,7 @@ def of_terms(**options: Any) -> Any:
         ),
         (lambda: Focal(gamma=-1.0), r"gamma: got -1.0, expected \[0, 16\]"),
         (lambda: Focal(alpha=-1.0), "alpha: got -1.0"),
+        (lambda: OFA(eps=0.0), r"eps: got 0.0, expected \[0.01, 16\]"),
         (lambda: KD(beta=1.0), "beta: got 1.0.*divergence='forward'"),
         (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing: got 1.5"),
         (lambda: HeteroAKD(preset="paper", mix="probs"), "mix: got 'probs'"),

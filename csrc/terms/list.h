@@ -8,6 +8,7 @@
 #include "focal.h"
 #include "hetero.h"
 #include "kd.h"
+#include "ofa.h"
 #include "paper.h"
 
 namespace heteroakd {
@@ -21,10 +22,10 @@ struct TermTypes {
 // stand for several terms of the kernels (`takes` tells which) and `kTeacherCe` for cross entropy
 // in the pass over the teacher's logits.
 using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm,
-                           CwdTerm, DkdTerm, FocalTerm>;
+                           CwdTerm, DkdTerm, FocalTerm, OfaTerm>;
 constexpr int kTerms = AllTerms::kCount;
-constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7};
-constexpr int64_t kTeacherCe = 1, kPublicTerms = 8;
+constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7, 8};
+constexpr int64_t kTeacherCe = 1, kPublicTerms = 9;
 constexpr int kMostGradients = kPublicTerms - 1;  // of the student's logits
 
 constexpr int kMostFirsts = 2;

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from . import ce, cwd, dkd, feature, focal, hetero, kd, paper
+from . import ce, cwd, dkd, feature, focal, hetero, kd, ofa, paper
 from . import term as defaults
 from .term import OWN, First, Needs
 from .term import Traits as Traits
 
-FILES = (ce, kd, hetero, paper, feature, cwd, dkd, focal)
+FILES = (ce, kd, hetero, paper, feature, cwd, dkd, focal, ofa)
 COUNT = tl.constexpr(len(FILES))
 CE, KD, HETERO, FEATURE = (tl.constexpr(FILES.index(file)) for file in (ce, kd, hetero, feature))
 

@@ -29,7 +29,7 @@ def alone(case: str, **options: Any) -> dict[str, Any]:
 
 #: Terms whose value does not vanish in agreement, or is rounding there: discrepancies weigh it.
 NO_DIVERGENCES = (
-    *("ce", "ce-smoothed", "teacher_ce", "feature", "focal", "all", "all+objects"),
+    *("ce", "ce-smoothed", "teacher_ce", "feature", "focal", "ofa", "all", "all+objects"),
     *("hetero-softmax-kl", "hetero-softmax-kl-T", "hetero-mix-logits", "hetero-mix-teacher"),
     *("hetero-paper", "hetero-paper-mix-teacher", "hetero-paper-no-evaluation"),
 )

@@ -228,12 +228,14 @@ def kd(
     temperature: float = 1.0,
     divergence: str = "forward",
     beta: float = 0.5,
+    alpha: float = 0.1,
     pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """T^2 times the divergence of the softened distributions (Hinton et al., 2015).
 
     "forward" KL(p_t || p_s), "reverse" KL(p_s || p_t), "js" the generalised Jensen-Shannon
-    divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s.
+    divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s, "skew"
+    KL(p_t || alpha p_t + (1 - alpha) p_s).
     """
     log_p_s = (student_z / temperature).log_softmax(dim=1)
     log_p_t = (teacher_z / temperature).log_softmax(dim=1)
@@ -241,6 +243,9 @@ def kd(
         per_pixel = _kl(log_p_t, log_p_s)
     elif divergence == "reverse":
         per_pixel = _kl(log_p_s, log_p_t)
+    elif divergence == "skew":
+        log_m = torch.logaddexp(log_p_t + math.log(alpha), log_p_s + math.log1p(-alpha))
+        per_pixel = _kl(log_p_t, log_m)
     else:
         log_m = torch.logaddexp(log_p_t + math.log(beta), log_p_s + math.log1p(-beta))
         per_pixel = beta * _kl(log_p_t, log_m) + (1.0 - beta) * _kl(log_p_s, log_m)
@@ -625,7 +630,7 @@ def fraction(
         z = student_z if isinstance(term, CrossEntropy) else teacher_z
         return cross_entropy(z, label, labelled, class_weight, term.label_smoothing, weight)
     if isinstance(term, KD):
-        options = (term.temperature, term.divergence, term.beta)
+        options = (term.temperature, term.divergence, term.beta, term.alpha)
         return kd(student_z, frozen_teacher_z, valid, *options, weight)
     if isinstance(term, HeteroAKD):
         assert knowledge is not None

@@ -66,6 +66,16 @@ def _check_exponent(value: object, name: str) -> float:
     return number
 
 
+def _check_alpha(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 1e-6 <= number < 1.0:
+        raise ValueError(
+            f"{name}: got {number}, expected a number in [1e-6, 1); 0 is "
+            f"{name.replace('alpha', 'divergence')}='forward'"
+        )
+    return number
+
+
 def _check_factor(value: object, name: str) -> float:
     return 1.0 if value is None else _check_part(value, name)
 
@@ -193,18 +203,22 @@ class KD(Term):
 
     "forward" is KL(p_t || p_s) (Hinton et al., 2015), "reverse" KL(p_s || p_t), "js" the
     generalised Jensen-Shannon divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m) with
-    m = beta p_t + (1 - beta) p_s. Denominator: |V|.
+    m = beta p_t + (1 - beta) p_s, "skew" the skewed KL(p_t || alpha p_t + (1 - alpha) p_s)
+    (DistiLLM, Ko et al., ICML 2024), which stays finite where the student has nothing of a class.
+    Denominator: |V|.
 
     Args:
         weight: of the term in the loss.
         temperature: T, from 1e-4 to 1e4.
-        divergence: "forward", "reverse" or "js".
+        divergence: "forward", "reverse", "js" or "skew".
         beta: in (0, 1), read by "js".
+        alpha: the teacher's share of the mixture, in [1e-6, 1), read by "skew".
     """
 
     temperature: float = _number(1.0, check_temperature)
-    divergence: str = _choice("forward", ("forward", "reverse", "js"), "kd_divergence")
+    divergence: str = _choice("forward", ("forward", "reverse", "js", "skew"), "kd_divergence")
     beta: float = _number(0.5, _check_beta, "kd_beta")
+    alpha: float = _number(0.1, _check_alpha, "kd_alpha")
 
     name: ClassVar[str] = "kd"
 
@@ -410,6 +424,7 @@ class FlatOptions(TypedDict, total=False):
     temperature: float
     kd_divergence: str
     kd_beta: float
+    kd_alpha: float
     preset: str
     tau: float
     mix: str | None

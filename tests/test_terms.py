@@ -190,6 +190,16 @@ def test_focal_is_the_public_formula() -> None:
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.7])
+def test_skewed_kl_is_the_public_formula(alpha: float) -> None:
+    def public(s: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        p_s, p_t = (F.softmax(z / 2.0, dim=1) for z in (s, t))
+        mixed = alpha * p_t + (1 - alpha) * p_s
+        return 4.0 * F.kl_div(mixed.log(), p_t, reduction="batchmean")
+
+    assert_is(KD(temperature=2.0, divergence="skew", alpha=alpha), public)
+
+
 @pytest.mark.parametrize(("eps", "temperature"), [(1.0, 1.0), (1.5, 2.0), (0.5, 1.0)])
 def test_ofa_is_the_public_formula(eps: float, temperature: float) -> None:
     def public(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -229,6 +239,7 @@ def of_terms(**options: Any) -> Any:
         ),
         (lambda: Focal(gamma=-1.0), r"gamma: got -1.0, expected \[0, 16\]"),
         (lambda: Focal(alpha=-1.0), "alpha: got -1.0"),
+        (lambda: KD(alpha=0.0), "alpha: got 0.0.*divergence='forward'"),
         (lambda: OFA(eps=0.0), r"eps: got 0.0, expected \[0.01, 16\]"),
         (lambda: KD(beta=1.0), "beta: got 1.0.*divergence='forward'"),
         (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing: got 1.5"),

@@ -95,13 +95,14 @@ def segmentation_loss(
         diagnostics: fills `DistillationOutput.diagnostics` in the same pass, which then takes the
             exact way over the classes and writes a few numbers of each pixel: for a step in a
             hundred.
-        class_weight: [C] floating point, >= 0, of the cross entropies, or None (default) for ones.
+        class_weight: [C] floating point, >= 0, of the cross entropies and `Focal`, or None
+            (default) for ones.
         ignore_index: label of the pixels that are excluded from every term; any integer outside
             [0, C), 255 by default, or None if no pixel is ignored.
         unlabelled_index: label of the pixels that only the teacher labels, an integer outside
             [0, C) such as 254, or None (default): the terms that need a label (`CrossEntropy`,
-            `TeacherCrossEntropy`, `DKD`) leave them out, all others count them, and `HeteroAKD`
-            takes the teacher as reliable there (r_t = 1).
+            `TeacherCrossEntropy`, `DKD`, `Focal`) leave them out, all others count them, and
+            `HeteroAKD` takes the teacher as reliable there (r_t = 1).
         allow_ignored_class: True lets `ignore_index` be one of the classes: its pixels are then
             excluded, and the class has no loss of its own.
         align_corners: as in `torch.nn.functional.interpolate`; False by default.
@@ -190,8 +191,8 @@ def distillation_loss(
         options: those of `segmentation_loss`, and `terms.FlatOptions`: `ce_weight` (1 by default),
             `teacher_ce_weight`, `kd_weight`, `hetero_weight`, `feature_weight` (0 by default),
             `label_smoothing` of both cross entropies, `temperature` of kd and hetero,
-            `kd_divergence` and `kd_beta` (of `terms.KD`), `preset`, `tau`, `mix`, `evaluation` and
-            `weight_axis` (of `terms.HeteroAKD`).
+            `kd_divergence`, `kd_beta` and `kd_alpha` (of `terms.KD`), `preset`, `tau`, `mix`,
+            `evaluation` and `weight_axis` (of `terms.HeteroAKD`).
 
     Returns:
         `DistillationOutput`; `loss` is the weighted sum.

@@ -25,9 +25,9 @@ class DistillationOutput(NamedTuple):
     """Sum of weight * term; float32 (float64 for float64 logits), differentiable once."""
     terms: dict[str, Tensor]
     """Each term that was computed, a detached scalar, a mean before its weight, by name: "ce",
-    "teacher_ce", "kd", "hetero", "feature", "cwd", "dkd", "dice", "tversky", a second one of a kind
-    as "kd_2"; of `HeteroAKDLoss` with projectors "projector", the cross entropies of both projected
-    logits."""
+    "teacher_ce", "kd", "hetero", "feature", "cwd", "dkd", "focal", "ofa", "dice", "tversky", a
+    second one of a kind as "kd_2"; of `HeteroAKDLoss` with projectors "projector", the cross
+    entropies of both projected logits."""
     valid: Tensor
     """Number of labelled pixels, int64 scalar, of this process: those that are neither
     `ignore_index` nor `unlabelled_index`, nor of weight 0."""

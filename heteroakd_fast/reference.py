@@ -8,8 +8,9 @@ and it is the ground truth of the tests. `reference_pass.py` makes a call's pass
 
 Shapes: B images, C classes, label grid H x W; `student_z` and `teacher_z` [B, C, H, W];
 `label` and `valid` [B, H, W], where `label` holds a class index everywhere (0 where there is none).
-`valid` are the pixels that a term counts: labelled ones for cross entropies and `dkd`, unlabelled
-ones too for the others; `pixel_weight` [B, H, W] or None multiplies their shares in every sum.
+`valid` are the pixels that a term counts: labelled ones for cross entropies, `dkd` and `focal`,
+unlabelled ones too for the others; `pixel_weight` [B, H, W] or None multiplies their shares in
+every sum.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from .terms import (
     CWD,
     DKD,
     KD,
+    OFA,
     CrossEntropy,
     Dice,
     Feature,
+    Focal,
     HeteroAKD,
     TeacherCrossEntropy,
     Term,
@@ -46,6 +49,7 @@ __all__ = [
     "dkd",
     "evaluate_knowledge",
     "feature",
+    "focal",
     "fraction",
     "hetero",
     "join_over_space",
@@ -53,6 +57,7 @@ __all__ = [
     "kd",
     "negative_log_likelihood",
     "of_overlaps",
+    "ofa",
     "overlaps",
     "project",
     "space_shares",
@@ -232,12 +237,14 @@ def kd(
     temperature: float = 1.0,
     divergence: str = "forward",
     beta: float = 0.5,
+    alpha: float = 0.1,
     pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """T^2 times the divergence of the softened distributions (Hinton et al., 2015).
 
     "forward" KL(p_t || p_s), "reverse" KL(p_s || p_t), "js" the generalised Jensen-Shannon
-    divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s.
+    divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s, "skew"
+    KL(p_t || alpha p_t + (1 - alpha) p_s).
     """
     log_p_s = (student_z / temperature).log_softmax(dim=1)
     log_p_t = (teacher_z / temperature).log_softmax(dim=1)
@@ -245,6 +252,9 @@ def kd(
         per_pixel = _kl(log_p_t, log_p_s)
     elif divergence == "reverse":
         per_pixel = _kl(log_p_s, log_p_t)
+    elif divergence == "skew":
+        log_m = torch.logaddexp(log_p_t + math.log(alpha), log_p_s + math.log1p(-alpha))
+        per_pixel = _kl(log_p_t, log_m)
     else:
         log_m = torch.logaddexp(log_p_t + math.log(beta), log_p_s + math.log1p(-beta))
         per_pixel = beta * _kl(log_p_t, log_m) + (1.0 - beta) * _kl(log_p_s, log_m)
@@ -424,6 +434,53 @@ def of_overlaps(term: Term, overlaps: Tensor) -> Tensor:
         return dice(overlaps, term.smooth, term.log)
     assert isinstance(term, Tversky), term
     return tversky(overlaps, term.alpha, term.beta, term.gamma, term.smooth)
+
+
+def focal(
+    z: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    gamma: float = 2.0,
+    alpha: float = 1.0,
+    class_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Fraction:
+    """alpha (1 - p_y)^gamma (-log p_y), a weighted mean like that of `cross_entropy`.
+
+    Lin et al., ICCV 2017, Eq. 4, of a softmax.
+    """
+    nll = negative_log_likelihood(z, label)
+    label_weight = torch.ones_like(nll) if class_weight is None else class_weight[label]
+    if z.shape[1] > 1:  # of one class the likelihood is 1
+        x = z - z.amax(dim=1, keepdim=True).detach()
+        others = x.masked_fill(_one_hot(z, label), -torch.inf)
+        log_rest = others.logsumexp(dim=1) - x.logsumexp(dim=1)
+        nll = (gamma * log_rest).exp() * nll
+    total = _total(alpha * label_weight * nll, valid, pixel_weight)
+    return total, _total(label_weight, valid, pixel_weight)
+
+
+def ofa(
+    student_z: Tensor,
+    teacher_z: Tensor,
+    label: Tensor,
+    labelled: Tensor,
+    valid: Tensor,
+    eps: float = 1.0,
+    temperature: float = 1.0,
+    pixel_weight: Tensor | None = None,
+) -> Fraction:
+    """-sum_c ((p_t,c + [c = y])^eps - [c = y]) log p_s,c; without a label there is no [c = y].
+
+    Hao et al., NeurIPS 2023, as their code has it.
+    """
+    log_p_s = (student_z / temperature).log_softmax(dim=1)
+    log_p_t = (teacher_z / temperature).log_softmax(dim=1)
+    of_label = (eps * log_p_t.exp().log1p()).expm1()
+    is_label = _one_hot(student_z, label) & labelled[:, None]
+    target = torch.where(is_label, of_label, (eps * log_p_t).exp())
+    total = _total(-(target * log_p_s).sum(dim=1), valid, pixel_weight)
+    return total, _valid_count(valid, pixel_weight)
 
 
 # --- sections 4 and 5: mixing (KMM) and evaluation (KEM) ---------------------------------------
@@ -643,7 +700,7 @@ def fraction(
         z = student_z if isinstance(term, CrossEntropy) else teacher_z
         return cross_entropy(z, label, labelled, class_weight, term.label_smoothing, weight)
     if isinstance(term, KD):
-        options = (term.temperature, term.divergence, term.beta)
+        options = (term.temperature, term.divergence, term.beta, term.alpha)
         return kd(student_z, frozen_teacher_z, valid, *options, weight)
     if isinstance(term, HeteroAKD):
         assert knowledge is not None
@@ -657,5 +714,11 @@ def fraction(
         found = overlaps(student_z, label, labelled, weight)
         numerator = of_overlaps(term, found) if slopes is None else (slopes * found).sum()
         return numerator, labelled.any().double() * student_z.shape[1]
+    if isinstance(term, Focal):
+        assert term.alpha is not None
+        return focal(student_z, label, labelled, term.gamma, term.alpha, class_weight, weight)
+    if isinstance(term, OFA):
+        both = (student_z, frozen_teacher_z, label, labelled, valid)
+        return ofa(*both, term.eps, term.temperature, weight)
     assert isinstance(term, Feature), term
     return feature(student_z, frozen_teacher_z, valid, weight)

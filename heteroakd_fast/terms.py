@@ -6,7 +6,7 @@
 
 Notation: z_s, z_t [C] are the logits of student and teacher at a pixel of the label grid, y its
 label, V the pixels that a term counts, softmax_T(z) = softmax(z / T). V are the pixels whose label
-is not `ignore_index` and, of the terms that need a label (the cross entropies and DKD), not
+is not `ignore_index` and, of the terms that need a label (the cross entropies, DKD and Focal), not
 `unlabelled_index` either. With `pixel_weight` a pixel's share in a sum over V, |V| included, is
 multiplied by its weight.
 
@@ -31,6 +31,7 @@ __all__ = [
     "FLAT_TERMS",
     "FLAT_WEIGHTS",
     "KD",
+    "OFA",
     "TERMS",
     "TERM_WEIGHTS",
     "WITHOUT_TEACHER",
@@ -38,6 +39,7 @@ __all__ = [
     "Dice",
     "Feature",
     "FlatOptions",
+    "Focal",
     "HeteroAKD",
     "TeacherCrossEntropy",
     "Term",
@@ -57,6 +59,34 @@ def _check_part(value: object, name: str) -> float:
     number = check_number(value, name)
     if not 0.0 <= number <= 1e6:
         raise ValueError(f"{name}: got {number}, expected [0, 1e6]")
+    return number
+
+
+def _check_exponent(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.01 <= number <= 16.0:
+        raise ValueError(f"{name}: got {number}, expected [0.01, 16]")
+    return number
+
+
+def _check_alpha(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 1e-6 <= number < 1.0:
+        raise ValueError(
+            f"{name}: got {number}, expected a number in [1e-6, 1); 0 is "
+            f"{name.replace('alpha', 'divergence')}='forward'"
+        )
+    return number
+
+
+def _check_factor(value: object, name: str) -> float:
+    return 1.0 if value is None else _check_part(value, name)
+
+
+def _check_gamma(value: object, name: str) -> float:
+    number = check_number(value, name)
+    if not 0.0 <= number <= 16.0:
+        raise ValueError(f"{name}: got {number}, expected [0, 16]")
     return number
 
 
@@ -90,7 +120,9 @@ def _flag(default: bool) -> Any:
 
 
 def _number(
-    default: float, check: Callable[[object, str], float] = check_number, flat: str | None = None
+    default: float | None,
+    check: Callable[[object, str], float] = check_number,
+    flat: str | None = None,
 ) -> Any:
     """A field that is a number; flat: its keyword in `FLAT`, its own name if None."""
     return field(default=default, metadata={"check": check, "flat": flat})
@@ -198,18 +230,22 @@ class KD(Term):
 
     "forward" is KL(p_t || p_s) (Hinton et al., 2015), "reverse" KL(p_s || p_t), "js" the
     generalised Jensen-Shannon divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m) with
-    m = beta p_t + (1 - beta) p_s. Denominator: |V|.
+    m = beta p_t + (1 - beta) p_s, "skew" the skewed KL(p_t || alpha p_t + (1 - alpha) p_s)
+    (DistiLLM, Ko et al., ICML 2024), which stays finite where the student has nothing of a class.
+    Denominator: |V|.
 
     Args:
         weight: of the term in the loss.
         temperature: T, from 1e-4 to 1e4.
-        divergence: "forward", "reverse" or "js".
+        divergence: "forward", "reverse", "js" or "skew".
         beta: in (0, 1), read by "js".
+        alpha: the teacher's share of the mixture, in [1e-6, 1), read by "skew".
     """
 
     temperature: float = _number(1.0, check_temperature)
-    divergence: str = _choice("forward", ("forward", "reverse", "js"), "kd_divergence")
+    divergence: str = _choice("forward", ("forward", "reverse", "js", "skew"), "kd_divergence")
     beta: float = _number(0.5, _check_beta, "kd_beta")
+    alpha: float = _number(0.1, _check_alpha, "kd_alpha")
 
     name: ClassVar[str] = "kd"
 
@@ -339,6 +375,56 @@ class DKD(Term):
 
 
 @dataclass(frozen=True)
+class Focal(Term):
+    """alpha (1 - p_y)^gamma (-log p_y) with p = softmax(z_s): `CrossEntropy` less its easy pixels,
+    and with gamma 0 and alpha 1 the cross entropy itself, its class weights included.
+
+    Denominator: |V|, or with class weights the sum of w_y over V. Source: Focal Loss for Dense
+    Object Detection (Lin et al., ICCV 2017), Eq. 4, of a softmax in the place of their sigmoid.
+    The losses of that name in segmentation_models_pytorch (mode "multiclass") and mmsegmentation
+    are others: C binary ones of sigmoid(z_c), summed over the classes in the one and averaged in
+    the other; weights tuned for those do not carry over.
+
+    Args:
+        weight: of the term in the loss.
+        gamma: from 0 to 16.
+        alpha: a factor, from 0 to 1e6; None (default) is 1.
+    """
+
+    gamma: float = _number(2.0, _check_gamma)
+    alpha: float | None = _number(None, _check_factor)
+
+    name: ClassVar[str] = "focal"
+    needs_label: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    def denominator(self, weighted: bool) -> str:
+        return "class_weight" if weighted else "valid"
+
+
+@dataclass(frozen=True)
+class OFA(Term):
+    """-sum_c ((p_t,c + [c = y])^eps - [c = y]) log p_s,c with p = softmax_T(z): the soft cross
+    entropy, which for eps > 1 asks more of the label than the teacher gives it, and less of the
+    other classes. eps 1 is KL(p_t || p_s) plus the entropy of p_t.
+
+    There is no factor T^2. A pixel without a label has no [c = y]: its target is p_t^eps.
+    Denominator: |V|. Source: One-for-All (Hao et al., NeurIPS 2023), as their code has it
+    (`ofa_loss`); published with T 1 and eps from 1 to 1.5.
+
+    Args:
+        weight: of the term in the loss.
+        eps: the exponent, from 0.01 to 16.
+        temperature: T, from 1e-4 to 1e4.
+    """
+
+    eps: float = _number(1.0, _check_exponent)
+    temperature: float = _number(1.0, check_temperature)
+
+    name: ClassVar[str] = "ofa"
+
+
+@dataclass(frozen=True)
 class Dice(Term):
     """1 - (TP + smooth) / (TP + (FP + FN) / 2 + smooth) of each class, soft.
 
@@ -415,6 +501,8 @@ TERMS: Final[tuple[type[Term], ...]] = (
     Feature,
     CWD,
     DKD,
+    Focal,
+    OFA,
     Dice,
     Tversky,
 )
@@ -437,6 +525,7 @@ class FlatOptions(TypedDict, total=False):
     temperature: float
     kd_divergence: str
     kd_beta: float
+    kd_alpha: float
     preset: str
     tau: float
     mix: str | None

@@ -172,6 +172,29 @@ def kl(weighted_difference, inverse_total_a, log2_total_a, log2_total_b):
     return LN_2 * (weighted_difference * inverse_total_a - log2_total_a + log2_total_b)
 
 
+@triton.constexpr_function
+def small_exponent(dtype):
+    return 1.0 / 64.0 if dtype == tl.float64 else 0.5
+
+
+@triton.jit
+def exponential_series(x):
+    """(e^x - 1 - x) / x^2 to a rounding of itself, for |x| < small_exponent(x.dtype)."""
+    series = x * (1.0 / 40320.0) + 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    return series * x + 0.5
+
+
+@triton.jit
+def exponential_less_one(x):
+    """e^x - 1 of x >= 0, in relative precision."""
+    small = x * x * exponential_series(x) + x
+    return tl.where(x < small_exponent(x.dtype), small, tl.exp2(x * LOG2_E) - 1.0)
+
+
 @triton.jit
 def reverse_ratio(student_a, teacher_a):
     """Reverse KL: f_c. Bounded so that the difference of two is finite."""

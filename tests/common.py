@@ -19,8 +19,10 @@ from heteroakd_fast.terms import (
     DKD,
     FLAT,
     FLAT_DEFAULTS,
+    OFA,
     WITHOUT_TEACHER,
     Dice,
+    Focal,
     Term,
     Tversky,
     check_flat,
@@ -67,6 +69,7 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     "kd": {"ce_weight": 0.0, "kd_weight": 0.3, "temperature": 2.0},
     "kd-reverse": {"ce_weight": 0.0, "kd_weight": 0.3, "kd_divergence": "reverse"},
     "kd-js": {"ce_weight": 0.0, "kd_weight": 1.3, "kd_divergence": "js", "kd_beta": 0.3},
+    "kd-skew": {"ce_weight": 0.0, "kd_weight": 0.8, "kd_divergence": "skew", "kd_alpha": 0.2},
     "feature": {"ce_weight": 0.0, "feature_weight": 1.1},
     **{
         f"hetero-{name}": {"ce_weight": 0.0, "hetero_weight": 1.5, **options}
@@ -76,6 +79,8 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     "dkd": {"ce_weight": 0.0, "terms": (DKD(0.6, alpha=0.7, beta=2.0, temperature=1.5),)},
     "dice": {"ce_weight": 0.0, "terms": (Dice(0.8, smooth=0.5, log=True),)},
     "tversky": {"ce_weight": 0.0, "terms": (Tversky(0.7, alpha=0.3, beta=0.8, gamma=0.75),)},
+    "focal": {"ce_weight": 0.0, "terms": (Focal(1.2, gamma=1.5, alpha=0.4),)},
+    "ofa": {"ce_weight": 0.0, "terms": (OFA(0.7, eps=1.3, temperature=1.5),)},
     "all": {
         "ce_weight": 0.9,
         "teacher_ce_weight": 0.8,
@@ -360,6 +365,9 @@ def reads(side: str, **options: Any) -> set[str]:
     asked |= {"ce"} if options.get("ce_weight", 1.0) else set()
     asked |= {term.name for term in options.get("terms", ())}
     return asked - ({"teacher_ce"} if side == "student" else WITHOUT_TEACHER)
+    given = options.get("terms", ())
+    asked |= {term.name for term in given if side == "student" or term.needs_teacher}
+    return asked - {"teacher_ce" if side == "student" else "ce"}
 
 
 def has_isa(isa: str) -> bool:

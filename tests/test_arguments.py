@@ -56,6 +56,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "weight_axis": ("space", {"preset": "paper"}),
     "kd_divergence": ("reverse", {}),
     "kd_beta": (0.25, {"kd_divergence": "js"}),
+    "kd_alpha": (0.25, {"kd_divergence": "skew"}),
     "ignore_index": (np.int64(0), {"allow_ignored_class": True}),
     "unlabelled_index": (254, {}),
     "allow_ignored_class": (True, {}),

@@ -335,7 +335,7 @@ def test_gradcheck_cross_entropy(smoothing: float, weighted: bool) -> None:
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
 def test_gradcheck_kd(divergence: str) -> None:
     s, t, _, valid = on_grid()
-    gradcheck(lambda s: mean(reference.kd(s, t, valid, 1.6, divergence, 0.3)), s)
+    gradcheck(lambda s: mean(reference.kd(s, t, valid, 1.6, divergence, 0.3, 0.2)), s)
 
 
 def test_gradcheck_feature() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import BACKENDS, TERM_CASES, make_batch, terms_of, truth
 
 import heteroakd_fast as hf
@@ -19,9 +20,11 @@ from heteroakd_fast.terms import (
     FLAT_DEFAULTS,
     FLAT_TERMS,
     KD,
+    OFA,
     TERMS,
     CrossEntropy,
     Feature,
+    Focal,
     HeteroAKD,
     TeacherCrossEntropy,
 )
@@ -149,6 +152,75 @@ def test_weights_of_a_group(weights: tuple[float, ...], evaluation: str) -> None
         )
 
 
+# --- public formulas, written as a researcher writes them ----------------------------------------
+
+
+def on_label_grid() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of both sides and labels of the valid pixels, [pixels, C]; student's with a graph."""
+    size, valid = BATCH.target.shape[1:], BATCH.target != 255
+    z = [F.interpolate(x.double(), size, mode="bilinear") for x in (BATCH.student, BATCH.teacher)]
+    student, teacher = (x.permute(0, 2, 3, 1)[valid] for x in z)
+    return student.requires_grad_(), teacher, BATCH.target[valid]
+
+
+def assert_is(term: Any, public: Any) -> None:
+    """The kernels' value, and its gradient by logits on the label grid, are those of `public`."""
+    student, teacher, label = on_label_grid()
+    expected = public(student, teacher, label)
+    (wanted,) = torch.autograd.grad(expected, student)
+    z_s, z_t = (x.detach().T[None, :, None].float() for x in (student, teacher))
+    z_s.requires_grad_()
+    got = functional.segmentation_loss(z_s, label[None, None], z_t, terms=[term]).loss
+    assert got.item() == pytest.approx(expected.item(), rel=2e-6)
+    (grad,) = torch.autograd.grad(got, z_s)
+    assert (grad[0, :, 0].T - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_focal_is_the_public_formula() -> None:
+    def public(z: torch.Tensor, _: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        log_p = F.log_softmax(z, dim=1).gather(1, y[:, None])
+        return (-0.25 * (1 - log_p.exp()) ** 2 * log_p).mean()
+
+    assert_is(Focal(alpha=0.25), public)
+    weight = torch.rand(5) + 0.1
+    losses = [
+        functional.segmentation_loss(*BATCH.arguments, terms=[term], class_weight=weight).loss
+        for term in (Focal(gamma=0.0), CrossEntropy())
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.7])
+def test_skewed_kl_is_the_public_formula(alpha: float) -> None:
+    def public(s: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        p_s, p_t = (F.softmax(z / 2.0, dim=1) for z in (s, t))
+        mixed = alpha * p_t + (1 - alpha) * p_s
+        return 4.0 * F.kl_div(mixed.log(), p_t, reduction="batchmean")
+
+    assert_is(KD(temperature=2.0, divergence="skew", alpha=alpha), public)
+
+
+@pytest.mark.parametrize(("eps", "temperature"), [(1.0, 1.0), (1.5, 2.0), (0.5, 1.0)])
+def test_ofa_is_the_public_formula(eps: float, temperature: float) -> None:
+    def public(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        p_s, p_t = (F.softmax(z / temperature, dim=1) for z in (s, t))
+        one_hot = F.one_hot(y, s.shape[1])
+        target = (p_t + one_hot) ** eps - one_hot
+        return -(target * torch.log(p_s)).sum(dim=1).mean()
+
+    assert_is(OFA(eps=eps, temperature=temperature), public)
+
+
+def test_ofa_without_labels_has_the_teachers_power_for_a_target() -> None:
+    student, teacher, _ = on_label_grid()
+    z_s, z_t = (x.detach().T[None, :, None] for x in (student, teacher))
+    target = torch.full((1, 1, len(student)), 254)
+    terms = [OFA(eps=1.5)]
+    got = functional.segmentation_loss(z_s, target, z_t, terms=terms, unlabelled_index=254)
+    p_t, log_p_s = teacher.softmax(dim=1), student.log_softmax(dim=1)
+    torch.testing.assert_close(got.loss, -(p_t**1.5 * log_p_s).sum(dim=1).mean())
+
+
 # --- the classes ---------------------------------------------------------------------------------
 
 
@@ -165,6 +237,10 @@ def of_terms(**options: Any) -> Any:
             lambda: KD(divergence="backward"),
             "divergence: got 'backward', expected one of 'forward'",
         ),
+        (lambda: Focal(gamma=-1.0), r"gamma: got -1.0, expected \[0, 16\]"),
+        (lambda: Focal(alpha=-1.0), "alpha: got -1.0"),
+        (lambda: KD(alpha=0.0), "alpha: got 0.0.*divergence='forward'"),
+        (lambda: OFA(eps=0.0), r"eps: got 0.0, expected \[0.01, 16\]"),
         (lambda: KD(beta=1.0), "beta: got 1.0.*divergence='forward'"),
         (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing: got 1.5"),
         (lambda: HeteroAKD(preset="paper", mix="probs"), "mix: got 'probs'"),

@@ -35,6 +35,27 @@ HAKD_FN F kl(F weighted_difference, F inverse_total_a, F log2_total_a, F log2_to
   return F(kLn2) * (weighted_difference * inverse_total_a - log2_total_a + log2_total_b);
 }
 
+// (e^x - 1 - x) / x^2 to a rounding of itself, for |x| < kSmallExponent<S>.
+template <typename S>
+constexpr double kSmallExponent = sizeof(S) == 8 ? 1.0 / 64 : 0.5;
+template <typename F>
+HAKD_FN F exponential_series(F x) {
+  F series = F(1.0 / 40320);
+  series = fma(series, x, F(1.0 / 5040));
+  series = fma(series, x, F(1.0 / 720));
+  series = fma(series, x, F(1.0 / 120));
+  series = fma(series, x, F(1.0 / 24));
+  series = fma(series, x, F(1.0 / 6));
+  return fma(series, x, F(0.5));
+}
+
+// e^x - 1 of x >= 0, in relative precision.
+template <typename S, typename F>
+HAKD_FN F exponential_less_one(F x) {
+  const F small = fma(x * x, exponential_series(x), x);
+  return select(less(x, F(kSmallExponent<S>)), small, exp2(x * F(kLog2E)) - F(1));
+}
+
 // Reverse KL: f_c. Bounded so that the difference of two is finite.
 template <typename F>
 HAKD_FN F reverse_ratio(F student_a, F teacher_a) {

@@ -57,18 +57,10 @@ struct CwdTerm : TermDefaults {
                                const Class<F, M>& c, const First<F>&, Own<F>& own) {
     const F p_s = c.space[0], p_t = c.space[1];
     const F l = fma(F(n.inverse), c.teacher_z - c.student_z, c.space_log[0] - c.space_log[1]);
-    // l - 1 + e^-l where l is small, to a rounding of itself
-    constexpr double small = sizeof(S) == 8 ? 1.0 / 64 : 0.5;
-    F series = F(1.0 / 40320);
-    series = fma(series, F(0) - l, F(1.0 / 5040));
-    series = fma(series, F(0) - l, F(1.0 / 720));
-    series = fma(series, F(0) - l, F(1.0 / 120));
-    series = fma(series, F(0) - l, F(1.0 / 24));
-    series = fma(series, F(0) - l, F(1.0 / 6));
-    series = fma(series, F(0) - l, F(0.5));
+    const F series = exponential_series(F(0) - l);  // (l - 1 + e^-l) / l^2 where l is small
     // of what has no share l may be infinite
     const F weighted = select(less(F(0), p_t), p_t * l, F(0));
-    own.sum = own.sum + select(less(abs(l), F(small)), p_t * (l * l * series), weighted - p_t + p_s);
+    own.sum = own.sum + select(less(abs(l), F(kSmallExponent<S>)), p_t * (l * l * series), weighted - p_t + p_s);
     return {p_s, p_t};
   }
 

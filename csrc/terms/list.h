@@ -6,8 +6,10 @@
 #include "dice.h"
 #include "dkd.h"
 #include "feature.h"
+#include "focal.h"
 #include "hetero.h"
 #include "kd.h"
+#include "ofa.h"
 #include "paper.h"
 #include "tversky.h"
 
@@ -22,10 +24,10 @@ struct TermTypes {
 // stand for several terms of the kernels (`takes` tells which) and `kTeacherCe` for cross entropy
 // in the pass over the teacher's logits.
 using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm,
-                           CwdTerm, DkdTerm, DiceTerm, TverskyTerm>;
+                           CwdTerm, DkdTerm, FocalTerm, OfaTerm, DiceTerm, TverskyTerm>;
 constexpr int kTerms = AllTerms::kCount;
-constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7, 8};
-constexpr int64_t kTeacherCe = 1, kPublicTerms = 9;
+constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10};
+constexpr int64_t kTeacherCe = 1, kPublicTerms = 11;
 constexpr int kMostGradients = kPublicTerms - 1;  // of the student's logits
 
 constexpr int kMostFirsts = 2;

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from . import ce, cwd, dice, dkd, feature, hetero, kd, paper, tversky
+from . import ce, cwd, dice, dkd, feature, focal, hetero, kd, ofa, paper, tversky
 from . import term as defaults
 from .term import OWN, First, Needs
 from .term import Traits as Traits
 
-FILES = (ce, kd, hetero, paper, feature, cwd, dkd, dice, tversky)
+FILES = (ce, kd, hetero, paper, feature, cwd, dkd, focal, ofa, dice, tversky)
 COUNT = tl.constexpr(len(FILES))
 CE, KD, HETERO, FEATURE = (tl.constexpr(FILES.index(file)) for file in (ce, kd, hetero, feature))
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..formulas import exponential_series, small_exponent
 from .term import OWN, Coefficients, Needs, Traits
 
 
@@ -60,19 +61,10 @@ def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
     p_s, p_t = first.shares
     log_s, log_t = first.logs
     gap = (c.teacher_z - c.student_z) * n.inverse + (log_s - log_t)
-    # l - 1 + e^-l where l is small, to a rounding of itself
-    small = 0.5
-    if gap.dtype == tl.float64:
-        small = 1.0 / 64.0
-    series = gap * (-1.0 / 40320.0) + 1.0 / 5040.0
-    series = 1.0 / 720.0 - series * gap
-    series = 1.0 / 120.0 - series * gap
-    series = 1.0 / 24.0 - series * gap
-    series = 1.0 / 6.0 - series * gap
-    series = 0.5 - series * gap
+    series = exponential_series(-gap)  # (l - 1 + e^-l) / l^2 where l is small
     # of what has no share l may be infinite
     weighted = tl.where(p_t > 0.0, p_t * gap, 0.0) - p_t + p_s
-    value = tl.where(tl.abs(gap) < small, p_t * (gap * gap * series), weighted)
+    value = tl.where(tl.abs(gap) < small_exponent(gap.dtype), p_t * (gap * gap * series), weighted)
     return (p_s, p_t), Own(own.sum + value)
 
 

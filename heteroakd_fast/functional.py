@@ -191,8 +191,8 @@ def distillation_loss(
         options: those of `segmentation_loss`, and `terms.FlatOptions`: `ce_weight` (1 by default),
             `teacher_ce_weight`, `kd_weight`, `hetero_weight`, `feature_weight` (0 by default),
             `label_smoothing` of both cross entropies, `temperature` of kd and hetero,
-            `kd_divergence`, `kd_beta` and `kd_alpha` (of `terms.KD`), `preset`, `tau`, `mix`,
-            `evaluation` and `weight_axis` (of `terms.HeteroAKD`).
+            `kd_divergence`, `kd_beta`, `kd_alpha` and `kd_standardize` (of `terms.KD`), `preset`,
+            `tau`, `mix`, `evaluation` and `weight_axis` (of `terms.HeteroAKD`).
 
     Returns:
         `DistillationOutput`; `loss` is the weighted sum.

@@ -252,8 +252,8 @@ class HeteroAKDLoss(AdjustableLoss):
         options: the weights `ce_weight` (1 by default), `kd_weight` (0.1), `hetero_weight` (1),
             `feature_weight` (0) and `projector_weight` (1; the cross entropy of both projected
             logits, the only term that trains the teacher's projector), of which 0 leaves a term
-            out; the options of `terms.HeteroAKD`, of `terms.KD` as `kd_divergence`, `kd_beta` and
-            `kd_alpha`, and `label_smoothing`; those of `SegmentationLoss`.
+            out; the options of `terms.HeteroAKD`, of `terms.KD` as `kd_divergence`, `kd_beta`,
+            `kd_alpha` and `kd_standardize`, and `label_smoothing`; those of `SegmentationLoss`.
 
     Raises:
         TypeError, ValueError: an option is wrong; names it and what was expected.

@@ -61,6 +61,7 @@ __all__ = [
     "overlaps",
     "project",
     "space_shares",
+    "standardized",
     "tversky",
     "upsample",
 ]
@@ -230,6 +231,14 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(dim=1)
 
 
+def standardized(z: Tensor) -> Tensor:
+    """(z - mean) / (1e-7 + standard deviation) over the classes; 0 of one class."""
+    if z.shape[1] == 1:
+        return 0 * z
+    x = z - z.amax(dim=1, keepdim=True).detach()  # exact where the logits are near each other
+    return (x - x.mean(dim=1, keepdim=True)) / (1e-7 + x.std(dim=1, keepdim=True))
+
+
 def kd(
     student_z: Tensor,
     teacher_z: Tensor,
@@ -238,6 +247,7 @@ def kd(
     divergence: str = "forward",
     beta: float = 0.5,
     alpha: float = 0.1,
+    standardize: bool = False,
     pixel_weight: Tensor | None = None,
 ) -> Fraction:
     """T^2 times the divergence of the softened distributions (Hinton et al., 2015).
@@ -245,7 +255,11 @@ def kd(
     "forward" KL(p_t || p_s), "reverse" KL(p_s || p_t), "js" the generalised Jensen-Shannon
     divergence beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s, "skew"
     KL(p_t || alpha p_t + (1 - alpha) p_s).
+
+    standardize: of `standardized` logits (Sun et al., CVPR 2024).
     """
+    if standardize:
+        student_z, teacher_z = standardized(student_z), standardized(teacher_z)
     log_p_s = (student_z / temperature).log_softmax(dim=1)
     log_p_t = (teacher_z / temperature).log_softmax(dim=1)
     if divergence == "forward":
@@ -700,7 +714,7 @@ def fraction(
         z = student_z if isinstance(term, CrossEntropy) else teacher_z
         return cross_entropy(z, label, labelled, class_weight, term.label_smoothing, weight)
     if isinstance(term, KD):
-        options = (term.temperature, term.divergence, term.beta, term.alpha)
+        options = (term.temperature, term.divergence, term.beta, term.alpha, term.standardize)
         return kd(student_z, frozen_teacher_z, valid, *options, weight)
     if isinstance(term, HeteroAKD):
         assert knowledge is not None

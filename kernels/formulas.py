@@ -196,6 +196,13 @@ def exponential_less_one(x):
 
 
 @triton.jit
+def root(x, PTX: tl.constexpr):
+    """The root of x >= 0, exact to rounding: a step of Newton's from what logarithms give."""
+    near = tl.exp2(0.5 * log2(max_or_nan(x, 1e-37)))
+    return 0.5 * (near + x * reciprocal(near, PTX))
+
+
+@triton.jit
 def reverse_ratio(student_a, teacher_a):
     """Reverse KL: f_c. Bounded so that the difference of two is finite."""
     return -max_or_nan(-max_or_nan(student_a - teacher_a, -1e38), -1e38)

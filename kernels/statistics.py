@@ -411,6 +411,20 @@ def own_loop(
 
 
 @triton.jit
+def gathered(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, at, HOW: tl.constexpr):
+    """What a term knows after the loop before its own."""
+    own = terms.start(TERM, tl.zeros(at.valid.shape, HOW.FLOAT))
+    student_plane = at.student.plane
+    teacher_plane = at.teacher.plane
+    for c in range(at.classes):
+        k = read_class(at, c, student_plane, teacher_plane, True, HOW)
+        own = terms.gather(TERM, VARIANT, n, p, k, own, HOW.PTX)
+        student_plane += at.student.class_stride
+        teacher_plane += at.teacher.class_stride
+    return terms.learn(TERM, VARIANT, n, p, known, own, HOW.PTX)
+
+
+@triton.jit
 def exact_maxima(TERM: tl.constexpr, VARIANT: tl.constexpr, n, known, at, HOW: tl.constexpr):
     """Of `first`, over the classes."""
     lowest = tl.zeros(at.valid.shape, HOW.FLOAT) + float("-inf")
@@ -442,6 +456,8 @@ def own_sums(
     zero = tl.zeros(at.valid.shape, HOW.FLOAT)
     bound = (zero, zero)
     least = zero + 1.0
+    if TRAITS.gathers:
+        known = gathered(TERM, VARIANT, n, p, known, at, HOW)
     if TRAITS.rescales:
         lowest = -1e300 if HOW.FLOAT == tl.float64 else -2e38
         bound = (zero + lowest, zero + lowest)
@@ -451,6 +467,8 @@ def own_sums(
         exact = exact_maxima(TERM, VARIANT, n, known, at, HOW)
         bound = (tl.where(close, zero, exact[0]), tl.where(close, zero, exact[1]))
     own, bound, known = own_loop(TERM, VARIANT, PLACE, n, p, known, bound, at, HOW)
+    if TRAITS.gathers:
+        known = terms.close(TERM, VARIANT, n, p, known, own, HOW.PTX)
     if TRAITS.bounds > 0 and not TRAITS.rescales:
         least = tl.where(at.valid, terms.least(TERM, own), 1.0)
     return own, bound, known, least

@@ -70,6 +70,12 @@ TERM_CASES: dict[str, dict[str, Any]] = {
     "kd-reverse": {"ce_weight": 0.0, "kd_weight": 0.3, "kd_divergence": "reverse"},
     "kd-js": {"ce_weight": 0.0, "kd_weight": 1.3, "kd_divergence": "js", "kd_beta": 0.3},
     "kd-skew": {"ce_weight": 0.0, "kd_weight": 0.8, "kd_divergence": "skew", "kd_alpha": 0.2},
+    "kd-standardized": {
+        "ce_weight": 0.0,
+        "kd_weight": 0.9,
+        "kd_standardize": True,
+        "temperature": 2.0,
+    },
     "feature": {"ce_weight": 0.0, "feature_weight": 1.1},
     **{
         f"hetero-{name}": {"ce_weight": 0.0, "hetero_weight": 1.5, **options}

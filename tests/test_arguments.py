@@ -57,6 +57,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kd_divergence": ("reverse", {}),
     "kd_beta": (0.25, {"kd_divergence": "js"}),
     "kd_alpha": (0.25, {"kd_divergence": "skew"}),
+    "kd_standardize": (True, {}),
     "ignore_index": (np.int64(0), {"allow_ignored_class": True}),
     "unlabelled_index": (254, {}),
     "allow_ignored_class": (True, {}),

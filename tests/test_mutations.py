@@ -104,8 +104,8 @@ COMPILED = (
     Compiled(
         "dice: true positives that do not follow the false negatives",
         "terms/dice.h",
-        "* b + per_right",
-        "* b",
+        "right / (whole * whole) * b + per_right",
+        "right / (whole * whole) * b",
         _values("test_every_term", "cpu", "dice", F32),
     ),
     # the CPU kernels
@@ -157,6 +157,34 @@ COMPILED = (
         "reverse_ratio(F(0), t.teacher_at_top)",
         "F(0)",
         _accuracy("test_pixels_without_gradient", "cpu", "kd-reverse", 300.0),
+    ),
+    Compiled(
+        "focal: the rise of the weight at the label only",
+        "terms/focal.h",
+        "F(n.gamma) * (t.label_e * t.hard_inverse)",
+        "F(n.gamma)",
+        _cpu("test_every_term_on_every_instruction_set", "cpu", "bands", "focal", F32),
+    ),
+    Compiled(
+        "ofa: the label's target forgotten in the sum",
+        "terms/ofa.h",
+        "(own.power + label)",
+        "own.power",
+        _cpu("test_every_term_on_every_instruction_set", "cpu", "bands", "ofa", F32),
+    ),
+    Compiled(
+        "skewed KL: one factor 1 - alpha for both forms",
+        "terms/kd.h",
+        "F(n.one_minus_beta) * more",
+        "F(n.one_minus_beta)",
+        _cpu("test_every_term_on_every_instruction_set", "cpu", "bands", "kd-skew", F32),
+    ),
+    Compiled(
+        "standardised logits: the deviation held fixed",
+        "terms/lskd.h",
+        "k.slope * rises",
+        "F(0)",
+        _cpu("test_every_term_on_every_instruction_set", "cpu", "bands", "kd-standardized", F32),
     ),
     Compiled(
         "cpu: negative divergences",

@@ -200,6 +200,18 @@ def test_skewed_kl_is_the_public_formula(alpha: float) -> None:
     assert_is(KD(temperature=2.0, divergence="skew", alpha=alpha), public)
 
 
+def test_standardized_kd_is_the_public_formula() -> None:
+    def normalize(z: torch.Tensor) -> torch.Tensor:
+        return (z - z.mean(dim=-1, keepdim=True)) / (1e-7 + z.std(dim=-1, keepdim=True))
+
+    def public(s: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        log_p_s = F.log_softmax(normalize(s) / 2.0, dim=1)
+        p_t = F.softmax(normalize(t) / 2.0, dim=1)
+        return F.kl_div(log_p_s, p_t, reduction="batchmean") * 2.0**2
+
+    assert_is(KD(temperature=2.0, standardize=True), public)
+
+
 @pytest.mark.parametrize(("eps", "temperature"), [(1.0, 1.0), (1.5, 2.0), (0.5, 1.0)])
 def test_ofa_is_the_public_formula(eps: float, temperature: float) -> None:
     def public(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -240,6 +252,7 @@ def of_terms(**options: Any) -> Any:
         (lambda: Focal(gamma=-1.0), r"gamma: got -1.0, expected \[0, 16\]"),
         (lambda: Focal(alpha=-1.0), "alpha: got -1.0"),
         (lambda: KD(alpha=0.0), "alpha: got 0.0.*divergence='forward'"),
+        (lambda: KD(divergence="js", standardize=True), "standardize: got True with .*'js'"),
         (lambda: OFA(eps=0.0), r"eps: got 0.0, expected \[0.01, 16\]"),
         (lambda: KD(beta=1.0), "beta: got 1.0.*divergence='forward'"),
         (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing: got 1.5"),

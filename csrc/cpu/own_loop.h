@@ -71,6 +71,24 @@ First<Lanes<T>> find_first(const Pass<T>& p, const LoopTiles<T>& all,
   return maxima;
 }
 
+// The sums of `gather`, and what is known of them.
+template <typename T, class Term, int32_t kVariant>
+void gather_loop(const Pass<T>& p, const LoopTiles<T>& all,
+                 typename Term::template Known<Lanes<T>>& known) {
+  using F = Lanes<T>;
+  const LoopTiles<T> tiles = all;
+  const auto numbers = p.term_numbers.template of<Term>();
+  const PassNumbers<T> pass = p.numbers;
+  typename Term::template Own<F> own{};
+  const Labels<T> labels = load_labels<T>(tiles.labels);
+  const Mask<T> unlabelled = is_class(labels, static_cast<int32_t>(p.classes));
+  for (int64_t c = 0; c < p.classes; ++c) {
+    const auto k = class_of<T, Term::needs(kVariant).logits>(c, tiles, pass.scale, labels, unlabelled);
+    Term::gather(kVariant, numbers, pass, k, own);
+  }
+  Term::learn(kVariant, numbers, pass, known, own);
+}
+
 // Sums of `other`, and own_x, own_y where the gradient reads them. Where the term has bounds, first.v
 // is in its tiles and `maxima` are its maxima; otherwise it is found here.
 template <typename T, class Term, int32_t kVariant, bool kBounds>

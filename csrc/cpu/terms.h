@@ -445,8 +445,9 @@ class Terms {
     LoopTiles<T> tiles;
     tiles.student_z = student_z + r * tile;
     tiles.student_e = student_e_ + r * tile;
-    tiles.teacher_z = teacher_z + r * tile;
-    tiles.teacher_e = teacher_e_ + r * tile;
+    // what no term reads is read all the same where nothing is compiled away
+    tiles.teacher_z = (reads_pair ? teacher_z : student_z) + r * tile;
+    tiles.teacher_e = (reads_pair ? teacher_e_ : student_e_) + r * tile;
     tiles.student_hard = power_ == 0 ? hard_ + r * tile : student_e_ + r * tile;
     tiles.power = power_;
     tiles.student_m = F::load(student_maximum + r * N);
@@ -539,7 +540,17 @@ class Terms {
                        space_sum_ + plane);
     }
     if (!p.asked[k]) return {};
-    return own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, totals_[r], known);
+    if constexpr (Term::kGathers) {
+      gather_loop<T, Term, kLoopVariant>(p, tiles, known);
+      const auto own =
+          own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, totals_[r], known);
+      Term::close(kVariant, p.term_numbers.template of<Term>(), p.numbers, known, own);
+      // of these sums x and y are made
+      if (p.gradients) own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, totals_[r], known);
+      return own;
+    } else {
+      return own_loop<T, Term, kLoopVariant, kBounds>(p, tiles, maxima, totals_[r], known);
+    }
   }
 
   template <class Term, int kRows, bool kUpsample>

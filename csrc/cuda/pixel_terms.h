@@ -119,6 +119,25 @@ class PixelTerms {
     for (int j = 0; j < Term::kFirsts; ++j) bound.v[j] = max_or_nan(bound.v[j], found.v[j]);
   }
 
+  // The loop before that of a term's own, and what it knows then.
+  template <class Term>
+  HAKD_DEVICE void gather(const Class<F, bool>& c, int i) {
+    if constexpr (Term::kGathers) {
+      Term::gather(variant(TermTag<Term>()), n.terms.template of<Term>(), n.pass, c,
+                   state<Term>().own[i]);
+    }
+  }
+  HAKD_DEVICE void learn(int i) {
+    for_each_here([&](auto tag) {
+      using Term = Of<decltype(tag)>;
+      if constexpr (Term::kGathers) {
+        TermState<Term, F, N>& k = state<Term>();
+        Term::learn(variant(tag), n.terms.template of<Term>(), n.pass, k.known[i], k.own[i]);
+        k.own[i] = {};
+      }
+    });
+  }
+
   // The loop of a term's own: sums of `other`, which follow its bounds where these rise as it goes.
   template <class Term>
   HAKD_DEVICE void add_own(const Class<F, bool>& c, int i) {
@@ -155,8 +174,11 @@ class PixelTerms {
     for_each_here([&](auto tag) {
       using Term = Of<decltype(tag)>;
       constexpr int k = index_of<Term>;
-      const TermState<Term, F, N>& s = state<Term>();
-      Coefficients<F>& c = state<Term>().coefficients[i];
+      TermState<Term, F, N>& s = state<Term>();
+      if constexpr (Term::kGathers) {
+        Term::close(variant(tag), n.terms.template of<Term>(), pass, s.known[i], s.own[i]);
+      }
+      Coefficients<F>& c = s.coefficients[i];
       const F weight = Term::spaces(variant(tag)) == 0 ? weight_[i] : F(1);  // of those, in the shares
       c = Term::pixel(variant(tag), n.terms.template of<Term>(), pass, t, s.known[i], s.own[i],
                       n.term_scale[k] * weight);

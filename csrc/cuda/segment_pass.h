@@ -60,6 +60,13 @@ class SegmentPass {
         if (bounds_apart<decltype(tag)>()) terms_.template add_first<Of<decltype(tag)>>(k, i);
       });
     }
+    if (terms_.some([&](auto tag) { return Of<decltype(tag)>::kGathers; })) {
+      for_each_class([&](auto tag, int32_t, const Class<F, bool>& k, int i) {
+        terms_.template gather<Of<decltype(tag)>>(k, i);
+      });
+#pragma unroll
+      for (int i = 0; i < S; ++i) terms_.learn(i);
+    }
     if (terms_.some([&](auto tag) { return has_loop<decltype(tag)>(); })) {
       for_each_class([&](auto tag, int32_t c, const Class<F, bool>& k, int i) {
         if (!has_loop<decltype(tag)>()) return;

@@ -56,6 +56,13 @@ HAKD_FN F exponential_less_one(F x) {
   return select(less(x, F(kSmallExponent<S>)), small, exp2(x * F(kLog2E)) - F(1));
 }
 
+// The root of x >= 0, exact to rounding: a step of Newton's from what logarithms give.
+template <typename F>
+HAKD_FN F root(F x) {
+  const F near = exp2(F(0.5) * log2(max(F(1e-37), x)));
+  return F(0.5) * (near + quotient(x, near));
+}
+
 // Reverse KL: f_c. Bounded so that the difference of two is finite.
 template <typename F>
 HAKD_FN F reverse_ratio(F student_a, F teacher_a) {

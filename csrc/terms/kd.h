@@ -23,11 +23,16 @@
 
 namespace heteroakd {
 
-struct KdTerm : TermDefaults {
-  static constexpr int kNumberCount = 3, kChoiceCount = 1;
+// Of standardised logits, too.
+struct KdOptions : TermDefaults {
+  static constexpr int kNumberCount = 3, kChoiceCount = 2;
   static constexpr NumberRange kNumbers[] = {
       kTemperatureRange, {"beta", 0.0, 1.0}, {"alpha", 0.0, 1.0}};
-  static constexpr ChoiceRange kChoices[] = {{"divergence", 4}};
+  static constexpr ChoiceRange kChoices[] = {{"divergence", 4}, {"standardize", 2}};
+};
+
+struct KdTerm : KdOptions {
+  HAKD_FN static constexpr bool takes(const int32_t* choice) { return choice[1] == 0; }
   enum Variant : int32_t { kForward, kReverse, kJs, kSkew };
   static constexpr int32_t kVariants = 4;
 

@@ -9,6 +9,7 @@
 #include "focal.h"
 #include "hetero.h"
 #include "kd.h"
+#include "lskd.h"
 #include "ofa.h"
 #include "paper.h"
 #include "tversky.h"
@@ -24,9 +25,10 @@ struct TermTypes {
 // stand for several terms of the kernels (`takes` tells which) and `kTeacherCe` for cross entropy
 // in the pass over the teacher's logits.
 using AllTerms = TermTypes<CrossEntropyTerm, KdTerm, HeteroTerm, PaperTerm, FeatureTerm,
-                           CwdTerm, DkdTerm, FocalTerm, OfaTerm, DiceTerm, TverskyTerm>;
+                           CwdTerm, DkdTerm, FocalTerm, OfaTerm, DiceTerm, TverskyTerm,
+                           LskdTerm>;
 constexpr int kTerms = AllTerms::kCount;
-constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10};
+constexpr int64_t kPublicIndex[kTerms] = {0, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 2};
 constexpr int64_t kTeacherCe = 1, kPublicTerms = 11;
 constexpr int kMostGradients = kPublicTerms - 1;  // of the student's logits
 

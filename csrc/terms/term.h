@@ -8,6 +8,8 @@
 //     begin        what it knows of a pixel before its loop over classes (`Known`)
 //     first        up to two numbers of a class, of which its loop needs the maxima (or, of terms over
 //                  space, the totals over the pixels of an image and class) before anything else
+//     gather       what is summed over classes before that, where x_c or y_c are made of sums, and
+//     learn        what is known of it; `close` what is known of the sums of `other`
 //     other        x_c and y_c, and what is summed over classes for the value (`Own`)
 //     pixel        value, share of the denominator and coefficients of the gradient
 //     denominator  what the sum of the values is divided by
@@ -240,6 +242,7 @@ struct TermDefaults {
   static constexpr bool kHasShares = false;     // of some variant: a denominator of its own
   static constexpr bool kOverSpace = false;     // of some variant: `spaces`
   static constexpr int kTallies = 0;            // of a term over classes: how many sums it has
+  static constexpr bool kGathers = false;       // has `gather`, `learn` and `close`
 
   HAKD_FN static constexpr bool has_label(int32_t) { return false; }
   HAKD_FN static constexpr Denominator denominator(int32_t, bool) { return Denominator::kValid; }
@@ -266,6 +269,13 @@ struct TermDefaults {
   }
   HAKD_FN static Settled settle(const Options&, const double*) { return {}; }
   HAKD_FN static Conclusion conclude(const Options&, double value, double) { return {value, 1.0}; }
+  // Adds a class to Own; what is known of these sums; and of those of `other`.
+  template <typename N, typename S, typename F, typename M, typename O>
+  HAKD_FN static void gather(int32_t, const N&, const PassNumbers<S>&, const Class<F, M>&, O&) {}
+  template <typename N, typename S, typename K, typename O>
+  HAKD_FN static void learn(int32_t, const N&, const PassNumbers<S>&, K&, const O&) {}
+  template <typename N, typename S, typename K, typename O>
+  HAKD_FN static void close(int32_t, const N&, const PassNumbers<S>&, K&, const O&) {}
   // Where the sums of `other` begin, if not at 0.
   template <typename K, typename F, typename O>
   HAKD_FN static void start(int32_t, const K&, const Totals<F>&, O&) {}

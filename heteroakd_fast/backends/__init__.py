@@ -330,9 +330,10 @@ def _is_usual(structure: tuple[int, ...]) -> bool:
     and kd, where there are both, have one denominator."""
     options, groups = choices_of(structure), groups_of(structure)
     hetero = options.get("hetero", {"preset": "softmax-kl", "mix": "probs"})
-    forward = options.get("kd", {"divergence": "forward"})["divergence"] == "forward"
+    kd = options.get("kd", {"divergence": "forward", "standardize": False})
     return (
-        forward
+        kd["divergence"] == "forward"
+        and not kd["standardize"]
         and hetero["preset"] == "softmax-kl"
         and hetero["mix"] == "probs"
         and "feature" not in options

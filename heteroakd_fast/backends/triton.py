@@ -44,6 +44,7 @@ class TritonBackend:
             and choices.keys() <= _PROJECTED_TERMS
             and choices.get("hetero", {}).get("preset") != "paper"
             and choices.get("kd", {}).get("divergence") in (None, "forward")
+            and not choices.get("kd", {}).get("standardize")
             and not structure[2]  # maps
             and structure[0] == structure[3]  # no unlabelled pixels
         )

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from .. import formulas
-from . import ce, cwd, dice, dkd, feature, focal, hetero, kd, ofa, paper, tversky
+from . import ce, cwd, dice, dkd, feature, focal, hetero, kd, lskd, ofa, paper, tversky
 from . import term as defaults
 from .term import OWN, First, Needs
 from .term import Traits as Traits
 
-FILES = (ce, kd, hetero, paper, feature, cwd, dkd, focal, ofa, dice, tversky)
+FILES = (ce, kd, hetero, paper, feature, cwd, dkd, focal, ofa, dice, tversky, lskd)
 COUNT = tl.constexpr(len(FILES))
 CE, KD, HETERO, FEATURE = (tl.constexpr(FILES.index(file)) for file in (ce, kd, hetero, feature))
 
@@ -46,6 +46,7 @@ class Entry(NamedTuple):
 def of(term: Any) -> tuple[int, int]:
     """Index and variant of a term of terms.py."""
     name = "paper" if getattr(term, "preset", None) == "paper" else term.name
+    name = "lskd" if getattr(term, "standardize", False) else name
     names = [file.__name__.rpartition(".")[2] for file in FILES]
     index = names.index(name.removeprefix("teacher_"))
     return index, member(index, "variant")(term)
@@ -201,6 +202,29 @@ def other(
 @triton.jit
 def tally(TERM: tl.constexpr, t, c):
     return member(TERM, "tally")(t, c)
+
+
+@triton.jit
+def gather(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, c, own, PTX: tl.constexpr):
+    n = member(TERM, "Numbers")(*n)
+    own = member(TERM, "Own")(*own)
+    return member(TERM, "gather")(VARIANT, n, p, c, own, PTX)
+
+
+@triton.jit
+def learn(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, own, PTX: tl.constexpr):
+    n = member(TERM, "Numbers")(*n)
+    known = member(TERM, "Known")(*known)
+    own = member(TERM, "Own")(*own)
+    return member(TERM, "learn")(VARIANT, n, p, known, own, PTX)
+
+
+@triton.jit
+def close(TERM: tl.constexpr, VARIANT: tl.constexpr, n, p, known, own, PTX: tl.constexpr):
+    n = member(TERM, "Numbers")(*n)
+    known = member(TERM, "Known")(*known)
+    own = member(TERM, "Own")(*own)
+    return member(TERM, "close")(VARIANT, n, p, known, own, PTX)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ and a term answers, with no loop of its own, from sums over the classes of a pix
     first    up to two numbers of a class, of which its loop needs the maxima (or, of terms over
              space, the totals over the pixels of an image and class) before anything else
     start    where the sums of its loop begin (`Own`)
+    gather   what is summed over classes before that, where x_c or y_c are made of sums, and
+    learn    what is known of it; `close` what is known of the sums of `other`
     other    x_c and y_c, as far as they are the term's own, and what is summed over classes for the
              value
     rescale  brings those sums from old maxima to new ones: one loop instead of two
@@ -83,6 +85,7 @@ class Traits(NamedTuple):
     bounds: int = 0
     spaces: int = 0
     rescales: bool = False
+    gathers: bool = False  # has `gather`, `learn` and `close`
     mapped: bool = False  # Known begins with `reliability` and `discrepancy`
     # Whether the sum of the values is one that cannot be negative, though its rounding may be.
     is_divergence: bool = True

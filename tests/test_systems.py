@@ -334,8 +334,8 @@ def test_a_block_is_of_its_thread() -> None:
     [
         ((255, 0, 0), ()),
         ((255, 0, 0, 255, 0, 0, 0, 0), (1, 0, 1, 0)),  # ce twice
-        ((255, 0, 0, 255, 9, 0), (1, 0)),  # no such term
-        ((255, 0, 0, 255, 0, 7), (1, 0)),  # no such group
+        ((255, 0, 0, 255, len(TERMS), 0), (1, 0)),  # no such term
+        ((255, 0, 0, 255, 0, len(TERMS)), (1, 0)),  # no such group
         ((255, 0, 0, 255, 2, 0, 3), (1, 1, 0.5)),  # no such divergence
         ((255, 0, 0, 255, 2, 0), (1, 1, 0.5)),  # no divergence
         ((255, 0, 1, 255, 0, 0), (1, 0)),  # maps of no term

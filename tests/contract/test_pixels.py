@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,10 +36,12 @@ from heteroakd_fast.terms import (
     DKD,
     KD,
     CrossEntropy,
+    Dice,
     Feature,
     HeteroAKD,
     TeacherCrossEntropy,
     Term,
+    Tversky,
 )
 
 #: Logits' grid, teacher's grid, labels: a grid of its own each, cells of 4 x 4, the label grid.
@@ -171,7 +174,11 @@ def test_a_pixel_of_weight_0_is_one_that_is_ignored(backend: str) -> None:
 @every_backend
 def test_weights_have_no_scale_and_ones_change_nothing(backend: str) -> None:
     batch = make_batch(dtype=F32)
-    case = TERM_CASES["all+objects"]
+    case = dict(TERM_CASES["all+objects"])
+    # what is added to sums of weights is one thing that has a scale
+    case["terms"] = tuple(
+        replace(term, smooth=0.0) if hasattr(term, "smooth") else term for term in case["terms"]
+    )
     plain = evaluate(batch, backend=backend, **case)
     for scale in (1.0, 0.125, 4.0):
         weight = torch.full(batch.target.shape, scale)
@@ -282,8 +289,10 @@ def test_wrong_arguments() -> None:
 @every_cpu_backend
 @pytest.mark.parametrize("kind", KINDS)
 def test_normalizers_make_micro_batches_exact(backend: str, kind: str) -> None:
+    """But for terms over classes, which are no means over pixels."""
     batch, options = pixels(make_batch(4, 5, dtype=torch.float64), kind)
-    case = TERM_CASES["all+objects"]
+    case = dict(TERM_CASES["all+objects"])
+    case["terms"] = tuple(term for term in case["terms"] if not term.over_classes)
     whole = evaluate(batch, backend=backend, **options, **case)
     parts = []
     for k in range(4):
@@ -310,6 +319,25 @@ def test_normalizers_make_micro_batches_exact(backend: str, kind: str) -> None:
         (out.loss / 4).backward()
         grads.append(student.grad)
     torch.testing.assert_close(torch.cat(grads), whole.student_grad, rtol=1e-9, atol=1e-13)
+
+
+@every_cpu_backend
+def test_terms_over_classes_are_of_their_call(backend: str) -> None:
+    """Of micro-batches, given the mean of their denominators, the mean of their own terms."""
+    batch = make_batch(4, 5, dtype=torch.float64)
+    terms = (Dice(0.7), Tversky(alpha=0.3, beta=0.7, gamma=0.75))
+    parts = [Batch(*(x[k : k + 1] for x in batch)) for k in range(4)]
+    found = [
+        functional.segmentation_loss(part.student, part.target, terms=terms, backend=backend)
+        for part in parts
+    ]
+    normalizer = {"dice": torch.tensor(5.0), "tversky": torch.tensor(5.0)}
+    for part, own in zip(parts, found, strict=True):
+        assert own.denominators == normalizer
+        again = functional.segmentation_loss(
+            part.student, part.target, terms=terms, backend=backend, normalizer=normalizer
+        )
+        torch.testing.assert_close(again.loss, own.loss)
 
 
 @every_cpu_backend

@@ -175,6 +175,7 @@ HAKD_DEVICE Numbers<F> numbers_of(const Pass& p) {
   n.terms.set(p.options, classes);
   n.to_logits = F(1) / n.pass.scale;
   n.hard_exponent = softened ? t : F(1);
+#pragma unroll
   for (int k = 0; k < kTerms; ++k) {
     n.term_scale[k] = static_cast<F>(p.weight[k]);
     if (p.grad_totals != nullptr && p.group[k] >= 0) {

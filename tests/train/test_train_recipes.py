@@ -107,8 +107,8 @@ def test_data_and_method_go_together(data: str, method: str) -> None:
         assert (config.taps is not None) == (method == "heteroakd-paper")
         distill = config.distill
         asked = {n for n in ("kd", "hetero", "cwd") if getattr(distill, f"{n}_weight")}
-        alone = {"kd": "kd", "kd-t2": "kd", "cwd": "cwd"}
-        assert asked == ({alone[method]} if method in alone else {"kd", "hetero"})
+        terms = {"kd": {"kd"}, "kd-t2": {"kd"}, "cwd": {"cwd"}, "heteroakd-paper": {"kd", "hetero"}}
+        assert asked == terms.get(method, {"hetero"})
     assert (config.distill.mix == "teacher") == (method == "kem")
     assert (config.distill.evaluation == "none") == (method == "kmm")
 

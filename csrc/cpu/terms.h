@@ -571,6 +571,7 @@ class Terms {
       constexpr OtherKind kOther = y == From::kNone          ? OtherKind::kNone
                                    : y == From::kClassWeight ? OtherKind::kClassWeight
                                                              : OtherKind::kTile;
+      static_assert(y != From::kStudentHard, "only x is taken to a power");
       constexpr bool kLabel = Term::has_label(v);
       const GradientParts<T> parts{tile_of(x, own_tiles_[k][0]),
                                    tile_of(y, own_tiles_[k][1]),

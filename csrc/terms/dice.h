@@ -31,7 +31,7 @@ struct DiceTerm : TermDefaults {
   }
   HAKD_FN static constexpr Denominator denominator(int32_t, bool) { return Denominator::kClasses; }
   HAKD_FN static constexpr From student(int32_t) { return From::kOwn; }
-  HAKD_FN static constexpr From other_from(int32_t) { return From::kStudentHard; }
+  HAKD_FN static constexpr From other_from(int32_t) { return From::kOwn; }
   HAKD_FN static constexpr bool has_loop(int32_t) { return true; }
   static constexpr int kFirsts = 1;
   HAKD_FN static constexpr int bounds(int32_t) { return 1; }
@@ -106,7 +106,7 @@ struct DiceTerm : TermDefaults {
     own.sum = fma(own.pivot - known.pivot, own.total, own.sum) + x;
     own.total = own.total + c.student_hard;
     own.pivot = known.pivot;
-    return {x, F(0)};
+    return {x, c.student_hard};
   }
 
   template <typename N, typename S, typename K, typename F>

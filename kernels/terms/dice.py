@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .term import COLLECTING, OWN, STUDENT_HARD, Coefficients, Needs, Traits
+from .term import COLLECTING, OWN, Coefficients, Needs, Traits
 
 OVERLAP_EPS = 1e-7  # least denominator, and before its logarithm least overlap
 
@@ -28,7 +28,7 @@ def traits(variant):
     return Traits(
         Needs(student_nll=True),
         student=OWN,
-        other=STUDENT_HARD,
+        other=OWN,
         has_loop=True,
         firsts=1,
         bounds=1,
@@ -119,7 +119,7 @@ def start(zero):
 def other(VARIANT: tl.constexpr, n, p, known, c, first, own, PTX: tl.constexpr):
     x = c.student_hard * (slope(c) - known.pivot)
     moved = own.sum + (own.pivot - known.pivot) * own.total
-    return (x, x), Own(moved + x, own.total + c.student_hard, known.pivot)
+    return (x, c.student_hard), Own(moved + x, own.total + c.student_hard, known.pivot)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from common import (
     F32,
     FAST_CASES,
     KERNELS,
+    OBJECTS,
     TERM_CASES,
     Batch,
     Result,
@@ -37,6 +39,8 @@ from common import (
 )
 from geometries import GEOMETRIES, LAYOUTS, SMALL, arranged, batch_of
 from interpreter import INTERPRETED
+
+from heteroakd_fast.terms import Term
 
 HETERO: dict[str, Any] = {"hetero_weight": 1.0, "temperature": 2.0}
 ALL = TERM_CASES["all"]
@@ -62,6 +66,20 @@ def test_every_term(backend: str, case: str, dtype: torch.dtype) -> None:
 def test_every_term_in_every_dtype(backend: str, case: str, dtype: torch.dtype) -> None:
     got = check(make_batch(dtype=dtype), backend=backend, **TERM_CASES[case])
     assert got.loss.dtype == (torch.float64 if dtype == torch.float64 else F32)
+
+
+@pytest.mark.share(3)
+@pytest.mark.parametrize("temperature", [2.0, 4.0, 0.7])
+@pytest.mark.parametrize("term", OBJECTS, ids=lambda term: term.name)
+@every_kernel
+def test_objects_beside_exponentials_of_a_temperature(
+    backend: str, term: Term, temperature: float
+) -> None:
+    """Exponentials at T = 1 are powers of those at the temperature of the pass."""
+    if term.shares_temperature and hasattr(term, "temperature"):
+        term = replace(term, temperature=temperature)
+    options = {"ce_weight": 0.3, "kd_weight": 0.01, "temperature": temperature}
+    check(batch_of("stride-4"), backend=backend, terms=(term,), **options)
 
 
 @pytest.mark.share(3)
